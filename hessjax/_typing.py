@@ -1,0 +1,82 @@
+"""The nouns that rooms hand to each other. No behaviour lives here."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+from jaxtyping import Array, Float, Int, PyTree
+
+Params: TypeAlias = PyTree
+"""Weights: any pytree whose leaves are real floating-point arrays."""
+
+Vector: TypeAlias = PyTree
+"""A direction in weight space: the structure and shapes of the params."""
+
+Block: TypeAlias = PyTree
+"""Several vectors at once: a vector whose leaves carry one more, leading, axis."""
+
+Matvec: TypeAlias = Callable[[Vector], Vector]
+"""A symmetric linear map on vectors; those that hessjax makes are `jax.tree_util.Partial`s."""
+
+LossFn: TypeAlias = Callable[..., Any]
+"""`loss_fn(params, *args) -> scalar`, a mean over the examples in `args`."""
+
+Key: TypeAlias = jax.Array
+"""A JAX random key, `jax.random.key(0)`."""
+
+Scalar: TypeAlias = Float[Array, ""]
+
+Where: TypeAlias = str | Sequence[str] | Callable[[str, Any], bool]
+"""Which leaves: a glob over their paths (`"*/kernel"`), several, or `(path, leaf) -> bool`."""
+
+
+class Relative(NamedTuple):
+    """A tolerance or damping given as a fraction of the natural scale of what it is compared with."""
+
+    factor: float
+
+
+Tolerance: TypeAlias = float | Relative
+
+
+class Estimate(NamedTuple):
+    """The mean of independent samples, with its doubt.
+
+    Attributes:
+        mean: the estimate; scalar, in the units of what was estimated.
+        stderr: standard error of the mean (sample deviation with `ddof=1`); infinite after one sample.
+        num_samples: how many samples entered.
+    """
+
+    mean: Float[Array, "..."]
+    stderr: Float[Array, "..."]
+    num_samples: Int[Array, ""]
+
+
+class Estimator(NamedTuple):
+    """An iterative method that asks for matrix-vector products and never calls the matvec itself.
+
+    An optimizer is a pair of pure functions around a gradient; an estimator is the same around a
+    product. `hessjax.run` drives it; so can any loop of your own:
+
+        state = estimator.init(key, like)
+        while not done:
+            block = estimator.query(state)                    # leaves have a leading axis
+            state = estimator.update(state, products_of(block))
+        result = estimator.result(state)
+
+    Attributes:
+        init: `(key, like) -> state`; `like` gives structure, shapes and dtypes.
+        query: `(state) -> block`, the vectors to be multiplied next (leading axis, often of length 1).
+        update: `(state, products) -> state`, with the products in the query's order and shape.
+        result: `(state) -> result`, readable after any number of products, none included.
+        error: `(state) -> scalar`, its own estimate of its error, in the result's units.
+        scale: `(state) -> scalar`, the magnitude that a `relative` tolerance refers to, in the same units.
+    """
+
+    init: Callable[[Key, Params], Any]
+    query: Callable[[Any], Block]
+    update: Callable[[Any, Block], Any]
+    result: Callable[[Any], Any]
+    error: Callable[[Any], Scalar]
+    scale: Callable[[Any], Scalar]
