@@ -1,0 +1,223 @@
+"""Loss functions from Flax models, linen and nnx: pure, hashable, equal when made of equal parts.
+
+What a model mutates or draws (batch statistics, dropout keys) enters the loss through its arguments, so
+the loss is one fixed function of the weights. Two losses made of equal parts compare equal: building one
+again for the next checkpoint hits the compiled code of the last.
+"""
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import numpy as np
+from flax import errors, nnx
+
+from hessjax._typing import LossFn, Params
+
+OutputLoss: TypeAlias = Callable[[Any, Any], Any]
+"""`loss(outputs, batch) -> scalar`, the mean over the batch."""
+
+Inputs: TypeAlias = int | str | tuple[int | str, ...] | Callable[[Any], Any]
+"""Which part of a batch the model takes: a key, several keys (positional arguments), or a function."""
+
+
+class NnxLoss(NamedTuple):
+    """A loss and the point it was taken at.
+
+    Attributes:
+        loss_fn: `loss_fn(params, batch, state) -> scalar`.
+        params: the model's `nnx.Param`s, a nested dict of arrays.
+        state: everything else the model holds (batch statistics, dropout keys), a nested dict of arrays.
+    """
+
+    loss_fn: LossFn
+    params: Params
+    state: Any
+
+
+def linen_loss(module: Any, loss: OutputLoss, *, inputs: Inputs = 0, **apply_kwargs: Hashable) -> LossFn:
+    """The loss of a linen module, as a pure function of its params.
+
+    Returns f(params, batch, state, rngs) = loss(module(inputs of batch), batch). BatchNorm uses the running
+    statistics in `state` or the batch's own, as `apply_kwargs` tell the module; updates of the collections
+    in `state` are computed and dropped.
+
+    Args:
+        module: a `flax.linen.Module`. Its fields must be hashable: tuples, not lists.
+        loss: `(outputs, batch) -> scalar`, the mean over the batch. Give a function of your module's top
+            level: a lambda written anew is a new function, and retraces.
+        inputs: what the module takes from a batch: an index or key, several of them in a tuple (positional
+            arguments), or a function of the batch. The default is the first element of a tuple; a batch
+            that is a bare array is taken whole.
+        **apply_kwargs: static arguments of `module.apply`, such as `train=False` or `method="encode"`.
+
+    Returns:
+        `loss_fn(params, batch, state=None, rngs=None) -> scalar`, hashable, in the units of `loss`. `state`
+        holds the other collections, `{"batch_stats": ...}`; `rngs` fixed keys, `{"dropout": key}`.
+
+    Raises:
+        TypeError: if the module, `loss`, `inputs` or an argument is not hashable.
+        ValueError: on a call, if the module reads a collection that `state` lacks, draws from a stream that
+            `rngs` lacks, or the batch has no such inputs.
+
+    Cost:
+        That of `module.apply`; nothing is compiled or copied here.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from flax import linen as nn
+        >>> from hessjax.flax import linen_loss
+        >>> def loss(logits, batch):
+        ...     return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
+        >>> module, batch = nn.Dense(3), (jnp.ones((4, 2)), jnp.array([0, 1, 2, 0]))
+        >>> params = module.init(jax.random.key(0), batch[0])["params"]
+        >>> loss_fn = linen_loss(module, loss)
+        >>> jax.tree.map(jnp.shape, jax.grad(loss_fn)(params, batch))
+        {'bias': (3,), 'kernel': (2, 3)}
+        >>> loss_fn == linen_loss(nn.Dense(3), loss)
+        True
+    """
+    inputs = tuple(inputs) if isinstance(inputs, list) else inputs
+    _check_hashable(module=module, loss=loss, inputs=inputs, **apply_kwargs)
+    return _LinenLoss(module, loss, inputs, tuple(sorted(apply_kwargs.items())))
+
+
+def nnx_loss(
+    model: Any,
+    loss: OutputLoss,
+    *,
+    inputs: Inputs = 0,
+    mode: Literal["eval", "train"] = "eval",
+    **call_kwargs: Hashable,
+) -> NnxLoss:
+    """The loss of an nnx model, as a pure function of its params, with those params and the rest.
+
+    The model itself is left as it is. In `mode="eval"` BatchNorm uses its running statistics and dropout is
+    off; in `mode="train"` BatchNorm uses the batch's statistics and dropout the keys in `state`, the same at
+    every call, and what the model updates on the way is dropped.
+
+    Args:
+        model: an `nnx.Module`.
+        loss: `(outputs, batch) -> scalar`, the mean over the batch. Give a function of your module's top
+            level: a lambda written anew is a new function, and retraces.
+        inputs: what the model takes from a batch, as in `linen_loss`.
+        mode: whether the copy that the loss calls is set by `model.eval()` or by `model.train()`.
+        **call_kwargs: further static arguments of the model's call.
+
+    Returns:
+        `NnxLoss(loss_fn, params, state)`: `loss_fn(params, batch, state=None) -> scalar` in the units of
+        `loss`, hashable, equal for models of equal architecture; `params` and `state` nested dicts of arrays.
+        `nnx.update(model, params)` puts changed params back into the model. For other dropout keys,
+        `nnx.reseed(model, dropout=1)` and call this again.
+
+    Raises:
+        TypeError: if `loss`, `inputs` or an argument is not hashable.
+        ValueError: if the model has no `nnx.Param`; on a call, if `params` or `state` do not fit the model,
+            a dropout layer has no key, or the batch has no such inputs.
+
+    Cost:
+        One `nnx.split`; the arrays are not copied. A call costs the model's.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from flax import nnx
+        >>> from hessjax.flax import nnx_loss
+        >>> def loss(outputs, batch):
+        ...     return optax.l2_loss(outputs, batch[1]).mean()
+        >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+        >>> loss_fn, params, state = nnx_loss(model, loss)
+        >>> batch = (jnp.ones((4, 2)), jnp.zeros((4, 1)))
+        >>> grads = jax.grad(loss_fn)(params, batch, state)
+        >>> jax.tree.map(jnp.shape, grads)
+        {'bias': (1,), 'kernel': (2, 1)}
+        >>> nnx.update(model, jax.tree.map(lambda w, g: w - 0.1 * g, params, grads))
+        >>> bool(loss(model(batch[0]), batch) < loss_fn(params, batch, state))
+        True
+    """
+    inputs = tuple(inputs) if isinstance(inputs, list) else inputs
+    _check_hashable(loss=loss, inputs=inputs, **call_kwargs)
+    if mode not in ("eval", "train"):
+        raise ValueError(f'`mode` must be "eval" or "train", got {mode!r}.')
+    copy = nnx.merge(*nnx.split(model))
+    copy.eval() if mode == "eval" else copy.train()
+    graphdef, params, state = nnx.split(copy, nnx.Param, ...)
+    if not jax.tree.leaves(params):
+        raise ValueError(f"`model` must hold at least one nnx.Param, but {type(model).__name__} has none.")
+    loss_fn = _NnxLoss(graphdef, loss, inputs, tuple(sorted(call_kwargs.items())))
+    return NnxLoss(loss_fn, nnx.to_pure_dict(params), nnx.to_pure_dict(state))
+
+
+@dataclass(frozen=True)
+class _LinenLoss:
+    module: Any
+    loss: OutputLoss
+    inputs: Inputs
+    kwargs: tuple[tuple[str, Hashable], ...]
+
+    def __call__(self, params: Params, batch: Any, state: Any = None, rngs: Any = None) -> Any:
+        state = dict(state or {})
+        try:
+            outputs, _ = self.module.apply(
+                {**state, "params": params},
+                *_arguments(batch, self.inputs),
+                rngs=rngs,
+                mutable=list(state),
+                **dict(self.kwargs),
+            )
+        except errors.ScopeCollectionNotFound as error:
+            raise ValueError(
+                "`state` must hold every collection that the module reads, as `module.init` made them, e.g. "
+                f'`{{"batch_stats": variables["batch_stats"]}}`; got {sorted(state) or "none"}. {error}'
+            ) from error
+        except errors.InvalidRngError as error:
+            raise ValueError(
+                "`rngs` must hold a fixed key for every stream that the module draws from, e.g. "
+                f'`{{"dropout": jax.random.key(0)}}`. {error}'
+            ) from error
+        return self.loss(outputs, batch)
+
+
+@dataclass(frozen=True)
+class _NnxLoss:
+    graphdef: Any
+    loss: OutputLoss
+    inputs: Inputs
+    kwargs: tuple[tuple[str, Hashable], ...]
+
+    def __call__(self, params: Params, batch: Any, state: Any = None) -> Any:
+        try:
+            model = nnx.merge(self.graphdef, params, state or {}, copy=True)
+        except ValueError as error:
+            raise ValueError(
+                f"`params` and `state` must be those of `nnx_loss`, with no more than other values. {error}"
+            ) from error
+        return self.loss(model(*_arguments(batch, self.inputs), **dict(self.kwargs)), batch)
+
+
+def _arguments(batch: Any, inputs: Inputs) -> tuple[Any, ...]:
+    """The positional arguments of the model."""
+    if callable(inputs):
+        return (inputs(batch),)
+    if isinstance(batch, (jax.Array, np.ndarray)) and inputs == 0:
+        return (batch,)
+    keys = inputs if isinstance(inputs, tuple) else (inputs,)
+    try:
+        return tuple(batch[key] for key in keys)
+    except (KeyError, IndexError, TypeError) as error:
+        has = f"keys {list(batch)}" if isinstance(batch, Mapping) else f"{type(batch).__name__}"
+        raise ValueError(
+            f"`inputs` must say what the model takes from a batch ({has}): a key, several or a function, "
+            f"got {inputs!r}."
+        ) from error
+
+
+def _check_hashable(**arguments: Any) -> None:
+    for name, value in arguments.items():
+        try:
+            hash(value)
+        except TypeError as error:
+            raise TypeError(
+                f"`{name}` must be hashable, so that the loss can be told from another without retracing, "
+                f"got {value!r}. Tuples are, lists and arrays are not."
+            ) from error

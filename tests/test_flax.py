@@ -1,0 +1,279 @@
+"""Losses from linen and nnx models against closures written by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+from jax.tree_util import Partial
+
+from hessjax.flax import linen_loss, nnx_loss
+
+
+def cross_entropy(logits, batch):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
+
+
+def dict_cross_entropy(logits, batch):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
+
+
+class Linen(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Dense(4, param_dtype=jnp.float64)(x)
+        x = nn.BatchNorm(use_running_average=not train, param_dtype=jnp.float64)(x)
+        x = jnp.tanh(x)
+        x = nn.Dropout(0.5, deterministic=not train)(x)
+        return nn.Dense(3, param_dtype=jnp.float64)(x)
+
+
+class Nnx(nnx.Module):
+    def __init__(self, seed):
+        rngs = nnx.Rngs(seed)
+        self.first = nnx.Linear(5, 4, rngs=rngs, param_dtype=jnp.float64)
+        self.norm = nnx.BatchNorm(4, rngs=rngs, param_dtype=jnp.float64)
+        self.norm.mean.set_value(jnp.full(4, 0.3, jnp.float64))
+        self.norm.var.set_value(jnp.full(4, 1.3, jnp.float64))
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.blocks = nnx.List([nnx.Linear(4, 4, rngs=rngs, param_dtype=jnp.float64) for _ in range(2)])
+
+    def __call__(self, x, scale=1.0):
+        x = jnp.tanh(self.norm(self.first(x)))
+        for block in self.blocks:
+            x = self.dropout(block(x))
+        return scale * x
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def batch():
+    rng = np.random.default_rng(0)
+    return jnp.asarray(rng.normal(size=(6, 5))), jnp.asarray(rng.integers(0, 3, 6))
+
+
+def variables(batch, seed=0):
+    made = Linen().init(jax.random.key(seed), batch[0], train=False)
+    shifted = jax.tree.map(lambda s: s.astype(jnp.float64) + 0.3, made["batch_stats"])
+    return made["params"], {"batch_stats": shifted}
+
+
+def assert_same(got, want):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14), got, want)
+    assert {leaf.dtype for leaf in jax.tree.leaves(got)} == {np.dtype(np.float64)}
+
+
+def compiled_once(function, *calls):
+    """Calls `jit(function)` for every tuple of arguments and counts how often it was traced."""
+    traces = []
+
+    @jax.jit
+    def counted(*args):
+        traces.append(None)
+        return function(*args)
+
+    results = [counted(*args) for args in calls]
+    assert len(traces) == 1, f"traced {len(traces)} times"
+    return results
+
+
+# -- linen ---------------------------------------------------------------------------------------
+
+
+def test_linen_eval_is_the_handwritten_closure(batch):
+    params, state = variables(batch)
+    loss_fn = linen_loss(Linen(), cross_entropy, train=False)
+
+    def by_hand(params):
+        return cross_entropy(Linen().apply({"params": params, **state}, batch[0], train=False), batch)
+
+    want = jax.value_and_grad(by_hand)(params)
+    assert_same(jax.value_and_grad(loss_fn)(params, batch, state), want)
+    assert_same(jax.jit(jax.value_and_grad(loss_fn))(params, batch, state), want)
+
+
+def test_linen_train_uses_batch_statistics_and_the_fixed_key(batch):
+    params, state = variables(batch)
+    loss_fn = linen_loss(Linen(), cross_entropy, train=True)
+    rngs = {"dropout": jax.random.key(7)}
+
+    def by_hand(params):
+        logits, _ = Linen().apply(
+            {"params": params, **state}, batch[0], train=True, rngs=rngs, mutable=["batch_stats"]
+        )
+        return cross_entropy(logits, batch)
+
+    want = jax.value_and_grad(by_hand)(params)
+    before = jax.tree.map(np.asarray, state)
+    assert_same(jax.value_and_grad(loss_fn)(params, batch, state, rngs), want)
+    assert_same(jax.jit(jax.value_and_grad(loss_fn))(params, batch, state, rngs), want)
+    assert_same(state, before)
+    other = loss_fn(params, batch, state, {"dropout": jax.random.key(8)})
+    assert not np.allclose(other, want[0])
+
+
+def test_linen_curvature_is_that_of_the_handwritten_closure(batch):
+    params, state = variables(batch)
+    loss_fn = linen_loss(Linen(), cross_entropy, train=False)
+
+    def by_hand(params):
+        return cross_entropy(Linen().apply({"params": params, **state}, batch[0], train=False), batch)
+
+    vector = jax.tree.map(jnp.cos, params)
+    got = jax.jvp(lambda p: jax.grad(loss_fn)(p, batch, state), (params,), (vector,))[1]
+    assert_same(got, jax.jvp(jax.grad(by_hand), (params,), (vector,))[1])
+
+
+def test_linen_loss_made_again_is_equal_and_does_not_retrace(batch):
+    losses = [linen_loss(Linen(), cross_entropy, train=False) for _ in range(3)]
+    assert losses[0] == losses[1]
+    assert hash(losses[0]) == hash(losses[1])
+    assert losses[0] != linen_loss(Linen(), cross_entropy, train=True)
+    calls = [
+        (Partial(f, *variables(batch, seed)[:1]), batch, variables(batch)[1]) for seed, f in enumerate(losses)
+    ]
+    values = compiled_once(lambda f, *args: f(*args), *calls)
+    assert len({float(value) for value in values}) == 3
+
+
+def test_inputs_by_key_by_function_and_whole(batch):
+    params, state = variables(batch)
+    want = linen_loss(Linen(), cross_entropy, train=False)(params, batch, state)
+    named = {"image": batch[0], "label": batch[1]}
+    by_key = linen_loss(Linen(), dict_cross_entropy, inputs="image", train=False)
+    by_function = linen_loss(Linen(), dict_cross_entropy, inputs=lambda b: b["image"], train=False)
+    assert_same(by_key(params, named, state), want)
+    assert_same(by_function(params, named, state), want)
+
+
+def test_several_inputs_are_positional_arguments(batch):
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x, y):
+            return nn.Dense(2)(x) - y
+
+    x, y = jnp.ones((4, 3)), jnp.full((4, 2), 2.0)
+    params = Two().init(jax.random.key(0), x, y)["params"]
+    loss_fn = linen_loss(Two(), lambda outputs, batch: outputs.mean(), inputs=("x", "y"))
+    want = Two().apply({"params": params}, x, y).mean()
+    np.testing.assert_allclose(loss_fn(params, {"y": y, "x": x}), want)
+
+
+def test_bare_array_is_taken_whole():
+    x = jnp.ones((4, 3))
+    params = nn.Dense(3).init(jax.random.key(0), x)["params"]
+    loss_fn = linen_loss(nn.Dense(3), lambda outputs, batch: ((outputs - batch) ** 2).mean())
+    want = ((nn.Dense(3).apply({"params": params}, x) - x) ** 2).mean()
+    np.testing.assert_allclose(loss_fn(params, x), want)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_linen_missing_state_is_named(batch, train):
+    params, _ = variables(batch)
+    loss_fn = linen_loss(Linen(), cross_entropy, train=train)
+    with pytest.raises(ValueError, match=r"(?s)`state` must hold every collection.*batch_stats"):
+        loss_fn(params, batch, rngs={"dropout": jax.random.key(0)})
+
+
+def test_linen_missing_dropout_key_is_named(batch):
+    params, state = variables(batch)
+    with pytest.raises(
+        ValueError, match=r'(?s)`rngs` must hold a fixed key.*Dropout_0 needs PRNG for "dropout"'
+    ):
+        linen_loss(Linen(), cross_entropy, train=True)(params, batch, state)
+
+
+def test_inputs_missing_from_the_batch_are_named(batch):
+    params, state = variables(batch)
+    named = {"image": batch[0], "label": batch[1]}
+    with pytest.raises(ValueError, match=r"`inputs` must say .*keys \['image', 'label'\].* got 0"):
+        linen_loss(Linen(), dict_cross_entropy, train=False)(params, named, state)
+
+
+def test_unhashable_parts_are_named():
+    class Wide(nn.Module):
+        features: list
+
+    with pytest.raises(TypeError, match="`module` must be hashable"):
+        linen_loss(Wide([4, 4]), cross_entropy)
+    with pytest.raises(TypeError, match="`scales` must be hashable"):
+        linen_loss(Linen(), cross_entropy, scales=[1, 2])
+
+
+# -- nnx -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_nnx_is_the_handwritten_closure(batch, mode):
+    model = Nnx(0)
+    loss_fn, params, state = nnx_loss(model, cross_entropy, mode=mode, scale=2.0)
+    twin = Nnx(0)
+    getattr(twin, mode)()
+    graphdef, weights, rest = nnx.split(twin, nnx.Param, ...)
+
+    def by_hand(weights):
+        return cross_entropy(nnx.merge(graphdef, weights, rest, copy=True)(batch[0], scale=2.0), batch)
+
+    value, grads = jax.value_and_grad(by_hand)(weights)
+    want = value, nnx.to_pure_dict(grads)
+    assert_same(jax.value_and_grad(loss_fn)(params, batch, state), want)
+    assert_same(jax.jit(jax.value_and_grad(loss_fn))(params, batch, state), want)
+    assert_same(jax.value_and_grad(loss_fn)(weights, batch, rest)[0], value)
+
+
+def test_nnx_leaves_the_model_as_it_is(batch):
+    model = Nnx(0)
+    before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, (nnx.Param, nnx.BatchStat))))
+    loss_fn, params, state = nnx_loss(model, cross_entropy)
+    loss_fn(params, batch, state)
+    after = nnx.to_pure_dict(nnx.state(model, (nnx.Param, nnx.BatchStat)))
+    assert_same(after, before)
+    assert model.dropout.deterministic is False
+
+
+def test_nnx_loss_of_a_new_checkpoint_does_not_retrace(batch):
+    made = [nnx_loss(Nnx(seed), cross_entropy, mode="train") for seed in range(3)]
+    assert made[0].loss_fn == made[1].loss_fn
+    assert made[0].loss_fn != nnx_loss(Nnx(0), cross_entropy).loss_fn
+    calls = [(Partial(loss_fn, params), batch, state) for loss_fn, params, state in made]
+    values = compiled_once(lambda f, *args: f(*args), *calls)
+    assert len({float(value) for value in values}) == 3
+
+
+def test_changed_params_go_back_into_the_nnx_model(batch):
+    model = Nnx(0)
+    loss_fn, params, state = nnx_loss(model, cross_entropy)
+    changed = jax.tree.map(lambda w: w + 0.1, params)
+    nnx.update(model, changed)
+    model.eval()
+    assert_same(cross_entropy(model(batch[0]), batch), loss_fn(changed, batch, state))
+
+
+def test_nnx_dropout_without_a_key_is_named(batch):
+    model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Dropout(0.5))
+    loss_fn, params, state = nnx_loss(model, cross_entropy, mode="train")
+    with pytest.raises(ValueError, match=r"no `rngs` argument was provided to Dropout"):
+        loss_fn(params, (jnp.ones((4, 2)), jnp.zeros(4, int)), state)
+
+
+def test_nnx_params_of_another_model_are_refused(batch):
+    loss_fn, params, state = nnx_loss(Nnx(0), cross_entropy)
+    params.pop("first")
+    with pytest.raises(ValueError, match="`params` and `state` must be those of `nnx_loss`"):
+        loss_fn(params, batch, state)
+    with pytest.raises(ValueError, match="`params` and `state` must be those of `nnx_loss`"):
+        loss_fn(nnx_loss(Nnx(0), cross_entropy).params, batch)
+
+
+def test_nnx_bad_arguments_are_named():
+    with pytest.raises(ValueError, match=r"`model` must hold .* but Dropout has none"):
+        nnx_loss(nnx.Dropout(0.5), cross_entropy)
+    with pytest.raises(ValueError, match='`mode` must be "eval" or "train", got \'test\''):
+        nnx_loss(Nnx(0), cross_entropy, mode="test")
