@@ -69,6 +69,10 @@ def check_floating(params: Params, argument: str = "params") -> None:
 
 def check_like(tree: Any, like: Any, argument: str, reference: str) -> None:
     """Raise a ValueError listing every leaf whose path or shape differs from `like`'s."""
+    if jax.tree.structure(tree) == jax.tree.structure(like):
+        shapes = zip(jax.tree.leaves(tree), jax.tree.leaves(like), strict=True)
+        if all(jnp.shape(x) == jnp.shape(y) for x, y in shapes):
+            return
     got = {path_name(p): jnp.shape(x) for p, x in jax.tree_util.tree_leaves_with_path(tree)}
     want = {path_name(p): jnp.shape(x) for p, x in jax.tree_util.tree_leaves_with_path(like)}
     lines = [f"  {path}: missing" for path in want if path not in got]
@@ -80,11 +84,10 @@ def check_like(tree: Any, like: Any, argument: str, reference: str) -> None:
     ]
     if lines:
         raise ValueError(f"`{argument}` must have the structure of `{reference}`, but\n" + "\n".join(lines))
-    if jax.tree.structure(tree) != jax.tree.structure(like):
-        raise ValueError(
-            f"`{argument}` must have the structure of `{reference}`: the leaves agree, the containers do "
-            f"not.\n  got  {jax.tree.structure(tree)}\n  need {jax.tree.structure(like)}"
-        )
+    raise ValueError(
+        f"`{argument}` must have the structure of `{reference}`: the leaves agree, the containers do not.\n"
+        f"  got  {jax.tree.structure(tree)}\n  need {jax.tree.structure(like)}"
+    )
 
 
 def _describe(leaf: Any) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 Params: TypeAlias = PyTree
 """Weights: any pytree whose leaves are real floating-point arrays."""
@@ -51,6 +51,25 @@ class Estimate(NamedTuple):
     mean: Float[Array, "..."]
     stderr: Float[Array, "..."]
     num_samples: Int[Array, ""]
+
+
+class Eigenpairs(NamedTuple):
+    """Eigenvalues and eigenvectors of a symmetric matrix, with their doubt.
+
+    Attributes:
+        values: (k,) eigenvalues, largest first, in loss per squared parameter; NaN where too few products
+            were made to have one.
+        vectors: the eigenvectors of norm 1, as a block: the params' structure, leading axis k.
+        residuals: (k,) ‖Av − θv‖: some eigenvalue of A lies within this of each value.
+        converged: (k,) whether the residual is within the tolerance asked for.
+        num_matvecs: how many products it took, those for the residuals included.
+    """
+
+    values: Float[Array, " k"]
+    vectors: Block
+    residuals: Float[Array, " k"]
+    converged: Bool[Array, " k"]
+    num_matvecs: Int[Array, ""]
 
 
 class Estimator(NamedTuple):

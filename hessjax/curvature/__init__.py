@@ -1,0 +1,1 @@
+"""From a loss, params and data to a matvec."""

@@ -1,0 +1,137 @@
+"""The exact mean of a matvec over a data set that streams from the host."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hessjax import _tree
+from hessjax._typing import Matvec, Vector
+
+
+def leading_axis(batch: Any) -> int:
+    """The number of examples in `batch`: the length of the first axis, on which all its arrays agree.
+
+    Arrays without axes (a temperature, a key) do not count.
+
+    Raises:
+        ValueError: the lengths disagree (all are listed), or no array has an axis.
+    """
+    lengths = {
+        path: jnp.shape(leaf)[0]
+        for path, leaf in zip(_tree.leaf_paths(batch), jax.tree.leaves(batch), strict=True)
+        if jnp.ndim(leaf)
+    }
+    if len(set(lengths.values())) != 1:
+        shown = ", ".join(f"{path}: {length}" for path, length in lengths.items()) or "no array with an axis"
+        raise ValueError(
+            f"a batch must hold arrays with one common leading axis, got {shown}. "
+            "If examples are counted otherwise, pass `num_examples=lambda batch: ...`."
+        )
+    return next(iter(lengths.values()))
+
+
+def over_batches(
+    make_matvec: Callable[[Any], Matvec],
+    batches: Iterable[Any],
+    *,
+    num_examples: Callable[[Any], int] = leading_axis,
+) -> Matvec:
+    """The mean of `make_matvec(batch)` over a data set, every example counting once.
+
+    Batches weigh by their number of examples, so the result does not depend on how the data is cut,
+    and a short last batch counts for what it holds. (An unweighted mean is off by 92 % in Hv with a
+    last batch of 6 in 1030.)
+
+    Args:
+        make_matvec: `batch -> matvec` of a loss that is a mean over the batch's examples.
+        batches: any iterable that starts afresh each time it is iterated (a list, a data loader; not a
+            generator). Batches are pytrees of any shape; each new shape compiles once.
+        num_examples: `batch -> int`; by default the common length of the leading axes.
+
+    Returns:
+        A matvec to be called from the host: it passes over the data once for every product. It keeps no
+        batch, and cannot be traced (`on_device=True` needs a matvec of one batch).
+
+    Raises:
+        TypeError: `batches` cannot be iterated, or only once.
+        ValueError: at a product: no batches, a batch without examples, or one whose arrays disagree.
+
+    Cost:
+        One product of every batch, and one vector (float32 at least) for the sum.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import hessjax as hj
+        >>> def loss_fn(w, x):
+        ...     return jnp.mean(x) * w**2 / 2
+        >>> batches = [jnp.array([1.0, 2.0, 3.0]), jnp.array([6.0])]
+        >>> A = hj.over_batches(lambda batch: hj.hessian(loss_fn, jnp.array(1.0), batch), batches)
+        >>> float(A(jnp.array(1.0)))
+        3.0
+    """
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"`batches` must be an iterable of batches, got {type(batches).__name__}.")
+    if isinstance(batches, Iterator):
+        raise TypeError(
+            "`batches` must start afresh at every product, but this iterator can be used only once: "
+            "pass a list, or an object whose `__iter__` opens the data anew."
+        )
+    return _BatchMean(make_matvec, batches, num_examples)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity: batches need not be hashable
+class _BatchMean:
+    make_matvec: Callable[[Any], Matvec]
+    batches: Iterable[Any]
+    num_examples: Callable[[Any], int]
+
+    def __call__(self, vector: Vector) -> Vector:
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(vector)):
+            raise TypeError(
+                "a matvec over batches reads its data on the host and cannot be traced: call it outside "
+                "`jit`, with `on_device=False`."
+            )
+        total, count = _zero(vector), 0
+        for index, batch in enumerate(self.batches):
+            weight = self._count(batch, index)
+            total = _add_product(total, weight, self.make_matvec(batch), vector)
+            count += weight
+        if not count:
+            raise ValueError("`batches` must hold at least one batch, got none.")
+        return _divide(total, count, vector)
+
+    def _count(self, batch: Any, index: int) -> int:
+        weight = int(self.num_examples(batch))
+        if weight < 1:
+            raise ValueError(f"every batch must hold at least one example, but batch {index} has {weight}.")
+        return weight
+
+
+@jax.jit
+def _zero(vector: Vector) -> Vector:
+    return jax.tree.map(jnp.zeros_like, _tree.wide(vector))
+
+
+def _add_product(total: Vector, weight: int, matvec: Matvec, vector: Vector) -> Vector:
+    if isinstance(matvec, jax.tree_util.Partial):
+        return _add_traced(total, weight, matvec, vector)
+    return _add(total, weight, matvec(vector))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _add(total: Vector, weight: int, product: Vector) -> Vector:
+    return _tree.add_scaled(total, weight, product)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _add_traced(total: Vector, weight: int, matvec: Matvec, vector: Vector) -> Vector:
+    return _tree.add_scaled(total, weight, matvec(vector))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _divide(total: Vector, count: int, like: Vector) -> Vector:
+    return _tree.cast_like(_tree.scale(1.0 / count, total), like)

@@ -1,0 +1,1 @@
+"""From a matvec to numbers: eigenpairs, trace, density."""
