@@ -186,7 +186,9 @@ def _result(result: Callable[..., Any], state: Any) -> Any:
 def _query(query: Callable[..., Block], dtypes: tuple[Any, ...], state: Any) -> tuple[Vector, ...]:
     """The queried vectors, one by one, in the dtypes of the params."""
     leaves, structure = jax.tree.flatten(query(state))
-    rows = [[x.astype(dtype) for x, dtype in zip(xs, dtypes, strict=True)] for xs in zip(*leaves, strict=True)]
+    rows = [
+        [x.astype(dtype) for x, dtype in zip(xs, dtypes, strict=True)] for xs in zip(*leaves, strict=True)
+    ]
     return tuple(jax.tree.unflatten(structure, row) for row in rows)
 
 

@@ -183,7 +183,9 @@ def _scalar(loss_fn: LossFn, args: tuple[Any, ...]) -> Callable[[Params], Any]:
         if isinstance(value, jax.Array) and value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.floating):
             return value
         got = (
-            f"{value.dtype}{list(value.shape)}" if isinstance(value, jax.Array) else f"a {type(value).__name__}"
+            f"{value.dtype}{list(value.shape)}"
+            if isinstance(value, jax.Array)
+            else f"a {type(value).__name__}"
         )
         raise TypeError(
             f"`loss_fn` must return one real number, the mean over the examples, got {got}. "

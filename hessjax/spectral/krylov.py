@@ -39,10 +39,16 @@ def write(basis: Basis, index: Array, vector: Vector) -> Basis:
     """The basis with row `index` replaced; in place where the memory is donated."""
 
     def write_chunk(chunk: Block, start: int, stop: int) -> Block:
-        local = jnp.where((start <= index) & (index < stop), index - start, stop - start)  # else: past the end
-        return jax.tree.map(lambda rows, x: rows.at[local].set(x.astype(rows.dtype), mode="drop"), chunk, vector)
+        local = jnp.where(
+            (start <= index) & (index < stop), index - start, stop - start
+        )  # else: past the end
+        return jax.tree.map(
+            lambda rows, x: rows.at[local].set(x.astype(rows.dtype), mode="drop"), chunk, vector
+        )
 
-    return tuple(write_chunk(chunk, *bounds) for chunk, bounds in zip(basis, _bounds(_rows(basis)), strict=True))
+    return tuple(
+        write_chunk(chunk, *bounds) for chunk, bounds in zip(basis, _bounds(_rows(basis)), strict=True)
+    )
 
 
 def project_out(basis: Basis, count: Array, vector: Vector) -> tuple[Vector, Float[Array, " rows"]]:

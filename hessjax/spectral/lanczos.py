@@ -40,7 +40,9 @@ def start(key: Key, vector: Vector, capacity: int) -> Krylov:
     dtype = _tree.accumulator_dtype(vector)
     basis = krylov.allocate(vector, capacity + 1)
     basis = krylov.write(basis, jnp.int32(0), _tree.scale(1 / _tree.norm(vector), vector))
-    return Krylov(basis, jnp.zeros((capacity, capacity), dtype), jnp.zeros(capacity, dtype), jnp.int32(0), key)
+    return Krylov(
+        basis, jnp.zeros((capacity, capacity), dtype), jnp.zeros(capacity, dtype), jnp.int32(0), key
+    )
 
 
 def extend(space: Krylov, product: Vector) -> Krylov:
@@ -80,7 +82,9 @@ def extend(space: Krylov, product: Vector) -> Krylov:
 def _fresh(key: Key, basis: krylov.Basis, count: Array, like: Vector) -> Vector:
     vector = gaussian(key, like)
     for _ in range(2):
-        vector, _components, norm = krylov.orthogonalise(basis, count, _tree.scale(1 / _tree.norm(vector), vector))
+        vector, _components, norm = krylov.orthogonalise(
+            basis, count, _tree.scale(1 / _tree.norm(vector), vector)
+        )
     return _tree.scale(1 / norm, vector)
 
 

@@ -1,0 +1,131 @@
+"""Block power iteration: there because people expect it, and honest about when it is done."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from hessjax import _tree
+from hessjax._typing import Block, Eigenpairs, Estimator, Key, Params, Relative, Scalar, Tolerance
+from hessjax.spectral.probes import gaussian
+
+
+class PowerState(NamedTuple):
+    """The next iterate, and the Ritz pairs of the last one.
+
+    Attributes:
+        iterate: (k, …) orthonormal block to be multiplied next.
+        vectors: (k, …) the Ritz vectors that `values` and `residuals` belong to.
+        values: (k,) Ritz values, NaN before the first product.
+        residuals: (k,) ‖Av − θv‖ of these very vectors, infinite before the first product.
+        num_matvecs: products so far.
+    """
+
+    iterate: Block
+    vectors: Block
+    values: Float[Array, " k"]
+    residuals: Float[Array, " k"]
+    num_matvecs: Int[Array, ""]
+
+
+@functools.lru_cache(maxsize=None)
+def power_iteration(k: int = 1, *, tol: Tolerance = Relative(1e-3)) -> Estimator:  # noqa: B008 - immutable
+    """Subspace iteration with Rayleigh–Ritz, for the k eigenvalues of largest magnitude.
+
+    It stops on the residual ‖Av − θv‖. (The change of θ from step to step, which others watch, has
+    returned the second eigenvalue, or one 2 % low, as converged.) Values, vectors and residuals always
+    belong together. `eigenpairs` needs 5 to 20 times fewer products; use that unless memory for more
+    than 3k vectors is missing.
+
+    Args:
+        k: number of pairs, multiplied together as a block.
+        tol: residual below which a pair counts as converged: absolute, or `relative` to the largest
+            absolute eigenvalue.
+
+    Returns:
+        An `Estimator` with result `Eigenpairs` (largest value first) and error the largest residual.
+
+    Raises:
+        ValueError: `k` below 1, or above the number of parameters.
+
+    Cost:
+        k products a step, (|λ_k+1| / |λ_k|) less error each; 6k²d operations; memory 3k·d.
+
+    References:
+        Golub & Van Loan (2013), Matrix Computations, §8.2.4.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import hessjax as hj
+        >>> A = jax.tree_util.Partial(jnp.multiply, jnp.array([9.0, -4.0, 1.0, 0.5]))
+        >>> pairs, _ = hj.run(hj.power_iteration(2), A, jax.random.key(0), jnp.zeros(4),
+        ...                   max_matvecs=100, tol=hj.relative(1e-3))
+        >>> pairs.values.round(3).tolist(), pairs.converged.tolist()
+        ([9.0, -4.0], [True, True])
+    """
+    if k < 1:
+        raise ValueError(f"`k` must be at least 1, got {k}.")
+
+    def init(key: Key, like: Params) -> PowerState:
+        if k > _tree.size(like):
+            raise ValueError(f"`k` must be at most {_tree.size(like)}, the number of parameters, got {k}.")
+        iterate = _orthonormal(jax.vmap(lambda key: gaussian(key, like))(jax.random.split(key, k)))
+        nothing = jnp.zeros(k, _tree.accumulator_dtype(like))
+        return PowerState(
+            iterate,
+            jax.tree.map(jnp.zeros_like, iterate),
+            nothing + jnp.nan,
+            nothing + jnp.inf,
+            jnp.int32(0),
+        )
+
+    def update(state: PowerState, products: Block) -> PowerState:
+        projected = _tree.gram(state.iterate, products)
+        values, rotation = jnp.linalg.eigh((projected + projected.T) / 2)
+        values, rotation = values[::-1], rotation[:, ::-1]
+        vectors, products = _tree.combine(rotation.T, state.iterate), _tree.combine(rotation.T, products)
+        residuals = jax.vmap(lambda v, w, value: _tree.norm(_tree.add_scaled(w, -value, v)))(
+            vectors, products, values
+        )
+        iterate = _orthonormal(_where_zero(products, vectors))
+        return PowerState(iterate, vectors, values, residuals, state.num_matvecs + k)
+
+    def result(state: PowerState) -> Eigenpairs:
+        limit = tol.factor * scale(state) if isinstance(tol, Relative) else tol
+        return Eigenpairs(
+            state.values, state.vectors, state.residuals, state.residuals <= limit, state.num_matvecs
+        )
+
+    def error(state: PowerState) -> Scalar:
+        return jnp.max(state.residuals)
+
+    def scale(state: PowerState) -> Scalar:
+        return jnp.max(jnp.abs(state.values))
+
+    return Estimator(init, lambda state: state.iterate, update, result, error, scale)
+
+
+def _orthonormal(block: Block) -> Block:
+    """The rows made orthonormal, in order: Gram–Schmidt, twice (dominated rows lose digits in one pass)."""
+    num_rows = jax.tree.leaves(block)[0].shape[0]
+
+    def clean(i: Array, block: Block) -> Block:
+        row = _tree.row(block, i)
+        row = _tree.scale(1 / _tree.norm(row), row)
+        for _ in range(2):
+            components = jnp.where(jnp.arange(num_rows) < i, _tree.block_inner(block, row), 0)
+            row = _tree.add_scaled(row, -1, _tree.combine(components, block))
+            row = _tree.scale(1 / _tree.norm(row), row)
+        return jax.tree.map(lambda rows, x: rows.at[i].set(x), block, row)
+
+    return jax.lax.fori_loop(0, num_rows, clean, block)
+
+
+def _where_zero(products: Block, vectors: Block) -> Block:
+    """Products, but the vector itself where A maps it to zero: an iterate must have a direction."""
+    zero = jax.vmap(_tree.norm)(products) == 0
+    return jax.tree.map(
+        lambda p, v: jnp.where(zero.reshape(-1, *[1] * (p.ndim - 1)), v, p), products, vectors
+    )
