@@ -1,0 +1,1 @@
+"""Pruning: scores, masks, and training under a mask."""
