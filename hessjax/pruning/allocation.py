@@ -21,21 +21,22 @@ Allocation: TypeAlias = Callable[[Params, Sparsity], Params]
 def global_threshold(*, floor: float = 0.05) -> Allocation:
     """One ranking over all leaves together: the lowest scores go, wherever they are.
 
-    Exactly `round(sparsity · n)` of the n weights go (halves round to even, as Python's `round`), whatever the
-    floors. The order is that of a stable argsort: of equal scores the one that comes first in the tree goes first.
+    Exactly `round(sparsity · n)` of the n weights go (halves round to even, as Python's `round`), whatever
+    the floors. The order is that of a stable argsort: of equal scores the one that comes first in the tree
+    goes first.
 
-    A leaf whose scores are small as a whole would lose every weight and cut the network in two, so that each leaf
-    keeps its best few: at least one weight, and at least `floor` times the share it would keep under `uniform`. The
-    floor bends the ranking only where it is reached.
+    A leaf whose scores are small as a whole would lose every weight and cut the network in two, so that each
+    leaf keeps its best few: at least one weight, and at least `floor` times the share it would keep under
+    `uniform`. The floor bends the ranking only where it is reached.
 
     Args:
-        floor: in [0, 1]. 1 gives every leaf the same sparsity up to rounding; 0 takes all floors away, and then a
-            leaf can lose its last weight.
+        floor: in [0, 1]. 1 gives every leaf the same sparsity up to rounding; 0 takes all floors away, and
+            then a leaf can lose its last weight.
 
     Returns:
-        `(scores, sparsity) -> mask`. It raises ValueError for a number outside [0, 1), or one that leaves fewer
-        weights than the floors need. For a traced sparsity neither can be checked: the value is taken to the
-        nearest end of [0, 1], and the floors win.
+        `(scores, sparsity) -> mask`. It raises ValueError for a number outside [0, 1), or one that leaves
+        fewer weights than the floors need. For a traced sparsity neither can be checked: the value is taken
+        to the nearest end of [0, 1], and the floors win.
 
     Raises:
         ValueError: if `floor` lies outside [0, 1].
@@ -45,14 +46,15 @@ def global_threshold(*, floor: float = 0.05) -> Allocation:
         Memory: one unsigned integer of the scores' width per weight, for the time of the ranking.
 
     References:
-        Tanaka et al., Pruning neural networks without any data by iteratively conserving synaptic flow (2020),
-        arXiv 2006.05467: layer collapse.
+        Tanaka et al., Pruning neural networks without any data by iteratively conserving synaptic flow
+        (2020), arXiv 2006.05467: layer collapse.
 
     Example:
         >>> import jax.numpy as jnp, hessjax as hj
-        >>> scores = {"a": jnp.array([[5.0, 6.0, 7.0, 8.0]]), "b": jnp.array([[1.0, 2.0, 3.0, 9.0]])}
+        >>> scores = {"a": jnp.array([5.0, 6.0, 7.0, 8.0]), "b": jnp.array([1.0, 2.0, 3.0, 9.0])}
         >>> hj.global_threshold()(scores, 0.5)
-        {'a': Array([[False,  True,  True,  True]], dtype=bool), 'b': Array([[False, False, False,  True]], dtype=bool)}
+        {'a': Array([False,  True,  True,  True], dtype=bool),
+         'b': Array([False, False, False,  True], dtype=bool)}
     """
     if not 0 <= floor <= 1:
         raise ValueError(f"`floor` must be in [0, 1], a share of what `uniform` would keep, got {floor}.")
@@ -73,21 +75,22 @@ def global_threshold(*, floor: float = 0.05) -> Allocation:
 def uniform() -> Allocation:
     """A ranking of its own in every leaf: all of them equally sparse.
 
-    Exactly `round(sparsity · n)` of a leaf's n weights go (halves round to even), but never its last one. Of equal
-    scores the one that comes first goes first.
+    Exactly `round(sparsity · n)` of a leaf's n weights go (halves round to even), but never its last one. Of
+    equal scores the one that comes first goes first.
 
     Returns:
-        `(scores, sparsity) -> mask`. It raises ValueError for a number outside [0, 1); a traced sparsity is taken
-        to the nearest end of [0, 1].
+        `(scores, sparsity) -> mask`. It raises ValueError for a number outside [0, 1); a traced sparsity is
+        taken to the nearest end of [0, 1].
 
     Cost:
         32 counting passes over float32 scores. Memory: as `global_threshold`, for one leaf at a time.
 
     Example:
         >>> import jax.numpy as jnp, hessjax as hj
-        >>> scores = {"a": jnp.array([[5.0, 6.0, 7.0, 8.0]]), "b": jnp.array([[1.0, 2.0, 3.0, 9.0]])}
+        >>> scores = {"a": jnp.array([5.0, 6.0, 7.0, 8.0]), "b": jnp.array([1.0, 2.0, 3.0, 9.0])}
         >>> hj.uniform()(scores, 0.5)
-        {'a': Array([[False, False,  True,  True]], dtype=bool), 'b': Array([[False, False,  True,  True]], dtype=bool)}
+        {'a': Array([False, False,  True,  True], dtype=bool),
+         'b': Array([False, False,  True,  True], dtype=bool)}
     """
 
     def allocate(scores: Params, sparsity: Sparsity) -> Params:
@@ -113,8 +116,8 @@ def check_sparsity(sparsity: Any, note: str = "") -> None:
 def num_zeros(sparsity: Sparsity, size: int) -> Any:
     """`round(sparsity · size)`, halves to even, without the rounding of a float32 product.
 
-    In float32 0.9 · 25,000,001 is off by more than one weight, so that a traced sparsity is written as a multiple
-    of 2⁻³¹ (exact from 2⁻⁷ up, and within half a weight below) and multiplied in integers.
+    In float32 0.9 · 25,000,001 is off by more than one weight, so that a traced sparsity is written as a
+    multiple of 2⁻³¹ (exact from 2⁻⁷ up, and within half a weight below) and multiplied in integers.
     """
     if not isinstance(sparsity, jax.Array):
         return round(float(sparsity) * size)
@@ -148,9 +151,9 @@ def _check_floors(zeros: Any, caps: list[Any], sizes: list[int], sparsity: Spars
     if isinstance(sparsity, jax.Array) or zeros <= sum(caps):
         return
     raise ValueError(
-        f"`sparsity` must leave enough for the floors of all {len(sizes)} leaves, {sum(sizes) - sum(caps)} weights, "
-        f"but {sparsity} leaves {sum(sizes) - zeros} of {sum(sizes)}: lower it, or allow a leaf to lose all its "
-        "weights by `global_threshold(floor=0)`."
+        f"`sparsity` must leave the {sum(sizes) - sum(caps)} weights that the floors of {len(sizes)} leaves "
+        f"need, but {sparsity} leaves {sum(sizes) - zeros} of {sum(sizes)}: lower it, or let leaves lose all "
+        "their weights by `global_threshold(floor=0)`."
     )
 
 

@@ -1,9 +1,9 @@
 """The n smallest of many scores, exactly and without a sort.
 
-Floats become unsigned integers in the same order; the value with n keys below it is found bit by bit, one counting
-pass per bit; ties at that value are cut by index with the same search. Only sums over all scores are needed, so
-traced counts, sharded arrays and tens of millions of scores are all the same to it (a sort of 25 million float32
-takes 20 times longer on a CPU).
+Floats become unsigned integers in the same order; the value with n keys below it is found bit by bit, one
+counting pass per bit; ties at that value are cut by index with the same search. Only sums over all scores are
+needed, so traced counts, sharded arrays and tens of millions of scores are all the same to it (a sort of 25
+million float32 takes 20 times longer on a CPU).
 """
 
 from collections.abc import Callable, Sequence

@@ -12,16 +12,17 @@ from hessjax._typing import Params
 class Saliency(NamedTuple):
     """A rule that scores weights, as three pure functions; the lowest scores are pruned first.
 
-    The trees it sees have the structure of the params, with `optax.MaskedNode()` (no leaf at all) in place of every
-    leaf that is not pruned, so that `jax.tree.map` over them just works. Keyword arguments that the training loop
-    hands to `tx.update(grads, state, params, **extra)` arrive here too.
+    The trees it sees have the structure of the params, with `optax.MaskedNode()` (no leaf at all) in place of
+    every leaf that is not pruned, so that `jax.tree.map` over them just works. Keyword arguments that the
+    training loop hands to `tx.update(grads, state, params, **extra)` arrive here too.
 
     Attributes:
         init: `(dense) -> state`, a pytree of arrays; `()` for a rule that remembers nothing.
-        update: `(state, grads, dense, mask, /, **extra) -> state`, called at every step. `grads` is the gradient at
-            the masked weights, itself not masked; `dense` the dense weights and `mask` the mask it was taken at.
-        scores: `(state, dense, /, **extra) -> scores`, called at mask steps only: floating-point arrays in the
-            shapes of `dense`. A NaN ranks below every other score, and `PruneState.num_nan` counts it.
+        update: `(state, grads, dense, mask, /, **extra) -> state`, called at every step. `grads` is the
+            gradient at the masked weights, itself not masked; `dense` the dense weights and `mask` the mask
+            it was taken at.
+        scores: `(state, dense, /, **extra) -> scores`, called at mask steps only: floating-point arrays in
+            the shapes of `dense`. A NaN ranks below every other score, and `PruneState.num_nan` counts it.
     """
 
     init: Callable[[Params], Any]
@@ -32,8 +33,8 @@ class Saliency(NamedTuple):
 def magnitude() -> Saliency:
     """The absolute value |w| of every weight.
 
-    A pruned weight is scored by its dense copy, which the inner optimizer's momentum still moves (its gradient is
-    zero); it comes back when it outgrows a kept one.
+    A pruned weight is scored by its dense copy, which the inner optimizer's momentum still moves (its
+    gradient is zero); it comes back when it outgrows a kept one.
 
     Returns:
         A `Saliency` without state; scores in the units and the dtype of the weights.
@@ -42,8 +43,9 @@ def magnitude() -> Saliency:
         One pass over the weights at a mask step, nothing between.
 
     References:
-        Han et al., Learning both weights and connections for efficient neural networks (2015), arXiv 1506.02626.
-        Zhu and Gupta, To prune, or not to prune (2017), arXiv 1710.01878: the same along a cubic schedule.
+        Han et al., Learning both weights and connections for efficient neural networks (2015), arXiv
+        1506.02626. Zhu and Gupta, To prune, or not to prune (2017), arXiv 1710.01878: the same along a cubic
+        schedule.
 
     Example:
         >>> import jax.numpy as jnp, hessjax as hj

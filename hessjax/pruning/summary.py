@@ -22,7 +22,8 @@ class SummaryRow(NamedTuple):
         number: how many weights it has.
         nonzeros: how many of them are not 0.0.
         sparsity: the fraction of zeros; 0 for an empty leaf.
-        std: standard deviation of all weights, zeros included (population, `ddof=0`), in the units of the weights.
+        std: standard deviation of all weights, zeros included (population, `ddof=0`), in the units of the
+            weights.
         mean: their mean.
         abs_mean: the mean of their absolute values. These three are NaN for an empty leaf.
     """
@@ -59,12 +60,12 @@ class Summary(NamedTuple):
         return table
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=1000, color_system=None)
-        console.print(self)
-        lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-        return "\n".join(line.rstrip() for line in lines)
+        text = io.StringIO()
+        Console(file=text, width=1000, color_system=None).print(self)
+        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
-    __repr__ = __str__
+    def __repr__(self) -> str:  # a notebook's last line shows the table
+        return str(self)
 
 
 def summary(params: Params) -> Summary:
@@ -74,7 +75,8 @@ def summary(params: Params) -> Summary:
         params: any pytree of floating-point arrays: a linen dict, an `nnx.State`, ...
 
     Returns:
-        A `Summary`: `.rows` and `.total` hold the numbers, `print` shows them as a table, `rich.print` with style.
+        A `Summary`: `.rows` and `.total` hold the numbers, `print` shows them as a table, `rich.print` with
+        style.
 
     Raises:
         TypeError: if a leaf is not floating-point (a counter, a random key): pass the weights only.
@@ -112,7 +114,13 @@ def _moments(x: Array) -> tuple[Array, Array, Array, Array]:
 
 
 def _row(
-    path: str, shape: tuple[int, ...], number: int, nonzeros: int, mean: float, variance: float, abs_mean: float
+    path: str,
+    shape: tuple[int, ...],
+    number: int,
+    nonzeros: int,
+    mean: float,
+    variance: float,
+    abs_mean: float,
 ) -> SummaryRow:
     sparsity = 1 - int(nonzeros) / number if number else 0.0
     return SummaryRow(

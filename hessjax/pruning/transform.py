@@ -12,8 +12,7 @@ from hessjax import _tree
 from hessjax._typing import Params, Where
 from hessjax.pruning.allocation import Allocation, check_sparsity, global_threshold
 from hessjax.pruning.saliency import Saliency
-
-Schedule = Callable[[Any], Any]
+from hessjax.pruning.steps import Schedule, check_budget, check_steps, is_mask_step, some_mask_steps
 
 
 class PruneState(NamedTuple):
@@ -24,11 +23,13 @@ class PruneState(NamedTuple):
     Attributes:
         count: T, the number of updates so far.
         inner: the state of the wrapped optimizer.
-        dense: the weights without their mask. Read where `mask` is False only: elsewhere the params are the truth.
+        dense: the weights without their mask. Read where `mask` is False only: elsewhere the params are the
+            truth.
         mask: booleans, True = kept.
         saliency: what the saliency remembers (scores, their optimizer, gradients).
         sparsity: what was asked for at the last mask step; 0 before the first.
-        num_nan: how many scores were NaN at the last mask step; anything but 0 means that the run has gone wrong.
+        num_nan: how many scores were NaN at the last mask step; anything but 0 means that the run has gone
+            wrong.
     """
 
     count: Int[Array, ""]
@@ -41,7 +42,7 @@ class PruneState(NamedTuple):
 
 
 def is_matrix(path: str, leaf: Any) -> bool:
-    """Whether a leaf has two or more axes: matrices, convolution kernels, embeddings; no biases, no scales."""
+    """Whether a leaf has two or more axes: matrices, kernels, embeddings; no biases, no scales."""
     return jnp.ndim(leaf) >= 2
 
 
@@ -58,22 +59,23 @@ def prune(
 ) -> optax.GradientTransformationExtraArgs:
     """Train with `inner` while pruning: the params that the loop holds are the masked ones, exactly.
 
-    The loop stays as it is. The dense weights W and the mask M live in the optimizer state; the gradient G, taken at
-    the masked weights, goes into `inner` as G⊙M together with W. After T updates the params are M⊙W with M from the
-    last mask step, T' = start, start + every, ... up to `stop`, and `stop` itself, and its sparsity is
-    `sparsity(T')`. The mask of T' = 0 is made from the params given to `init` and acts from the first update on.
+    The loop stays as it is. The dense weights W and the mask M live in the optimizer state; the gradient G,
+    taken at the masked weights, goes into `inner` as G⊙M together with W. After T updates the params are M⊙W
+    with M from the last mask step, T' = start, start + every, ... up to `stop`, and `stop` itself, and its
+    sparsity is `sparsity(T')`. The mask of T' = 0 is made from the params given to `init` and acts from the
+    first update on.
 
     Guaranteed, whatever `inner` is:
 
     - a pruned weight is exactly 0.0 after `optax.apply_updates`, and the number of zeros is exact;
-    - a kept weight receives `inner`'s own update, bit for bit, and a leaf that is not pruned trains as if `prune`
-      were not there. At kept places W is defined as the params themselves, read anew at every update, so that no
-      rounding is ever lost between the two (and changes made to the params from outside are honoured);
+    - a kept weight moves as `inner` alone would move it, to the last bit, and a leaf that is not pruned
+      trains as if `prune` were not there. At kept places W is by definition the params, read anew at every
+      update, so that the two cannot drift apart and changes made to the params from outside are honoured;
     - a weight that comes back starts from its dense copy, which `inner` has kept moving (with zero gradient).
 
-    Nothing may change the updates after `prune`: in a chain it comes last, and decay, ema, accumulation belong into
-    `inner`. (`optax.MultiSteps` round `prune` is fine: T then counts its emitted updates; inside `prune`, T counts
-    the small steps.)
+    Nothing may change the updates after `prune`: in a chain it comes last, and decay, ema, accumulation
+    belong into `inner`. (`optax.MultiSteps` round `prune` is fine: T then counts its emitted updates; inside
+    `prune`, T counts the small steps.)
 
     Args:
         inner: the optimizer. Its state may hold anything; its weight decay sees the dense weights.
@@ -81,28 +83,29 @@ def prune(
         sparsity: the fraction of zeros among the selected weights, in [0, 1): a number, or a schedule
             `T -> sparsity` such as `optax.polynomial_schedule(0.0, 0.9, 3, 1000)`.
         allocation: how zeros are spread over the leaves: `global_threshold()` or `uniform()`.
-        where: which leaves are pruned: a glob over their paths, several, or `(path, leaf) -> bool`. By default all
-            with two or more axes.
+        where: which leaves are pruned: a glob over their paths, several, or `(path, leaf) -> bool`. By
+            default all with two or more axes.
         every: updates between two mask steps.
         start: the first mask step; until then nothing is pruned.
         stop: the last mask step; afterwards the mask rests. None: never.
 
     Returns:
-        An optax transformation. Its `update` needs `params`, and hands further keyword arguments on to `inner` and
-        to the saliency. `mask_of(opt_state)` gives the mask.
+        An optax transformation. Its `update` needs `params`, and hands further keyword arguments on to
+        `inner` and to the saliency. `mask_of(opt_state)` gives the mask.
 
     Raises:
-        ValueError: for `sparsity` outside [0, 1), `every` < 1, `start` < 0, `start` > `stop`; by `init`, if `where`
-            matches no leaf, if the allocation's floors cannot be met, or if a schedule leaves [0, 1). A schedule is
-            tried at `start`, at `start + every · 2ᵏ` up to `stop` (or k = 20) and at `stop`; what it gives elsewhere
-            cannot raise inside `jit`: it is taken to the nearest end of [0, 1] and stands in `PruneState.sparsity`.
-            By `update`, if `params` is missing or `grads` differs from it in structure.
+        ValueError: for `sparsity` outside [0, 1), `every` < 1, `start` < 0, `start` > `stop`; by `init`, if
+            `where` matches no leaf, if the allocation's floors cannot be met, or if a schedule leaves [0, 1).
+            A schedule is tried at `start`, at `start + every · 2ᵏ` up to `stop` (or k = 20) and at `stop`;
+            what it gives elsewhere cannot raise inside `jit`: it is taken to the nearest end of [0, 1] and
+            stands in `PruneState.sparsity`. By `update`, if `params` is missing or `grads` differs from it in
+            structure.
         TypeError: by `init`, if a selected leaf is not floating-point.
 
     Cost:
-        Between mask steps a few elementwise operations per selected weight; the ranking runs inside `lax.cond`, at
-        mask steps only. Memory beyond `inner`'s: one dense copy and one byte per selected weight, nothing for other
-        leaves.
+        Between mask steps a few elementwise operations per selected weight; the ranking runs inside
+        `lax.cond`, at mask steps only. Memory beyond `inner`'s: one dense copy and one byte per selected
+        weight, nothing for other leaves.
 
     References:
         Zhu and Gupta, To prune, or not to prune (2017), arXiv 1710.01878: the cubic schedule.
@@ -119,7 +122,7 @@ def prune(
         Array([[-4.1, -3.1,  0. ,  0. ],
                [ 0. ,  0. ,  1.9,  2.9]], dtype=float32)
     """
-    _check_steps(every, start, stop)
+    check_steps(every, start, stop)
     if not callable(sparsity):
         check_sparsity(sparsity)
     inner = optax.with_extra_args_support(inner)
@@ -131,7 +134,7 @@ def prune(
 
     def init(params: Params) -> PruneState:
         dense = _copy_selected(params, where)
-        _check_budget(sparsity, allocation, dense, _some_mask_steps(every, start, stop))
+        check_budget(sparsity, allocation, dense, some_mask_steps(every, start, stop))
         scorer, zero = saliency.init(dense), jnp.zeros((), jnp.int32)
         if start == 0:
             mask, asked, num_nan = choose(dense, scorer, zero, {})
@@ -146,17 +149,17 @@ def prune(
         _check_update(grads, params)
         count = optax.safe_increment(state.count)
         weights = _on_selected(_unmask, params, state.mask, state.dense)
-        steps, inner_state = inner.update(_on_selected(_mask, grads, state.mask), state.inner, weights, **extra)
-        before, dense = (_drop_others(x, state.mask) for x in (weights, optax.apply_updates(weights, steps)))
-        scorer = saliency.update(
-            state.saliency, _drop_others(grads, state.mask), before, state.mask, **extra
+        steps, inner_state = inner.update(
+            _on_selected(_mask, grads, state.mask), state.inner, weights, **extra
         )
+        before, dense = (_drop_others(x, state.mask) for x in (weights, optax.apply_updates(weights, steps)))
+        scorer = saliency.update(state.saliency, _drop_others(grads, state.mask), before, state.mask, **extra)
         mask, asked, num_nan = _cond(
-            _is_mask_step(count, every, start, stop),
+            is_mask_step(count, every, start, stop),
             lambda: choose(dense, scorer, count, extra),
             lambda: (state.mask, state.sparsity, state.num_nan),
         )
-        updates = _on_selected(_land, steps, state.mask, mask, params, dense)
+        updates = _on_selected(_land, steps, mask, dense, params)
         return updates, PruneState(count, inner_state, dense, mask, scorer, asked, num_nan)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -166,14 +169,15 @@ def mask_of(opt_state: Any) -> Params:
     """The current mask, True = kept, from the state of any optimizer that has `prune` somewhere in it.
 
     Args:
-        opt_state: an optax state, nested in any way (chain, MultiSteps, ...), or something that holds one, such as
-            a linen `TrainState`.
+        opt_state: an optax state, nested in any way (chain, MultiSteps, ...), or something that holds one,
+            such as a linen `TrainState`.
 
     Returns:
-        A pytree like the params: booleans in the shape of every pruned leaf, and a scalar True for every other, so
-        that `jax.tree.map(lambda p, m: jnp.where(m, p, 0), params, hj.mask_of(opt_state))` masks a tree (dense
-        weights, an average of params). Before the first update this is the mask that the first update will impose.
-        From an `nnx.Optimizer`, whose state is made of Variables: `nnx.as_pure(hj.mask_of(optimizer.opt_state))`.
+        A pytree like the params: booleans in the shape of every pruned leaf, and a scalar True for every
+        other, so that `jax.tree.map(lambda p, m: jnp.where(m, p, 0), params, hj.mask_of(opt_state))` masks a
+        tree (dense weights, an average of params). Before the first update this is the mask that the first
+        update will impose. From an `nnx.Optimizer`, whose state is made of Variables:
+        `nnx.as_pure(hj.mask_of(optimizer.opt_state))`.
 
     Raises:
         ValueError: if there is no prune state in it, or more than one.
@@ -205,15 +209,16 @@ def _mask(grad: Array, mask: Array) -> Array:
     return jnp.where(mask, grad, jnp.zeros_like(grad))
 
 
-def _land(step: Array, old: Array, new: Array, param: Array, dense: Array) -> Array:
-    """The update that lands `param` on `new ⊙ dense`.
+def _land(step: Array, mask: Array, dense: Array, param: Array) -> Array:
+    """`M⊙W − param`, in a dtype that holds the params: rounded to a narrower one it would not cancel.
 
-    Three cases, each exact in floating point: kept as before, `step`; coming back from 0.0, `dense − 0`; going,
-    `−param`. The dtype holds both, as `−param` rounded to a narrower step would not cancel.
+    Added to `param` it gives `M⊙W` again: 0.0 always; a kept weight because W = fl(param + u) for some float
+    u, and of all floats fl(W − param) is the nearest to W − param, so that it rounds where u did. (One
+    exception: a weight that jumps over zero exactly onto a power of two can land one unit in the last place
+    beside it.) Returning u itself would keep one more array alive between this step and the ranking.
     """
     dtype = jnp.promote_types(step.dtype, param.dtype)
-    step, param, dense = step.astype(dtype), param.astype(dtype), dense.astype(dtype)
-    return jnp.where(new, jnp.where(old, step, dense - param), -param)
+    return jnp.where(mask, dense, jnp.zeros_like(dense)).astype(dtype) - param.astype(dtype)
 
 
 # -- trees with holes -----------------------------------------------------------------------------
@@ -244,45 +249,11 @@ def _num_nan(scores: Params) -> Array:
     return sum((jnp.sum(jnp.isnan(x), dtype=jnp.int32) for x in jax.tree.leaves(scores)), jnp.int32(0))
 
 
-# -- steps and checks -----------------------------------------------------------------------------
-
-
-def _is_mask_step(count: Array, every: int, start: int, stop: int | None) -> Array:
-    due = (count >= start) & ((count - start) % every == 0)
-    return due if stop is None else (due & (count <= stop)) | (count == stop)
-
-
-def _some_mask_steps(every: int, start: int, stop: int | None) -> list[int]:
-    """A sample of the mask steps that reaches far: the first, doubling gaps, the last."""
-    steps = [start, *(start + every * 2**k for k in range(21))]
-    return steps if stop is None else [*(t for t in steps if t < stop), stop]
-
-
 def _cond(predicate: Array, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
     """`lax.cond`; outside `jit`, where it would compile both branches at every call, a plain `if`."""
     if isinstance(predicate, jax.core.Tracer):
         return jax.lax.cond(predicate, yes, no)
     return yes() if predicate else no()
-
-
-def _check_steps(every: int, start: int, stop: int | None) -> None:
-    if every < 1:
-        raise ValueError(f"`every` must be at least 1, the number of updates between mask steps, got {every}.")
-    if start < 0:
-        raise ValueError(f"`start` must be at least 0, the first mask step, got {start}.")
-    if stop is not None and stop < start:
-        raise ValueError(f"`stop` must not lie before `start`, which is {start}, got {stop}.")
-
-
-def _check_budget(sparsity: Any, allocation: Allocation, dense: Params, steps: list[int]) -> None:
-    """Raise now what a mask step inside `jit` could not."""
-    values = [sparsity]
-    if callable(sparsity):
-        with jax.ensure_compile_time_eval():
-            values = [float(sparsity(jnp.asarray(step, jnp.int32))) for step in steps]
-        for value, step in zip(values, steps, strict=True):
-            check_sparsity(value, f" from the schedule at step {step}")
-    jax.eval_shape(lambda scores: allocation(scores, max(values)), dense)
 
 
 def _check_update(grads: Params, params: Params | None) -> None:

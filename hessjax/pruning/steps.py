@@ -1,0 +1,50 @@
+"""When masks are made: the mask steps, and what is checked of them before any work."""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from hessjax._typing import Params
+from hessjax.pruning.allocation import Allocation, check_sparsity
+
+Schedule: TypeAlias = Callable[[Any], Any]
+"""`T -> sparsity`, as optax writes schedules."""
+
+
+def is_mask_step(count: Array, every: int, start: int, stop: int | None) -> Array:
+    """Whether T = `count` is start, start + every, ... up to `stop`, or `stop` itself."""
+    due = (count >= start) & ((count - start) % every == 0)
+    return due if stop is None else (due & (count <= stop)) | (count == stop)
+
+
+def some_mask_steps(every: int, start: int, stop: int | None) -> list[int]:
+    """A sample of the mask steps that reaches far: the first, doubling gaps, the last."""
+    steps = [start, *(start + every * 2**k for k in range(21))]
+    return steps if stop is None else [*(t for t in steps if t < stop), stop]
+
+
+def check_steps(every: int, start: int, stop: int | None) -> None:
+    """Raise a ValueError for steps that cannot be."""
+    if every < 1:
+        raise ValueError(
+            f"`every` must be at least 1, the number of updates between mask steps, got {every}."
+        )
+    if start < 0:
+        raise ValueError(f"`start` must be at least 0, the first mask step, got {start}.")
+    if stop is not None and stop < start:
+        raise ValueError(f"`stop` must not lie before `start`, which is {start}, got {stop}.")
+
+
+def check_budget(sparsity: Any, allocation: Allocation, dense: Params, steps: list[int]) -> None:
+    """Raise now what a mask step inside `jit` could not."""
+    values = [sparsity]
+    if callable(sparsity):
+        with jax.ensure_compile_time_eval():  # known numbers, even where `init` itself is being traced
+            schedule = jax.jit(sparsity)
+            values = [float(schedule(jnp.asarray(step, jnp.int32))) for step in steps]
+        for value, step in zip(values, steps, strict=True):
+            check_sparsity(value, f" from the schedule at step {step}")
+    jax.eval_shape(lambda scores: allocation(scores, max(values)), dense)
