@@ -1,0 +1,78 @@
+"""What does pruning add to a training step?"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import models
+import optax
+import table
+import timing
+
+import hessjax as hj
+
+PROBLEMS = {"MLP": (models.mlp, 60), "transformer": (models.transformer, 15)}
+EVERY = 100
+
+
+def measure(quick: bool) -> table.Measured:
+    figures, raw = [], {}
+    for name, (make, rounds) in PROBLEMS.items():
+        problem = make(quick)
+        steps = {kind: training(problem, tx) for kind, tx in optimizers().items()}
+        timing.first_calls(steps)
+        times = timing.interleave(steps, 3 if quick else rounds)
+        raw[name] = times
+        figures += figures_of(name, times)
+    return figures, raw
+
+
+def optimizers() -> dict[str, optax.GradientTransformation]:
+    """Adam, bare and pruned: one that rests after its first mask step, and one that never does."""
+    adam, schedule = optax.adam(1e-4), optax.polynomial_schedule(0.0, 0.9, 3, 1000)
+    return {
+        "bare": adam,
+        "between": hj.prune(adam, hj.magnitude(), schedule, every=10**6),
+        "mask step": hj.prune(adam, hj.magnitude(), schedule, every=1),
+    }
+
+
+def training(problem: models.Problem, tx: optax.GradientTransformation) -> Callable[[], Any]:
+    """A training loop: every call is one step further, params and state re-use their memory."""
+
+    def step(params: Any, state: Any, *args: Any) -> tuple[Any, Any]:
+        grads = jax.grad(problem.loss_fn)(params, *args)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    compiled = jax.jit(step, donate_argnums=(0, 1))
+    params = jax.tree.map(jax.numpy.copy, problem.params)
+    carry = (params, tx.init(params))
+
+    def advance() -> Any:
+        nonlocal carry
+        carry = compiled(*carry, *problem.args)
+        return carry
+
+    return advance
+
+
+def figures_of(name: str, times: timing.Times) -> list[table.Figure]:
+    bare = timing.milliseconds(times["bare"])
+    between, mask_step = (added(times, kind) for kind in ("between", "mask step"))
+    note = f"bare step {bare:.1f} ms"
+    average = between.median + (mask_step.median - between.median) / EVERY
+    return [
+        table.Figure(f"between mask steps, {name}", between.median, "%", 5.0, between[1:], note),
+        table.Figure(f"at a mask step, {name}", mask_step.median, "%", None, mask_step[1:], note),
+        table.Figure(f"on average at every={EVERY}, {name}", average, "%", None, None, note),
+    ]
+
+
+def added(times: timing.Times, kind: str) -> timing.Ratio:
+    """What a step takes beyond the bare one, in percent of it."""
+    return timing.Ratio(*(100 * (x - 1) for x in timing.ratio(times, kind, "bare")))
+
+
+if __name__ == "__main__":
+    table.main(__doc__, measure)
