@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -207,7 +207,7 @@ def _update(update: Callable[..., Any], carry: _Carry, products: Block) -> _Carr
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _look(estimator: Estimator, tol: Tolerance | None, state: Any) -> tuple[jax.Array, jax.Array]:
+def _error(estimator: Estimator, tol: Tolerance | None, state: Any) -> tuple[jax.Array, jax.Array]:
     """The error, and the target it has to reach."""
     error = jnp.asarray(estimator.error(state), jnp.result_type(float))
     if tol is None:
@@ -217,11 +217,6 @@ def _look(estimator: Estimator, tol: Tolerance | None, state: Any) -> tuple[jax.
 
 
 # -- the two loops -------------------------------------------------------------------------------
-
-
-@jax.jit
-def _apply(matvec: Matvec, vector: Vector) -> Vector:
-    return matvec(vector)
 
 
 def _loop_on_host(
@@ -235,30 +230,40 @@ def _loop_on_host(
     carry: _Carry,
 ) -> _Carry:
     dtypes = tuple(jnp.result_type(leaf) for leaf in jax.tree.leaves(like))
-    apply = functools.partial(_apply, matvec) if isinstance(matvec, jax.tree_util.Partial) else matvec
+    watched = estimator if tol is not None or callbacks else None
     look_every = max(1, CHECK_EVERY // width)
-    with contextlib.ExitStack() as stack:
-        for callback in callbacks:
-            if isinstance(callback, contextlib.AbstractContextManager):
-                stack.enter_context(callback)
+    with _entered(callbacks):
         for step in range(1, max_steps + 1):
-            products = tuple(map(apply, _query(estimator.query, dtypes, carry.state)))
+            products = tuple(map(matvec, _query(estimator.query, dtypes, carry.state)))
             _check_products(products, like)
             carry = _absorb(estimator.update, carry, products)
             if step % look_every and step < max_steps:
                 continue
-            looks = (_look(estimator, tol, carry.state), carry.steps, carry.failed_leaf)
-            (error, target), steps, failed = jax.device_get(looks)
-            done = step == max_steps or error <= target or failed >= 0
+            error, target, steps, failed = _look(watched, tol, carry)
+            done = step == max_steps or error <= target or failed
             for callback in callbacks:
-                callback(
-                    Progress(
-                        int(steps) * width, max_steps * width, float(error), float(target), carry.state, done
-                    )
-                )
+                callback(Progress(steps * width, max_steps * width, error, target, carry.state, done))
             if done:
                 break
     return carry
+
+
+def _look(
+    estimator: Estimator | None, tol: Tolerance | None, carry: _Carry
+) -> tuple[float, float, int, bool]:
+    """Wait for the device, and read error, target, steps done, and whether a product was not finite."""
+    looks = _error(estimator, tol, carry.state) if estimator else (math.inf, -math.inf)
+    (error, target), steps, failed_leaf = jax.device_get((looks, carry.steps, carry.failed_leaf))
+    return float(error), float(target), int(steps), bool(failed_leaf >= 0)
+
+
+@contextlib.contextmanager
+def _entered(callbacks: Sequence[Callback]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for callback in callbacks:
+            if isinstance(callback, contextlib.AbstractContextManager):
+                stack.enter_context(callback)
+        yield
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4))
@@ -279,7 +284,7 @@ def _loop_on_device(
         return carry, look_now & jax.lax.cond(look_now, _satisfied, lambda _: jnp.asarray(False), carry.state)
 
     def _satisfied(state: Any) -> jax.Array:
-        error, target = _look(estimator, tol, state)
+        error, target = _error(estimator, tol, state)
         return error <= target
 
     return jax.lax.while_loop(go_on, step, (carry, jnp.asarray(False)))[0]
@@ -299,12 +304,11 @@ def _check_products(products: Sequence[Vector], like: Params) -> None:
 
 
 def _non_finite(carry: _Carry, width: int, like: Params, result: Any) -> NonFiniteProductError:
-    count = int(carry.steps) * width
+    count, leaf = int(carry.steps) * width, _tree.leaf_paths(like)[int(carry.failed_leaf)]
     where = f"product {count + 1}" if width == 1 else f"one of products {count + 1} to {count + width}"
     return NonFiniteProductError(
-        f"{where} is not finite (first in leaf `{_tree.leaf_paths(like)[int(carry.failed_leaf)]}`): is the loss "
-        f"itself finite at these params? The result of the {count} products before is in `.result`, the state "
-        "in `.state`.",
+        f"{where} is not finite (first in leaf `{leaf}`): is the loss itself finite at these params? "
+        f"The result of the {count} products before is in `.result`, the state in `.state`.",
         result,
         carry.state,
         count,

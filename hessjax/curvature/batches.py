@@ -98,7 +98,7 @@ class _BatchMean:
         total, count = _zero(vector), 0
         for index, batch in enumerate(self.batches):
             weight = self._count(batch, index)
-            total = _add_product(total, weight, self.make_matvec(batch), vector)
+            total = _add(total, weight, self.make_matvec(batch)(vector))
             count += weight
         if not count:
             raise ValueError("`batches` must hold at least one batch, got none.")
@@ -116,20 +116,9 @@ def _zero(vector: Vector) -> Vector:
     return jax.tree.map(jnp.zeros_like, _tree.wide(vector))
 
 
-def _add_product(total: Vector, weight: int, matvec: Matvec, vector: Vector) -> Vector:
-    if isinstance(matvec, jax.tree_util.Partial):
-        return _add_traced(total, weight, matvec, vector)
-    return _add(total, weight, matvec(vector))
-
-
 @functools.partial(jax.jit, donate_argnums=0)
 def _add(total: Vector, weight: int, product: Vector) -> Vector:
     return _tree.add_scaled(total, weight, product)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _add_traced(total: Vector, weight: int, matvec: Matvec, vector: Vector) -> Vector:
-    return _tree.add_scaled(total, weight, matvec(vector))
 
 
 @functools.partial(jax.jit, donate_argnums=0)

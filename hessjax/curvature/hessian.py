@@ -1,8 +1,9 @@
 """Hessian-vector products: a loss, params and one batch become a matvec."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -73,7 +74,8 @@ def hessian(
         )
     loss_fn = loss_fn if isinstance(loss_fn, Partial) else Partial(loss_fn)
     if linearize:
-        return Partial(_multiply_linear, _linearize(mode, precision, loss_fn, params, args), params)
+        with _explained(mode):
+            return Partial(_multiply_linear, _linearize(mode, precision, loss_fn, params, args), params)
     return Partial(_Product(mode, precision), loss_fn, params, args)
 
 
@@ -150,13 +152,14 @@ class _Product:
     precision: str | None
 
     def __call__(self, loss_fn: LossFn, params: Params, args: tuple[Any, ...], vector: Vector) -> Vector:
-        return _multiply(self, loss_fn, params, args, vector)
+        with _explained(self.mode):
+            return _multiply(self, loss_fn, params, args, vector)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _multiply(settings: _Product, loss_fn: LossFn, params: Params, args: Any, vector: Vector) -> Vector:
     _tree.check_like(vector, params, "vector", "params")
-    with jax.default_matmul_precision(settings.precision), _explained(settings.mode):
+    with jax.default_matmul_precision(settings.precision):
         vector = _tree.cast_like(vector, params)
         return _PRODUCTS[settings.mode](_scalar(loss_fn, args), params, vector)
 
@@ -165,7 +168,7 @@ def _multiply(settings: _Product, loss_fn: LossFn, params: Params, args: Any, ve
 def _linearize(mode: str, precision: str | None, loss_fn: LossFn, params: Params, args: Any) -> Any:
     # Returned from `jit`, the linear map's structure comes from the cached trace: it is the same object
     # for every params and batch of these shapes, and code compiled for one serves the next.
-    with jax.default_matmul_precision(precision), _explained(mode):
+    with jax.default_matmul_precision(precision):
         return _LINEARIZED[mode](_scalar(loss_fn, args), params)
 
 
@@ -195,18 +198,15 @@ def _scalar(loss_fn: LossFn, args: tuple[Any, ...]) -> Callable[[Params], Any]:
     return loss
 
 
-class _explained:  # noqa: N801 - reads as a phrase after `with`
+@contextlib.contextmanager
+def _explained(mode: str) -> Iterator[None]:
     """Turns jax's error about a `custom_vjp` into one that names the way out."""
-
-    def __init__(self, mode: str) -> None:
-        self.mode = mode
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, TypeError) and "custom_vjp" in str(error):
-            raise TypeError(
-                f"`mode={self.mode!r}` cannot pass a `custom_vjp` inside `loss_fn`; "
-                "use `mode='reverse-over-reverse'`, which can."
-            ) from error
+    try:
+        yield
+    except (TypeError, NotImplementedError) as error:
+        if "custom_vjp" not in str(error) and "custom_lin" not in str(error):
+            raise
+        raise TypeError(
+            f"`mode={mode!r}` cannot pass a `custom_vjp` inside `loss_fn`; use "
+            "`mode='reverse-over-reverse'`, which can."
+        ) from error

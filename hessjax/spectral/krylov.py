@@ -5,7 +5,7 @@ Rows are kept in chunks, each its own array, so that work touches only the chunk
 """
 
 from itertools import accumulate, pairwise
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from hessjax import _tree
 from hessjax._typing import Block, Params, Scalar, Vector
+from hessjax.spectral.probes import hashed_signs
 
 CHUNK = 16
 """Rows to a chunk: below, the products with a chunk no longer run at the memory's full bandwidth."""
@@ -68,20 +69,51 @@ def project_out(basis: Basis, count: Array, vector: Vector) -> tuple[Vector, Flo
     return vector, jnp.concatenate(parts)
 
 
-def orthogonalise(basis: Basis, count: Array, vector: Vector) -> tuple[Vector, Float[Array, " rows"], Scalar]:
-    """`project_out`, and once more where the first pass lost digits; with the norm of what is left.
+class Orthogonal(NamedTuple):
+    """What `orthogonalise` makes of a vector.
 
-    "Twice is enough" (Parlett 1998, §6.9): a pass that leaves at least 0.7 of the norm was accurate.
+    Attributes:
+        vector: of norm 1, orthogonal to the rows.
+        components: (rows,) what was taken out along each row.
+        norm: what was left of the vector; 0 if nothing was, and `vector` is a fresh direction.
     """
-    before = _tree.norm(vector)
-    vector, components = project_out(basis, count, vector)
-    after = _tree.norm(vector)
 
-    def again(vector: Vector) -> tuple[Vector, Array, Scalar]:
-        vector, more = project_out(basis, count, vector)
-        return vector, components + more, _tree.norm(vector)
+    vector: Vector
+    components: Float[Array, " rows"]
+    norm: Scalar
 
-    return jax.lax.cond(after < 0.7 * before, again, lambda v: (v, components, after), vector)
+
+def orthogonalise(basis: Basis, count: Array, vector: Vector, tiny: Scalar) -> Orthogonal:
+    """A unit vector orthogonal to the first `count` rows: passes of `project_out` until one loses little.
+
+    A pass that leaves at least 0.7 of the norm was accurate; "twice is enough" (Parlett 1998, §6.9). A
+    vector of which no more than `tiny` is left was inside the span: a fresh direction takes its place.
+    """
+
+    def unsettled(loop: tuple[Orthogonal, Array, Array]) -> Array:
+        _, settled, passes = loop
+        return ~settled & (passes < 5)
+
+    def one_pass(loop: tuple[Orthogonal, Array, Array]) -> tuple[Orthogonal, Array, Array]:
+        # `norm` is positive here until the vector collapses, then minus the fresh direction's.
+        (vector, components, before), _, passes = loop
+        fresh = before < 0
+        vector, part = project_out(basis, count, vector)
+        after = _tree.norm(vector)
+        collapsed = ~fresh & (after <= tiny)
+        settled = ~collapsed & (after >= 0.7 * jnp.abs(before))
+        vector = jax.lax.cond(collapsed, lambda v: hashed_signs(count, v), lambda v: v, vector)
+        size = jnp.sqrt(jnp.asarray(_tree.size(vector), after.dtype))
+        norm = jnp.where(collapsed, -size, jnp.where(fresh, -after, after))
+        return Orthogonal(vector, components + jnp.where(fresh, 0, part), norm), settled, passes + 1
+
+    nothing = jnp.zeros(_rows(basis), _tree.accumulator_dtype(vector))
+    begin = Orthogonal(vector, nothing, _tree.norm(vector))
+    (vector, components, norm), _, _ = jax.lax.while_loop(
+        unsettled, one_pass, (begin, jnp.asarray(False), jnp.int32(0))
+    )
+    length = jnp.where(norm == 0, 1, jnp.abs(norm))
+    return Orthogonal(_tree.scale(1 / length, vector), components, jnp.maximum(norm, 0))
 
 
 def combine(basis: Basis, coefficients: Float[Array, "n rows"]) -> Block:
@@ -89,6 +121,18 @@ def combine(basis: Basis, coefficients: Float[Array, "n rows"]) -> Block:
     bounds = _bounds(_rows(basis))
     parts = [_tree.combine(coefficients[:, i:j], c) for c, (i, j) in zip(basis, bounds, strict=True)]
     return jax.tree.map(lambda *xs: sum(xs[1:], xs[0]), *parts)
+
+
+def rotate(basis: Basis, coefficients: Float[Array, "n rows"]) -> Basis:
+    """The basis whose first n rows are these combinations of the old ones; the others are zero."""
+
+    def chunk(start: int, stop: int) -> Block:
+        rows = coefficients[start:stop]
+        if not len(rows):
+            return jax.tree.map(lambda x: jnp.zeros((stop - start, *x.shape[1:]), x.dtype), basis[0])
+        return combine(basis, jnp.pad(rows, ((0, stop - start - len(rows)), (0, 0))))
+
+    return tuple(chunk(start, stop) for start, stop in _bounds(_rows(basis)))
 
 
 def _subtract(chunk: Block, components: Array, vector: Vector) -> Vector:

@@ -13,7 +13,6 @@ from hessjax._typing import Block, Eigenpairs, Estimator, Key, Params, Relative,
 from hessjax.spectral import krylov
 from hessjax.spectral.probes import gaussian
 
-
 # -- the recurrence ------------------------------------------------------------------------------
 
 
@@ -25,24 +24,20 @@ class Krylov(NamedTuple):
         projected: (m, m) T; zero outside the leading `size` × `size`, but for the coupling to the next row.
         coupling: (m,) AQ − QT = next row ⊗ coupling: after a step β in the last place, 0 after a breakdown.
         size: how many rows T speaks of.
-        key: for the fresh directions that follow a breakdown.
     """
 
     basis: krylov.Basis
     projected: Float[Array, "m m"]
     coupling: Float[Array, " m"]
     size: Int[Array, ""]
-    key: Key
 
 
-def start(key: Key, vector: Vector, capacity: int) -> Krylov:
+def start(vector: Vector, capacity: int) -> Krylov:
     """The space spanned by one vector, with room for `capacity`."""
     dtype = _tree.accumulator_dtype(vector)
     basis = krylov.allocate(vector, capacity + 1)
     basis = krylov.write(basis, jnp.int32(0), _tree.scale(1 / _tree.norm(vector), vector))
-    return Krylov(
-        basis, jnp.zeros((capacity, capacity), dtype), jnp.zeros(capacity, dtype), jnp.int32(0), key
-    )
+    return Krylov(basis, jnp.zeros((capacity, capacity), dtype), jnp.zeros(capacity, dtype), jnp.int32(0))
 
 
 def extend(space: Krylov, product: Vector) -> Krylov:
@@ -62,30 +57,13 @@ def extend(space: Krylov, product: Vector) -> Krylov:
     back = jnp.where(k > 0, T[k, previous], 0)
     residual = _tree.add_scaled(product, -alpha, row)
     residual = _tree.add_scaled(residual, -back, krylov.read(space.basis, previous))
-    residual, correction, beta = krylov.orthogonalise(space.basis, k + 1, residual)
-    T = T.at[k, k].set(alpha + correction[k])
-
+    T = T.at[k, k].set(alpha)
     size_of_matrix = jnp.maximum(jnp.max(jnp.sum(jnp.abs(T), axis=1)), _tree.norm(product))
-    broke_down = beta <= 64 * jnp.finfo(beta.dtype).eps * size_of_matrix
-    key, fresh_key = jax.random.split(space.key)
-    following = jax.lax.cond(
-        broke_down,
-        lambda: _fresh(fresh_key, space.basis, k + 1, product),
-        lambda: _tree.scale(1 / beta, residual),
-    )
-    beta = jnp.where(broke_down, 0, beta)
-    T = T.at[k, k + 1].set(beta, mode="drop").at[k + 1, k].set(beta, mode="drop")
+    tiny = 64 * jnp.finfo(T.dtype).eps * size_of_matrix
+    following, correction, beta = krylov.orthogonalise(space.basis, k + 1, residual, tiny)
+    T = T.at[k, k].add(correction[k]).at[k, k + 1].set(beta, mode="drop").at[k + 1, k].set(beta, mode="drop")
     coupling = jnp.zeros_like(space.coupling).at[k].set(beta)
-    return Krylov(krylov.write(space.basis, k + 1, following), T, coupling, k + 1, key)
-
-
-def _fresh(key: Key, basis: krylov.Basis, count: Array, like: Vector) -> Vector:
-    vector = gaussian(key, like)
-    for _ in range(2):
-        vector, _components, norm = krylov.orthogonalise(
-            basis, count, _tree.scale(1 / _tree.norm(vector), vector)
-        )
-    return _tree.scale(1 / norm, vector)
+    return Krylov(krylov.write(space.basis, k + 1, following), T, coupling, k + 1)
 
 
 def ritz(space: Krylov) -> tuple[Float[Array, " m"], Float[Array, "m m"]]:
@@ -129,7 +107,7 @@ class LanczosState(NamedTuple):
     num_matvecs: Int[Array, ""]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def lanczos(
     k: int = 5,
     which: str = "both",
@@ -184,8 +162,7 @@ def lanczos(
 
     def init(key: Key, like: Params) -> LanczosState:
         capacity = _capacity(wanted, which, basis_size, _tree.size(like))
-        start_key, key = jax.random.split(key)
-        return LanczosState(start(key, gaussian(start_key, like), capacity), jnp.int32(0))
+        return LanczosState(start(gaussian(key, like), capacity), jnp.int32(0))
 
     def query(state: LanczosState) -> Block:
         return jax.tree.map(lambda x: x[None], krylov.read(state.space.basis, state.space.size))
@@ -251,12 +228,10 @@ def _restart(space: Krylov, which: str, keep: int) -> Krylov:
     """Compress a full basis to its `keep` best Ritz vectors and the residual, which couples to them all."""
     values, vectors = ritz(space)
     best = _ranked(values, space.size, which)[:keep]
-    coefficients = jnp.pad(vectors[:, best].T, ((0, 0), (0, 1)))
-    kept = krylov.combine(space.basis, coefficients)
-    basis, residual = space.basis, krylov.read(space.basis, space.size)
-    for i in range(keep):
-        basis = krylov.write(basis, jnp.int32(i), _tree.row(kept, i))
-    basis = krylov.write(basis, jnp.int32(keep), residual)
+    # The kept Ritz vectors, then the residual, which is the last row.
+    coefficients = jnp.zeros((keep + 1, values.shape[0] + 1), values.dtype)
+    coefficients = coefficients.at[:keep, :-1].set(vectors[:, best].T).at[keep, -1].set(1)
+    basis = krylov.rotate(space.basis, coefficients)
     arrow = space.coupling @ vectors[:, best]
     T = jnp.zeros_like(space.projected).at[jnp.arange(keep), jnp.arange(keep)].set(values[best])
     T = T.at[keep, :keep].set(arrow).at[:keep, keep].set(arrow)

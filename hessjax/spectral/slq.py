@@ -27,7 +27,7 @@ class SlqState(NamedTuple):
     num_matvecs: Int[Array, ""]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def slq(num_probes: int = 1, num_matvecs: int = 80, *, probe: Probe = gaussian) -> Estimator:
     """Stochastic Lanczos quadrature, as an estimator of the spectral density.
 
@@ -67,12 +67,11 @@ def slq(num_probes: int = 1, num_matvecs: int = 80, *, probe: Probe = gaussian) 
             raise ValueError(f"`{name}` must be at least 1, got {number}.")
 
     def init(key: Key, like: Params) -> SlqState:
-        if num_matvecs > _tree.size(like):
+        if num_matvecs > (d := _tree.size(like)):
             raise ValueError(
-                f"`num_matvecs` must be at most {_tree.size(like)}, the number of parameters, got {num_matvecs}."
+                f"`num_matvecs` must be at most {d}, the number of parameters, got {num_matvecs}."
             )
-        probe_key, krylov_key = jax.random.split(jax.random.fold_in(key, 0))
-        space = start(krylov_key, probe(probe_key, like), num_matvecs)
+        space = start(probe(jax.random.fold_in(key, 0), like), num_matvecs)
         nothing = jnp.zeros((num_probes, num_matvecs), space.projected.dtype)
         return SlqState(key, space, nothing, nothing, jnp.int32(0))
 
@@ -89,9 +88,8 @@ def slq(num_probes: int = 1, num_matvecs: int = 80, *, probe: Probe = gaussian) 
 
     def _next_probe(state: SlqState, index: Array, like: Params) -> SlqState:
         nodes, vectors = ritz(state.space)
-        probe_key, krylov_key = jax.random.split(jax.random.fold_in(state.key, index + 1))
         return state._replace(
-            space=_restart(state.space, krylov_key, probe(probe_key, like)),
+            space=_restart(state.space, probe(jax.random.fold_in(state.key, index + 1), like)),
             nodes=state.nodes.at[index].set(nodes, mode="drop"),
             weights=state.weights.at[index].set(vectors[0] ** 2, mode="drop"),
         )
@@ -123,7 +121,7 @@ def slq(num_probes: int = 1, num_matvecs: int = 80, *, probe: Probe = gaussian) 
     return Estimator(init, query, update, result, error, scale)
 
 
-def _restart(space: Krylov, key: Key, vector: Params) -> Krylov:
+def _restart(space: Krylov, vector: Params) -> Krylov:
     """The same memory, begun anew from another vector."""
     vector = _tree.scale(1 / _tree.norm(vector), vector)
     return Krylov(
@@ -131,7 +129,6 @@ def _restart(space: Krylov, key: Key, vector: Params) -> Krylov:
         jnp.zeros_like(space.projected),
         jnp.zeros_like(space.coupling),
         jnp.zeros_like(space.size),
-        key,
     )
 
 

@@ -44,7 +44,7 @@ class HutchinsonState(NamedTuple):
     count: Int[Array, ""]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def hutchinson(probe: Probe = rademacher) -> Estimator:
     """Hutchinson's trace estimator: the mean of vᵀAv over random v.
 
@@ -75,7 +75,7 @@ def hutchinson(probe: Probe = rademacher) -> Estimator:
     return _hutchinson(probe, by_leaf=False)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def hutchinson_by_leaf(probe: Probe = rademacher) -> Estimator:
     """`hutchinson`, with the trace of every leaf's diagonal block from the same products.
 

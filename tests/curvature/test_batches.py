@@ -1,0 +1,122 @@
+import collections
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+import hessjax as hj
+
+
+def cut(data, sizes):
+    ends = np.cumsum(sizes)
+    return [jax.tree.map(lambda x, a=a, b=b: x[a:b], data) for a, b in zip(ends - sizes, ends, strict=True)]
+
+
+def over(params, batches, **options):
+    return hj.over_batches(lambda b: hj.hessian(oracles.loss_fn, params, b, **options), batches)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("sizes", [[10, 10, 3], [1, 22], [23], [22, 1]])
+@pytest.mark.parametrize("linearize", [False, True])
+def test_the_mean_does_not_depend_on_how_the_data_is_cut(x64, sizes, linearize):
+    params, data, vector = oracles.leaves(), oracles.batch(23), oracles.leaves(1)
+    whole = hj.hessian(oracles.loss_fn, params, data)(vector)
+    parts = over(params, cut(data, np.array(sizes)), linearize=linearize)(vector)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-13), parts, whole)
+
+
+def test_batches_of_any_shape_and_a_loader_that_opens_anew(x64):
+    data = oracles.batch(9)
+    opened = []
+
+    class Loader:
+        def __iter__(self):
+            opened.append(1)
+            for x, y in cut(data, np.array([4, 4, 1])):
+                yield {"input": x, "deep": [{"target": np.asarray(y)}], "temperature": 1.0}
+
+    def loss(params, batch):
+        return oracles.loss_fn(params, (batch["input"], batch["deep"][0]["target"])) / batch["temperature"]
+
+    params, vector = oracles.leaves(), oracles.leaves(1)
+    matvec = hj.over_batches(lambda b: hj.hessian(loss, params, b), Loader())
+    want = hj.hessian(oracles.loss_fn, params, data)(vector)
+    for _ in range(2):
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-13), matvec(vector), want)
+    assert len(opened) == 2
+
+
+def test_examples_counted_otherwise(x64):
+    """Sequences packed to one shape: what counts is the number of tokens that are not padding."""
+    tokens = [jnp.array([[1.0, 2.0, 0.0]]), jnp.array([[3.0, 0.0, 0.0]])]
+    loss = lambda w, t: w**2 / 2 * jnp.sum(t) / jnp.sum(t > 0)
+    count = lambda t: int(jnp.sum(t > 0))
+    matvec = hj.over_batches(lambda t: hj.hessian(loss, jnp.array(1.0), t), tokens, num_examples=count)
+    assert float(matvec(jnp.array(1.0))) == pytest.approx(2.0)
+
+
+def test_bfloat16_params_are_summed_in_float32():
+    params = jnp.ones((), jnp.bfloat16)
+    batches = [jnp.ones(1)] + [jnp.full(1, 2.0**-9)] * 256  # in bfloat16, 1 + 2⁻⁹ is 1
+    loss = lambda w, x: (jnp.mean(x) * w.astype(jnp.float32) ** 2 / 2).astype(jnp.float32)
+    product = hj.over_batches(lambda b: hj.hessian(loss, params, b), batches)(params)
+    assert product.dtype == jnp.bfloat16
+    assert float(product) == pytest.approx(1.5 / 257, rel=1e-2)
+
+
+def test_nested_batches_and_plain_matvecs(x64):
+    params, data, vector = oracles.leaves(), oracles.batch(6), oracles.leaves(1)
+    halves = cut(data, np.array([3, 3]))
+    inner = lambda half: over(params, cut(half, np.array([2, 1])))
+    product = hj.over_batches(inner, halves)(vector)
+    want = hj.hessian(oracles.loss_fn, params, data)(vector)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-13), product, want)
+
+
+@pytest.mark.smoke
+def test_new_params_batches_and_functions_compile_nothing(compilations):
+    vector = oracles.leaves(9)
+    over(oracles.leaves(0), cut(oracles.batch(7, 0), np.array([4, 3])))(vector)
+    points = [oracles.leaves(1)], [cut(oracles.batch(7, 1), np.array([4, 3]))]
+    del compilations[:]
+    jax.block_until_ready(over(points[0][0], points[1][0])(vector))
+    assert not compilations
+
+
+def test_data_that_cannot_be_used():
+    make = lambda b: hj.hessian(oracles.loss_fn, oracles.leaves(), b)
+    with pytest.raises(TypeError, match="used only once: pass a list"):
+        hj.over_batches(make, iter([oracles.batch()]))
+    with pytest.raises(TypeError, match="used only once"):
+        hj.over_batches(make, (b for b in [oracles.batch()]))
+    with pytest.raises(TypeError, match="must be an iterable of batches, got int"):
+        hj.over_batches(make, 3)
+    with pytest.raises(ValueError, match="at least one batch, got none"):
+        hj.over_batches(make, [])(oracles.leaves())
+    with pytest.raises(ValueError, match="batch 1 has 0"):
+        hj.over_batches(make, [oracles.batch(2), oracles.batch(0)])(oracles.leaves())
+    x, y = oracles.batch(4)
+    with pytest.raises(ValueError, match="one common leading axis, got x: 4, y: 3"):
+        hj.over_batches(make, [{"x": x, "y": y[:3]}])(oracles.leaves())
+    with pytest.raises(ValueError, match="no array with an axis"):
+        hj.over_batches(make, [{"x": 1.0}])(oracles.leaves())
+
+
+def test_it_says_that_it_cannot_be_traced():
+    matvec = over(oracles.leaves(), [oracles.batch()])
+    with pytest.raises(TypeError, match="reads its data on the host"):
+        jax.jit(matvec)(oracles.leaves())
+    with pytest.raises(TypeError, match="reads its data on the host"):
+        hj.trace(matvec, jax.random.key(0), oracles.leaves(), 2, on_device=True)
+
+
+def test_named_tuples_are_batches_too(x64):
+    batch_type = collections.namedtuple("batch_type", "x y")
+    data = batch_type(*oracles.batch(5))
+    params = oracles.leaves()
+    got = over(params, cut(data, np.array([3, 2])))(params)
+    want = hj.hessian(oracles.loss_fn, params, data)(params)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-13), got, want)

@@ -1,0 +1,106 @@
+"""Dense references: what the package computes, computed naively in full."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.core
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.flatten_util import ravel_pytree
+from jax.tree_util import Partial
+
+
+@flax.struct.dataclass
+class Leaves:
+    a_bias: Any
+    b_empty: Any
+    c_scale: Any
+    d_kernel: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class PlainLeaves:
+    a_bias: Any
+    b_empty: Any
+    c_scale: Any
+    d_kernel: Any
+
+
+CONTAINERS: dict[str, Callable[[dict], Any]] = {
+    "dict": lambda leaves: leaves,
+    "FrozenDict": flax.core.freeze,
+    "tuple": lambda leaves: tuple(leaves.values()),
+    "flax dataclass": lambda leaves: Leaves(**leaves),
+    "dataclass": lambda leaves: PlainLeaves(**leaves),
+    "nnx State": lambda leaves: nnx.State({k: nnx.Param(v) for k, v in leaves.items()}),
+}
+
+
+def leaves(seed: int = 0, dtype: Any = None) -> dict:
+    """A small network's params: a vector, an empty leaf, a scalar and a matrix, 10 numbers in all."""
+    rng = np.random.default_rng(seed)
+    numbers = {
+        "a_bias": rng.normal(size=3),
+        "b_empty": np.zeros((0, 2)),
+        "c_scale": rng.normal(size=()),
+        "d_kernel": rng.normal(size=(2, 3)),
+    }
+    return {k: jnp.asarray(v, dtype) for k, v in numbers.items()}
+
+
+def batch(num: int = 7, seed: int = 0) -> tuple:
+    rng = np.random.default_rng(100 + seed)
+    return jnp.asarray(rng.normal(size=(num, 2))), jnp.asarray(rng.normal(size=(num, 3)))
+
+
+def loss_fn(params: Any, batch: Any) -> jax.Array:
+    """Mean squared error of a one-layer network, in any container."""
+    bias, empty, scale, kernel = jax.tree.leaves(params)
+    x, y = batch
+    out = scale * jnp.tanh(x.astype(kernel.dtype) @ kernel + bias)
+    return jnp.mean(jnp.sum((out - y) ** 2, axis=1)) + jnp.sum(empty)
+
+
+def dense_hessian(loss: Callable, params: Any, *args: Any) -> jax.Array:
+    flat, unravel = ravel_pytree(params)
+    return jax.hessian(lambda v: loss(unravel(v), *args))(flat)
+
+
+def matrix_of(matvec: Callable, like: Any) -> np.ndarray:
+    """A matvec's matrix, column by column."""
+    flat, unravel = ravel_pytree(like)
+    columns = [ravel_pytree(matvec(unravel(e)))[0] for e in jnp.eye(flat.size, dtype=flat.dtype)]
+    return np.stack(columns, axis=1)
+
+
+def matvec_of(matrix: Any, like: Any) -> Partial:
+    """The matvec of a dense symmetric matrix on vectors like `like`."""
+    return Partial(_dense_product, jnp.asarray(matrix), Partial(ravel_pytree(like)[1]))
+
+
+def _dense_product(matrix: jax.Array, unravel: Callable, vector: Any) -> Any:
+    return unravel(matrix @ ravel_pytree(vector)[0])
+
+
+def symmetric(eigenvalues: Any, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """A random symmetric matrix with these eigenvalues, and its eigenvectors (columns)."""
+    d = len(eigenvalues)
+    vectors, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(d, d)))
+    return (vectors * np.asarray(eigenvalues)) @ vectors.T, vectors
+
+
+def rows(block: Any) -> np.ndarray:
+    """A block as a matrix, one vector a row."""
+    parts = [np.asarray(leaf).reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(block)]
+    return np.concatenate(parts, axis=1)
+
+
+def tree_like(d: int, dtype: Any = None) -> dict:
+    """A pytree of d ≥ 6 zeros in a scalar, an empty, a matrix and a vector leaf."""
+    shapes = {"empty": (0, 3), "matrix": (2, 2), "scalar": (), "vector": (d - 5,)}
+    return {k: jnp.zeros(shape, dtype) for k, shape in shapes.items()}
