@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from hessjax._typing import Params
 from hessjax.pruning.ranking import ordered_keys, smallest
@@ -66,8 +66,9 @@ def global_threshold(*, floor: float = 0.05) -> Allocation:
         zeros = num_zeros(sparsity, sum(sizes))
         caps = [size - _least(size, floor, sparsity) for size in sizes]
         _check_floors(zeros, caps, sizes, sparsity)
-        pruned = _smallest_under_caps(ordered_keys(leaves), jnp.minimum(zeros, sum(caps)), caps)
-        return treedef.unflatten([~leaf for leaf in pruned])
+        most = jnp.stack([jnp.asarray(cap, jnp.int32) for cap in caps])
+        pruned = _smallest_under_caps(ordered_keys(leaves), jnp.minimum(zeros, sum(caps)), most)
+        return jax.tree.unflatten(treedef, [~leaf for leaf in pruned])
 
     return allocate
 
@@ -83,7 +84,7 @@ def uniform() -> Allocation:
         taken to the nearest end of [0, 1].
 
     Cost:
-        32 counting passes over float32 scores. Memory: as `global_threshold`, for one leaf at a time.
+        32 counting passes over float32 scores. Memory: as `global_threshold`.
 
     Example:
         >>> import jax.numpy as jnp, hessjax as hj
@@ -95,12 +96,10 @@ def uniform() -> Allocation:
 
     def allocate(scores: Params, sparsity: Sparsity) -> Params:
         check_sparsity(sparsity)
-
-        def leaf(x: Array) -> Array:
-            zeros = jnp.minimum(num_zeros(sparsity, x.size), max(x.size - 1, 0))
-            return ~smallest(ordered_keys([x]), zeros)[0]
-
-        return jax.tree.map(leaf, scores)
+        leaves, treedef = jax.tree.flatten(scores)
+        zeros = [jnp.minimum(num_zeros(sparsity, x.size), max(x.size - 1, 0)) for x in leaves]
+        pruned = smallest(ordered_keys(leaves), jnp.stack(zeros))
+        return jax.tree.unflatten(treedef, [~leaf for leaf in pruned])
 
     return allocate
 
@@ -142,9 +141,10 @@ def _least(size: int, floor: float, sparsity: Sparsity) -> Any:
     """How many weights a leaf of this size keeps whatever its scores."""
     if floor == 0 or size == 0:
         return 0
+    share = floor * (1 - sparsity) * size + 1e-3  # 1 − s in binary falls a hair short of the share meant
     if not isinstance(sparsity, jax.Array):
-        return max(1, math.floor(floor * (1 - sparsity) * size))
-    return jnp.maximum(1, jnp.floor(floor * (1 - sparsity) * size).astype(jnp.int32))
+        return max(1, math.floor(share))
+    return jnp.maximum(1, jnp.floor(share).astype(jnp.int32))
 
 
 def _check_floors(zeros: Any, caps: list[Any], sizes: list[int], sparsity: Sparsity) -> None:
@@ -158,15 +158,15 @@ def _check_floors(zeros: Any, caps: list[Any], sizes: list[int], sparsity: Spars
 
 
 @jax.jit
-def _smallest_under_caps(keys: list[Array], n: Any, caps: list[Any]) -> list[Array]:
+def _smallest_under_caps(keys: list[Array], n: Array, caps: Int[Array, " leaves"]) -> list[Array]:
     """The n smallest, taking no more than its cap from any leaf."""
     free = smallest(keys, n)
-    over = [jnp.sum(leaf, dtype=jnp.int32) > cap for leaf, cap in zip(free, caps, strict=True)]
+    over = jnp.stack([jnp.sum(leaf, dtype=jnp.int32) for leaf in free]) > caps
 
     def capped() -> list[Array]:
         top = ~jnp.zeros((), keys[0].dtype)  # above every key, so never taken, as n <= sum(caps)
-        best = [~smallest([key], cap)[0] for key, cap in zip(keys, caps, strict=True)]
-        return smallest([jnp.where(b, top, key) for b, key in zip(best, keys, strict=True)], n)
+        open_ = smallest(keys, caps)
+        return smallest([jnp.where(o, key, top) for o, key in zip(open_, keys, strict=True)], n)
 
     # Whatever the floors hold is kept by the free ranking already when no leaf exceeds its cap.
-    return jax.lax.cond(jnp.any(jnp.stack(over)), capped, lambda: free)
+    return jax.lax.cond(jnp.any(over), capped, lambda: free)

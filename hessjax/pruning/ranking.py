@@ -35,49 +35,66 @@ def ordered_keys(scores: Sequence[Float[Array, "..."]]) -> list[UInt[Array, "...
 
 
 @jax.jit
-def smallest(keys: Sequence[UInt[Array, "..."]], n: int | Int[Array, ""]) -> list[Bool[Array, "..."]]:
+def smallest(
+    keys: Sequence[UInt[Array, "..."]], n: int | Int[Array, ""] | Int[Array, " arrays"]
+) -> list[Bool[Array, "..."]]:
     """Marks exactly `n` entries: the smallest over all arrays; of equal ones, those that come first.
 
     Args:
         keys: unsigned integers of one type (`ordered_keys`), any shapes, under 2³¹ entries in all.
-        n: how many to mark, between 0 and the number of entries; may be traced.
+        n: how many to mark, between 0 and the number of entries; may be traced. A vector, one number per
+            array, ranks every array on its own.
 
     Returns:
         Booleans in the shapes of the keys; the same as the first `n` of a stable argsort of them all.
 
     Cost:
-        One pass over the keys per bit (32 for float32) and no memory beyond keys and result; when equal keys
-        straddle the cut, one more pass per bit of the number of entries.
+        One pass over the keys per bit (32 for float32) and no memory beyond keys and result; when equal
+        keys straddle the cut, one more pass per bit of the number of entries. Two loops to compile, however
+        many arrays.
     """
-    total = sum(k.size for k in keys)
+    total, n = sum(k.size for k in keys), jnp.asarray(n, jnp.int32)
     if total >= 2**31:
-        raise ValueError(f"One ranking must hold fewer than 2**31 scores, got {total}: use `uniform()`.")
-    dtype = keys[0].dtype
-    cut = _largest(lambda c: _count(k < c for k in keys), n, dtype.itemsize * 8, dtype)
-    missing = n - _count(k < cut for k in keys)
+        raise ValueError(
+            f"One ranking must hold fewer than 2**31 scores, got {total}: split by `optax.partition`."
+        )
     places = _places(keys)
-    ties = [k == cut for k in keys]
-    last = _largest(
-        lambda c: _count(t & (i < c) for t, i in zip(ties, places, strict=True)),
-        missing,
-        jnp.where(missing > 0, total.bit_length(), 0),
-        jnp.dtype("uint32"),
-    )
-    return [(k < cut) | (t & (i < last)) for k, t, i in zip(keys, ties, places, strict=True)]
+
+    def below(cut: Array) -> Array:
+        return _count([k < c for k, c in zip(keys, _each(cut, keys), strict=True)], n)
+
+    cut = _largest(below, n, keys[0].dtype.itemsize * 8, keys[0].dtype)
+    missing = n - below(cut)
+    ties = [k == c for k, c in zip(keys, _each(cut, keys), strict=True)]
+
+    def ties_before(last: Array) -> Array:
+        return _count([t & (i < x) for t, i, x in zip(ties, places, _each(last, keys), strict=True)], n)
+
+    bits = jnp.where(jnp.any(missing > 0), total.bit_length(), 0)
+    last = _each(_largest(ties_before, missing, bits, jnp.dtype("uint32")), keys)
+    lower = [k < c for k, c in zip(keys, _each(cut, keys), strict=True)]
+    return [low | (t & (i < x)) for low, t, i, x in zip(lower, ties, places, last, strict=True)]
 
 
-def _largest(count_below: Callable[[Array], Any], n: Any, bits: Any, dtype: Any) -> Array:
+def _largest(count_below: Callable[[Array], Array], n: Array, bits: Any, dtype: Any) -> Array:
     """The largest integer t of `bits` bits with `count_below(t) <= n`, its bits found from the top."""
 
     def body(i: Any, t: Array) -> Array:
         candidate = t | (jnp.ones((), dtype) << (bits - 1 - i).astype(dtype))
         return jnp.where(count_below(candidate) <= n, candidate, t)
 
-    return lax.fori_loop(0, bits, body, jnp.zeros((), dtype))
+    return lax.fori_loop(0, bits, body, jnp.zeros(n.shape, dtype))
 
 
-def _count(flags: Any) -> Any:
-    return sum(jnp.sum(flag, dtype=jnp.int32) for flag in flags)
+def _count(flags: Sequence[Array], n: Array) -> Array:
+    """How many flags are set: over all arrays for a scalar n, in each for a vector."""
+    counts = jnp.stack([jnp.sum(flag, dtype=jnp.int32) for flag in flags])
+    return counts if n.ndim else jnp.sum(counts, dtype=jnp.int32)
+
+
+def _each(values: Array, keys: Sequence[Array]) -> Array:
+    """One value per array."""
+    return jnp.broadcast_to(values, (len(keys),))
 
 
 def _places(keys: Sequence[Array]) -> list[Array]:

@@ -48,3 +48,10 @@ def check_budget(sparsity: Any, allocation: Allocation, dense: Params, steps: li
         for value, step in zip(values, steps, strict=True):
             check_sparsity(value, f" from the schedule at step {step}")
     jax.eval_shape(lambda scores: allocation(scores, max(values)), dense)
+
+
+def cond_now(predicate: Array, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
+    """`lax.cond`; outside `jit`, where it would compile both branches at every call, a plain `if`."""
+    if isinstance(predicate, jax.core.Tracer):
+        return jax.lax.cond(predicate, yes, no)
+    return yes() if predicate else no()

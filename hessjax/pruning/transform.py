@@ -12,7 +12,7 @@ from hessjax import _tree
 from hessjax._typing import Params, Where
 from hessjax.pruning.allocation import Allocation, check_sparsity, global_threshold
 from hessjax.pruning.saliency import Saliency
-from hessjax.pruning.steps import Schedule, check_budget, check_steps, is_mask_step, some_mask_steps
+from hessjax.pruning.steps import Schedule, check_budget, check_steps, cond_now, is_mask_step, some_mask_steps
 
 
 class PruneState(NamedTuple):
@@ -21,7 +21,7 @@ class PruneState(NamedTuple):
     `dense` and `mask` hold `optax.MaskedNode()` in place of every leaf that is not pruned.
 
     Attributes:
-        count: T, the number of updates so far.
+        num_updates: T, the updates so far.
         inner: the state of the wrapped optimizer.
         dense: the weights without their mask. Read where `mask` is False only: elsewhere the params are the
             truth.
@@ -32,7 +32,7 @@ class PruneState(NamedTuple):
             wrong.
     """
 
-    count: Int[Array, ""]
+    num_updates: Int[Array, ""]
     inner: Any
     dense: Params
     mask: Params
@@ -69,8 +69,9 @@ def prune(
 
     - a pruned weight is exactly 0.0 after `optax.apply_updates`, and the number of zeros is exact;
     - a kept weight moves as `inner` alone would move it, to the last bit, and a leaf that is not pruned
-      trains as if `prune` were not there. At kept places W is by definition the params, read anew at every
-      update, so that the two cannot drift apart and changes made to the params from outside are honoured;
+      trains as if `prune` were not there (operation for operation: inside `jit` the two are different
+      programs, and XLA may contract a·b + c in one of them). At kept places W is by definition the params,
+      read anew at every update, so that the two cannot drift apart and outside changes are honoured;
     - a weight that comes back starts from its dense copy, which `inner` has kept moving (with zero gradient).
 
     Nothing may change the updates after `prune`: in a chain it comes last, and decay, ema, accumulation
@@ -147,14 +148,14 @@ def prune(
         grads: Params, state: PruneState, params: Params | None = None, **extra: Any
     ) -> tuple[Params, PruneState]:
         _check_update(grads, params)
-        count = optax.safe_increment(state.count)
+        count = optax.safe_increment(state.num_updates)
         weights = _on_selected(_unmask, params, state.mask, state.dense)
         steps, inner_state = inner.update(
             _on_selected(_mask, grads, state.mask), state.inner, weights, **extra
         )
         before, dense = (_drop_others(x, state.mask) for x in (weights, optax.apply_updates(weights, steps)))
         scorer = saliency.update(state.saliency, _drop_others(grads, state.mask), before, state.mask, **extra)
-        mask, asked, num_nan = _cond(
+        mask, asked, num_nan = cond_now(
             is_mask_step(count, every, start, stop),
             lambda: choose(dense, scorer, count, extra),
             lambda: (state.mask, state.sparsity, state.num_nan),
@@ -198,9 +199,6 @@ def mask_of(opt_state: Any) -> Params:
     return jax.tree.map(lambda m: jnp.asarray(True) if _is_hole(m) else m, found[0].mask, is_leaf=_is_hole)
 
 
-# -- one leaf -------------------------------------------------------------------------------------
-
-
 def _unmask(param: Array, mask: Array, dense: Array) -> Array:
     return jnp.where(mask, param, dense)
 
@@ -219,9 +217,6 @@ def _land(step: Array, mask: Array, dense: Array, param: Array) -> Array:
     """
     dtype = jnp.promote_types(step.dtype, param.dtype)
     return jnp.where(mask, dense, jnp.zeros_like(dense)).astype(dtype) - param.astype(dtype)
-
-
-# -- trees with holes -----------------------------------------------------------------------------
 
 
 def _is_hole(x: Any) -> bool:
@@ -247,13 +242,6 @@ def _copy_selected(params: Params, where: Where) -> Params:
 
 def _num_nan(scores: Params) -> Array:
     return sum((jnp.sum(jnp.isnan(x), dtype=jnp.int32) for x in jax.tree.leaves(scores)), jnp.int32(0))
-
-
-def _cond(predicate: Array, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
-    """`lax.cond`; outside `jit`, where it would compile both branches at every call, a plain `if`."""
-    if isinstance(predicate, jax.core.Tracer):
-        return jax.lax.cond(predicate, yes, no)
-    return yes() if predicate else no()
 
 
 def _check_update(grads: Params, params: Params | None) -> None:

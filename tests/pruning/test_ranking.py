@@ -1,0 +1,55 @@
+"""Exact ranks against numpy's stable argsort."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hessjax.pruning.ranking import ordered_keys, smallest
+
+
+def reference(arrays, n):
+    flat = np.concatenate([np.asarray(a, np.float64).ravel() for a in arrays])
+    marked = np.zeros(flat.size, bool)
+    marked[np.argsort(flat, kind="stable")[:n]] = True
+    return np.split(marked, np.cumsum([a.size for a in arrays])[:-1])
+
+
+def select(arrays, n):
+    return smallest(ordered_keys(arrays), n)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("n", [0, 1, 17, 44, 45])
+def test_agrees_with_a_stable_argsort(dtype, n):
+    rng = np.random.default_rng(n)
+    # Rounded, so that ties abound; signed, with both zeros and infinities.
+    arrays = [jnp.asarray(np.round(rng.normal(size=s), 1), dtype) for s in [(4, 5), (0, 3), (), (3, 4, 2)]]
+    arrays[0] = arrays[0].at[0, :4].set(jnp.array([-0.0, 0.0, -jnp.inf, jnp.inf], dtype))
+    for got, want in zip(select(arrays, n), reference(arrays, n), strict=True):
+        np.testing.assert_array_equal(np.ravel(got), want)
+
+
+def test_float64_is_ranked_in_full(x64):
+    close = 1.0 + jnp.arange(8, dtype=jnp.float64)[::-1] * 1e-15  # one value in float32
+    np.testing.assert_array_equal(select([close], 3)[0], [False] * 5 + [True] * 3)
+
+
+def test_the_number_may_be_traced_and_nothing_compiles_anew(compilations):
+    scores = [jnp.arange(12.0).reshape(3, 4)]
+    f = jax.jit(select)
+    f(scores, np.int32(3))
+    del compilations[:]
+    for n in range(13):
+        assert sum(int(np.asarray(m).sum()) for m in f(scores, np.int32(n))) == n
+    assert not compilations
+
+
+def test_nan_is_the_smallest():
+    np.testing.assert_array_equal(select([jnp.array([-jnp.inf, jnp.nan, 0.0, -jnp.nan])], 2)[0], [0, 1, 0, 1])
+
+
+def test_too_many_for_one_ranking():
+    keys = [jax.ShapeDtypeStruct((2**16, 2**15), jnp.uint32)]
+    with pytest.raises(ValueError, match=r"fewer than 2\*\*31 scores, got 2147483648: split by"):
+        jax.eval_shape(lambda k: smallest(k, 1), keys)

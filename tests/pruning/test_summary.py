@@ -1,0 +1,69 @@
+"""Rows as data, and the table."""
+
+import io
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import rich.console
+from flax import nnx
+
+import hessjax as hj
+
+
+def test_numbers_are_those_of_numpy():
+    rng = np.random.default_rng(0)
+    params = {"a": rng.normal(size=(4, 5)).astype(np.float32), "b": rng.normal(2, 3, 7).astype(np.float32)}
+    params["a"][0] = 0
+    result = hj.summary(params)
+    bag = np.concatenate([params["a"].ravel(), params["b"]]).astype(np.float64)
+    a, total = result.rows[0], result.total
+    assert (a.path, a.shape, a.number, a.nonzeros, a.sparsity) == ("a", (4, 5), 20, 15, 0.25)
+    assert (total.path, total.number, total.nonzeros) == ("total", 27, 22)
+    np.testing.assert_allclose(
+        total[-4:], [5 / 27, bag.std(), bag.mean(), np.abs(bag).mean()], rtol=1e-6, atol=1e-7
+    )
+
+
+def test_linen_nnx_and_bfloat16():
+    linen = nn.Dense(3).init(jax.random.key(0), jnp.ones((1, 2)))
+    assert [r.shape for r in hj.summary(linen).rows] == [(3,), (2, 3)]
+    state = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param)
+    assert [r.shape for r in hj.summary(state).rows] == [(3,), (2, 3)]
+    many = jnp.ones((1000,), jnp.bfloat16)  # a sum in bfloat16 would stop at 256
+    assert hj.summary(many).total.mean == 1.0
+    assert hj.summary(many).rows[0].path == "."
+
+
+def test_table_is_aligned_and_plain():
+    result = hj.summary({"layer": {"kernel": jnp.zeros((3, 3, 16, 32)), "scale": jnp.ones(())}})
+    lines = str(result).splitlines()
+    assert str(result) == repr(result)
+    assert lines[0].split()[:2] == ["Name", "Shape"]
+    assert "3×3×16×32" in lines[1]
+    assert "4,608" in lines[1]
+    assert lines[-1].startswith("total")
+    assert len({len(line) for line in lines}) == 1
+    assert "\x1b" not in str(result)
+
+
+def test_rich_prints_it_with_style():
+    out = io.StringIO()
+    rich.console.Console(file=out, force_terminal=True, width=100).print(hj.summary(jnp.ones((2, 2))))
+    assert "\x1b[1m" in out.getvalue()
+
+
+def test_empty_leaves():
+    result = hj.summary({"a": jnp.ones((2,)), "e": jnp.ones((0, 3))})
+    assert result.rows[1].sparsity == 0.0
+    assert np.isnan(result.rows[1].mean)
+    assert result.total.mean == 1.0
+
+
+def test_bad_trees():
+    with pytest.raises(TypeError, match="step: int32"):
+        hj.summary({"step": jnp.zeros((), jnp.int32), "w": jnp.ones(2)})
+    with pytest.raises(ValueError, match="at least one number"):
+        hj.summary({})
