@@ -74,7 +74,8 @@ def density(density: SpectralDensity, eigenpairs: Eigenpairs | None = None, ax: 
         'log'
     """
     top = float(np.max(np.abs(density.nodes))) or 1.0
-    grid, share = (np.asarray(x) for x in density.signed_log_curve(threshold=1e-3 * top))
+    width = 8 / density.nodes.shape[1]  # about half the mean distance of the nodes on this axis
+    grid, share = map(np.asarray, density.signed_log_curve(threshold=1e-3 * top, bandwidth=width))
     floor = share.max() * 1e-7
     with _axes(ax, figsize=(8.4, 4.4)) as (ax,):
         ax.fill_between(grid, floor, np.maximum(share, floor), color=BLUE, alpha=0.22, lw=0)

@@ -39,7 +39,7 @@ FULL = Settings(
     train_steps=500, measured_examples=1437, num_eigenvalues=5, num_probes=100, num_lanczos=80, tune_steps=800
 )
 QUICK = Settings(
-    train_steps=400, measured_examples=512, num_eigenvalues=3, num_probes=30, num_lanczos=40, tune_steps=400
+    train_steps=400, measured_examples=512, num_eigenvalues=3, num_probes=30, num_lanczos=60, tune_steps=600
 )
 
 
@@ -133,10 +133,10 @@ def measure(params: Params, data: Digits, settings: Settings, key: Key) -> Curva
 
 def prune_and_tune(params: Params, data: Digits, settings: Settings, seed: int) -> tuple[Params, History]:
     """Fine-tuning while the sparsity rises along the cubic schedule to 90 %, then rests."""
-    last = settings.tune_steps * 5 // 8
+    last = settings.tune_steps // 2
     schedule = optax.polynomial_schedule(0.0, SPARSITY, 3, last)
-    inner = optax.adamw(optax.cosine_decay_schedule(2e-3, settings.tune_steps), weight_decay=1e-2)
-    tx = hj.prune(inner, hj.magnitude(), schedule, every=20, stop=last)
+    inner = optax.adamw(optax.cosine_decay_schedule(4e-3, settings.tune_steps), weight_decay=1e-2)
+    tx = hj.prune(inner, hj.magnitude(), schedule, every=10, stop=last)
     return fit(tx, params, data, settings.tune_steps, seed, "pruning")
 
 
@@ -204,13 +204,14 @@ def tour(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
 def show(curvature: Curvature, params: Params, outcome: dict[str, Quality], sparse: Params) -> None:
     """Print the tables."""
     total, pairs = curvature.traces.total, curvature.eigenpairs
-    count, share = len(pairs.values) // 2, float(pairs.values[: len(pairs.values) // 2].sum() / total.mean)
+    count, size = len(pairs.values) // 2, hj.summary(params).total.number
+    share = float(pairs.values[:count].sum() / total.mean)
     get_console().print(
         "",
         report.eigenvalue_table(pairs),
         "",
         report.layer_table(curvature.traces, params),
-        f"\nThe {count} largest of {hj.summary(params).total.number:,} eigenvalues carry {share:.0%} of the trace.\n",
+        f"\nThe {count} largest of {size:,} eigenvalues carry {share:.0%} of the trace.\n",
         report.accuracy_table({name: (q.sparsity, q.accuracy) for name, q in outcome.items()}),
         "",
         hj.summary(sparse),

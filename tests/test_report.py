@@ -1,0 +1,78 @@
+"""Records, tables and JSON."""
+
+import json
+import os
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+import hessjax as hj
+from hessjax import report
+
+
+def estimate(mean, stderr):
+    return hj.Estimate(jnp.float32(mean), jnp.float32(stderr), jnp.int32(5))
+
+
+TRACES = hj.TraceByLeaf(estimate(8.0, 1.0), {"bias": estimate(2.0, 0.5), "kernel": estimate(6.0, jnp.inf)})
+PARAMS = {"bias": jnp.ones(2), "kernel": jnp.ones((2, 3))}
+
+
+def printed(table):
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+def test_layer_rows_add_up():
+    rows = report.layer_rows(TRACES, PARAMS)
+    assert rows[0] == ("bias", (2,), 2, 2.0, 0.5, 0.25, 1.0)
+    assert sum(row.share for row in rows) == 1.0
+    assert rows[1].per_parameter == 1.0
+
+
+def test_tables_show_the_doubt():
+    pairs = hj.Eigenpairs(
+        jnp.array([2.0, -1.0]), None, jnp.array([1e-6, 0.25]), jnp.array([True, False]), jnp.int32(9)
+    )
+    text = printed(report.eigenvalue_table(pairs))
+    assert "1.0e-06        yes" in text
+    assert "2.5e-01         no" in text
+    text = printed(report.layer_table(TRACES, PARAMS))
+    assert "2×3" in text
+    assert "inf" in text
+    assert "total" in text
+    assert "90.00" in printed(report.accuracy_table({"sparse": (0.9, 0.97)}))
+
+
+def test_json_is_strict_and_round_trips(tmp_path):
+    record = {"a": TRACES.leaves, "b": (np.float32(0.5), jnp.arange(3), float("nan")), "c": None, "d": True}
+    report.write_json(tmp_path / "report.json", record)
+    back = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    assert back["a"]["kernel"] == {"mean": 6.0, "stderr": "inf", "num_samples": 5}
+    assert back["b"] == [0.5, [0, 1, 2], "nan"]
+    assert (back["c"], back["d"]) == (None, True)
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "report.json"
+    report.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        report.write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert os.listdir(tmp_path) == ["report.json"]
+
+
+def test_prepare_refuses_a_file_in_the_way(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        report.prepare(tmp_path / "file")
+
+
+def test_environment_names_versions_and_device():
+    found = report.environment()
+    assert {"jax", "flax", "optax"} <= set(found["versions"])
+    assert found["device"]
