@@ -11,6 +11,10 @@ import hessjax as hj
 from hessjax.pruning.allocation import num_zeros
 
 
+GLOBAL, UNIFORM = hj.global_threshold(), hj.uniform()
+JITTED = {f: jax.jit(f) for f in (GLOBAL, UNIFORM)}
+
+
 def zeros(mask):
     return [int((~np.asarray(m)).sum()) for m in jax.tree.leaves(mask)]
 
@@ -26,10 +30,10 @@ def scores():
 @pytest.mark.parametrize("traced", [False, True])
 def test_counts_are_exact(scores, sparsity, traced):
     s = jnp.float32(sparsity) if traced else sparsity
-    call = (lambda f: jax.jit(f)(scores, s)) if traced else (lambda f: f(scores, s))
+    call = (lambda f: JITTED[f](scores, s)) if traced else (lambda f: f(scores, s))
     sizes, sparsity = [x.size for x in jax.tree.leaves(scores)], float(s)
-    assert sum(zeros(call(hj.global_threshold()))) == round(sparsity * sum(sizes))
-    assert zeros(call(hj.uniform())) == [round(sparsity * n) for n in sizes]
+    assert sum(zeros(call(GLOBAL))) == round(sparsity * sum(sizes))
+    assert zeros(call(UNIFORM)) == [round(sparsity * n) for n in sizes]
 
 
 def test_global_threshold_is_a_stable_argsort_over_all_leaves():
@@ -65,7 +69,7 @@ def test_floors_keep_every_leaf_alive_and_the_total_exact(traced):
     def call(allocation):
         return jax.jit(allocation)(scores, s) if traced else allocation(scores, s)
 
-    assert zeros(call(hj.global_threshold(floor=0))) == [20, 100]  # leaves in the order strong, weak
+    assert zeros(hj.global_threshold(floor=0)(scores, s)) == [20, 100]  # leaves in the order strong, weak
     assert zeros(call(hj.global_threshold(floor=0.25))) == [30, 90]
     assert zeros(call(hj.global_threshold(floor=0.001))) == [21, 99]
     np.testing.assert_array_equal(
@@ -106,6 +110,5 @@ def test_bad_floors(scores):
 
 
 def test_an_unreachable_traced_sparsity_stops_at_the_floors(scores):
-    assert sum(zeros(jax.jit(hj.global_threshold())(scores, jnp.float32(0.99)))) == 155 - 3
-    assert sum(zeros(jax.jit(hj.global_threshold())(scores, jnp.float32(-1.0)))) == 0
-    assert sum(zeros(jax.jit(hj.global_threshold())(scores, jnp.float32(jnp.nan)))) == 0
+    for asked, got in [(0.99, 155 - 3), (-1.0, 0), (jnp.nan, 0)]:
+        assert sum(zeros(JITTED[GLOBAL](scores, jnp.float32(asked)))) == got

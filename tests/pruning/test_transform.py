@@ -52,19 +52,18 @@ def batch(step, dtype=jnp.float32):
     return jax.random.normal(jax.random.key(100 + step), (16, 5), dtype)
 
 
-def stepper(tx, loss=loss):
-    @jax.jit
+def stepper(tx, loss=loss, jit=True):
     def step(params, state, x):
-        updates, state = tx.update(jax.grad(loss)(params, x), state, params)
+        grads = jax.grad(loss)(params, x) if jit else GRAD(params, x)
+        updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    return step
+    return jax.jit(step) if jit else step
 
 
-def train(tx, params, steps, state=None, first=0, step=None):
-    """Yields (T, params, state) after every update."""
-    state = tx.init(params) if state is None else state
-    step = stepper(tx) if step is None else step
+def train(tx, params, steps, state=None, first=0, jit=False):
+    """Yields (T, params, state) after every update. Without `jit` by default: nothing to compile per test."""
+    state, step = tx.init(params) if state is None else state, stepper(tx, jit=jit)
     for t in range(first, first + steps):
         params, state = step(params, state, batch(t, params["scale"].dtype))
         yield t + 1, params, state
@@ -130,7 +129,7 @@ def test_oracle_of_dense_weights_and_argsort_masks(x64):
 def test_zeros_are_exact_and_as_many_as_asked(name):
     tx = hj.prune(INNER[name](), hj.magnitude(), SCHEDULE, every=4, start=2, stop=9)
     expected = 0
-    for t, params, state in train(tx, make_params(), 12):
+    for t, params, state in train(tx, make_params(), 12, jit=name in ("sgd", "accumulated")):
         if t in (2, 6, 9):
             expected = round(float(SCHEDULE(t)) * 56)
         mask = hj.mask_of(state)
@@ -139,7 +138,7 @@ def test_zeros_are_exact_and_as_many_as_asked(name):
     assert expected == round(0.8 * 56)  # the last mask step is `stop`, although (9 - 2) % 4 != 0
 
 
-@pytest.mark.parametrize("name", INNER)
+@pytest.mark.parametrize("name", sorted(INNER.keys() - {"accumulated"}))
 def test_without_zeros_it_is_the_inner_optimizer_bit_for_bit(name):
     """Operation for operation; under `jit` XLA may contract a·b + c in one program and not in the other."""
     plain, pruned = INNER[name](), hj.prune(INNER[name](), hj.magnitude(), 0.0, every=3)
@@ -172,8 +171,8 @@ def test_other_leaves_train_as_if_prune_were_not_there(name):
     )
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_narrow_params_land_exactly(dtype):
+def test_narrow_params_land_exactly():
+    dtype = jnp.bfloat16
     tx = hj.prune(optax.adamw(0.02), hj.magnitude(), 0.7, every=3)
     for _, params, state in train(tx, make_params(dtype), 7):
         assert num_zeros(params) == round(0.7 * 56)
@@ -239,15 +238,12 @@ def test_a_finished_network_keeps_its_zeros():
 
 @pytest.mark.parametrize("allocation", [hj.global_threshold(), hj.uniform()])
 def test_jit_is_eager(allocation):
-    tx = hj.prune(optax.adam(0.02), hj.magnitude(), SCHEDULE, allocation=allocation, every=2)
-    compiled, compiled_state = last(train(tx, make_params(), 6))
-    params = make_params()
-    state = tx.init(params)
-    for t in range(6):
-        updates, state = tx.update(GRAD(params, batch(t)), state, params)
-        params = optax.apply_updates(params, updates)
-    assert_trees_equal(hj.mask_of(state), hj.mask_of(compiled_state))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), params, compiled)
+    tx = hj.prune(optax.adamw(0.02), hj.magnitude(), SCHEDULE, allocation=allocation, every=2)
+    runs = (train(tx, make_params(), 10), train(tx, make_params(), 10, jit=True))
+    for (_, params, state), (_, params_, state_) in zip(*runs, strict=True):
+        assert_trees_equal(hj.mask_of(state), hj.mask_of(state_))
+        assert num_zeros(params) == num_zeros(params_)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), params, params_)
 
 
 def test_nothing_compiles_after_the_first_step(compilations):
@@ -293,13 +289,13 @@ def test_inside_a_chain():
 
 def test_inside_multisteps_it_counts_emitted_updates():
     tx = optax.MultiSteps(hj.prune(optax.adam(0.02), hj.magnitude(), 0.5, start=2, every=2), 3)
-    zeros = [num_zeros(params) for _, params, _ in train(tx, make_params(), 9)]
+    zeros = [num_zeros(params) for _, params, _ in train(tx, make_params(), 9, jit=True)]
     assert zeros == [0] * 5 + [28] * 4
 
 
-def test_inside_inject_hyperparams_and_apply_if_finite():
+def test_a_rejected_update_changes_nothing():
     tx = optax.apply_if_finite(hj.prune(optax.adam(0.02), hj.magnitude(), 0.5), 3)
-    params, state = last(train(tx, make_params(), 2))
+    params, state = last(train(tx, make_params(), 2, jit=True))
     bad = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), params)
     updates, state = tx.update(bad, state, params)
     assert_trees_equal(optax.apply_updates(params, updates), params)
@@ -368,9 +364,8 @@ def test_nan_scores_rank_lowest_and_are_counted():
 
 def test_saved_and_restored_state_gives_the_same_trajectory():
     tx = hj.prune(optax.adam(0.02), hj.magnitude(), SCHEDULE, every=2, stop=8)
-    step = stepper(tx)
-    want = last(train(tx, make_params(), 9, step=step))
-    params, state = last(train(tx, make_params(), 5, step=step))
+    want = last(train(tx, make_params(), 9))
+    params, state = last(train(tx, make_params(), 5))
 
     def as_pickle(tree):
         return pickle.loads(pickle.dumps(jax.device_get(tree)))
@@ -380,7 +375,7 @@ def test_saved_and_restored_state_gives_the_same_trajectory():
 
     for save_and_restore in (as_pickle, as_msgpack):
         params_, state_ = save_and_restore((params, state))
-        assert_trees_equal(last(train(tx, params_, 4, state=state_, first=5, step=step)), want)
+        assert_trees_equal(last(train(tx, params_, 4, state=state_, first=5)), want)
 
 
 # -- loops of others ------------------------------------------------------------------------------
