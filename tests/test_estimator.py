@@ -35,9 +35,9 @@ def test_the_loop_on_the_device_and_inside_jit_gives_what_the_host_gives(x64, na
     matvec, like = problem()
     host = hj.run(ESTIMATORS[name], matvec, KEY, like, max_matvecs=21)[0]
     device = hj.run(ESTIMATORS[name], matvec, KEY, like, max_matvecs=21, on_device=True)[0]
-    inside = jax.jit(
-        lambda a, k: hj.run(ESTIMATORS[name], a, k, like, max_matvecs=21, on_device=True)[0]
-    )(matvec, KEY)
+    inside = jax.jit(lambda a, k: hj.run(ESTIMATORS[name], a, k, like, max_matvecs=21, on_device=True)[0])(
+        matvec, KEY
+    )
     close(host, device)
     close(host, inside)
 
@@ -82,7 +82,9 @@ def test_bfloat16_params_are_multiplied_as_such_and_summed_in_float32(name):
 
     result = hj.run(ESTIMATORS[name], noting, KEY, like, max_matvecs=21)[0]
     assert set(seen) == {jnp.dtype(jnp.bfloat16)}
-    assert {leaf.dtype for leaf in jax.tree.leaves(result)} <= {jnp.dtype(t) for t in ("float32", "int32", "bool")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(result)} <= {
+        jnp.dtype(t) for t in ("float32", "int32", "bool")
+    }
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -123,7 +125,9 @@ def test_other_params_compile_nothing(compilations):
 def test_it_stops_at_the_tolerance_and_callbacks_hear_of_it():
     matvec, like = problem()
     heard = []
-    result, _ = hj.run(hj.hutchinson(), matvec, KEY, like, max_matvecs=10_000, tol=0.5, callbacks=[heard.append])
+    result, _ = hj.run(
+        hj.hutchinson(), matvec, KEY, like, max_matvecs=10_000, tol=0.5, callbacks=[heard.append]
+    )
     assert float(result.stderr) <= 0.5
     assert heard[-1].done
     assert not any(progress.done for progress in heard[:-1])
@@ -209,7 +213,7 @@ def test_bad_input_is_named_before_any_product():
     def never(vector):
         raise AssertionError("multiplied")
 
-    with pytest.raises(TypeError, match=r"`like` must have real floating-point.*steps: int32"):
+    with pytest.raises(TypeError, match=r"(?s)`like` must have real floating-point.*steps: int32"):
         hj.run(hj.hutchinson(), never, KEY, {"steps": jnp.zeros((), int)}, max_matvecs=1)
     with pytest.raises(ValueError, match="`max_matvecs` must be at least 3, one step's need, got 2"):
         hj.run(hj.power_iteration(3), never, KEY, like, max_matvecs=2)
@@ -217,7 +221,9 @@ def test_bad_input_is_named_before_any_product():
         hj.run(hj.hutchinson(), never, KEY, like, max_matvecs=2, callbacks=[print], on_device=True)
     with pytest.raises(TypeError, match="pass `on_device=True`"):
         jax.jit(lambda k: hj.trace(matvec, k, like, 3))(KEY)
-    with pytest.raises(ValueError, match=r"(?s)`matvec\(vector\)` must have the structure of `like`.*vector: missing"):
+    with pytest.raises(
+        ValueError, match=r"(?s)`matvec\(vector\)` must have the structure of `like`.*vector: missing"
+    ):
         hj.run(hj.hutchinson(), lambda v: {"scalar": v["scalar"]}, KEY, like, max_matvecs=2)
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from hessjax import _tree
 from hessjax._typing import Block, Eigenpairs, Estimator, Key, Params, Relative, Scalar, Tolerance
-from hessjax.spectral.probes import gaussian
+from hessjax.spectral.probes import gaussian, hashed_signs
 
 
 class PowerState(NamedTuple):
@@ -36,8 +36,8 @@ def power_iteration(k: int = 1, *, tol: Tolerance = Relative(1e-3)) -> Estimator
 
     It stops on the residual ‖Av − θv‖. (The change of θ from step to step, which others watch, has
     returned the second eigenvalue, or one 2 % low, as converged.) Values, vectors and residuals always
-    belong together. `eigenpairs` needs 5 to 20 times fewer products; use that unless memory for more
-    than 3k vectors is missing.
+    belong together. `eigenpairs` needs several times fewer products; use that unless there is no memory
+    for more than 3k vectors.
 
     Args:
         k: number of pairs, multiplied together as a block.
@@ -89,7 +89,7 @@ def power_iteration(k: int = 1, *, tol: Tolerance = Relative(1e-3)) -> Estimator
         residuals = jax.vmap(lambda v, w, value: _tree.norm(_tree.add_scaled(w, -value, v)))(
             vectors, products, values
         )
-        iterate = _orthonormal(_where_zero(products, vectors))
+        iterate = _orthonormal(products)
         return PowerState(iterate, vectors, values, residuals, state.num_matvecs + k)
 
     def result(state: PowerState) -> Eigenpairs:
@@ -108,24 +108,23 @@ def power_iteration(k: int = 1, *, tol: Tolerance = Relative(1e-3)) -> Estimator
 
 
 def _orthonormal(block: Block) -> Block:
-    """The rows made orthonormal, in order: Gram–Schmidt, twice (dominated rows lose digits in one pass)."""
+    """The rows made orthonormal, in order: Gram–Schmidt, in three passes.
+
+    A row that the ones before it span (A maps it to zero, or to one of them) gives way to a fresh direction.
+    """
     num_rows = jax.tree.leaves(block)[0].shape[0]
 
     def clean(i: Array, block: Block) -> Block:
         row = _tree.row(block, i)
-        row = _tree.scale(1 / _tree.norm(row), row)
-        for _ in range(2):
+        row = _tree.scale(1 / jnp.maximum(_tree.norm(row), jnp.finfo(jnp.float32).tiny), row)
+        for _ in range(3):
             components = jnp.where(jnp.arange(num_rows) < i, _tree.block_inner(block, row), 0)
             row = _tree.add_scaled(row, -1, _tree.combine(components, block))
+            gone = _tree.norm(row) <= 64 * jnp.finfo(components.dtype).eps
+            row = jax.tree.map(
+                lambda x, fresh, gone=gone: jnp.where(gone, fresh, x), row, hashed_signs(i, row)
+            )
             row = _tree.scale(1 / _tree.norm(row), row)
         return jax.tree.map(lambda rows, x: rows.at[i].set(x), block, row)
 
     return jax.lax.fori_loop(0, num_rows, clean, block)
-
-
-def _where_zero(products: Block, vectors: Block) -> Block:
-    """Products, but the vector itself where A maps it to zero: an iterate must have a direction."""
-    zero = jax.vmap(_tree.norm)(products) == 0
-    return jax.tree.map(
-        lambda p, v: jnp.where(zero.reshape(-1, *[1] * (p.ndim - 1)), v, p), products, vectors
-    )

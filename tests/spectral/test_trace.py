@@ -1,0 +1,87 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+import hessjax as hj
+
+KEY = jax.random.key(0)
+
+
+def problem(d=30):
+    like = oracles.tree_like(d)
+    matrix, _ = oracles.symmetric(np.linspace(-1, 3, d))
+    return oracles.matvec_of(matrix, like), like, matrix
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("probe", [hj.rademacher, hj.gaussian])
+def test_mean_and_stderr_are_those_of_the_samples(x64, probe):
+    matvec, like, matrix = problem()
+    estimate = hj.trace(matvec, KEY, like, 25, probe=probe)
+    probes = [jax.flatten_util.ravel_pytree(probe(jax.random.fold_in(KEY, i), like))[0] for i in range(25)]
+    samples = np.array([v @ matrix @ v for v in map(np.asarray, probes)])
+    np.testing.assert_allclose(estimate.mean, samples.mean(), rtol=1e-10)
+    np.testing.assert_allclose(estimate.stderr, samples.std(ddof=1) / 5, rtol=1e-10)
+    assert int(estimate.num_samples) == 25
+
+
+def test_the_variance_is_the_one_of_the_formula(x64):
+    """Var = 2(‖A‖²_F − Σ aᵢᵢ²) for signs: the standard error has the right size, not only the right name."""
+    matvec, like, matrix = problem()
+    estimate = hj.trace(matvec, KEY, like, 4000, on_device=True)
+    want = np.sqrt(2 * (np.sum(matrix**2) - np.sum(np.diag(matrix) ** 2)) / 4000)
+    np.testing.assert_allclose(estimate.stderr, want, rtol=0.05)
+    assert abs(float(estimate.mean) - np.trace(matrix)) < 3 * float(estimate.stderr)
+
+
+def test_error_bars_cover_the_truth(x64):
+    """±2 standard errors from 30 probes hold the trace in 95 % of runs."""
+    matvec, like, matrix = problem()
+    runs = jax.jit(jax.vmap(lambda key: hj.trace(matvec, key, like, 30, on_device=True)))(
+        jax.random.split(KEY, 400)
+    )
+    covered = np.abs(np.asarray(runs.mean) - np.trace(matrix)) <= 2 * np.asarray(runs.stderr)
+    assert 0.92 <= covered.mean() <= 0.98
+
+
+def test_leaves_are_the_diagonal_blocks_and_sum_to_the_total(x64):
+    matvec, like, matrix = problem()
+    parts = hj.trace_by_leaf(matvec, KEY, like, 3000, on_device=True)
+    assert list(parts.leaves) == ["empty", "matrix", "scalar", "vector"]
+    bounds = np.cumsum([0, 0, 4, 1, 25])
+    for (start, stop), part in zip(
+        zip(bounds[:-1], bounds[1:], strict=True), parts.leaves.values(), strict=True
+    ):
+        want = np.trace(matrix[start:stop, start:stop])
+        assert abs(float(part.mean) - want) <= 4 * float(part.stderr) + 1e-12
+    total = sum(float(part.mean) for part in parts.leaves.values())
+    assert total == pytest.approx(float(parts.total.mean), rel=1e-10)
+    assert float(parts.total.mean) == float(hj.trace(matvec, KEY, like, 3000, on_device=True).mean)
+
+
+def test_a_diagonal_matrix_is_exact_after_one_probe(x64):
+    estimate = hj.trace(lambda v: v * jnp.arange(10.0), KEY, jnp.zeros(10), 1)
+    assert float(estimate.mean) == 45
+    assert np.isinf(estimate.stderr)  # one sample says nothing of its spread
+
+
+def test_tol_is_met_in_the_units_asked_for(x64):
+    matvec, like, matrix = problem()
+    estimate = hj.trace(matvec, KEY, like, 100_000, tol=hj.relative(0.02))
+    assert float(estimate.stderr) <= 0.02 * abs(float(estimate.mean))
+    assert int(estimate.num_samples) < 100_000
+
+
+def test_a_network_in_float32_is_near_float64():
+    params, batch = oracles.leaves(), oracles.batch()
+    short = hj.trace_by_leaf(hj.hessian(oracles.loss_fn, params, batch), KEY, params, 50)
+    with jax.enable_x64(True):
+        exact = np.trace(oracles.dense_hessian(oracles.loss_fn, *jax.tree.map(jnp.float64, (params, batch))))
+    assert abs(float(short.total.mean) - exact) < 4 * float(short.total.stderr)
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="`num_probes` must be at least 1, got 0"):
+        hj.trace(lambda v: v, KEY, jnp.zeros(3), 0)
