@@ -1,5 +1,6 @@
 """The curvature of a network's loss, and the weights it can do without, in JAX."""
 
+from hessjax._drive import Progress as Progress
 from hessjax._typing import Eigenpairs as Eigenpairs
 from hessjax._typing import Estimate as Estimate
 from hessjax._typing import Estimator as Estimator
@@ -10,9 +11,14 @@ from hessjax.curvature.hessian import hvp as hvp
 from hessjax.curvature.subset import Selection as Selection
 from hessjax.curvature.subset import select as select
 from hessjax.estimator import NonFiniteProductError as NonFiniteProductError
-from hessjax.estimator import Progress as Progress
 from hessjax.estimator import relative as relative
 from hessjax.estimator import run as run
+from hessjax.pruning.allocation import global_threshold as global_threshold
+from hessjax.pruning.allocation import uniform as uniform
+from hessjax.pruning.saliency import magnitude as magnitude
+from hessjax.pruning.summary import summary as summary
+from hessjax.pruning.transform import mask_of as mask_of
+from hessjax.pruning.transform import prune as prune
 from hessjax.spectral.density import SpectralDensity as SpectralDensity
 from hessjax.spectral.eigenpairs import eigenpairs as eigenpairs
 from hessjax.spectral.lanczos import lanczos as lanczos
@@ -26,9 +32,3 @@ from hessjax.spectral.trace import hutchinson as hutchinson
 from hessjax.spectral.trace import hutchinson_by_leaf as hutchinson_by_leaf
 from hessjax.spectral.trace import trace as trace
 from hessjax.spectral.trace import trace_by_leaf as trace_by_leaf
-from hessjax.pruning.allocation import global_threshold as global_threshold
-from hessjax.pruning.allocation import uniform as uniform
-from hessjax.pruning.saliency import magnitude as magnitude
-from hessjax.pruning.summary import summary as summary
-from hessjax.pruning.transform import mask_of as mask_of
-from hessjax.pruning.transform import prune as prune

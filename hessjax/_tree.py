@@ -69,7 +69,8 @@ def check_floating(params: Params, argument: str = "params") -> None:
 
 def check_like(tree: Any, like: Any, argument: str, reference: str) -> None:
     """Raise a ValueError listing every leaf whose path or shape differs from `like`'s."""
-    if jax.tree.structure(tree) == jax.tree.structure(like):
+    same_structure: bool = jax.tree.structure(tree) == jax.tree.structure(like)  # type: ignore[operator]
+    if same_structure:
         shapes = zip(jax.tree.leaves(tree), jax.tree.leaves(like), strict=True)
         if all(jnp.shape(x) == jnp.shape(y) for x, y in shapes):
             return
@@ -154,7 +155,7 @@ def block_inner(block: Block, vector: Vector) -> Float[Array, " k"]:
     def leaf(rows: Array, x: Array) -> Array:
         return jnp.tensordot(rows.astype(dtype), x.astype(dtype), axes=x.ndim, precision="highest")
 
-    parts = jax.tree.leaves(jax.tree.map(leaf, block, vector))
+    parts: list[Array] = jax.tree.leaves(jax.tree.map(leaf, block, vector))
     return sum(parts[1:], parts[0])
 
 

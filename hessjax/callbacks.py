@@ -5,7 +5,7 @@ import types
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from hessjax.estimator import Progress as RunProgress
+from hessjax._drive import Progress as RunProgress
 
 
 class _ProgressBar:

@@ -104,3 +104,8 @@ def tree_like(d: int, dtype: Any = None) -> dict:
     """A pytree of d ≥ 6 zeros in a scalar, an empty, a matrix and a vector leaf."""
     shapes = {"empty": (0, 3), "matrix": (2, 2), "scalar": (), "vector": (d - 5,)}
     return {k: jnp.zeros(shape, dtype) for k, shape in shapes.items()}
+
+
+def close(a: Any, b: Any, rtol: float = 1e-9, atol: float = 1e-9) -> None:
+    """Assert that two pytrees agree, leaf by leaf."""
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b)

@@ -25,10 +25,6 @@ def problem(d=20, dtype=None):
     return oracles.matvec_of(matrix.astype(jnp.result_type(float)), like), like
 
 
-def close(a, b, rtol=1e-9, atol=1e-9):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b)
-
-
 @pytest.mark.smoke
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_the_loop_on_the_device_and_inside_jit_gives_what_the_host_gives(x64, name):
@@ -38,8 +34,8 @@ def test_the_loop_on_the_device_and_inside_jit_gives_what_the_host_gives(x64, na
     inside = jax.jit(lambda a, k: hj.run(ESTIMATORS[name], a, k, like, max_matvecs=21, on_device=True)[0])(
         matvec, KEY
     )
-    close(host, device)
-    close(host, inside)
+    oracles.close(host, device)
+    oracles.close(host, inside)
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -52,13 +48,13 @@ def test_a_loop_of_ones_own_and_a_run_in_two_halves(x64, name):
     for _ in range(18 // jax.tree.leaves(estimator.query(state))[0].shape[0]):
         block = estimator.query(state)
         state = estimator.update(state, jax.vmap(matvec)(block))
-    close(whole, estimator.result(state))
+    oracles.close(whole, estimator.result(state))
 
     _, half = hj.run(estimator, matvec, KEY, like, max_matvecs=9)
     kept = jax.tree.map(np.asarray, jax.tree.map(lambda x: x, estimator.result(half)))
     resumed = hj.run(estimator, matvec, KEY, like, max_matvecs=9, state=half)[0]
-    close(whole, resumed, rtol=0, atol=0)
-    close(kept, estimator.result(half), rtol=0, atol=0)  # the state given is still there
+    oracles.close(whole, resumed, rtol=0, atol=0)
+    oracles.close(kept, estimator.result(half), rtol=0, atol=0)  # the state given is still there
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -192,9 +188,9 @@ def test_a_product_that_is_not_finite_ends_the_run_and_keeps_what_there_was(x64,
     assert error.num_matvecs == (6 if name == "power_iteration" else 7)
     assert ("product 8 " if name != "power_iteration" else "one of products 7 to 9 ") in str(error)
     want = hj.run(estimator, matvec, KEY, like, max_matvecs=error.num_matvecs)[0]
-    close(error.result, want)
+    oracles.close(error.result, want)
     rest = hj.run(estimator, matvec, KEY, like, max_matvecs=18 - error.num_matvecs, state=error.state)[0]
-    close(rest, hj.run(estimator, matvec, KEY, like, max_matvecs=18)[0])
+    oracles.close(rest, hj.run(estimator, matvec, KEY, like, max_matvecs=18)[0])
 
 
 def test_not_finite_on_the_device():

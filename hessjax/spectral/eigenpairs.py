@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from hessjax import _tree
+from hessjax._drive import Callback
 from hessjax._typing import Block, Eigenpairs, Key, Matvec, Params, Relative, Tolerance
-from hessjax.estimator import Callback, run
+from hessjax.estimator import run
 from hessjax.spectral.lanczos import lanczos
 
 

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from hessjax import _tree
+from hessjax._drive import Callback
 from hessjax._typing import Block, Estimator, Key, Matvec, Params, Scalar
-from hessjax.estimator import Callback, run
+from hessjax.estimator import run
 from hessjax.spectral import krylov
 from hessjax.spectral.density import SpectralDensity
 from hessjax.spectral.lanczos import Krylov, extend, ritz, start

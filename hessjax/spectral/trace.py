@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from hessjax import _tree
+from hessjax._drive import Callback
 from hessjax._typing import Block, Estimate, Estimator, Key, Matvec, Params, Scalar, Tolerance
-from hessjax.estimator import Callback, run
+from hessjax.estimator import run
 from hessjax.spectral.probes import Probe, rademacher
 
 
@@ -34,14 +35,14 @@ class HutchinsonState(NamedTuple):
         probe: the vector to be multiplied next.
         mean: (1 + leaves,) mean of the samples.
         squares: (1 + leaves,) sum of squared deviations from the mean.
-        count: number of samples.
+        num_samples: number of samples.
     """
 
     key: Key
     probe: Any
     mean: Float[Array, " n"]
     squares: Float[Array, " n"]
-    count: Int[Array, ""]
+    num_samples: Int[Array, ""]
 
 
 @functools.cache
@@ -114,7 +115,7 @@ def _hutchinson(probe: Probe, by_leaf: bool) -> Estimator:
     def update(state: HutchinsonState, products: Block) -> HutchinsonState:
         parts = jnp.stack(_tree.inner_by_leaf(state.probe, _tree.row(products, 0)))
         sample = jnp.concatenate([jnp.sum(parts, keepdims=True), parts]).astype(state.mean.dtype)
-        count = state.count + 1
+        count = state.num_samples + 1
         delta = sample - state.mean
         mean = state.mean + delta / count
         squares = state.squares + delta * (sample - mean)  # Welford (1962)
@@ -122,7 +123,7 @@ def _hutchinson(probe: Probe, by_leaf: bool) -> Estimator:
         return HutchinsonState(state.key, following, mean, squares, count)
 
     def result(state: HutchinsonState) -> Estimate:
-        n = state.count
+        n = state.num_samples
         mean = jnp.where(n > 0, state.mean, jnp.nan)
         stderr = jnp.where(
             n > 1, jnp.sqrt(state.squares / (jnp.maximum(n - 1, 1) * jnp.maximum(n, 1))), jnp.inf

@@ -25,7 +25,7 @@ def test_the_mean_does_not_depend_on_how_the_data_is_cut(x64, sizes, linearize):
     params, data, vector = oracles.leaves(), oracles.batch(23), oracles.leaves(1)
     whole = hj.hessian(oracles.loss_fn, params, data)(vector)
     parts = over(params, cut(data, np.array(sizes)), linearize=linearize)(vector)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-13), parts, whole)
+    oracles.close(parts, whole, rtol=1e-12, atol=1e-13)
 
 
 def test_batches_of_any_shape_and_a_loader_that_opens_anew(x64):
@@ -45,7 +45,7 @@ def test_batches_of_any_shape_and_a_loader_that_opens_anew(x64):
     matvec = hj.over_batches(lambda b: hj.hessian(loss, params, b), Loader())
     want = hj.hessian(oracles.loss_fn, params, data)(vector)
     for _ in range(2):
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-13), matvec(vector), want)
+        oracles.close(matvec(vector), want, rtol=1e-12, atol=1e-13)
     assert len(opened) == 2
 
 
@@ -73,7 +73,7 @@ def test_nested_batches_and_plain_matvecs(x64):
     inner = lambda half: over(params, cut(half, np.array([2, 1])))
     product = hj.over_batches(inner, halves)(vector)
     want = hj.hessian(oracles.loss_fn, params, data)(vector)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-13), product, want)
+    oracles.close(product, want, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.smoke
@@ -119,4 +119,4 @@ def test_named_tuples_are_batches_too(x64):
     params = oracles.leaves()
     got = over(params, cut(data, np.array([3, 2])))(params)
     want = hj.hessian(oracles.loss_fn, params, data)(params)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-13), got, want)
+    oracles.close(got, want, rtol=1e-12, atol=1e-13)

@@ -61,13 +61,15 @@ def test_works_over_batches_and_in_the_one_liners():
     params = oracles.leaves()
     part = hj.select(params, "d_kernel")
     loss = part.restrict(oracles.loss_fn)
-    matvec = hj.over_batches(lambda b: hj.hessian(loss, part.part, b), [oracles.batch(3), oracles.batch(4, 1)])
+    batches = [oracles.batch(3), oracles.batch(4, 1)]
+    matvec = hj.over_batches(lambda b: hj.hessian(loss, part.part, b), batches)
     parts = hj.trace_by_leaf(matvec, jax.random.key(0), part.part, 3)
     assert list(parts.leaves) == ["d_kernel"]
 
 
 def test_a_glob_that_matches_nothing_is_named():
-    with pytest.raises(ValueError, match=r"`where`.*`conv\*` matches none of: a_bias, b_empty, c_scale, d_kernel"):
+    message = r"`where`.*`conv\*` matches none of: a_bias, b_empty, c_scale, d_kernel"
+    with pytest.raises(ValueError, match=message):
         hj.select(oracles.leaves(), ["d_*", "conv*"])
     with pytest.raises(ValueError, match="its predicate matches none"):
         hj.select(oracles.leaves(), lambda path, leaf: False)

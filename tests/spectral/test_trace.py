@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,9 +53,7 @@ def test_leaves_are_the_diagonal_blocks_and_sum_to_the_total(x64):
     parts = hj.trace_by_leaf(matvec, KEY, like, 3000, on_device=True)
     assert list(parts.leaves) == ["empty", "matrix", "scalar", "vector"]
     bounds = np.cumsum([0, 0, 4, 1, 25])
-    for (start, stop), part in zip(
-        zip(bounds[:-1], bounds[1:], strict=True), parts.leaves.values(), strict=True
-    ):
+    for (start, stop), part in zip(itertools.pairwise(bounds), parts.leaves.values(), strict=True):
         want = np.trace(matrix[start:stop, start:stop])
         assert abs(float(part.mean) - want) <= 4 * float(part.stderr) + 1e-12
     total = sum(float(part.mean) for part in parts.leaves.values())
@@ -68,7 +68,7 @@ def test_a_diagonal_matrix_is_exact_after_one_probe(x64):
 
 
 def test_tol_is_met_in_the_units_asked_for(x64):
-    matvec, like, matrix = problem()
+    matvec, like, _ = problem()
     estimate = hj.trace(matvec, KEY, like, 100_000, tol=hj.relative(0.02))
     assert float(estimate.stderr) <= 0.02 * abs(float(estimate.mean))
     assert int(estimate.num_samples) < 100_000
