@@ -1,4 +1,4 @@
-"""What are the benchmarks run on? Three networks from the literature, a small one, and data of their shapes."""
+"""What are the benchmarks run on? Three networks from the literature, a small one, data of their shapes."""
 
 import zlib
 from collections.abc import Callable
