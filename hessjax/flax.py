@@ -6,7 +6,7 @@ again for the next checkpoint hits the compiled code of the last.
 """
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -44,7 +44,7 @@ def linen_loss(module: Any, loss: OutputLoss, *, inputs: Inputs = 0, **apply_kwa
     in `state` are computed and dropped.
 
     Args:
-        module: a `flax.linen.Module`. Its fields must be hashable: tuples, not lists.
+        module: a `flax.linen.Module`. Its fields must be hashable, or lists and dicts of what is.
         loss: `(outputs, batch) -> scalar`, the mean over the batch. Give a function of your module's top
             level: a lambda written anew is a new function, and retraces.
         inputs: what the module takes from a batch: an index or key, several of them in a tuple (positional
@@ -79,8 +79,9 @@ def linen_loss(module: Any, loss: OutputLoss, *, inputs: Inputs = 0, **apply_kwa
         True
     """
     inputs = tuple(inputs) if isinstance(inputs, list) else inputs
-    _check_hashable(module=module, loss=loss, inputs=inputs, **apply_kwargs)
-    return _LinenLoss(module, loss, inputs, tuple(sorted(apply_kwargs.items())))
+    identity = _frozen(module)
+    _check_hashable(module=identity, loss=loss, inputs=inputs, **apply_kwargs)
+    return _LinenLoss(module, identity, loss, inputs, tuple(sorted(apply_kwargs.items())))
 
 
 def nnx_loss(
@@ -150,7 +151,8 @@ def nnx_loss(
 
 @dataclass(frozen=True)
 class _LinenLoss:
-    module: Any
+    module: Any = field(compare=False)  # `nn.Sequential([...])` has no hash of its own
+    identity: Hashable
     loss: OutputLoss
     inputs: Inputs
     kwargs: tuple[tuple[str, Hashable], ...]
@@ -210,6 +212,18 @@ def _arguments(batch: Any, inputs: Inputs) -> tuple[Any, ...]:
             f"`inputs` must say what the model takes from a batch ({has}): a key, several or a function, "
             f"got {inputs!r}."
         ) from error
+
+
+def _frozen(value: Any) -> Any:
+    """What tells a module from another, in hashable containers: its type and its fields."""
+    if isinstance(value, (list, tuple)):
+        return type(value), tuple(map(_frozen, value))
+    if isinstance(value, Mapping):
+        return type(value), tuple((key, _frozen(item)) for key, item in sorted(value.items()))
+    if is_dataclass(value) and not isinstance(value, type):
+        items = ((f.name, _frozen(getattr(value, f.name))) for f in fields(value) if f.name != "parent")
+        return type(value), tuple(items)
+    return value
 
 
 def _check_hashable(**arguments: Any) -> None:

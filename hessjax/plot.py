@@ -269,5 +269,6 @@ def _bars(ax: Axes, names: list[str], values: Any, errors: Any, color: str) -> N
     errors = np.where(np.isfinite(errors), errors, 0)
     ax.barh(rows, values, xerr=errors, color=color, alpha=0.85, height=0.62,
             error_kw={"ecolor": "#222222", "elinewidth": 1.2, "capsize": 3})  # fmt: skip
+    ax.axvline(0, color=GREY, lw=0.8)
     ax.set_yticks(rows, names)
     ax.grid(visible=False, axis="y")
