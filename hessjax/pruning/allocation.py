@@ -11,14 +11,14 @@ from jaxtyping import Array, Float, Int
 from hessjax._typing import Params
 from hessjax.pruning.ranking import ordered_keys, smallest
 
-Sparsity: TypeAlias = float | Float[Array, ""]
+Sparsity: TypeAlias = float | int | Float[Array, ""]
 """The fraction of zeros, in [0, 1): a number, checked, or a traced scalar, which cannot be."""
 
 Allocation: TypeAlias = Callable[[Params, Sparsity], Params]
 """`(scores, sparsity) -> mask`: scores of any pytree shape to booleans of the same, True = kept."""
 
 
-def global_threshold(*, floor: float = 0.05) -> Allocation:
+def global_threshold(*, floor: float | int = 0.05) -> Allocation:
     """One ranking over all leaves together: the lowest scores go, wherever they are.
 
     Exactly `round(sparsity · n)` of the n weights go (halves round to even, as Python's `round`), whatever
@@ -126,7 +126,7 @@ def num_zeros(sparsity: Sparsity, size: int) -> Any:
     high, low = _product((inside.astype(jnp.float32) * 2.0**31).astype(jnp.uint32), size)
     quotient, rest = high * 2 + (low >> 31), low & jnp.uint32(2**31 - 1)
     up = (rest > 2**30) | ((rest == 2**30) & (quotient % 2 == 1))
-    return (quotient + up).astype(jnp.int32)
+    return quotient.astype(jnp.int32) + up.astype(jnp.int32)
 
 
 def _product(a: Array, b: int) -> tuple[Array, Array]:
@@ -137,7 +137,7 @@ def _product(a: Array, b: int) -> tuple[Array, Array]:
     return a1 * b1 + (middle >> 16), (middle << 16) | (a0 * b0 & jnp.uint32(0xFFFF))
 
 
-def _least(size: int, floor: float, sparsity: Sparsity) -> Any:
+def _least(size: int, floor: float | int, sparsity: Sparsity) -> Any:
     """How many weights a leaf of this size keeps whatever its scores."""
     if floor == 0 or size == 0:
         return 0

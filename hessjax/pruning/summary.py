@@ -101,7 +101,9 @@ def summary(params: Params) -> Summary:
     leaves = jax.tree.leaves(params)
     moments = jax.device_get([_moments(leaf) for leaf in leaves])
     named = zip(_tree.leaf_paths(params), leaves, moments, strict=True)
-    rows = tuple(_row(path, jnp.shape(leaf), jnp.size(leaf), *numbers) for path, leaf, numbers in named)
+    rows = tuple(
+        _row(path, jnp.shape(x), jnp.size(x), *(n.item() for n in numbers)) for path, x, numbers in named
+    )
     return Summary(rows, _total(rows))
 
 
@@ -122,10 +124,8 @@ def _row(
     variance: float,
     abs_mean: float,
 ) -> SummaryRow:
-    sparsity = 1 - int(nonzeros) / number if number else 0.0
-    return SummaryRow(
-        path, shape, number, int(nonzeros), sparsity, float(variance) ** 0.5, float(mean), float(abs_mean)
-    )
+    sparsity = 1 - nonzeros / number if number else 0.0
+    return SummaryRow(path, shape, number, nonzeros, sparsity, variance**0.5, mean, abs_mean)
 
 
 def _total(rows: tuple[SummaryRow, ...]) -> SummaryRow:

@@ -47,9 +47,9 @@ def is_matrix(path: str, leaf: Any) -> bool:
 
 
 def prune(
-    inner: optax.GradientTransformation,
+    inner: optax.GradientTransformation | optax.MultiSteps,
     saliency: Saliency,
-    sparsity: float | Schedule,
+    sparsity: float | int | Schedule,
     *,
     allocation: Allocation = global_threshold(),  # noqa: B008 (a value, never changed)
     where: Where = is_matrix,
@@ -199,15 +199,15 @@ def mask_of(opt_state: Any) -> Params:
     return jax.tree.map(lambda m: jnp.asarray(True) if _is_hole(m) else m, found[0].mask, is_leaf=_is_hole)
 
 
-def _unmask(param: Array, mask: Array, dense: Array) -> Array:
+def _unmask(param: Any, mask: Any, dense: Any) -> Array:
     return jnp.where(mask, param, dense)
 
 
-def _mask(grad: Array, mask: Array) -> Array:
+def _mask(grad: Any, mask: Any) -> Array:
     return jnp.where(mask, grad, jnp.zeros_like(grad))
 
 
-def _land(step: Array, mask: Array, dense: Array, param: Array) -> Array:
+def _land(step: Any, mask: Any, dense: Any, param: Any) -> Array:
     """`M⊙W − param`, in a dtype that holds the params: rounded to a narrower one it would not cancel.
 
     Added to `param` it gives `M⊙W` again: 0.0 always; a kept weight because W = fl(param + u) for some float

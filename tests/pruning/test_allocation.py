@@ -10,7 +10,6 @@ import pytest
 import hessjax as hj
 from hessjax.pruning.allocation import num_zeros
 
-
 GLOBAL, UNIFORM = hj.global_threshold(), hj.uniform()
 JITTED = {f: jax.jit(f) for f in (GLOBAL, UNIFORM)}
 
