@@ -197,12 +197,26 @@ def test_inputs_missing_from_the_batch_are_named(batch):
         linen_loss(Linen(), dict_cross_entropy, train=False)(params, named, state)
 
 
-def test_unhashable_parts_are_named():
+def test_modules_with_lists_and_dicts_are_told_apart_by_what_is_in_them():
     class Wide(nn.Module):
         features: list
+        scales: dict
+
+    def make(width, scale):
+        return linen_loss(nn.Sequential([nn.Dense(width), Wide([4, 4], {"x": scale})]), cross_entropy)
+
+    assert make(3, 1) == make(3, 1)
+    assert hash(make(3, 1)) == hash(make(3, 1))
+    assert make(3, 1) != make(4, 1)
+    assert make(3, 1) != make(3, 2)
+
+
+def test_unhashable_parts_are_named():
+    class Frozen(nn.Module):
+        table: jax.Array
 
     with pytest.raises(TypeError, match="`module` must be hashable"):
-        linen_loss(Wide([4, 4]), cross_entropy)
+        linen_loss(Frozen(jnp.ones(3)), cross_entropy)
     with pytest.raises(TypeError, match="`scales` must be hashable"):
         linen_loss(Linen(), cross_entropy, scales=[1, 2])
 
