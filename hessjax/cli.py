@@ -12,10 +12,11 @@ from hessjax.tour import tour as run_tour
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
-def _show_version(wanted: bool) -> None:
+def _show_version(wanted: bool) -> bool:
     if wanted:
         typer.echo(f"hessjax {version('hessjax')}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()

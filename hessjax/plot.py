@@ -20,7 +20,8 @@ from hessjax._typing import Eigenpairs, Params
 from hessjax.spectral.density import SpectralDensity
 from hessjax.spectral.trace import TraceByLeaf
 
-Numbers: TypeAlias = Sequence[float] | ArrayLike
+Numbers: TypeAlias = Sequence[float | int] | ArrayLike
+Pair: TypeAlias = Sequence[Axes] | np.ndarray
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6B6B6B"
 """Colours that stay apart under every common colour blindness (Okabe and Ito, 2008)."""
@@ -91,7 +92,7 @@ def density(density: SpectralDensity, eigenpairs: Eigenpairs | None = None, ax: 
     return ax
 
 
-def layers(traces: TraceByLeaf, params: Params, axes: Sequence[Axes] | None = None) -> tuple[Axes, Axes]:
+def layers(traces: TraceByLeaf, params: Params, axes: Pair | None = None) -> tuple[Axes, Axes]:
     """The trace of every leaf's block, and the same per parameter, with standard errors.
 
     Args:
@@ -140,7 +141,7 @@ def pruning_run(
     accuracy: Numbers,
     sparsity: Numbers,
     dense_accuracy: float | None = None,
-    axes: Sequence[Axes] | None = None,
+    axes: Pair | None = None,
 ) -> tuple[Axes, Axes]:
     """Accuracy above sparsity, over the steps of a run that prunes while it trains.
 
@@ -163,19 +164,17 @@ def pruning_run(
         >>> lower.get_xlabel()
         'step of fine-tuning'
     """
-    steps, accuracy, sparsity = map(np.asarray, (steps, accuracy, sparsity))
+    x, y, zeros = map(np.asarray, (steps, accuracy, sparsity))
     with _axes(axes, 2, 1, figsize=(7.6, 5.0), sharex=True, height_ratios=(3, 2)) as (upper, lower):
         if dense_accuracy is not None:
-            upper.axhline(dense_accuracy, color=GREY, ls=(0, (5, 3)), lw=1.3)
-            label = f"dense network {dense_accuracy:.1%}"
-            upper.annotate(label, (1, dense_accuracy), (0, 4), upper.get_yaxis_transform(), "offset points",
-                           color=GREY, ha="right", va="bottom")  # fmt: skip
-        upper.plot(steps, accuracy, color=BLUE, lw=1.8)
-        upper.plot(steps[-1:], accuracy[-1:], "o", color=BLUE, ms=6, clip_on=False)
+            label = f"dense network, {dense_accuracy:.1%}"
+            upper.axhline(dense_accuracy, color=GREY, ls=(0, (5, 3)), lw=1.3, label=label)
+        upper.plot(x, y, color=BLUE, lw=1.8, label=f"pruned network, {y[-1]:.1%} at the end")
+        upper.legend(loc="lower right")
         upper.set_ylabel("test accuracy")
         upper.set_title("Pruning while fine-tuning")
-        lower.plot(steps, sparsity, color=ORANGE, lw=1.8, drawstyle="steps-post")
-        lower.fill_between(steps, sparsity, color=ORANGE, alpha=0.18, lw=0, step="post")
+        lower.plot(x, zeros, color=ORANGE, lw=1.8, drawstyle="steps-post")
+        lower.fill_between(x, zeros, color=ORANGE, alpha=0.18, lw=0, step="post")
         lower.set_ylim(0, 1)
         lower.set_ylabel("weights at zero")
         lower.set_xlabel("step of fine-tuning")
@@ -243,7 +242,7 @@ def _signed_log_axis(ax: Axes, grid: Any, unit: float) -> None:
     ticks = np.concatenate([-decades[::-1], [0.0], decades])
     ax.xaxis.set_major_locator(FixedLocator(ticks.tolist()))
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(float(value))))
 
 
 def _number(value: float) -> str:
@@ -259,7 +258,7 @@ def _mark(ax: Axes, pairs: Eigenpairs) -> None:
                     transform=ax.get_xaxis_transform(), label=label, zorder=3)  # fmt: skip
     found = values[np.isfinite(values)]
     for value in (found.max(), found.min()) if len(found) else ():
-        ax.annotate(_number(value), (value, 0.03), (0, 9), ax.get_xaxis_transform(), "offset points",
+        ax.annotate(_number(float(value)), (value, 0.03), (0, 9), ax.get_xaxis_transform(), "offset points",
                     color=ORANGE, ha="center")  # fmt: skip
     ax.legend(loc="upper right")
 

@@ -79,7 +79,8 @@ def test_layers_of_other_params_are_refused(traces):
 
 def test_pruning_run_and_kept():
     upper, lower = plot.pruning_run([0, 10, 20], [0.9, 0.8, 0.85], np.array([0.0, 0.5, 0.9]), 0.92)
-    assert upper.texts[0].get_text() == "dense network 92.0%"
+    names = [text.get_text() for text in upper.get_legend().get_texts()]
+    assert names == ["dense network, 92.0%", "pruned network, 85.0% at the end"]
     np.testing.assert_allclose(lower.lines[0].get_ydata(), [0.0, 0.5, 0.9])
     assert [text.get_text() for text in plot.kept(PARAMS).texts] == ["2 of 2", "2 of 4"]
 
