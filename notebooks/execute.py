@@ -1,4 +1,4 @@
-"""Executes every notebook in this folder and keeps its outputs; with --quick a short form that keeps nothing."""
+"""Executes every notebook here and keeps its outputs; with --quick in a short form that keeps nothing."""
 
 import argparse
 import os
