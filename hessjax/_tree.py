@@ -15,6 +15,8 @@ from hessjax._typing import Block, Params, Scalar, Vector, Where
 
 def path_name(path: tuple[Any, ...]) -> str:
     """The path of a leaf as people write it: `Conv_0/kernel`; `.` for a tree that is one leaf."""
+    if path and path[-1] == jax.tree_util.GetAttrKey("value"):  # the inside of an nnx Variable
+        path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator="/") or "."
 
 

@@ -9,7 +9,14 @@ A = jax.tree_util.Partial(jnp.multiply, jnp.arange(1.0, 11.0))
 
 def test_the_bar_shows_products_error_and_goal(capsys):
     bar = hj.progress_bar("the trace")
-    hj.trace(jax.tree_util.Partial(jnp.roll, shift=1), jax.random.key(0), jnp.zeros(9), 20, tol=0.1, callbacks=[bar])
+    hj.trace(
+        jax.tree_util.Partial(jnp.roll, shift=1),
+        jax.random.key(0),
+        jnp.zeros(9),
+        20,
+        tol=0.1,
+        callbacks=[bar],
+    )
     shown = capsys.readouterr().out
     assert "the trace" in shown
     assert "20/20 products" in shown
