@@ -117,10 +117,10 @@ def _zero(vector: Vector) -> Vector:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _add(total: Vector, weight: int, product: Vector) -> Vector:
+def _add(total: Vector, weight: Any, product: Vector) -> Vector:
     return _tree.add_scaled(total, weight, product)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _divide(total: Vector, count: int, like: Vector) -> Vector:
+def _divide(total: Vector, count: Any, like: Vector) -> Vector:
     return _tree.cast_like(_tree.scale(1.0 / count, total), like)

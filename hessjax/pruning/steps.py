@@ -22,7 +22,8 @@ def is_mask_step(count: Array, every: int, start: int, stop: int | None) -> Arra
 
 def some_mask_steps(every: int, start: int, stop: int | None) -> list[int]:
     """A sample of the mask steps that reaches far: the first, doubling gaps, the last."""
-    steps = [start, *(start + every * 2**k for k in range(21))]
+    far = [start + every * 2**k for k in range(21)]
+    steps = [start, *(t for t in far if t < 2**31)]
     return steps if stop is None else [*(t for t in steps if t < stop), stop]
 
 

@@ -1,6 +1,7 @@
 """Eigenpairs in one line, with residuals that were measured."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,8 @@ def eigenpairs(
             settle when a negative eigenvalue is about as large as a positive one; `"both"` does.
         max_matvecs: the most products to spend on the search.
         tol: stop when all residuals are within this; absolute, or `relative` to the largest absolute
-            eigenvalue.
+            eigenvalue of the matrix, at whichever end (small eigenvalues need an absolute one to be
+            known to many digits).
         basis_size: the most vectors kept, see `lanczos`.
         callbacks: see `run`.
         on_device: see `run`.
@@ -62,7 +64,7 @@ def eigenpairs(
         ([4.0, -1.0], [True, True])
     """
     estimator = lanczos(k, which, basis_size=basis_size, tol=tol)
-    pairs, _ = run(
+    pairs, state = run(
         estimator,
         matvec,
         key,
@@ -72,16 +74,16 @@ def eigenpairs(
         callbacks=callbacks,
         on_device=on_device,
     )
-    return _measured(matvec, pairs, like, tol)
+    limit = tol.factor * estimator.scale(state) if isinstance(tol, Relative) else tol
+    return _measured(matvec, pairs, like, limit)
 
 
-def _measured(matvec: Matvec, pairs: Eigenpairs, like: Params, tol: Tolerance) -> Eigenpairs:
+def _measured(matvec: Matvec, pairs: Eigenpairs, like: Params, limit: Any) -> Eigenpairs:
     """The pairs with values and residuals from fresh products."""
     found = jnp.isfinite(pairs.values)
     vectors = [_tree.row(pairs.vectors, i) for i in range(len(pairs.values))]
     measured = [_rayleigh(vector, matvec(_tree.cast_like(vector, like))) for vector in vectors]
     values, residuals = (jnp.stack(column) for column in zip(*measured, strict=True))
-    limit = tol.factor * jnp.max(jnp.abs(jnp.where(found, values, 0))) if isinstance(tol, Relative) else tol
     residuals = jnp.where(found, residuals, jnp.inf)
     return Eigenpairs(
         jnp.where(found, values, jnp.nan),

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from hessjax import _tree
 from hessjax._typing import Block, Eigenpairs, Estimator, Key, Params, Relative, Scalar, Tolerance, Vector
 from hessjax.spectral import krylov
+from hessjax.spectral.packing import Packing
 from hessjax.spectral.probes import gaussian
 
 # -- the recurrence ------------------------------------------------------------------------------
@@ -38,6 +39,11 @@ def start(vector: Vector, capacity: int) -> Krylov:
     basis = krylov.allocate(vector, capacity + 1)
     basis = krylov.write(basis, jnp.int32(0), _tree.scale(1 / _tree.norm(vector), vector))
     return Krylov(basis, jnp.zeros((capacity, capacity), dtype), jnp.zeros(capacity, dtype), jnp.int32(0))
+
+
+def next_row(space: Krylov) -> Block:
+    """The row to be multiplied next, as a block of one."""
+    return jax.tree.map(lambda x: x[None], krylov.read(space.basis, space.size))
 
 
 def extend(space: Krylov, product: Vector) -> Krylov:
@@ -101,9 +107,10 @@ def num_wanted(k: int, which: str) -> int:
 
 
 class LanczosState(NamedTuple):
-    """A Krylov space, and how many products it took."""
+    """A Krylov space of packed vectors, and how many products it took."""
 
     space: Krylov
+    packing: Packing
     num_matvecs: Int[Array, ""]
 
 
@@ -161,28 +168,30 @@ def lanczos(
     wanted = num_wanted(k, which)
 
     def init(key: Key, like: Params) -> LanczosState:
-        capacity = _capacity(wanted, which, basis_size, _tree.size(like))
-        return LanczosState(start(gaussian(key, like), capacity), jnp.int32(0))
+        packing = Packing.of(like)
+        capacity = _capacity(wanted, which, basis_size, packing.size)
+        return LanczosState(start(packing.pack(gaussian(key, like)), capacity), packing, jnp.int32(0))
 
     def query(state: LanczosState) -> Block:
-        return jax.tree.map(lambda x: x[None], krylov.read(state.space.basis, state.space.size))
+        return state.packing.unpack_block(next_row(state.space))
 
     def update(state: LanczosState, products: Block) -> LanczosState:
         space, capacity = state.space, state.space.projected.shape[0]
-        complete = capacity == _tree.size(_tree.row(products, 0))  # the basis can hold everything there is
-        if complete:
-            grow = lambda s: extend(s, _tree.row(products, 0))  # noqa: E731
-            space = jax.lax.cond(space.size < capacity, grow, lambda s: s, space)
+        product = state.packing.pack(_tree.row(products, 0))
+        if capacity == state.packing.size:  # the basis can hold everything there is
+            space = jax.lax.cond(space.size < capacity, extend, lambda s, _: s, space, product)
         else:
-            space = extend(space, _tree.row(products, 0))
+            space = extend(space, product)
             compress = functools.partial(_restart, which=which, keep=wanted + (capacity - wanted) // 2)
-            space = jax.lax.cond(space.size == capacity, compress, lambda s: s, space)
-        return LanczosState(space, state.num_matvecs + 1)
+            # A `cond` would copy the basis at every step, taken or not; a loop only when it is entered.
+            space = jax.lax.while_loop(lambda s: s.size == capacity, compress, space)
+        return LanczosState(space, state.packing, state.num_matvecs + 1)
 
     def result(state: LanczosState) -> Eigenpairs:
         values, coefficients, residuals = _wanted(state.space, which, wanted)
         limit = tol.factor * scale(state) if isinstance(tol, Relative) else tol
         vectors = krylov.combine(state.space.basis, jnp.pad(coefficients, ((0, 0), (0, 1))))
+        vectors = state.packing.unpack_block(vectors)
         return Eigenpairs(values, vectors, residuals, residuals <= limit, state.num_matvecs)
 
     def error(state: LanczosState) -> Scalar:

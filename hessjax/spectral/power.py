@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from hessjax import _tree
 from hessjax._typing import Block, Eigenpairs, Estimator, Key, Params, Relative, Scalar, Tolerance
+from hessjax.spectral.packing import Packing
 from hessjax.spectral.probes import gaussian, hashed_signs
 
 
@@ -20,6 +21,7 @@ class PowerState(NamedTuple):
         vectors: (k, …) the Ritz vectors that `values` and `residuals` belong to.
         values: (k,) Ritz values, NaN before the first product.
         residuals: (k,) ‖Av − θv‖ of these very vectors, infinite before the first product.
+        packing: how the blocks are packed.
         num_matvecs: products so far.
     """
 
@@ -27,6 +29,7 @@ class PowerState(NamedTuple):
     vectors: Block
     values: Float[Array, " k"]
     residuals: Float[Array, " k"]
+    packing: Packing
     num_matvecs: Int[Array, ""]
 
 
@@ -69,19 +72,23 @@ def power_iteration(k: int = 1, *, tol: Tolerance = Relative(1e-3)) -> Estimator
         raise ValueError(f"`k` must be at least 1, got {k}.")
 
     def init(key: Key, like: Params) -> PowerState:
-        if k > _tree.size(like):
-            raise ValueError(f"`k` must be at most {_tree.size(like)}, the number of parameters, got {k}.")
-        iterate = _orthonormal(jax.vmap(lambda key: gaussian(key, like))(jax.random.split(key, k)))
+        packing = Packing.of(like)
+        if k > packing.size:
+            raise ValueError(f"`k` must be at most {packing.size}, the number of parameters, got {k}.")
+        probes = jax.vmap(lambda key: packing.pack(gaussian(key, like)))(jax.random.split(key, k))
+        iterate = _orthonormal(probes)
         nothing = jnp.zeros(k, _tree.accumulator_dtype(like))
         return PowerState(
             iterate,
             jax.tree.map(jnp.zeros_like, iterate),
             nothing + jnp.nan,
             nothing + jnp.inf,
+            packing,
             jnp.int32(0),
         )
 
     def update(state: PowerState, products: Block) -> PowerState:
+        products = jax.vmap(state.packing.pack)(products)
         projected = _tree.gram(state.iterate, products)
         values, rotation = jnp.linalg.eigh((projected + projected.T) / 2)
         values, rotation = values[::-1], rotation[:, ::-1]
@@ -90,13 +97,12 @@ def power_iteration(k: int = 1, *, tol: Tolerance = Relative(1e-3)) -> Estimator
             vectors, products, values
         )
         iterate = _orthonormal(products)
-        return PowerState(iterate, vectors, values, residuals, state.num_matvecs + k)
+        return PowerState(iterate, vectors, values, residuals, state.packing, state.num_matvecs + k)
 
     def result(state: PowerState) -> Eigenpairs:
         limit = tol.factor * scale(state) if isinstance(tol, Relative) else tol
-        return Eigenpairs(
-            state.values, state.vectors, state.residuals, state.residuals <= limit, state.num_matvecs
-        )
+        vectors = state.packing.unpack_block(state.vectors)
+        return Eigenpairs(state.values, vectors, state.residuals, state.residuals <= limit, state.num_matvecs)
 
     def error(state: PowerState) -> Scalar:
         return jnp.max(state.residuals)
@@ -104,7 +110,10 @@ def power_iteration(k: int = 1, *, tol: Tolerance = Relative(1e-3)) -> Estimator
     def scale(state: PowerState) -> Scalar:
         return jnp.max(jnp.abs(state.values))
 
-    return Estimator(init, lambda state: state.iterate, update, result, error, scale)
+    def query(state: PowerState) -> Block:
+        return state.packing.unpack_block(state.iterate)
+
+    return Estimator(init, query, update, result, error, scale)
 
 
 def _orthonormal(block: Block) -> Block:

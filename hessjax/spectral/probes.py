@@ -7,11 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from hessjax import _tree
 from hessjax._typing import Key, Params, Vector
-
-POOLED = 2**22
-"""Leaves with fewer entries are drawn together."""
+from hessjax.spectral.packing import Packing
 
 Probe: TypeAlias = Callable[[Key, Params], Vector]
 """`(key, like) -> vector` with independent entries of mean 0 and variance 1."""
@@ -74,19 +71,9 @@ def hashed_signs(seed: Array, like: Params) -> Vector:
 
 
 def _sample(sampler: Callable[..., Array], key: Key, like: Params) -> Vector:
-    """Small leaves share one draw, since every draw is a program to compile (a third of a second)."""
-    leaves, structure = jax.tree.flatten(like)
-    sizes = [jnp.size(leaf) for leaf in leaves]
-    keys = jax.random.split(key, 1 + len(leaves))
-    dtype = _tree.accumulator_dtype(like)
-    pool = sampler(keys[0], (sum(n for n in sizes if n < POOLED),), dtype=dtype)
-    samples, used = [], 0
-    for leaf, leaf_key, n in zip(leaves, keys[1:], sizes, strict=True):
-        if n < POOLED:
-            samples.append(
-                pool[used : used + n].reshape(jnp.shape(leaf)).astype(_tree.accumulator_dtype(leaf))
-            )
-            used += n
-        else:  # never flattened, so that a sharded leaf keeps its layout
-            samples.append(sampler(leaf_key, jnp.shape(leaf), dtype=_tree.accumulator_dtype(leaf)))
-    return jax.tree.unflatten(structure, samples)
+    """Drawn packed: every draw is a program to compile (a third of a second), and leaves are many."""
+    packing = Packing.of(like)
+    arrays = jax.eval_shape(packing.pack, like)
+    keys = jax.random.split(key, len(arrays))
+    draws = [sampler(k, x.shape, dtype=x.dtype) for k, x in zip(keys, arrays, strict=True)]
+    return packing.unpack(tuple(draws))

@@ -10,11 +10,12 @@ from jaxtyping import Array, Float, Int
 
 from hessjax import _tree
 from hessjax._drive import Callback
-from hessjax._typing import Block, Estimator, Key, Matvec, Params, Scalar
+from hessjax._typing import Block, Estimator, Key, Matvec, Params, Scalar, Vector
 from hessjax.estimator import run
 from hessjax.spectral import krylov
 from hessjax.spectral.density import SpectralDensity
-from hessjax.spectral.lanczos import Krylov, extend, ritz, start
+from hessjax.spectral.lanczos import Krylov, extend, next_row, ritz, start
+from hessjax.spectral.packing import Packing
 from hessjax.spectral.probes import Probe, gaussian
 
 
@@ -23,6 +24,7 @@ class SlqState(NamedTuple):
 
     key: Key
     space: Krylov
+    packing: Packing
     nodes: Float[Array, "probes m"]
     weights: Float[Array, "probes m"]
     num_matvecs: Int[Array, ""]
@@ -68,29 +70,31 @@ def slq(num_probes: int = 1, num_matvecs: int = 80, *, probe: Probe = gaussian) 
             raise ValueError(f"`{name}` must be at least 1, got {number}.")
 
     def init(key: Key, like: Params) -> SlqState:
-        if num_matvecs > (d := _tree.size(like)):
+        packing = Packing.of(like)
+        if num_matvecs > packing.size:
             raise ValueError(
-                f"`num_matvecs` must be at most {d}, the number of parameters, got {num_matvecs}."
+                f"`num_matvecs` must be at most {packing.size}, the number of parameters, got {num_matvecs}."
             )
-        space = start(probe(jax.random.fold_in(key, 0), like), num_matvecs)
+        space = start(packing.pack(probe(jax.random.fold_in(key, 0), like)), num_matvecs)
         nothing = jnp.zeros((num_probes, num_matvecs), space.projected.dtype)
-        return SlqState(key, space, nothing, nothing, jnp.int32(0))
+        return SlqState(key, space, packing, nothing, nothing, jnp.int32(0))
 
     def query(state: SlqState) -> Block:
-        return jax.tree.map(lambda x: x[None], krylov.read(state.space.basis, state.space.size))
+        return state.packing.unpack_block(next_row(state.space))
 
     def update(state: SlqState, products: Block) -> SlqState:
         product = _tree.row(products, 0)
         index = state.num_matvecs // num_matvecs  # the probe that this product belongs to
-        space = extend(state.space, product)
+        space = extend(state.space, state.packing.pack(product))
         count = state.num_matvecs + 1
         state = state._replace(space=space, num_matvecs=count)
         return jax.lax.cond(count % num_matvecs == 0, _next_probe, lambda s, *_: s, state, index, product)
 
     def _next_probe(state: SlqState, index: Array, like: Params) -> SlqState:
         nodes, vectors = ritz(state.space)
+        following = probe(jax.random.fold_in(state.key, index + 1), like)
         return state._replace(
-            space=_restart(state.space, probe(jax.random.fold_in(state.key, index + 1), like)),
+            space=_restart(state.space, state.packing.pack(following)),
             nodes=state.nodes.at[index].set(nodes, mode="drop"),
             weights=state.weights.at[index].set(vectors[0] ** 2, mode="drop"),
         )
@@ -122,7 +126,7 @@ def slq(num_probes: int = 1, num_matvecs: int = 80, *, probe: Probe = gaussian) 
     return Estimator(init, query, update, result, error, scale)
 
 
-def _restart(space: Krylov, vector: Params) -> Krylov:
+def _restart(space: Krylov, vector: Vector) -> Krylov:
     """The same memory, begun anew from another vector."""
     vector = _tree.scale(1 / _tree.norm(vector), vector)
     return Krylov(

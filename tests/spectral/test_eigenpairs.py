@@ -81,3 +81,12 @@ def test_inside_jit(x64):
         solve(matvec, KEY),
         hj.eigenpairs(matvec, KEY, like, 1, tol=1e-8),
     )
+
+
+def test_a_relative_tolerance_means_the_same_to_the_search_and_to_the_verdict(x64):
+    """The smallest eigenvalues are tiny beside the largest, which sets the scale for both."""
+    matrix, _ = oracles.symmetric(np.r_[-0.01, -0.009, np.linspace(0, 1, 300), 50])
+    like = oracles.tree_like(303)
+    pairs = hj.eigenpairs(oracles.matvec_of(matrix, like), KEY, like, 2, "smallest", tol=hj.relative(1e-3))
+    assert bool(pairs.converged.all())
+    assert float(pairs.residuals.max()) <= 1e-3 * 50

@@ -5,12 +5,12 @@ import oracles
 import pytest
 
 import hessjax as hj
-from hessjax.spectral import probes
+from hessjax.spectral import packing, probes
 
 
 @pytest.mark.parametrize("probe", [hj.rademacher, hj.gaussian])
 def test_entries_have_mean_zero_variance_one_and_no_correlation(probe, monkeypatch):
-    monkeypatch.setattr(probes, "POOLED", 1000)  # the matrix is drawn by itself, the rest together
+    monkeypatch.setattr(packing, "POOLED", 1000)  # the matrix is drawn by itself, the rest together
     like = {"a": jnp.zeros((100, 100)), "b": jnp.zeros(900), "c": jnp.zeros(900), "s": jnp.zeros(())}
     v = probe(jax.random.key(0), like)
     assert jax.tree.map(jnp.shape, v) == jax.tree.map(jnp.shape, like)
