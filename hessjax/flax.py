@@ -7,7 +7,7 @@ again for the next checkpoint hits the compiled code of the last.
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -36,7 +36,7 @@ class NnxLoss(NamedTuple):
     state: Any
 
 
-def linen_loss(module: Any, loss: OutputLoss, *, inputs: Inputs = 0, **apply_kwargs: Hashable) -> LossFn:
+def linen_loss(module: Any, loss: OutputLoss, *, inputs: Inputs = 0, **apply_kwargs: Any) -> LossFn:
     """The loss of a linen module, as a pure function of its params.
 
     Returns f(params, batch, state, rngs) = loss(module(inputs of batch), batch). BatchNorm uses the running
@@ -89,8 +89,8 @@ def nnx_loss(
     loss: OutputLoss,
     *,
     inputs: Inputs = 0,
-    mode: Literal["eval", "train"] = "eval",
-    **call_kwargs: Hashable,
+    mode: str = "eval",
+    **call_kwargs: Any,
 ) -> NnxLoss:
     """The loss of an nnx model, as a pure function of its params, with those params and the rest.
 

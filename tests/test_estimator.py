@@ -143,7 +143,7 @@ def test_a_relative_tolerance_follows_the_scale():
         for a in (matvec, bigger)
     ]
     assert counts[0] == counts[1] < 4000
-    for factor in (0, -1, float("nan"), float("inf")):
+    for factor in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="`factor` must be positive and finite"):
             hj.relative(factor)
 

@@ -92,7 +92,7 @@ def test_data_that_cannot_be_used():
         hj.over_batches(make, iter([oracles.batch()]))
     with pytest.raises(TypeError, match="used only once"):
         hj.over_batches(make, (b for b in [oracles.batch()]))
-    with pytest.raises(TypeError, match="must be an iterable of batches, got int"):
+    with pytest.raises(TypeError, match="batches"):
         hj.over_batches(make, 3)
     with pytest.raises(ValueError, match="at least one batch, got none"):
         hj.over_batches(make, [])(oracles.leaves())

@@ -35,7 +35,9 @@ def test_read_and_write_across_chunks(x64):
     for i in (0, 15, 16, 31, 32, 39):
         row = jax.flatten_util.ravel_pytree(krylov.read(basis, jnp.int32(i)))[0]
         np.testing.assert_array_equal(row, Q[i])
-    np.testing.assert_array_equal(jax.flatten_util.ravel_pytree(krylov.read(basis, 40))[0], np.full(50, 7.0))
+    np.testing.assert_array_equal(
+        jax.flatten_util.ravel_pytree(krylov.read(basis, jnp.int32(40)))[0], np.full(50, 7.0)
+    )
 
 
 def test_a_vector_almost_in_the_span_is_orthogonal_all_the_same(x64):

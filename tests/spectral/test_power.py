@@ -32,7 +32,7 @@ def test_it_does_not_stop_on_the_second_eigenvalue():
     estimator = hj.power_iteration(1, tol=hj.relative(1e-5))
     state = estimator.init(KEY, jnp.zeros(3))
     start = jnp.array([[1e-3, 1.0, 1.0]])
-    state = state._replace(iterate=start / jnp.linalg.norm(start))
+    state = state._replace(iterate=(start / jnp.linalg.norm(start),))
     pairs, _ = hj.run(
         estimator,
         oracles.matvec_of(matrix, jnp.zeros(3)),
