@@ -24,11 +24,11 @@ class Leaves:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
-class PlainLeaves:  # other names: jax holds treedefs of dataclasses with equal fields for equal
-    e_bias: Any
-    f_empty: Any
-    g_scale: Any
-    h_kernel: Any
+class PlainLeaves:
+    a_bias: Any
+    b_empty: Any
+    c_scale: Any
+    d_kernel: Any
 
 
 CONTAINERS: dict[str, Callable[[dict], Any]] = {
@@ -36,7 +36,7 @@ CONTAINERS: dict[str, Callable[[dict], Any]] = {
     "FrozenDict": flax.core.freeze,
     "tuple": lambda leaves: tuple(leaves.values()),
     "flax dataclass": lambda leaves: Leaves(**leaves),
-    "dataclass": lambda leaves: PlainLeaves(*leaves.values()),
+    "dataclass": lambda leaves: PlainLeaves(**leaves),
     "nnx State": lambda leaves: nnx.State({k: nnx.Param(v) for k, v in leaves.items()}),
 }
 

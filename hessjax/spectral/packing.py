@@ -27,18 +27,20 @@ class Packing:
         structure: the treedef of the params.
         shapes: of the leaves.
         dtypes: of the leaves when packed, float32 at least.
+        types: the structure as text: treedefs of two dataclasses with as many fields compare equal.
     """
 
     structure: Any
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[np.dtype, ...]
+    types: str
 
     @classmethod
     def of(cls, like: Params) -> "Packing":
         """The packing of vectors like `like`."""
         leaves, structure = jax.tree.flatten(like)
         dtypes = tuple(np.dtype(_tree.accumulator_dtype(leaf)) for leaf in leaves)
-        return cls(structure, tuple(jnp.shape(leaf) for leaf in leaves), dtypes)
+        return cls(structure, tuple(jnp.shape(leaf) for leaf in leaves), dtypes, str(structure))
 
     @property
     def size(self) -> int:

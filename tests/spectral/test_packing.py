@@ -36,3 +36,6 @@ def test_equal_structures_have_equal_packings_which_jit_can_tell():
     assert hash(one) == hash(two)
     assert jax.tree.leaves(one) == []
     assert Packing.of({"a": jnp.zeros(2)}) != Packing.of({"a": jnp.zeros(3)})
+    kinds = [Packing.of(make(oracles.leaves())) for make in oracles.CONTAINERS.values()]
+    assert len(set(kinds)) == len(kinds)
+    assert all((a == b) == (a is b) for a in kinds for b in kinds)
