@@ -1,4 +1,4 @@
-"""What do all benchmarks say? Runs every one in turn, then shows their figures in one table."""
+"""What do all benchmarks say? Runs every one in turn; shows their figures, and puts them into the README."""
 
 import subprocess
 import sys
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import table
 
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 SCRIPTS = ("product_cost", "lanczos_cost", "pruning_cost", "compilations", "startup")
 
 
@@ -16,7 +17,18 @@ def run(script: str) -> bool:
     return subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
 
 
+def into_readme(text: str) -> None:
+    """Put the table between the README's two marks."""
+    readme = Path(__file__).parent.parent / "README.md"
+    before, rest = readme.read_text().split(BEGIN)
+    after = rest.split(END)[1]
+    readme.write_text(f"{before}{BEGIN}\n{text.strip()}\n{END}{after}")
+
+
 if __name__ == "__main__":
+    quick = "--quick" in sys.argv
     failed = [script for script in SCRIPTS if not run(script)]
-    table.show(table.load("--quick" in sys.argv, SCRIPTS))
+    table.show(table.load(quick, SCRIPTS))
+    if not quick and not failed:
+        into_readme(table.markdown(table.load(quick, SCRIPTS)))
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)

@@ -1,7 +1,6 @@
 """Eigenpairs in one line, with residuals that were measured."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,7 @@ from jaxtyping import Array, Float
 
 from hessjax import _tree
 from hessjax._drive import Callback
-from hessjax._typing import Block, Eigenpairs, Key, Matvec, Params, Relative, Tolerance
+from hessjax._typing import Eigenpairs, Key, Matvec, Params, Relative, Tolerance, Vector
 from hessjax.estimator import run
 from hessjax.spectral.lanczos import lanczos
 
@@ -75,28 +74,29 @@ def eigenpairs(
         on_device=on_device,
     )
     limit = tol.factor * estimator.scale(state) if isinstance(tol, Relative) else tol
-    return _measured(matvec, pairs, like, limit)
-
-
-def _measured(matvec: Matvec, pairs: Eigenpairs, like: Params, limit: Any) -> Eigenpairs:
-    """The pairs with values and residuals from fresh products."""
-    found = jnp.isfinite(pairs.values)
-    vectors = [_tree.row(pairs.vectors, i) for i in range(len(pairs.values))]
-    measured = [_rayleigh(vector, matvec(_tree.cast_like(vector, like))) for vector in vectors]
-    values, residuals = (jnp.stack(column) for column in zip(*measured, strict=True))
+    found, vectors = jnp.isfinite(pairs.values), pairs.vectors
+    if on_device:
+        values, residuals = jax.lax.map(lambda vector: _rayleigh(matvec, vector, like), vectors)
+    else:
+        measured = [_rayleigh(matvec, _tree.row(vectors, i), like) for i in range(len(pairs.values))]
+        values, residuals = (jnp.stack(column) for column in zip(*measured, strict=True))
     residuals = jnp.where(found, residuals, jnp.inf)
     return Eigenpairs(
         jnp.where(found, values, jnp.nan),
-        pairs.vectors,
+        vectors,
         residuals,
         residuals <= limit,
-        pairs.num_matvecs + len(vectors),
+        pairs.num_matvecs + len(values),
     )
 
 
-@jax.jit
-def _rayleigh(vector: Block, product: Block) -> tuple[Float[Array, ""], Float[Array, ""]]:
+def _rayleigh(matvec: Matvec, vector: Vector, like: Params) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """The Rayleigh quotient of a vector of norm 1, and its residual."""
+    return _quotient(vector, matvec(_tree.cast_like(vector, like)))
+
+
+@jax.jit
+def _quotient(vector: Vector, product: Vector) -> tuple[Float[Array, ""], Float[Array, ""]]:
     product = _tree.wide(product)
     value = _tree.inner(vector, product)
     return value, _tree.norm(_tree.add_scaled(product, -value, vector))
