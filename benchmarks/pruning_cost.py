@@ -11,7 +11,7 @@ import timing
 
 import hessjax as hj
 
-PROBLEMS = {"MLP": (models.mlp, 60), "transformer": (models.transformer, 15)}
+PROBLEMS = {"MLP": (models.mlp, 60), "transformer": (models.transformer, 15), "ResNet-20": (models.resnet, 7)}
 EVERY = 100
 
 

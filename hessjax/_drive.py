@@ -96,7 +96,9 @@ def _error(estimator: Estimator, tol: Tolerance | None, state: Any) -> tuple[jax
     error = jnp.asarray(estimator.error(state), jnp.result_type(float))
     if tol is None:
         return error, jnp.full_like(error, -jnp.inf)
-    target = tol.factor * estimator.scale(state) if isinstance(tol, Relative) else tol
+    target: Any = tol
+    if isinstance(tol, Relative) and estimator.scale is not None:
+        target = tol.factor * estimator.scale(state)
     return error, jnp.asarray(target, error.dtype)
 
 
@@ -119,6 +121,7 @@ def loop_on_host(
     with _entered(callbacks):
         for step in range(1, max_steps + 1):
             products = tuple(map(matvec, _query(estimator.query, dtypes, carry.state)))
+            refuse_tracers(products)
             _check_products(products, like)
             carry = _absorb(estimator.update, carry, products)
             if step % look_every and step < max_steps:
@@ -137,6 +140,15 @@ def _look(estimator: Estimator | None, tol: Tolerance | None, carry: Carry) -> t
     looks = _error(estimator, tol, carry.state) if estimator else (math.inf, -math.inf)
     (error, target), steps, failed_leaf = jax.device_get((looks, carry.steps, carry.failed_leaf))
     return float(error), float(target), int(steps), bool(failed_leaf >= 0)
+
+
+def refuse_tracers(tree: Any) -> None:
+    """The loop on the host reads numbers, which traced values do not have."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
+        raise TypeError(
+            "`run` loops on the host by default and cannot be traced: inside `jit`, `vmap` or `scan` pass "
+            "`on_device=True`."
+        )
 
 
 @contextlib.contextmanager
@@ -174,7 +186,9 @@ def loop_on_device(
 
 def _apply_block(matvec: Matvec, block: Block) -> Block:
     if jax.tree.leaves(block)[0].shape[0] > 1:
-        return jax.vmap(matvec)(block)
+        products = jax.vmap(matvec)(block)
+        _tree.check_like(products, block, "matvec(block)", "like")
+        return products
     product = matvec(_tree.row(block, 0))
     _check_products((product,), _tree.row(block, 0))
     return jax.tree.map(lambda leaf: leaf[None], product)

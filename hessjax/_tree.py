@@ -1,11 +1,13 @@
 """The pytree algebra that `optax.tree` lacks: paths, checks, inner products, blocks of vectors."""
 
 import fnmatch
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from hessjax._typing import Block, Params, Scalar, Vector, Where
@@ -32,6 +34,8 @@ def match(tree: Any, where: Where, argument: str = "where") -> Any:
         ValueError: if `where`, or any one of several patterns, matches no leaf at all.
     """
     patterns = [where] if isinstance(where, str) or callable(where) else list(where)
+    if not patterns:
+        raise ValueError(f"`{argument}` must name at least one pattern, got an empty {type(where).__name__}.")
     hits = [jax.tree_util.tree_map_with_path(_matcher(pattern), tree) for pattern in patterns]
     for pattern, hit in zip(patterns, hits, strict=True):
         if not any(jax.tree.leaves(hit)):
@@ -57,7 +61,7 @@ def check_floating(params: Params, argument: str = "params") -> None:
     bad = [
         f"  {path_name(path)}: {_describe(leaf)}"
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+        if not _is_floating(leaf)
     ]
     if bad:
         raise TypeError(
@@ -93,7 +97,14 @@ def check_like(tree: Any, like: Any, argument: str, reference: str) -> None:
     )
 
 
+def _is_floating(leaf: Any) -> bool:
+    is_number = isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic, float))
+    return is_number and bool(jnp.issubdtype(jnp.result_type(leaf), jnp.floating))
+
+
 def _describe(leaf: Any) -> str:
+    if isinstance(leaf, str) or not hasattr(leaf, "dtype"):
+        return f"a {type(leaf).__name__}"
     return f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}"
 
 
@@ -133,8 +144,12 @@ def inner_by_leaf(a: Vector, b: Vector) -> list[Scalar]:
 
 
 def norm(a: Vector) -> Scalar:
-    """‖a‖₂ over all leaves."""
-    return jnp.sqrt(inner(a, a))
+    """‖a‖₂ over all leaves, for entries of any magnitude: squares alone leave float32 at 1e-19 and 1e19."""
+    largest = [jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(a)]
+    top = functools.reduce(jnp.maximum, largest).astype(accumulator_dtype(a))
+    unit = jnp.where((top > 0) & jnp.isfinite(top), top, 1)
+    scaled = jax.tree.map(lambda x: x / unit.astype(x.dtype), a)
+    return unit * jnp.sqrt(inner(scaled, scaled))
 
 
 def scale(factor: Any, a: Vector) -> Vector:

@@ -90,7 +90,8 @@ class Estimator(NamedTuple):
         update: `(state, products) -> state`, with the products in the query's order and shape.
         result: `(state) -> result`, readable after any number of products, none included.
         error: `(state) -> scalar`, its own estimate of its error, in the result's units.
-        scale: `(state) -> scalar`, the magnitude that a `relative` tolerance refers to, in the same units.
+        scale: `(state) -> scalar`, the magnitude that a `relative` tolerance refers to, in the same units;
+            an estimator without one takes absolute tolerances only.
     """
 
     init: Callable[[Key, Params], Any]
@@ -98,4 +99,4 @@ class Estimator(NamedTuple):
     update: Callable[[Any, Block], Any]
     result: Callable[[Any], Any]
     error: Callable[[Any], Scalar]
-    scale: Callable[[Any], Scalar]
+    scale: Callable[[Any], Scalar] | None = None

@@ -24,6 +24,8 @@ class _ProgressBar:
         self._task: TaskID | None = None
 
     def __enter__(self) -> "_ProgressBar":
+        for task in self._bar.task_ids:  # of earlier runs
+            self._bar.remove_task(task)
         self._task = self._bar.add_task(self._description, total=None, status="")
         self._bar.start()
         return self

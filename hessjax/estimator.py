@@ -7,7 +7,16 @@ from typing import Any
 import jax
 
 from hessjax import _tree
-from hessjax._drive import Callback, Carry, loop_on_device, loop_on_host, read_result, resume, start
+from hessjax._drive import (
+    Callback,
+    Carry,
+    loop_on_device,
+    loop_on_host,
+    read_result,
+    refuse_tracers,
+    resume,
+    start,
+)
 from hessjax._typing import Estimator, Key, Matvec, Params, Relative, Tolerance
 
 
@@ -104,14 +113,18 @@ def run(
         (55.0, 3)
     """
     _tree.check_floating(like, "like")
-    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((matvec, key, like, state)))
-    if traced and not on_device:
-        raise TypeError(
-            "`run` loops on the host by default and cannot be traced: inside `jit`, `vmap` or `scan` pass "
-            "`on_device=True`."
+    if not on_device:
+        refuse_tracers((matvec, key, like, state))
+    tol = checked_tolerance(tol)
+    if isinstance(tol, Relative) and estimator.scale is None:
+        raise ValueError(
+            "`tol` must be absolute: this estimator has no `scale` for a relative one to refer to."
         )
     carry = start(estimator, key, like) if state is None else resume(state)
-    width = jax.tree.leaves(jax.eval_shape(estimator.query, carry.state))[0].shape[0]
+    block = jax.eval_shape(estimator.query, carry.state)
+    width = jax.tree.leaves(block)[0].shape[0]
+    row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), block)
+    _tree.check_like(row, like, "state" if state is not None else "estimator.query", "like")
     if max_matvecs < width:
         raise ValueError(f"`max_matvecs` must be at least {width}, one step's need, got {max_matvecs}.")
     if on_device:
@@ -122,9 +135,18 @@ def run(
     else:
         carry = loop_on_host(estimator, matvec, like, max_matvecs // width, width, tol, callbacks, carry)
     result = read_result(estimator.result, carry.state)
-    if not traced and int(carry.failed_leaf) >= 0:
+    if not isinstance(carry.failed_leaf, jax.core.Tracer) and int(carry.failed_leaf) >= 0:
         raise _non_finite(carry, width, like, result)
     return result, carry.state
+
+
+def checked_tolerance(tol: Any) -> Tolerance | None:
+    """The tolerance as a number that hashes, or `Relative`, or None."""
+    if tol is None or isinstance(tol, Relative):
+        return tol
+    if not (number := float(tol)) >= 0:
+        raise ValueError(f"`tol` must be at least 0, or None, got {number}.")
+    return number
 
 
 def _non_finite(carry: Carry, width: int, like: Params, result: Any) -> NonFiniteProductError:

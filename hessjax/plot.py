@@ -122,7 +122,7 @@ def layers(traces: TraceByLeaf, params: Params, axes: Pair | None = None) -> tup
     paths = _tree.leaf_paths(params)
     if list(traces.leaves) != paths:
         raise ValueError(f"`traces` must be of the leaves of `params`, {paths}, got {list(traces.leaves)}.")
-    sizes = np.array([np.size(leaf) for leaf in jax.tree.leaves(params)])
+    sizes = np.maximum([np.size(leaf) for leaf in jax.tree.leaves(params)], 1)
     mean = np.array([estimate.mean for estimate in traces.leaves.values()])
     stderr = np.array([estimate.stderr for estimate in traces.leaves.values()])
     with _axes(axes, 1, 2, figsize=(9.6, 0.36 * len(paths) + 1.7), sharey=True) as (left, right):
@@ -210,7 +210,7 @@ def kept(params: Params, ax: Axes | None = None) -> Axes:
     with _axes(ax, figsize=(7.6, 0.36 * len(paths) + 1.6)) as (ax,):
         rows = np.arange(len(paths))
         ax.barh(rows, np.ones(len(rows)), color="#EEEEEE", height=0.62)
-        ax.barh(rows, left / sizes, color=GREEN, height=0.62)
+        ax.barh(rows, left / np.maximum(sizes, 1), color=GREEN, height=0.62)
         for row, number, size in zip(rows, left, sizes, strict=True):
             ax.annotate(f"{number:,} of {size:,}", (1, row), (8, 0), textcoords="offset points", va="center")
         ax.set_yticks(rows, paths)

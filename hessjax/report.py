@@ -72,7 +72,8 @@ def layer_rows(traces: TraceByLeaf, params: Params) -> tuple[LayerRow, ...]:
 def _layer_row(path: str, leaf: Any, estimate: Any, total: float) -> LayerRow:
     trace, size = float(estimate.mean), int(np.size(leaf))
     share = trace / total if total else math.nan
-    return LayerRow(path, np.shape(leaf), size, trace, float(estimate.stderr), share, trace / size)
+    per_parameter = trace / size if size else math.nan
+    return LayerRow(path, np.shape(leaf), size, trace, float(estimate.stderr), share, per_parameter)
 
 
 # -- tables --------------------------------------------------------------------------------------
@@ -249,9 +250,10 @@ def write_json(path: Path, record: Any) -> None:
         ['{', '"a":', '[', '1,', '2', ']', '}']
     """
     text = json.dumps(to_json(record), indent=1, ensure_ascii=False, allow_nan=False)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, encoding="utf-8", delete=False) as file:
-        file.write(text + "\n")
+    file = tempfile.NamedTemporaryFile("w", dir=path.parent, encoding="utf-8", delete=False)  # noqa: SIM115
     try:
+        with file:
+            file.write(text + "\n")
         Path(file.name).chmod(0o644)
         os.replace(file.name, path)
     except OSError:

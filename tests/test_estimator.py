@@ -1,5 +1,3 @@
-import warnings
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -223,8 +221,37 @@ def test_bad_input_is_named_before_any_product():
         hj.run(hj.hutchinson(), lambda v: {"scalar": v["scalar"]}, KEY, like, max_matvecs=2)
 
 
-def test_no_warning_and_no_wait_is_hidden_in_the_loop():
+def test_a_matvec_that_closes_over_traced_values():
+    like = jnp.zeros(4)
+    scaled = jax.jit(lambda c: hj.trace(lambda v: c * v, KEY, like, 3, on_device=True).mean)
+    assert float(scaled(2.0)) == 8
+    with pytest.raises(TypeError, match="pass `on_device=True`"):
+        jax.jit(lambda c: hj.trace(lambda v: c * v, KEY, like, 3).mean)(2.0)
+
+
+def test_a_second_call_on_the_device_compiles_nothing(compilations):
+    points, batch = [oracles.leaves(i) for i in range(2)], oracles.batch()
+    for i, params in enumerate(points):
+        matvec = hj.hessian(oracles.loss_fn, params, batch)
+        jax.block_until_ready(hj.eigenpairs(matvec, KEY, params, 1, max_matvecs=6, on_device=True))
+        if i == 0:
+            del compilations[:]
+    assert not compilations
+
+
+def test_tolerances_and_states_that_cannot_be():
     matvec, like = problem()
-    with warnings.catch_warnings(), jax.transfer_guard_device_to_host("allow"):
-        warnings.simplefilter("error")
-        hj.run(hj.lanczos(1, basis_size=8), matvec, KEY, like, max_matvecs=12)
+    for tol in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="`tol` must be at least 0"):
+            hj.trace(matvec, KEY, like, 3, tol=tol)
+    with pytest.raises(ValueError, match="`tol` must be a number or `relative"):
+        hj.eigenpairs(matvec, KEY, like, 1, tol=None)
+    without_scale = hj.Estimator(*hj.hutchinson()[:5])
+    with pytest.raises(ValueError, match="`tol` must be absolute"):
+        hj.run(without_scale, matvec, KEY, like, max_matvecs=3, tol=hj.relative(0.1))
+    hj.run(without_scale, matvec, KEY, like, max_matvecs=3, tol=0.1)
+    _, state = hj.run(hj.hutchinson(), lambda v: v, KEY, jnp.zeros(4), max_matvecs=3)
+    with pytest.raises(ValueError, match="`state` must have the structure of `like`"):
+        hj.run(hj.hutchinson(), matvec, KEY, like, max_matvecs=3, state=state)
+    with pytest.raises(ValueError, match="must have the structure of `like`"):
+        hj.run(hj.power_iteration(2), lambda v: {"x": v["scalar"]}, KEY, like, max_matvecs=4, on_device=True)

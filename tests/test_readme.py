@@ -5,7 +5,8 @@ import re
 
 import numpy as np
 
-README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
@@ -28,5 +29,11 @@ def test_every_public_name_has_a_line():
     import hessjax
 
     public = [n for n in vars(hessjax) if not n.startswith("_") and callable(getattr(hessjax, n))]
-    missing = [name for name in public if f"`{name}" not in README]
+    missing = [name for name in public if not re.search(rf"`(hj\.)?{name}\b(?!_)", README)]
     assert not missing
+
+
+def test_every_picture_is_there():
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", README)
+    assert len(pictures) >= 3
+    assert all((ROOT / picture).is_file() for picture in pictures)

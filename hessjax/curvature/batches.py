@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -73,8 +73,11 @@ def over_batches(
         >>> float(A(jnp.array(1.0)))
         3.0
     """
-    if not isinstance(batches, Iterable):
-        raise TypeError(f"`batches` must be an iterable of batches, got {type(batches).__name__}.")
+    if not isinstance(batches, Iterable) or isinstance(batches, (str, Mapping)):
+        raise TypeError(
+            f"`batches` must be an iterable of batches, "
+            f"got {type(batches).__name__}; put one batch into a list."
+        )
     if isinstance(batches, Iterator):
         raise TypeError(
             "`batches` must start afresh at every product, but this iterator can be used only once: "
@@ -98,14 +101,16 @@ class _BatchMean:
         total, count = _zero(vector), 0
         for index, batch in enumerate(self.batches):
             weight = self._count(batch, index)
-            total = _add(total, weight, self.make_matvec(batch)(vector))
+            total = _add(total, float(weight), self.make_matvec(batch)(vector))
             count += weight
         if not count:
             raise ValueError("`batches` must hold at least one batch, got none.")
-        return _divide(total, count, vector)
+        return _divide(total, float(count), vector)
 
     def _count(self, batch: Any, index: int) -> int:
-        weight = int(self.num_examples(batch))
+        counted = self.num_examples(batch)
+        if (weight := int(counted)) != counted:
+            raise ValueError(f"`num_examples` must give a whole number, got {counted} for batch {index}.")
         if weight < 1:
             raise ValueError(f"every batch must hold at least one example, but batch {index} has {weight}.")
         return weight

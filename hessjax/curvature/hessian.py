@@ -159,7 +159,7 @@ class _Product:
 @functools.partial(jax.jit, static_argnums=0)
 def _multiply(settings: _Product, loss_fn: LossFn, params: Params, args: Any, vector: Vector) -> Vector:
     _tree.check_like(vector, params, "vector", "params")
-    with jax.default_matmul_precision(settings.precision):
+    with _precision(settings.precision):
         vector = _tree.cast_like(vector, params)
         return _PRODUCTS[settings.mode](_scalar(loss_fn, args), params, vector)
 
@@ -168,7 +168,7 @@ def _multiply(settings: _Product, loss_fn: LossFn, params: Params, args: Any, ve
 def _linearize(mode: str, precision: str | None, loss_fn: LossFn, params: Params, args: Any) -> Any:
     # Returned from `jit`, the linear map's structure comes from the cached trace: it is the same object
     # for every params and batch of these shapes, and code compiled for one serves the next.
-    with jax.default_matmul_precision(precision):
+    with _precision(precision):
         return _LINEARIZED[mode](_scalar(loss_fn, args), params)
 
 
@@ -196,6 +196,10 @@ def _scalar(loss_fn: LossFn, args: tuple[Any, ...]) -> Callable[[Params], Any]:
         )
 
     return loss
+
+
+def _precision(precision: str | None) -> contextlib.AbstractContextManager[Any]:
+    return contextlib.nullcontext() if precision is None else jax.default_matmul_precision(precision)
 
 
 @contextlib.contextmanager

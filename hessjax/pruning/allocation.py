@@ -43,7 +43,7 @@ def global_threshold(*, floor: float | int = 0.05) -> Allocation:
 
     Cost:
         Counting passes instead of a sort: 32 over float32 scores, twice that while some leaf is at its floor.
-        Memory: one unsigned integer of the scores' width per weight, for the time of the ranking.
+        Memory: two to four unsigned integers of the scores' width per weight, for the time of the ranking.
 
     References:
         Tanaka et al., Pruning neural networks without any data by iteratively conserving synaptic flow
@@ -106,7 +106,7 @@ def uniform() -> Allocation:
 
 def check_sparsity(sparsity: Any, note: str = "") -> None:
     """Raise a ValueError for a number outside [0, 1); traced values pass."""
-    if isinstance(sparsity, jax.Array) or 0 <= sparsity < 1:
+    if isinstance(sparsity, jax.core.Tracer) or 0 <= sparsity < 1:
         return
     hint = f" For {sparsity:g} % write {sparsity / 100:g}." if 2 <= sparsity < 100 else ""
     raise ValueError(f"`sparsity` must be in [0, 1), the fraction of zeros, got {sparsity}{note}.{hint}")

@@ -58,22 +58,22 @@ def smallest(
         raise ValueError(
             f"One ranking must hold fewer than 2**31 scores, got {total}: split by `optax.partition`."
         )
-    places = _places(keys)
 
     def below(cut: Array) -> Array:
         return _count([k < c for k, c in zip(keys, _each(cut, keys), strict=True)], n)
 
     cut = _largest(below, n, keys[0].dtype.itemsize * 8, keys[0].dtype)
     missing = n - below(cut)
-    ties = [k == c for k, c in zip(keys, _each(cut, keys), strict=True)]
+    cuts = _each(cut, keys)
 
-    def ties_before(last: Array) -> Array:
-        return _count([t & (i < x) for t, i, x in zip(ties, places, _each(last, keys), strict=True)], n)
+    def ties_before(last: Array) -> list[Array]:
+        # Made anew at every count, so that places and ties fuse into it and take no memory of their own.
+        columns = zip(keys, cuts, _places(keys), _each(last, keys), strict=True)
+        return [(k == c) & (i < x) for k, c, i, x in columns]
 
     bits = jnp.where(jnp.any(missing > 0), total.bit_length(), 0)
-    last = _each(_largest(ties_before, missing, bits, jnp.dtype("uint32")), keys)
-    lower = [k < c for k, c in zip(keys, _each(cut, keys), strict=True)]
-    return [low | (t & (i < x)) for low, t, i, x in zip(lower, ties, places, last, strict=True)]
+    last = _largest(lambda t: _count(ties_before(t), n), missing, bits, jnp.dtype("uint32"))
+    return [(k < c) | tie for k, c, tie in zip(keys, cuts, ties_before(last), strict=True)]
 
 
 def _largest(count_below: Callable[[Array], Array], n: Array, bits: Any, dtype: Any) -> Array:

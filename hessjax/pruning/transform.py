@@ -126,6 +126,8 @@ def prune(
     check_steps(every, start, stop)
     if not callable(sparsity):
         check_sparsity(sparsity)
+    if isinstance(inner, optax.MultiSteps):  # which hands extra arguments on only as a transformation
+        inner = inner.gradient_transformation()
     inner = optax.with_extra_args_support(inner)
 
     def choose(dense: Params, scorer: Any, count: Any, extra: dict[str, Any]) -> tuple[Params, Array, Array]:

@@ -1,15 +1,16 @@
 """Eigenpairs in one line, with residuals that were measured."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from hessjax import _tree
 from hessjax._drive import Callback
-from hessjax._typing import Eigenpairs, Key, Matvec, Params, Relative, Tolerance, Vector
-from hessjax.estimator import run
+from hessjax._typing import Block, Eigenpairs, Key, Matvec, Params, Relative, Tolerance, Vector
+from hessjax.estimator import checked_tolerance, run
 from hessjax.spectral.lanczos import lanczos
 
 
@@ -62,6 +63,9 @@ def eigenpairs(
         >>> pairs.values.round(3).tolist(), pairs.converged.tolist()
         ([4.0, -1.0], [True, True])
     """
+    if (number := checked_tolerance(tol)) is None:
+        raise ValueError("`tol` must be a number or `relative(r)`: it decides what counts as converged.")
+    tol = number
     estimator = lanczos(k, which, basis_size=basis_size, tol=tol)
     pairs, state = run(
         estimator,
@@ -73,30 +77,50 @@ def eigenpairs(
         callbacks=callbacks,
         on_device=on_device,
     )
-    limit = tol.factor * estimator.scale(state) if isinstance(tol, Relative) else tol
-    found, vectors = jnp.isfinite(pairs.values), pairs.vectors
+    limit: Any = tol
+    if isinstance(tol, Relative) and estimator.scale is not None:
+        limit = tol.factor * estimator.scale(state)
     if on_device:
-        values, residuals = jax.lax.map(lambda vector: _rayleigh(matvec, vector, like), vectors)
+        matvec = matvec if isinstance(matvec, jax.tree_util.Partial) else jax.tree_util.Partial(matvec)
+        measured = _quotients(matvec, pairs.vectors, like)
     else:
-        measured = [_rayleigh(matvec, _tree.row(vectors, i), like) for i in range(len(pairs.values))]
-        values, residuals = (jnp.stack(column) for column in zip(*measured, strict=True))
-    residuals = jnp.where(found, residuals, jnp.inf)
-    return Eigenpairs(
-        jnp.where(found, values, jnp.nan),
-        vectors,
-        residuals,
-        residuals <= limit,
-        pairs.num_matvecs + len(values),
-    )
-
-
-def _rayleigh(matvec: Matvec, vector: Vector, like: Params) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """The Rayleigh quotient of a vector of norm 1, and its residual."""
-    return _quotient(vector, matvec(_tree.cast_like(vector, like)))
+        rows = _rows(pairs.vectors)
+        measured = _columns([_quotient(v, matvec(_tree.cast_like(v, like))) for v in rows])
+    return _judged(pairs, *measured, limit)
 
 
 @jax.jit
-def _quotient(vector: Vector, product: Vector) -> tuple[Float[Array, ""], Float[Array, ""]]:
+def _rows(vectors: Block) -> list[Vector]:
+    return [_tree.row(vectors, i) for i in range(jax.tree.leaves(vectors)[0].shape[0])]
+
+
+@jax.jit
+def _quotient(vector: Vector, product: Vector) -> tuple[Array, Array]:
+    """The Rayleigh quotient of a vector of norm 1, and its residual."""
     product = _tree.wide(product)
     value = _tree.inner(vector, product)
     return value, _tree.norm(_tree.add_scaled(product, -value, vector))
+
+
+@jax.jit
+def _quotients(matvec: Matvec, vectors: Block, like: Params) -> tuple[Array, Array]:
+    return jax.lax.map(lambda v: _quotient(v, matvec(_tree.cast_like(v, like))), vectors)
+
+
+@jax.jit
+def _columns(measured: list[tuple[Array, Array]]) -> tuple[Array, Array]:
+    values, residuals = zip(*measured, strict=True)
+    return jnp.stack(values), jnp.stack(residuals)
+
+
+@jax.jit
+def _judged(pairs: Eigenpairs, values: Array, residuals: Array, limit: Any) -> Eigenpairs:
+    """The pairs with measured values and residuals, where there is a pair at all."""
+    found = jnp.isfinite(pairs.values)
+    residuals = jnp.where(found, residuals, jnp.inf)
+    return pairs._replace(
+        values=jnp.where(found, values, jnp.nan),
+        residuals=residuals,
+        converged=residuals <= limit,
+        num_matvecs=pairs.num_matvecs + len(values),
+    )

@@ -5,7 +5,7 @@ Rows are kept in chunks, each its own array, so that work touches only the chunk
 """
 
 from itertools import accumulate, pairwise
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,9 @@ from hessjax.spectral.probes import hashed_signs
 
 CHUNK = 16
 """Rows to a chunk: below, the products with a chunk no longer run at the memory's full bandwidth."""
+
+STRIP = 2**16
+"""Columns that are rotated at a time."""
 
 Basis: TypeAlias = tuple[Block, ...]
 
@@ -124,15 +127,33 @@ def combine(basis: Basis, coefficients: Float[Array, "n rows"]) -> Block:
 
 
 def rotate(basis: Basis, coefficients: Float[Array, "n rows"]) -> Basis:
-    """The basis whose first n rows are these combinations of the old ones; the others are zero."""
+    """The basis whose first n rows are these combinations of the old ones; the others are zero.
 
-    def chunk(start: int, stop: int) -> Block:
-        rows = coefficients[start:stop]
-        if not len(rows):
-            return jax.tree.map(lambda x: jnp.zeros((stop - start, *x.shape[1:]), x.dtype), basis[0])
-        return combine(basis, jnp.pad(rows, ((0, stop - start - len(rows)), (0, 0))))
+    In place, one strip of columns after the other: a basis is too large to have twice.
+    """
+    num_rows = _rows(basis)
+    square = jnp.pad(coefficients, ((0, num_rows - len(coefficients)), (0, 0)))
+    leaves = [_rotate_leaf(chunks, square) for chunks in zip(*map(jax.tree.leaves, basis), strict=True)]
+    structure = jax.tree.structure(basis[0])
+    return tuple(jax.tree.unflatten(structure, chunk) for chunk in zip(*leaves, strict=True))
 
-    return tuple(chunk(start, stop) for start, stop in _bounds(_rows(basis)))
+
+def _rotate_leaf(chunks: tuple[Array, ...], square: Array) -> tuple[Array, ...]:
+    flat = tuple(chunk.reshape(len(chunk), -1) for chunk in chunks)
+    bounds, length = _bounds(len(square)), flat[0].shape[1]
+
+    def strip(flat: tuple[Array, ...], start: Any, width: int) -> tuple[Array, ...]:
+        columns = [jax.lax.dynamic_slice_in_dim(chunk, start, width, 1) for chunk in flat]
+        new = jnp.matmul(square.astype(flat[0].dtype), jnp.concatenate(columns), precision="highest")
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(chunk, new[a:b], start, 1)
+            for chunk, (a, b) in zip(flat, bounds, strict=True)
+        )
+
+    whole, rest = divmod(length, STRIP)
+    flat = jax.lax.fori_loop(0, whole, lambda i, flat: strip(flat, i * STRIP, STRIP), flat)
+    flat = strip(flat, whole * STRIP, rest) if rest else flat
+    return tuple(new.reshape(old.shape) for new, old in zip(flat, chunks, strict=True))
 
 
 def _subtract(chunk: Block, components: Array, vector: Vector) -> Vector:

@@ -1,6 +1,7 @@
 """Lanczos: the extreme eigenpairs of a symmetric matvec, from as few products as any method can."""
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -114,7 +115,7 @@ class LanczosState(NamedTuple):
     num_matvecs: Int[Array, ""]
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def lanczos(
     k: int = 5,
     which: str = "both",
@@ -145,8 +146,8 @@ def lanczos(
             there are parameters, or a basis with no room for them.
 
     Cost:
-        One product a step; 4·j·d operations for the j-th basis vector; memory (basis_size + 1)·d, plus
-        basis_size/2·d at a restart.
+        One product a step; 4·j·d operations for the j-th basis vector; memory (basis_size + 5)·d, and
+            three times the pairs' d while the result is read.
 
     References:
         Wu & Simon (2000), Thick-restart Lanczos method for large symmetric eigenvalue problems.
@@ -163,7 +164,7 @@ def lanczos(
     """
     if which not in _PRIORITY:
         raise ValueError(f"`which` must be one of {', '.join(map(repr, _PRIORITY))}, got {which!r}.")
-    if k < 1:
+    if operator.index(k) < 1:
         raise ValueError(f"`k` must be at least 1, got {k}.")
     wanted = num_wanted(k, which)
 

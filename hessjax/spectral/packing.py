@@ -1,6 +1,8 @@
 """Vectors as few arrays: what runs over a whole basis should not be compiled once for every leaf."""
 
 import dataclasses
+import functools
+import math
 from typing import Any, TypeAlias
 
 import jax
@@ -45,35 +47,35 @@ class Packing:
     @property
     def size(self) -> int:
         """The number of parameters."""
-        return sum(map(int, map(np.prod, self.shapes)))
+        return sum(map(math.prod, self.shapes))
 
     def pack(self, vector: Vector) -> Packed:
         """A vector of this structure, packed."""
         leaves = [leaf.astype(t) for leaf, t in zip(jax.tree.leaves(vector), self.dtypes, strict=True)]
-        pools = [jnp.concatenate([leaves[i].reshape(-1) for i in members]) for members in self._pools()]
-        return (*pools, *(leaves[i] for i in self._large()))
+        pools = [jnp.concatenate([leaves[i].reshape(-1) for i in members]) for members in self._pools]
+        return (*pools, *(leaves[i] for i in self._large))
 
     def unpack(self, packed: Packed) -> Vector:
         """The vector again, its leaves in at least float32."""
         leaves: dict[int, Array] = {}
-        pools = self._pools()
+        pools = self._pools
         for pool, members in zip(packed, pools, strict=False):
-            ends = np.cumsum([np.prod(self.shapes[i], dtype=int) for i in members])
+            ends = np.cumsum([math.prod(self.shapes[i]) for i in members])
             for i, part in zip(members, jnp.split(pool, ends[:-1]), strict=True):
                 leaves[i] = part.reshape(self.shapes[i])
-        leaves |= dict(zip(self._large(), packed[len(pools) :], strict=True))
+        leaves |= dict(zip(self._large, packed[len(pools) :], strict=True))
         return jax.tree.unflatten(self.structure, [leaves[i] for i in range(len(leaves))])
 
     def unpack_block(self, packed: Packed) -> Block:
         """Several vectors, along a leading axis, at once."""
         return jax.vmap(self.unpack)(packed)
 
-    def _large(self) -> list[int]:
-        return [i for i, shape in enumerate(self.shapes) if np.prod(shape) >= POOLED]
+    @functools.cached_property
+    def _large(self) -> tuple[int, ...]:
+        return tuple(i for i, shape in enumerate(self.shapes) if math.prod(shape) >= POOLED)
 
-    def _pools(self) -> list[list[int]]:
-        small = [i for i in range(len(self.shapes)) if i not in self._large()]
-        return [
-            [i for i in small if self.dtypes[i] == t]
-            for t in sorted({self.dtypes[i] for i in small}, key=str)
-        ]
+    @functools.cached_property
+    def _pools(self) -> tuple[tuple[int, ...], ...]:
+        small = sorted({*range(len(self.shapes))} - {*self._large})
+        dtypes = sorted({self.dtypes[i] for i in small}, key=str)
+        return tuple(tuple(i for i in small if self.dtypes[i] == dtype) for dtype in dtypes)

@@ -33,7 +33,7 @@ class PowerState(NamedTuple):
     num_matvecs: Int[Array, ""]
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def power_iteration(k: int = 1, *, tol: Tolerance = Relative(1e-3)) -> Estimator:  # noqa: B008 - immutable
     """Subspace iteration with Rayleigh–Ritz, for the k eigenvalues of largest magnitude.
 

@@ -30,7 +30,7 @@ class SlqState(NamedTuple):
     num_matvecs: Int[Array, ""]
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def slq(num_probes: int = 1, num_matvecs: int = 80, *, probe: Probe = gaussian) -> Estimator:
     """Stochastic Lanczos quadrature, as an estimator of the spectral density.
 

@@ -45,7 +45,7 @@ class HutchinsonState(NamedTuple):
     num_samples: Int[Array, ""]
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def hutchinson(probe: Probe = rademacher) -> Estimator:
     """Hutchinson's trace estimator: the mean of vᵀAv over random v.
 
@@ -76,7 +76,7 @@ def hutchinson(probe: Probe = rademacher) -> Estimator:
     return _hutchinson(probe, by_leaf=False)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def hutchinson_by_leaf(probe: Probe = rademacher) -> Estimator:
     """`hutchinson`, with the trace of every leaf's diagonal block from the same products.
 

@@ -94,6 +94,10 @@ def test_data_that_cannot_be_used():
         hj.over_batches(make, (b for b in [oracles.batch()]))
     with pytest.raises(TypeError, match="batches"):
         hj.over_batches(make, 3)
+    with pytest.raises(TypeError, match="got dict; put one batch into a list"):
+        hj.over_batches(make, {"x": oracles.batch()})
+    with pytest.raises(ValueError, match="`num_examples` must give a whole number, got 2.5 for batch 0"):
+        hj.over_batches(make, [oracles.batch()], num_examples=lambda b: 2.5)(oracles.leaves())
     with pytest.raises(ValueError, match="at least one batch, got none"):
         hj.over_batches(make, [])(oracles.leaves())
     with pytest.raises(ValueError, match="batch 1 has 0"):
@@ -111,6 +115,16 @@ def test_it_says_that_it_cannot_be_traced():
         jax.jit(matvec)(oracles.leaves())
     with pytest.raises(TypeError, match="reads its data on the host"):
         hj.trace(matvec, jax.random.key(0), oracles.leaves(), 2, on_device=True)
+
+
+def test_counts_beyond_32_bits(x64):
+    params = oracles.leaves()
+    one = hj.over_batches(
+        lambda b: hj.hessian(oracles.loss_fn, params, b),
+        [oracles.batch()] * 2,
+        num_examples=lambda b: 3 * 10**9,
+    )
+    oracles.close(one(params), hj.hessian(oracles.loss_fn, params, oracles.batch())(params))
 
 
 def test_named_tuples_are_batches_too(x64):

@@ -88,11 +88,14 @@ def test_a_loss_that_carries_arrays_is_a_pytree(compilations):
     def scaled(factor, params, batch):
         return factor * oracles.loss_fn(params, batch)
 
-    vector = oracles.leaves(1)
+    vector, batch, factor = oracles.leaves(1), oracles.batch(), jnp.float32(5)
     one, three = (
         hj.hessian(Partial(scaled, jnp.float32(f)), oracles.leaves(), oracles.batch())(vector) for f in (1, 3)
     )
     jax.tree.map(lambda x, y: np.testing.assert_allclose(3 * x, y, rtol=1e-5), one, three)
+    del compilations[:]
+    hj.hessian(Partial(scaled, factor), oracles.leaves(), batch)(vector)
+    assert not compilations
 
 
 @jax.custom_vjp
@@ -132,6 +135,8 @@ def test_params_that_are_not_real_floats():
     params = {"w": jnp.ones(2), "steps": jnp.zeros((), int), "phase": jnp.ones(3, complex)}
     with pytest.raises(TypeError, match=r"(?s)phase: complex64\[3\].*steps: int32\[\]"):
         hj.hessian(lambda p: jnp.sum(p["w"]), params)
+    with pytest.raises(TypeError, match="name: a str"):
+        hj.hessian(lambda p: 0.0, {"name": "x", "w": jnp.ones(2)})
     with pytest.raises(ValueError, match="at least one number"):
         hj.hessian(lambda p: 0.0, {})
 
@@ -165,3 +170,5 @@ def test_products_ask_for_full_precision_unless_told_otherwise(linearize):
 
     assert "HIGHEST" in program("highest")
     assert "HIGHEST" not in program(None)
+    with jax.default_matmul_precision("highest"):
+        assert "HIGHEST" in program(None)

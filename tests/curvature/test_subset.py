@@ -73,3 +73,5 @@ def test_a_glob_that_matches_nothing_is_named():
         hj.select(oracles.leaves(), ["d_*", "conv*"])
     with pytest.raises(ValueError, match="its predicate matches none"):
         hj.select(oracles.leaves(), lambda path, leaf: False)
+    with pytest.raises(ValueError, match="`where` must name at least one pattern, got an empty list"):
+        hj.select(oracles.leaves(), [])
