@@ -151,7 +151,8 @@ def _rotate_leaf(chunks: tuple[Array, ...], square: Array) -> tuple[Array, ...]:
         )
 
     whole, rest = divmod(length, STRIP)
-    flat = jax.lax.fori_loop(0, whole, lambda i, flat: strip(flat, i * STRIP, STRIP), flat)
+    if whole:
+        flat = jax.lax.fori_loop(0, whole, lambda i, flat: strip(flat, i * STRIP, STRIP), flat)
     flat = strip(flat, whole * STRIP, rest) if rest else flat
     return tuple(new.reshape(old.shape) for new, old in zip(flat, chunks, strict=True))
 

@@ -64,7 +64,9 @@ def test_a_vector_in_the_span_gives_way_to_a_fresh_direction(x64):
     assert np.linalg.norm(vector) == pytest.approx(1)
 
 
-def test_combine_and_rotate_are_products(x64):
+@pytest.mark.parametrize("strip", [7, 2**16])
+def test_combine_and_rotate_are_products(x64, strip, monkeypatch):
+    monkeypatch.setattr(krylov, "STRIP", strip)
     basis, Q, _ = filled(50, 40, 40)
     C = np.random.default_rng(4).normal(size=(19, 40))
     np.testing.assert_allclose(
