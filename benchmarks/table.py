@@ -111,14 +111,14 @@ def show(results: Sequence[dict[str, Any]]) -> None:
 
 
 def markdown(results: Sequence[dict[str, Any]]) -> str:
-    """The figures for the README: those that have a bar."""
-    lines = ["| | Measured | At most | Device |", "|---|---|---|---|"]
+    """The figures for the README: those that have a bar, a line above them for each question."""
+    lines = ["| | Measured | At most |", "|---|---|---|"]
     for result in results:
+        lines.append(f"| **{result['question']}** ({result['device']}) | | |")
         for figure in result["figures"]:
             if figure["bar"] is not None:
                 value, _, bar = _cells(figure)
-                missed = "" if figure["met"] else " (missed)"
-                lines.append(f"| {figure['name']} | {value} | {bar}{missed} | {result['device']} |")
+                lines.append(f"| {figure['name']} | {value} | {bar}{'' if figure['met'] else ' (missed)'} |")
     return "\n".join(lines)
 
 
