@@ -228,6 +228,9 @@ def trace_by_leaf(
     """
     if num_probes < 1:
         raise ValueError(f"`num_probes` must be at least 1, got {num_probes}.")
+    paths = _tree.leaf_paths(like)
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"`like` must have a path of its own for every leaf, got {', '.join(paths)}.")
     estimate, _ = run(
         hutchinson_by_leaf(probe),
         matvec,
@@ -242,4 +245,4 @@ def trace_by_leaf(
         Estimate(mean, stderr, estimate.num_samples)
         for mean, stderr in zip(estimate.mean, estimate.stderr, strict=True)
     ]
-    return TraceByLeaf(parts[0], dict(zip(_tree.leaf_paths(like), parts[1:], strict=True)))
+    return TraceByLeaf(parts[0], dict(zip(paths, parts[1:], strict=True)))

@@ -85,3 +85,6 @@ def test_a_network_in_float32_is_near_float64():
 def test_bad_input():
     with pytest.raises(ValueError, match="`num_probes` must be at least 1, got 0"):
         hj.trace(lambda v: v, KEY, jnp.zeros(3), 0)
+    twice = {"a/b": jnp.zeros(2), "a": {"b": jnp.zeros(3)}}
+    with pytest.raises(ValueError, match="a path of its own for every leaf, got a/b, a/b"):
+        hj.trace_by_leaf(lambda v: v, KEY, twice, 2)
