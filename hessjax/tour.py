@@ -39,7 +39,7 @@ FULL = Settings(
     train_steps=500, measured_examples=1437, num_eigenvalues=5, num_probes=100, num_lanczos=80, tune_steps=800
 )
 QUICK = Settings(
-    train_steps=400, measured_examples=512, num_eigenvalues=3, num_probes=30, num_lanczos=60, tune_steps=600
+    train_steps=300, measured_examples=256, num_eigenvalues=2, num_probes=20, num_lanczos=40, tune_steps=400
 )
 
 

@@ -48,7 +48,7 @@ def test_layers_share_the_trace(record):
     assert sum(row["share"] for row in rows) == pytest.approx(1, rel=1e-4)
     assert sum(row["parameters"] for row in rows) == 21546
     assert all(row["stderr"] > 0 for row in rows)
-    assert record["trace"]["num_samples"] == 30
+    assert record["trace"]["num_samples"] == 20
 
 
 def test_density_agrees_with_trace_and_eigenvalues(record):
