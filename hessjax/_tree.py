@@ -191,9 +191,3 @@ def combine(coefficients: Float[Array, "... k"], block: Block) -> Any:
 def row(block: Block, index: Any) -> Vector:
     """One vector of a block."""
     return jax.tree.map(lambda rows: rows[index], block)
-
-
-def all_finite(tree: Any) -> Array:
-    """Whether no leaf holds a NaN or an infinity; scalar bool."""
-    flags = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
-    return jnp.all(jnp.stack(flags)) if flags else jnp.asarray(True)
