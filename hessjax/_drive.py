@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 
 from hessjax import _tree
 from hessjax._typing import Block, Estimator, Key, Matvec, Params, Relative, Tolerance, Vector
@@ -49,7 +50,9 @@ class Carry(NamedTuple):
 
 
 def start(estimator: Estimator, key: Key, like: Params) -> Carry:
-    return Carry(_init(estimator.init, key, like), jnp.int32(0), jnp.int32(-1))
+    carries_arrays = isinstance(estimator.init, Partial)
+    state = _init_from(estimator.init, key, like) if carries_arrays else _init(estimator.init, key, like)
+    return Carry(state, jnp.int32(0), jnp.int32(-1))
 
 
 def resume(state: Any) -> Carry:
@@ -58,6 +61,12 @@ def resume(state: Any) -> Carry:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _init(init: Callable[..., Any], key: Key, like: Params) -> Any:
+    return init(key, like)
+
+
+@jax.jit
+def _init_from(init: Partial, key: Key, like: Params) -> Any:
+    """As `_init`, for one that carries arrays: other arrays of the same shapes compile nothing anew."""
     return init(key, like)
 
 

@@ -85,7 +85,8 @@ class Estimator(NamedTuple):
         result = estimator.result(state)
 
     Attributes:
-        init: `(key, like) -> state`; `like` gives structure, shapes and dtypes.
+        init: `(key, like) -> state`; `like` gives structure, shapes and dtypes. It alone may carry arrays
+            (a right-hand side, vectors to start from), as a `jax.tree_util.Partial`.
         query: `(state) -> block`, the vectors to be multiplied next (leading axis, often of length 1).
         update: `(state, products) -> state`, with the products in the query's order and shape.
         result: `(state) -> result`, readable after any number of products, none included.

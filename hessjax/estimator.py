@@ -121,6 +121,7 @@ def run(
             "`tol` must be absolute: this estimator has no `scale` for a relative one to refer to."
         )
     carry = start(estimator, key, like) if state is None else resume(state)
+    estimator = estimator._replace(init=_begun)  # it may carry arrays; the rest is what code is compiled for
     block = jax.eval_shape(estimator.query, carry.state)
     width = jax.tree.leaves(block)[0].shape[0]
     row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), block)
@@ -138,6 +139,10 @@ def run(
     if not isinstance(carry.failed_leaf, jax.core.Tracer) and int(carry.failed_leaf) >= 0:
         raise _non_finite(carry, width, like, result)
     return result, carry.state
+
+
+def _begun(key: Key, like: Params) -> Any:
+    raise AssertionError("`init` is called once, before the first product")
 
 
 def checked_tolerance(tol: Any) -> Tolerance | None:

@@ -253,3 +253,35 @@ def test_tolerances_and_states_that_cannot_be():
         hj.run(hj.hutchinson(), matvec, KEY, like, max_matvecs=3, state=state)
     with pytest.raises(ValueError, match="must have the structure of `like`"):
         hj.run(hj.power_iteration(2), lambda v: {"x": v["scalar"]}, KEY, like, max_matvecs=4, on_device=True)
+
+
+def _begin_at(start, key, like):
+    return start, jnp.int32(0)
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_an_init_that_carries_arrays_compiles_nothing_anew(compilations, on_device):
+    """What an estimator starts from enters through its `init` alone, as a pytree."""
+    methods = dict(query=_power_query, update=_power_update, result=_power_result, error=_power_result)
+    A = Partial(jnp.multiply, jnp.arange(1.0, 4.0))
+    starts = [jnp.eye(3)[i] for i in range(3)]
+    found = []
+    for i, start in enumerate(starts):
+        estimator = hj.Estimator(init=Partial(_begin_at, start), **methods)
+        found.append(float(hj.run(estimator, A, KEY, start, max_matvecs=2, on_device=on_device)[0]))
+        if i == 1:
+            del compilations[:]
+    assert found == [1.0, 4.0, 9.0]
+    assert not compilations
+
+
+def _power_query(state):
+    return state[0][None]
+
+
+def _power_update(state, products):
+    return products[0], state[1] + 1
+
+
+def _power_result(state):
+    return jnp.linalg.norm(state[0])
