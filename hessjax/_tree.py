@@ -191,3 +191,13 @@ def combine(coefficients: Float[Array, "... k"], block: Block) -> Any:
 def row(block: Block, index: Any) -> Vector:
     """One vector of a block."""
     return jax.tree.map(lambda rows: rows[index], block)
+
+
+def rows(block: Block) -> list[Vector]:
+    """The vectors of a block, one by one."""
+    return [row(block, index) for index in range(jax.tree.leaves(block)[0].shape[0])]
+
+
+def block_of(*vectors: Vector) -> Block:
+    """The block of these vectors."""
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *vectors)

@@ -1,7 +1,7 @@
 """The nouns that rooms hand to each other. No behaviour lives here."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
 from jaxtyping import Array, Bool, Float, Int, PyTree
@@ -46,11 +46,14 @@ class Estimate(NamedTuple):
         mean: the estimate; scalar, in the units of what was estimated.
         stderr: standard error of the mean (sample deviation with `ddof=1`); infinite after one sample.
         num_samples: how many samples entered.
+        data_stderr: where the matvec is a mean over batches of data: the standard error that comes from
+            the data being a sample, whatever the number of probes. None where it is not known.
     """
 
     mean: Float[Array, "..."]
     stderr: Float[Array, "..."]
     num_samples: Int[Array, ""]
+    data_stderr: Float[Array, "..."] | None = None
 
 
 class Eigenpairs(NamedTuple):
@@ -63,6 +66,8 @@ class Eigenpairs(NamedTuple):
         residuals: (k,) ‖Av − θv‖: some eigenvalue of A lies within this of each value.
         converged: (k,) whether the residual is within the tolerance asked for.
         num_matvecs: how many products it took, those for the residuals included.
+        data_stderr: (k,) where the matvec is a mean over batches of data: the standard error of the values
+            that comes from the data being a sample, to first order. None where it is not known.
     """
 
     values: Float[Array, " k"]
@@ -70,6 +75,27 @@ class Eigenpairs(NamedTuple):
     residuals: Float[Array, " k"]
     converged: Bool[Array, " k"]
     num_matvecs: Int[Array, ""]
+    data_stderr: Float[Array, " k"] | None = None
+
+
+class Forms(NamedTuple):
+    """How vᵀAv is made up, for an A that is a mean over batches.
+
+    Attributes:
+        parts: (batches, leaves) v_l·(A_b v)_l for every batch b and leaf l.
+        weights: (batches,) the number of examples in each.
+    """
+
+    parts: Float[Array, "batches leaves"]
+    weights: Float[Array, " batches"]
+
+
+@runtime_checkable
+class BatchMatvec(Protocol):
+    """A matvec that is a mean over batches of data, and can say how the batches differ."""
+
+    def by_batch(self, vector: Vector) -> tuple[Vector, Forms]:
+        """The product, and what each batch contributes to vᵀAv."""
 
 
 class Estimator(NamedTuple):

@@ -262,12 +262,12 @@ def _begin_at(start, key, like):
 @pytest.mark.parametrize("on_device", [False, True])
 def test_an_init_that_carries_arrays_compiles_nothing_anew(compilations, on_device):
     """What an estimator starts from enters through its `init` alone, as a pytree."""
-    methods = dict(query=_power_query, update=_power_update, result=_power_result, error=_power_result)
+    methods = (_power_query, _power_update, _power_result, _power_result)
     A = Partial(jnp.multiply, jnp.arange(1.0, 4.0))
     starts = [jnp.eye(3)[i] for i in range(3)]
     found = []
     for i, start in enumerate(starts):
-        estimator = hj.Estimator(init=Partial(_begin_at, start), **methods)
+        estimator = hj.Estimator(Partial(_begin_at, start), *methods)
         found.append(float(hj.run(estimator, A, KEY, start, max_matvecs=2, on_device=on_device)[0]))
         if i == 1:
             del compilations[:]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from hessjax import _tree
-from hessjax._typing import Matvec, Vector
+from hessjax._typing import Forms, Matvec, Vector
 
 
 def leading_axis(batch: Any) -> int:
@@ -54,7 +54,8 @@ def over_batches(
 
     Returns:
         A matvec to be called from the host: it passes over the data once for every product. It keeps no
-        batch, and cannot be traced (`on_device=True` needs a matvec of one batch).
+        batch, and cannot be traced (`on_device=True` needs a matvec of one batch). What `eigenpairs` and
+        `trace` make of it carries the sampling error of the data beside their own.
 
     Raises:
         TypeError: `batches` cannot be iterated, or only once.
@@ -93,19 +94,31 @@ class _BatchMean:
     num_examples: Callable[[Any], int]
 
     def __call__(self, vector: Vector) -> Vector:
+        total, count = _zero(vector), 0
+        for weight, product in self._products(vector):
+            total, count = _add(total, float(weight), product), count + weight
+        return _divide(total, float(count), vector)
+
+    def by_batch(self, vector: Vector) -> tuple[Vector, Forms]:
+        total, weights, parts = _zero(vector), [], []
+        for weight, product in self._products(vector):
+            parts.append(_parts(vector, product))
+            weights.append(float(weight))
+            total = _add(total, float(weight), product)
+        forms = Forms(jnp.stack(parts), jnp.asarray(weights, parts[0].dtype))
+        return _divide(total, sum(weights), vector), forms
+
+    def _products(self, vector: Vector) -> Iterator[tuple[int, Vector]]:
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(vector)):
             raise TypeError(
                 "a matvec over batches reads its data on the host and cannot be traced: call it outside "
                 "`jit`, with `on_device=False`."
             )
-        total, count = _zero(vector), 0
+        index = -1
         for index, batch in enumerate(self.batches):
-            weight = self._count(batch, index)
-            total = _add(total, float(weight), self.make_matvec(batch)(vector))
-            count += weight
-        if not count:
+            yield self._count(batch, index), self.make_matvec(batch)(vector)
+        if index < 0:
             raise ValueError("`batches` must hold at least one batch, got none.")
-        return _divide(total, float(count), vector)
 
     def _count(self, batch: Any, index: int) -> int:
         counted = self.num_examples(batch)
@@ -124,6 +137,11 @@ def _zero(vector: Vector) -> Vector:
 @functools.partial(jax.jit, donate_argnums=0)
 def _add(total: Vector, weight: Any, product: Vector) -> Vector:
     return _tree.add_scaled(total, weight, product)
+
+
+@jax.jit
+def _parts(vector: Vector, product: Vector) -> jax.Array:
+    return jnp.stack(_tree.inner_by_leaf(vector, product))
 
 
 @functools.partial(jax.jit, donate_argnums=0)

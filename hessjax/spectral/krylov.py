@@ -119,6 +119,29 @@ def orthogonalise(basis: Basis, count: Array, vector: Vector, tiny: Scalar) -> O
     return Orthogonal(_tree.scale(1 / length, vector), components, jnp.maximum(norm, 0))
 
 
+def orthonormal(block: Block) -> Block:
+    """The rows made orthonormal, in order: Gram–Schmidt, in three passes.
+
+    A row that the ones before it span (A maps it to zero, or to one of them) gives way to a fresh direction.
+    """
+    num_rows = jax.tree.leaves(block)[0].shape[0]
+
+    def clean(i: Array, block: Block) -> Block:
+        row = _tree.row(block, i)
+        row = _tree.scale(1 / jnp.maximum(_tree.norm(row), jnp.finfo(jnp.float32).tiny), row)
+        for _ in range(3):
+            components = jnp.where(jnp.arange(num_rows) < i, _tree.block_inner(block, row), 0)
+            row = _tree.add_scaled(row, -1, _tree.combine(components, block))
+            gone = _tree.norm(row) <= 64 * jnp.finfo(components.dtype).eps
+            row = jax.tree.map(
+                lambda x, fresh, gone=gone: jnp.where(gone, fresh, x), row, hashed_signs(i, row)
+            )
+            row = _tree.scale(1 / _tree.norm(row), row)
+        return jax.tree.map(lambda rows, x: rows.at[i].set(x), block, row)
+
+    return jax.lax.fori_loop(0, num_rows, clean, block)
+
+
 def combine(basis: Basis, coefficients: Float[Array, "n rows"]) -> Block:
     """The n linear combinations of the rows, as a block."""
     bounds = _bounds(_rows(basis))

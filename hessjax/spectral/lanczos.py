@@ -1,86 +1,23 @@
 """Lanczos: the extreme eigenpairs of a symmetric matvec, from as few products as any method can."""
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jax.tree_util import Partial
+from jaxtyping import Array, Bool, Int
 
 from hessjax import _tree
 from hessjax._typing import Block, Eigenpairs, Estimator, Key, Params, Relative, Scalar, Tolerance, Vector
 from hessjax.spectral import krylov
 from hessjax.spectral.packing import Packing
 from hessjax.spectral.probes import gaussian
-
-# -- the recurrence ------------------------------------------------------------------------------
-
-
-class Krylov(NamedTuple):
-    """An orthonormal basis Q of a Krylov space and the matrix in it, T = QᵀAQ.
-
-    Attributes:
-        basis: the rows of Q: `size` that T speaks of, then the one to be multiplied next.
-        projected: (m, m) T; zero outside the leading `size` × `size`, but for the coupling to the next row.
-        coupling: (m,) AQ − QT = next row ⊗ coupling: after a step β in the last place, 0 after a breakdown.
-        size: how many rows T speaks of.
-    """
-
-    basis: krylov.Basis
-    projected: Float[Array, "m m"]
-    coupling: Float[Array, " m"]
-    size: Int[Array, ""]
-
-
-def start(vector: Vector, capacity: int) -> Krylov:
-    """The space spanned by one vector, with room for `capacity`."""
-    dtype = _tree.accumulator_dtype(vector)
-    basis = krylov.allocate(vector, capacity + 1)
-    basis = krylov.write(basis, jnp.int32(0), _tree.scale(1 / _tree.norm(vector), vector))
-    return Krylov(basis, jnp.zeros((capacity, capacity), dtype), jnp.zeros(capacity, dtype), jnp.int32(0))
-
-
-def next_row(space: Krylov) -> Block:
-    """The row to be multiplied next, as a block of one."""
-    return jax.tree.map(lambda x: x[None], krylov.read(space.basis, space.size))
-
-
-def extend(space: Krylov, product: Vector) -> Krylov:
-    """Take in the product of the next row: one step of Lanczos with full reorthogonalisation.
-
-    The three-term recurrence takes out what is large; the pass over the whole basis then only has to
-    remove rounding errors, and is done twice just where it did more than that. Where nothing is left
-    (an invariant subspace) the next row is a fresh random direction, not coupled to the rest.
-
-    References:
-        Golub & Van Loan (2013), Matrix Computations, §10.3; Parlett (1998), §13.
-    """
-    k, T = space.size, space.projected
-    row = krylov.read(space.basis, k)
-    alpha = _tree.inner(row, product)
-    previous = jnp.maximum(k - 1, 0)
-    back = jnp.where(k > 0, T[k, previous], 0)
-    residual = _tree.add_scaled(product, -alpha, row)
-    residual = _tree.add_scaled(residual, -back, krylov.read(space.basis, previous))
-    T = T.at[k, k].set(alpha)
-    size_of_matrix = jnp.maximum(jnp.max(jnp.sum(jnp.abs(T), axis=1)), _tree.norm(product))
-    tiny = 64 * jnp.finfo(T.dtype).eps * size_of_matrix
-    following, correction, beta = krylov.orthogonalise(space.basis, k + 1, residual, tiny)
-    T = T.at[k, k].add(correction[k]).at[k, k + 1].set(beta, mode="drop").at[k + 1, k].set(beta, mode="drop")
-    coupling = jnp.zeros_like(space.coupling).at[k].set(beta)
-    return Krylov(krylov.write(space.basis, k + 1, following), T, coupling, k + 1)
-
-
-def ritz(space: Krylov) -> tuple[Float[Array, " m"], Float[Array, "m m"]]:
-    """Eigenvalues (ascending) and eigenvectors (columns) of T; entries from `size` on are meaningless."""
-    inside = jnp.arange(space.projected.shape[0]) < space.size
-    filled = jnp.where(inside[:, None] & inside[None, :], space.projected, 0)
-    # Where T is not filled stands a number above all its eigenvalues, so that these sort last.
-    above = 2 * jnp.max(jnp.sum(jnp.abs(filled), axis=1))
-    return jnp.linalg.eigh(filled + jnp.diag(jnp.where(inside, 0, above)))
-
+from hessjax.spectral.recurrence import Krylov, extend, pending, ritz
+from hessjax.spectral.recurrence import start as start_space
 
 # -- which eigenvalues ---------------------------------------------------------------------------
 
@@ -115,12 +52,13 @@ class LanczosState(NamedTuple):
     num_matvecs: Int[Array, ""]
 
 
-@functools.lru_cache(maxsize=64)
 def lanczos(
     k: int = 5,
     which: str = "both",
     *,
     basis_size: int | None = None,
+    block_size: int = 1,
+    start: Block | None = None,
     tol: Tolerance = Relative(1e-4),  # noqa: B008 - immutable
 ) -> Estimator:
     """Thick-restart Lanczos with full reorthogonalisation, as an estimator of eigenpairs.
@@ -132,8 +70,12 @@ def lanczos(
     Args:
         k: number of pairs wanted (with `which="both"`, from each end).
         which: `"both"`, `"largest"`, `"smallest"` (algebraically) or `"magnitude"`.
-        basis_size: the most vectors kept. By default three times the pairs wanted, at least 40, at most
-            the number of parameters.
+        basis_size: the most vectors kept. By default three times the pairs wanted, at least 40 and ten
+            blocks, at most the number of parameters.
+        block_size: vectors multiplied at a time. A start of one vector sees one eigenvector of a repeated
+            eigenvalue; a block of b sees b of them, and takes more products for the rest.
+        start: block of vectors to start near, such as the `vectors` found a few training steps ago; their
+            sum starts the space, with a little noise for what is new. Unconverged or missing ones do no harm.
         tol: residual below which a pair counts as converged: absolute, or `relative` to the largest
             absolute eigenvalue.
 
@@ -142,15 +84,16 @@ def lanczos(
         recomputes them from products) and error the largest residual among the pairs wanted.
 
     Raises:
-        ValueError: unknown `which`, `k` below 1, or, when it meets the params, more pairs wanted than
-            there are parameters, or a basis with no room for them.
+        ValueError: unknown `which`, `k` or `block_size` below 1, or, when it meets the params, more pairs
+            wanted than there are parameters, a basis with no room for them, a `start` unlike the params.
 
     Cost:
-        One product a step; 4·j·d operations for the j-th basis vector; memory (basis_size + 5)·d, and
-            three times the pairs' d while the result is read.
+        `block_size` products a step; 4·j·d operations for the j-th basis vector, twice that with blocks;
+        memory (basis_size + block_size + 4)·d, and three times the pairs' d while the result is read.
 
     References:
-        Wu & Simon (2000), Thick-restart Lanczos method for large symmetric eigenvalue problems.
+        Wu & Simon (2000), Thick-restart Lanczos method for large symmetric eigenvalue problems;
+        Ruhe (1979), Implementation aspects of band Lanczos algorithms.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -164,34 +107,92 @@ def lanczos(
     """
     if which not in _PRIORITY:
         raise ValueError(f"`which` must be one of {', '.join(map(repr, _PRIORITY))}, got {which!r}.")
-    if operator.index(k) < 1:
-        raise ValueError(f"`k` must be at least 1, got {k}.")
+    for name, number in (("k", k), ("block_size", block_size)):
+        if operator.index(number) < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {number}.")
     wanted = num_wanted(k, which)
+    begin = Partial(_Begin(wanted, which, basis_size, block_size), start)
+    return Estimator(begin, *_methods(wanted, which, block_size, tol))
 
-    def init(key: Key, like: Params) -> LanczosState:
+
+@dataclasses.dataclass(frozen=True)
+class _Begin:
+    """How a run starts; equal settings hash alike."""
+
+    wanted: int
+    which: str
+    basis_size: int | None
+    block_size: int
+
+    def __call__(self, near: Block | None, key: Key, like: Params) -> LanczosState:
         packing = Packing.of(like)
-        capacity = _capacity(wanted, which, basis_size, packing.size)
-        return LanczosState(start(packing.pack(gaussian(key, like)), capacity), packing, jnp.int32(0))
+        capacity = self._capacity(packing.size)
+        keys = jax.random.split(key, self.block_size)
+        block = jax.vmap(lambda key: packing.pack(gaussian(key, like)))(keys)
+        if near is not None:
+            _tree.check_like(_tree.row(near, 0), like, "start[0]", "like")
+            block = jax.vmap(_near)(_dealt(jax.vmap(packing.pack)(near), self.block_size), block)
+        return LanczosState(start_space(block, capacity), packing, jnp.int32(0))
+
+    def _capacity(self, dimension: int) -> int:
+        wanted, width = self.wanted, self.block_size
+        if wanted > dimension:
+            ends = ' (`which="both"` wants k from each end)' if self.which == "both" else ""
+            raise ValueError(
+                f"`k` must ask for at most {dimension} pairs, the number of parameters, got {wanted}{ends}."
+            )
+        if width > dimension:
+            raise ValueError(
+                f"`block_size` must be at most {dimension}, the number of parameters, got {width}."
+            )
+        default = max(3 * wanted, 40, 10 * width)
+        capacity = min(dimension, default if self.basis_size is None else self.basis_size)
+        if capacity < (least := min(dimension, wanted + 2 * width)):
+            raise ValueError(
+                f"`basis_size` must be at least {least}, the pairs wanted and two blocks more, got "
+                f"{self.basis_size}."
+            )
+        return capacity
+
+
+def _dealt(vectors: Block, num_hands: int) -> Block:
+    """The sums of every `num_hands`-th vector; those with NaN (pairs that were never found) are left out."""
+    finite = [jnp.all(jnp.isfinite(x), axis=range(1, x.ndim)) for x in jax.tree.leaves(vectors)]
+    found = functools.reduce(jnp.logical_and, finite)
+    vectors = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0), vectors)
+    hands = jnp.arange(len(found)) % num_hands == jnp.arange(num_hands)[:, None]
+    return _tree.combine((hands & found).astype(_tree.accumulator_dtype(vectors)), vectors)
+
+
+def _near(vector: Vector, noise: Vector) -> Vector:
+    """The direction of `vector` with 2 % of noise; noise alone where there is no direction."""
+    length = _tree.norm(vector)
+    unit = _tree.scale(1 / jnp.where(length > 0, length, 1), vector)
+    return _tree.add_scaled(unit, 0.02 / _tree.norm(noise), noise)
+
+
+@functools.lru_cache(maxsize=64)
+def _methods(wanted: int, which: str, block_size: int, tol: Tolerance) -> tuple[Callable[..., Any], ...]:
+    """All of the estimator but its `init`: one set of functions, and compiled code, for equal settings."""
 
     def query(state: LanczosState) -> Block:
-        return state.packing.unpack_block(next_row(state.space))
+        return state.packing.unpack_block(pending(state.space))
 
     def update(state: LanczosState, products: Block) -> LanczosState:
-        space, capacity = state.space, state.space.projected.shape[0]
-        product = state.packing.pack(_tree.row(products, 0))
-        if capacity == state.packing.size:  # the basis can hold everything there is
-            space = jax.lax.cond(space.size < capacity, extend, lambda s, _: s, space, product)
+        products = jax.vmap(state.packing.pack)(products)
+        absorb = functools.partial(_absorb, which=which, wanted=wanted, dimension=state.packing.size)
+        if block_size == 1:
+            space = absorb(state.space, _tree.row(products, 0))
         else:
-            space = extend(space, product)
-            compress = functools.partial(_restart, which=which, keep=wanted + (capacity - wanted) // 2)
-            # A `cond` would copy the basis at every step, taken or not; a loop only when it is entered.
-            space = jax.lax.while_loop(lambda s: s.size == capacity, compress, space)
-        return LanczosState(space, state.packing, state.num_matvecs + 1)
+            space = jax.lax.fori_loop(
+                0, block_size, lambda i, space: absorb(space, _tree.row(products, i)), state.space
+            )
+        return LanczosState(space, state.packing, state.num_matvecs + block_size)
 
     def result(state: LanczosState) -> Eigenpairs:
         values, coefficients, residuals = _wanted(state.space, which, wanted)
         limit = tol.factor * scale(state) if isinstance(tol, Relative) else tol
-        vectors = krylov.combine(state.space.basis, jnp.pad(coefficients, ((0, 0), (0, 1))))
+        vectors = krylov.combine(state.space.basis, jnp.pad(coefficients, ((0, 0), (0, block_size))))
         vectors = state.packing.unpack_block(vectors)
         return Eigenpairs(values, vectors, residuals, residuals <= limit, state.num_matvecs)
 
@@ -202,22 +203,20 @@ def lanczos(
         values, _ = ritz(state.space)
         return jnp.max(jnp.abs(jnp.where(jnp.arange(values.shape[0]) < state.space.size, values, 0)))
 
-    return Estimator(init, query, update, result, error, scale)
+    return query, update, result, error, scale
 
 
-def _capacity(wanted: int, which: str, basis_size: int | None, dimension: int) -> int:
-    if wanted > dimension:
-        ends = ' (`which="both"` wants k from each end)' if which == "both" else ""
-        raise ValueError(
-            f"`k` must ask for at most {dimension} pairs, the number of parameters, got {wanted}{ends}."
-        )
-    capacity = min(dimension, max(3 * wanted, 40) if basis_size is None else basis_size)
-    if capacity < min(dimension, wanted + 2):
-        raise ValueError(
-            f"`basis_size` must be at least {min(dimension, wanted + 2)}, the pairs wanted and two more, got "
-            f"{basis_size}."
-        )
-    return capacity
+def _absorb(space: Krylov, product: Vector, *, which: str, wanted: int, dimension: int) -> Krylov:
+    """One product more, and a restart where that fills the basis."""
+    if space.capacity == dimension:  # the basis can hold everything there is
+        return jax.lax.cond(space.size < dimension, extend, lambda space, _: space, space, product)
+    keep = wanted + (space.capacity - wanted) // 2
+    # A `cond` would copy the basis at every step, taken or not; a loop only when it is entered.
+    return jax.lax.while_loop(
+        lambda space: space.size == space.capacity,
+        functools.partial(_restart, which=which, keep=keep),
+        extend(space, product),
+    )
 
 
 def _wanted(space: Krylov, which: str, wanted: int) -> tuple[Array, Array, Array]:
@@ -226,7 +225,7 @@ def _wanted(space: Krylov, which: str, wanted: int) -> tuple[Array, Array, Array
     best = _ranked(values, space.size, which)[:wanted]
     best = best[jnp.argsort(-jnp.where(best < space.size, values[best], -jnp.inf))]
     exists: Bool[Array, " wanted"] = best < space.size
-    residuals = jnp.abs(space.coupling @ vectors[:, best])
+    residuals = jnp.linalg.norm(space.coupling() @ vectors[:, best], axis=0)
     return (
         jnp.where(exists, values[best], jnp.nan),
         jnp.where(exists[:, None], vectors[:, best].T, 0),
@@ -235,15 +234,13 @@ def _wanted(space: Krylov, which: str, wanted: int) -> tuple[Array, Array, Array
 
 
 def _restart(space: Krylov, which: str, keep: int) -> Krylov:
-    """Compress a full basis to its `keep` best Ritz vectors and the residual, which couples to them all."""
+    """Compress a full basis to its `keep` best Ritz vectors; the pending rows couple to them all."""
     values, vectors = ritz(space)
     best = _ranked(values, space.size, which)[:keep]
-    # The kept Ritz vectors, then the residual, which is the last row.
-    coefficients = jnp.zeros((keep + 1, values.shape[0] + 1), values.dtype)
-    coefficients = coefficients.at[:keep, :-1].set(vectors[:, best].T).at[keep, -1].set(1)
-    basis = krylov.rotate(space.basis, coefficients)
-    arrow = space.coupling @ vectors[:, best]
-    T = jnp.zeros_like(space.projected).at[jnp.arange(keep), jnp.arange(keep)].set(values[best])
-    T = T.at[keep, :keep].set(arrow).at[:keep, keep].set(arrow)
-    coupling = jnp.zeros_like(space.coupling).at[:keep].set(arrow)
-    return space._replace(basis=basis, projected=T, coupling=coupling, size=jnp.int32(keep))
+    (rows, m), width = space.projected.shape, space.width
+    rotation = jnp.zeros((keep + width, rows), values.dtype)
+    rotation = rotation.at[:keep, :m].set(vectors[:, best].T)
+    rotation = rotation.at[keep:, m:].set(jnp.eye(width, dtype=values.dtype))
+    projected = jnp.zeros_like(space.projected).at[jnp.arange(keep), jnp.arange(keep)].set(values[best])
+    projected = projected.at[keep : keep + width, :keep].set(space.coupling() @ vectors[:, best])
+    return Krylov(krylov.rotate(space.basis, rotation), projected, jnp.int32(keep))

@@ -9,8 +9,9 @@ from jaxtyping import Array, Float, Int
 
 from hessjax import _tree
 from hessjax._typing import Block, Eigenpairs, Estimator, Key, Params, Relative, Scalar, Tolerance
+from hessjax.spectral.krylov import orthonormal
 from hessjax.spectral.packing import Packing
-from hessjax.spectral.probes import gaussian, hashed_signs
+from hessjax.spectral.probes import gaussian
 
 
 class PowerState(NamedTuple):
@@ -76,7 +77,7 @@ def power_iteration(k: int = 1, *, tol: Tolerance = Relative(1e-3)) -> Estimator
         if k > packing.size:
             raise ValueError(f"`k` must be at most {packing.size}, the number of parameters, got {k}.")
         probes = jax.vmap(lambda key: packing.pack(gaussian(key, like)))(jax.random.split(key, k))
-        iterate = _orthonormal(probes)
+        iterate = orthonormal(probes)
         nothing = jnp.zeros(k, _tree.accumulator_dtype(like))
         return PowerState(
             iterate,
@@ -96,7 +97,7 @@ def power_iteration(k: int = 1, *, tol: Tolerance = Relative(1e-3)) -> Estimator
         residuals = jax.vmap(lambda v, w, value: _tree.norm(_tree.add_scaled(w, -value, v)))(
             vectors, products, values
         )
-        iterate = _orthonormal(products)
+        iterate = orthonormal(products)
         return PowerState(iterate, vectors, values, residuals, state.packing, state.num_matvecs + k)
 
     def result(state: PowerState) -> Eigenpairs:
@@ -114,26 +115,3 @@ def power_iteration(k: int = 1, *, tol: Tolerance = Relative(1e-3)) -> Estimator
         return state.packing.unpack_block(state.iterate)
 
     return Estimator(init, query, update, result, error, scale)
-
-
-def _orthonormal(block: Block) -> Block:
-    """The rows made orthonormal, in order: Gram–Schmidt, in three passes.
-
-    A row that the ones before it span (A maps it to zero, or to one of them) gives way to a fresh direction.
-    """
-    num_rows = jax.tree.leaves(block)[0].shape[0]
-
-    def clean(i: Array, block: Block) -> Block:
-        row = _tree.row(block, i)
-        row = _tree.scale(1 / jnp.maximum(_tree.norm(row), jnp.finfo(jnp.float32).tiny), row)
-        for _ in range(3):
-            components = jnp.where(jnp.arange(num_rows) < i, _tree.block_inner(block, row), 0)
-            row = _tree.add_scaled(row, -1, _tree.combine(components, block))
-            gone = _tree.norm(row) <= 64 * jnp.finfo(components.dtype).eps
-            row = jax.tree.map(
-                lambda x, fresh, gone=gone: jnp.where(gone, fresh, x), row, hashed_signs(i, row)
-            )
-            row = _tree.scale(1 / _tree.norm(row), row)
-        return jax.tree.map(lambda rows, x: rows.at[i].set(x), block, row)
-
-    return jax.lax.fori_loop(0, num_rows, clean, block)

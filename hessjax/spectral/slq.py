@@ -14,9 +14,9 @@ from hessjax._typing import Block, Estimator, Key, Matvec, Params, Scalar, Vecto
 from hessjax.estimator import run
 from hessjax.spectral import krylov
 from hessjax.spectral.density import SpectralDensity
-from hessjax.spectral.lanczos import Krylov, extend, next_row, ritz, start
 from hessjax.spectral.packing import Packing
 from hessjax.spectral.probes import Probe, gaussian
+from hessjax.spectral.recurrence import Krylov, extend, pending, ritz, start
 
 
 class SlqState(NamedTuple):
@@ -75,12 +75,13 @@ def slq(num_probes: int = 1, num_matvecs: int = 80, *, probe: Probe = gaussian) 
             raise ValueError(
                 f"`num_matvecs` must be at most {packing.size}, the number of parameters, got {num_matvecs}."
             )
-        space = start(packing.pack(probe(jax.random.fold_in(key, 0), like)), num_matvecs)
+        first = packing.pack(probe(jax.random.fold_in(key, 0), like))
+        space = start(_tree.block_of(first), num_matvecs)
         nothing = jnp.zeros((num_probes, num_matvecs), space.projected.dtype)
         return SlqState(key, space, packing, nothing, nothing, jnp.int32(0))
 
     def query(state: SlqState) -> Block:
-        return state.packing.unpack_block(next_row(state.space))
+        return state.packing.unpack_block(pending(state.space))
 
     def update(state: SlqState, products: Block) -> SlqState:
         product = _tree.row(products, 0)
@@ -129,12 +130,8 @@ def slq(num_probes: int = 1, num_matvecs: int = 80, *, probe: Probe = gaussian) 
 def _restart(space: Krylov, vector: Vector) -> Krylov:
     """The same memory, begun anew from another vector."""
     vector = _tree.scale(1 / _tree.norm(vector), vector)
-    return Krylov(
-        krylov.write(space.basis, jnp.int32(0), vector),
-        jnp.zeros_like(space.projected),
-        jnp.zeros_like(space.coupling),
-        jnp.zeros_like(space.size),
-    )
+    basis = krylov.write(space.basis, jnp.int32(0), vector)
+    return Krylov(basis, jnp.zeros_like(space.projected), jnp.zeros_like(space.size))
 
 
 def spectral_density(

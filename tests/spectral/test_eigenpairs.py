@@ -90,3 +90,20 @@ def test_a_relative_tolerance_means_the_same_to_the_search_and_to_the_verdict(x6
     pairs = hj.eigenpairs(oracles.matvec_of(matrix, like), KEY, like, 2, "smallest", tol=hj.relative(1e-3))
     assert bool(pairs.converged.all())
     assert float(pairs.residuals.max()) <= 1e-3 * 50
+
+
+def test_the_sampling_error_of_the_data(x64):
+    """The value moves from sample to sample of the data by as much as `data_stderr` says."""
+    params = oracles.leaves()
+
+    def found(seed):
+        x, y = oracles.batch(400, seed)
+        batches = [(x[i : i + 30], y[i : i + 30]) for i in range(0, 400, 30)]
+        matvec = hj.over_batches(lambda b: hj.hessian(oracles.loss_fn, params, b), batches)
+        return hj.eigenpairs(matvec, KEY, params, k=1, which="largest")
+
+    runs = [found(seed) for seed in range(30)]
+    values, errors = (np.array([getattr(run, name) for run in runs]) for name in ("values", "data_stderr"))
+    np.testing.assert_allclose(errors.mean(axis=0), values.std(axis=0, ddof=1), rtol=0.35)
+    one_batch = hj.hessian(oracles.loss_fn, params, oracles.batch())
+    assert hj.eigenpairs(one_batch, KEY, params, k=1).data_stderr is None

@@ -3,63 +3,74 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from spectral.test_recurrence import check_recurrence
 
 import hessjax as hj
 from hessjax._drive import Carry, _absorb
-from hessjax.spectral import krylov
-from hessjax.spectral.lanczos import extend, ritz, start
-from hessjax.spectral.probes import gaussian
 
 KEY = jax.random.key(0)
 
 
-def grown(matrix, steps, capacity=None):
-    like = oracles.tree_like(len(matrix))
-    matvec = oracles.matvec_of(matrix, like)
-    space = start(gaussian(KEY, like), capacity or steps)
-    step = jax.jit(lambda space: extend(space, matvec(krylov.read(space.basis, space.size))))
-    for _ in range(steps):
-        space = step(space)
-    return space
-
-
-def test_the_recurrence_holds_and_the_basis_is_orthonormal(x64):
-    matrix, _ = oracles.symmetric(np.r_[np.linspace(0, 1, 95), 5, 6, 7, 8, 9])
-    space = grown(matrix, 40)
-    Q = np.concatenate([oracles.rows(chunk) for chunk in space.basis])
-    np.testing.assert_allclose(Q @ Q.T, np.eye(41), atol=1e-13)
-    np.testing.assert_allclose(Q[:40] @ matrix @ Q[:40].T, space.projected, atol=1e-13)
-    residual = matrix @ Q[:40].T - Q[:40].T @ np.asarray(space.projected)
-    np.testing.assert_allclose(residual, np.outer(Q[40], space.coupling), atol=1e-13)
-
-
-def test_no_ghost_copies_of_the_outliers_in_float32():
-    """10 outliers over a bulk of 490: without reorthogonalisation 80 steps give dozens of copies."""
-    matrix, _ = oracles.symmetric(np.r_[np.linspace(0, 1, 490), np.linspace(10, 100, 10)])
-    values, _ = ritz(grown(matrix.astype(np.float32), 80))
-    above = np.asarray(values)[np.asarray(values) > 5]
-    np.testing.assert_allclose(above, np.linspace(10, 100, 10), rtol=1e-5)
-
-
-def test_an_invariant_subspace_is_left_by_a_fresh_direction(x64):
-    """Three distinct eigenvalues: the Krylov space ends at 3, the multiplicities lie beyond it."""
-    spectrum = np.repeat([1.0, 2.0, 5.0], [17, 2, 1])
-    space = grown(oracles.symmetric(spectrum)[0], 20)
-    np.testing.assert_allclose(ritz(space)[0], spectrum, atol=1e-12)
-
-
-def test_restarts_keep_the_recurrence(x64):
+@pytest.mark.parametrize("block_size", [1, 3])
+def test_restarts_keep_the_recurrence(x64, block_size):
     matrix, _ = oracles.symmetric(np.linspace(-1, 2, 80))
     like = oracles.tree_like(80)
-    estimator = hj.lanczos(2, "both", basis_size=12)
+    estimator = hj.lanczos(2, "both", basis_size=13, block_size=block_size)
     _, state = hj.run(estimator, oracles.matvec_of(matrix, like), KEY, like, max_matvecs=27)
-    space = state.space
-    n = int(space.size)
-    Q = np.concatenate([oracles.rows(chunk) for chunk in space.basis])[: n + 1]
-    np.testing.assert_allclose(Q @ Q.T, np.eye(n + 1), atol=1e-13)
-    T, coupling = np.asarray(space.projected)[:n, :n], np.asarray(space.coupling)[:n]
-    np.testing.assert_allclose(Q[:n] @ matrix @ Q[:n].T, T, atol=1e-13)
-    np.testing.assert_allclose(matrix @ Q[:n].T - Q[:n].T @ T, np.outer(Q[n], coupling), atol=1e-13)
+    assert int(state.space.size) < 13
+    check_recurrence(state.space, matrix)
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_repeated_eigenvalues_are_found_as_often_as_they_are_there(x64, on_device):
+    """A threefold largest and a clustered smallest: one vector sees each once, a block of three all."""
+    spectrum = np.r_[np.linspace(0, 1, 70), 5, 5, 5, 4, -2, -2 - 1e-7, -2 - 2e-7]
+    matvec = oracles.matvec_of(oracles.symmetric(spectrum)[0], like := oracles.tree_like(77))
+    pairs = hj.eigenpairs(matvec, KEY, like, 4, block_size=3, basis_size=30, tol=1e-9, on_device=on_device)
+    np.testing.assert_allclose(pairs.values, [5, 5, 5, 4, 0, -2, -2 - 1e-7, -2 - 2e-7], atol=1e-8)
+    assert bool(pairs.converged.all())
+    V = oracles.rows(pairs.vectors)
+    np.testing.assert_allclose(V @ V.T, np.eye(8), atol=1e-8)
+
+
+def test_a_block_that_does_not_divide_the_dimension(x64):
+    matvec = oracles.matvec_of(oracles.symmetric(np.arange(10.0))[0], like := oracles.tree_like(10))
+    pairs = hj.eigenpairs(matvec, KEY, like, 5, block_size=4, tol=1e-10)
+    np.testing.assert_allclose(pairs.values, np.arange(10.0)[::-1], atol=1e-10)
+
+
+def test_a_warm_start_saves_products_and_misses_nothing(x64):
+    rng, like = np.random.default_rng(1), oracles.tree_like(300)
+    spectrum = np.r_[np.abs(rng.normal(size=290)), np.linspace(5, 50, 10)]
+    matrix, vectors = oracles.symmetric(spectrum)
+    noise = rng.normal(size=(300, 300)) * 0.005
+    moved = matrix + noise + noise.T + 60 * np.outer(vectors[:, 0], vectors[:, 0])  # a new largest one
+    settings = {"k": 1, "which": "largest", "tol": hj.relative(1e-3)}
+    old = hj.eigenpairs(oracles.matvec_of(matrix, like), KEY, like, **settings)
+    cold = hj.eigenpairs(oracles.matvec_of(matrix + noise + noise.T, like), KEY, like, **settings)
+    warm = hj.eigenpairs(
+        oracles.matvec_of(matrix + noise + noise.T, like), KEY, like, **settings, start=old.vectors
+    )
+    np.testing.assert_allclose(warm.values, cold.values, rtol=1e-5)
+    assert int(warm.num_matvecs) < int(cold.num_matvecs)
+    surprise = hj.eigenpairs(oracles.matvec_of(moved, like), KEY, like, **settings, start=old.vectors)
+    np.testing.assert_allclose(surprise.values, np.linalg.eigvalsh(moved)[-1:], rtol=1e-5)
+
+
+def test_a_start_with_pairs_that_were_never_found(x64, compilations):
+    like = oracles.tree_like(40)
+    matvec = oracles.matvec_of(oracles.symmetric(np.arange(40.0))[0], like)
+    first, _ = hj.run(hj.lanczos(3, "largest"), matvec, KEY, like, max_matvecs=2)
+    empty = jax.tree.map(lambda x: x * jnp.nan, first.vectors)
+    found = [
+        hj.run(hj.lanczos(3, "largest", start=v), matvec, KEY, like, max_matvecs=40)[0]
+        for v in (first.vectors, empty)
+    ]
+    for pairs in found:
+        np.testing.assert_allclose(pairs.values, [39, 38, 37], rtol=1e-8)
+    del compilations[:]
+    hj.run(hj.lanczos(3, "largest", start=first.vectors), matvec, KEY, like, max_matvecs=40)
+    assert not compilations
 
 
 @pytest.mark.smoke
@@ -111,6 +122,12 @@ def test_bad_input():
         hj.eigenpairs(identity, KEY, like, k=5)
     with pytest.raises(ValueError, match="`basis_size` must be at least 6, .* got 4"):
         hj.eigenpairs(identity, KEY, like, k=2, basis_size=4)
+    with pytest.raises(ValueError, match="`block_size` must be at least 1, got 0"):
+        hj.lanczos(block_size=0)
+    with pytest.raises(ValueError, match="`block_size` must be at most 9, .* got 12"):
+        hj.eigenpairs(identity, KEY, like, k=2, block_size=12)
+    with pytest.raises(ValueError, match="`start\\[0\\]` must have the structure of `like`"):
+        hj.eigenpairs(identity, KEY, like, k=2, start=jnp.ones((2, 9)))
 
 
 def test_the_hessian_of_a_network(x64):

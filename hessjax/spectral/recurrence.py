@@ -1,0 +1,101 @@
+"""The Lanczos recurrence: an orthonormal basis of a Krylov space, grown by one product at a time."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from hessjax import _tree
+from hessjax._typing import Block, Vector
+from hessjax.spectral import krylov
+
+
+class Krylov(NamedTuple):
+    """An orthonormal basis Q of a (block) Krylov space and the matrix in it, T = QᵀAQ.
+
+    With blocks of b vectors the first `size` rows of `basis` are Q, and the next b are pending: they wait
+    to be multiplied. A maps Q into the span of both, so `projected` says everything that is known of A:
+    its first `size` rows hold T, the next b the coupling C = pendingᵀAQ, hence AQ = QT + pending·C.
+
+    Attributes:
+        basis: the rows of Q, then the pending ones; m + b in all.
+        projected: (m + b, m) the components of the products, on and below the diagonal; zero above.
+        size: how many rows have been multiplied.
+    """
+
+    basis: krylov.Basis
+    projected: Float[Array, "rows m"]
+    size: Int[Array, ""]
+
+    @property
+    def capacity(self) -> int:
+        """The most rows that Q may have, m."""
+        return self.projected.shape[1]
+
+    @property
+    def width(self) -> int:
+        """How many rows are pending, b."""
+        return self.projected.shape[0] - self.projected.shape[1]
+
+    def coupling(self) -> Float[Array, "b m"]:
+        """C: what of AQ lies along the pending rows."""
+        return jax.lax.dynamic_slice_in_dim(self.projected, self.size, self.width)
+
+
+def start(block: Block, capacity: int) -> Krylov:
+    """The space to be grown from these vectors, with room for `capacity`."""
+    width = jax.tree.leaves(block)[0].shape[0]
+    basis = krylov.allocate(_tree.row(block, 0), capacity + width)
+    for i, vector in enumerate(_tree.rows(krylov.orthonormal(block))):
+        basis = krylov.write(basis, jnp.int32(i), vector)
+    dtype = _tree.accumulator_dtype(block)
+    return Krylov(basis, jnp.zeros((capacity + width, capacity), dtype), jnp.int32(0))
+
+
+def pending(space: Krylov) -> Block:
+    """The rows to be multiplied next."""
+    return _tree.block_of(*(krylov.read(space.basis, space.size + i) for i in range(space.width)))
+
+
+def extend(space: Krylov, product: Vector) -> Krylov:
+    """Take in the product of the first pending row: one step of band Lanczos, fully reorthogonalised.
+
+    The recurrence takes out what is large (with one vector to a block, all of it); the pass over the whole
+    basis then only has to remove rounding errors, and is done twice just where it did more than that.
+    Where nothing is left (an invariant subspace) the new row is a fresh random direction, not coupled to
+    the rest.
+
+    References:
+        Golub & Van Loan (2013), Matrix Computations, §10.3; Parlett (1998), §13; Ruhe (1979),
+        Implementation aspects of band Lanczos algorithms.
+    """
+    k, T = space.size, space.projected
+    last, index = k + space.width, jnp.arange(T.shape[0])
+    row = krylov.read(space.basis, k)
+    alpha = _tree.inner(row, product)
+    previous = jnp.maximum(k - space.width, 0)
+    back = jnp.where(k >= space.width, T[k, previous], 0)
+    residual = _tree.add_scaled(product, -alpha, row)
+    residual = _tree.add_scaled(residual, -back, krylov.read(space.basis, previous))
+    known = jnp.minimum(last, _tree.size(product))  # rows beyond the dimension hold nothing
+    following, components, beta = krylov.orthogonalise(space.basis, known, residual, _tiny(T, product))
+    column = components.at[k].add(alpha).at[last].set(beta, mode="drop")
+    T = T.at[:, k].set(jnp.where(index >= k, column, T[:, k]))
+    return Krylov(krylov.write(space.basis, last, following), T, k + 1)
+
+
+def _tiny(projected: Array, product: Vector) -> Array:
+    """The norm below which what is left of a product is nothing but rounding."""
+    size_of_matrix = jnp.maximum(jnp.max(jnp.sum(jnp.abs(projected), axis=0)), _tree.norm(product))
+    return 64 * jnp.finfo(projected.dtype).eps * size_of_matrix
+
+
+def ritz(space: Krylov) -> tuple[Float[Array, " m"], Float[Array, "m m"]]:
+    """Eigenvalues (ascending) and eigenvectors (columns) of T; entries from `size` on are meaningless."""
+    inside = jnp.arange(space.capacity) < space.size
+    lower = jnp.where(inside[:, None] & inside[None, :], space.projected[: space.capacity], 0)
+    filled = lower + jnp.tril(lower, -1).T
+    # Where T is not filled stands a number above all its eigenvalues, so that these sort last.
+    above = 2 * jnp.max(jnp.sum(jnp.abs(filled), axis=1))
+    return jnp.linalg.eigh(filled + jnp.diag(jnp.where(inside, 0, above)))
