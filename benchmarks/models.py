@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
+from sklearn.datasets import load_digits
 
 from hessjax.flax import linen_loss
 
@@ -138,6 +139,32 @@ def resnet(quick: bool) -> Problem:
 def small_conv_net(batch: int = 256) -> Problem:
     """A network as small as the tour's."""
     return _problem(SmallConvNet(), images(batch, (8, 8, 1)))
+
+
+def trained_on_digits(widths: tuple[int, ...], steps: int) -> Problem:
+    """A perceptron after some steps of Adam on all of scikit-learn's digits; they are its batch."""
+    pixels, labels = load_digits(return_X_y=True)
+    batch = jnp.asarray(pixels / 16, jnp.float32), jnp.asarray(labels)
+    problem, tx = _problem(MLP(widths), batch), optax.adam(3e-3)
+
+    @jax.jit
+    def step(params: Any, state: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(jax.grad(problem.loss_fn)(params, batch), state)
+        return optax.apply_updates(params, updates), state
+
+    params, state = problem.params, tx.init(problem.params)
+    for _ in range(steps):
+        params, state = step(params, state)
+    return problem._replace(params=params)
+
+
+def dense(matvec: Callable[[Any], Any], like: Any) -> np.ndarray:
+    """The matrix of a matvec in float64, 256 columns at a time."""
+    flat, unravel = jax.flatten_util.ravel_pytree(like)
+    columns = jax.jit(jax.vmap(lambda v: jax.flatten_util.ravel_pytree(matvec(unravel(v)))[0]))
+    parts = [columns(jnp.eye(flat.size, dtype=flat.dtype)[i : i + 256]) for i in range(0, flat.size, 256)]
+    matrix = np.concatenate([np.asarray(part, np.float64) for part in parts])
+    return (matrix + matrix.T) / 2
 
 
 def images(batch: int, shape: tuple[int, ...], seed: int = 1) -> tuple[jax.Array, jax.Array]:
