@@ -9,7 +9,18 @@ from jaxtyping import Array
 
 from hessjax import _tree
 from hessjax._drive import Callback
-from hessjax._typing import BatchMatvec, Block, Eigenpairs, Key, Matvec, Params, Relative, Tolerance, Vector
+from hessjax._typing import (
+    BatchMatvec,
+    Block,
+    Eigenpairs,
+    Estimator,
+    Key,
+    Matvec,
+    Params,
+    Relative,
+    Tolerance,
+    Vector,
+)
 from hessjax.estimator import checked_tolerance, run
 from hessjax.spectral.lanczos import lanczos
 from hessjax.spectral.sampling import sampling_error
@@ -84,9 +95,19 @@ def eigenpairs(
         callbacks=callbacks,
         on_device=on_device,
     )
-    limit: Any = tol
-    if isinstance(tol, Relative) and estimator.scale is not None:
-        limit = tol.factor * estimator.scale(state)
+    return measured(pairs, matvec, like, convergence_limit(estimator, tol, state), on_device)
+
+
+def convergence_limit(estimator: Estimator, tol: Tolerance, state: Any) -> Any:
+    """The residual that `tol` allows."""
+    if isinstance(tol, Relative):
+        assert estimator.scale is not None
+        return tol.factor * estimator.scale(state)
+    return tol
+
+
+def measured(pairs: Eigenpairs, matvec: Matvec, like: Params, limit: Any, on_device: bool) -> Eigenpairs:
+    """The pairs with Rayleigh quotients and residuals from one more product each."""
     if on_device:
         matvec = matvec if isinstance(matvec, jax.tree_util.Partial) else jax.tree_util.Partial(matvec)
         return _judged(pairs, *_quotients(matvec, pairs.vectors, like), limit)

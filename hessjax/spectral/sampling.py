@@ -4,6 +4,27 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from hessjax._typing import BatchMatvec, Forms, Vector
+
+
+class Watched:
+    """A matvec over batches that remembers what each batch contributed to every product's vᵀAv."""
+
+    def __init__(self, matvec: BatchMatvec) -> None:
+        self._matvec = matvec
+        self._seen: list[Forms] = []
+
+    def __call__(self, vector: Vector) -> Vector:
+        """The product."""
+        product, forms = self._matvec.by_batch(vector)
+        self._seen.append(forms)
+        return product
+
+    def forms(self) -> Forms:
+        """The mean over the products."""
+        parts = jnp.mean(jnp.stack([forms.parts for forms in self._seen]), axis=0)
+        return Forms(parts, self._seen[0].weights)
+
 
 @jax.jit
 def sampling_error(
