@@ -11,8 +11,10 @@ import jax.numpy as jnp
 from hessjax import _tree
 from hessjax._typing import Matvec, Vector
 
+COUNTED_OTHERWISE = "If examples are counted otherwise, pass `num_examples=lambda batch: ...`."
 
-def leading_axis(batch: Any) -> int:
+
+def leading_axis(batch: Any, advice: str = COUNTED_OTHERWISE) -> int:
     """The number of examples in `batch`: the length of the first axis, on which all its arrays agree.
 
     Arrays without axes (a temperature, a key) do not count.
@@ -27,10 +29,7 @@ def leading_axis(batch: Any) -> int:
     }
     if len(set(lengths.values())) != 1:
         shown = ", ".join(f"{path}: {length}" for path, length in lengths.items()) or "no array with an axis"
-        raise ValueError(
-            f"a batch must hold arrays with one common leading axis, got {shown}. "
-            "If examples are counted otherwise, pass `num_examples=lambda batch: ...`."
-        )
+        raise ValueError(f"a batch must hold arrays with one common leading axis, got {shown}. {advice}")
     return next(iter(lengths.values()))
 
 
@@ -98,14 +97,14 @@ class _BatchMean:
                 "a matvec over batches reads its data on the host and cannot be traced: call it outside "
                 "`jit`, with `on_device=False`."
             )
-        total, count = _zero(vector), 0
+        total, count = zero(vector), 0
         for index, batch in enumerate(self.batches):
             weight = self._count(batch, index)
-            total = _add(total, float(weight), self.make_matvec(batch)(vector))
+            total = add(total, float(weight), self.make_matvec(batch)(vector))
             count += weight
         if not count:
             raise ValueError("`batches` must hold at least one batch, got none.")
-        return _divide(total, float(count), vector)
+        return divide(total, float(count), vector)
 
     def _count(self, batch: Any, index: int) -> int:
         counted = self.num_examples(batch)
@@ -117,15 +116,18 @@ class _BatchMean:
 
 
 @jax.jit
-def _zero(vector: Vector) -> Vector:
+def zero(vector: Vector) -> Vector:
+    """A sum of no vectors, in float32 at least."""
     return jax.tree.map(jnp.zeros_like, _tree.wide(vector))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _add(total: Vector, weight: Any, product: Vector) -> Vector:
+def add(total: Vector, weight: Any, product: Vector) -> Vector:
+    """`total + weight · product`, in the memory of `total`."""
     return _tree.add_scaled(total, weight, product)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _divide(total: Vector, count: Any, like: Vector) -> Vector:
+def divide(total: Vector, count: Any, like: Vector) -> Vector:
+    """`total / count`, in the dtypes of `like`."""
     return _tree.cast_like(_tree.scale(1.0 / count, total), like)
