@@ -26,8 +26,8 @@ def per_example_grads(
     """The gradient of every example's loss, as a block: leaves with a leading axis of examples.
 
     gᵢ = ∇ loss_fn(params, args[0][i : i + 1], *args[1:]). The loss sees one example as a batch of one, so
-    models that expect a batch axis work as they are. If the loss is a mean over its examples, and none depends
-    on the others (as BatchNorm in train mode makes them), the mean of the block is the gradient.
+    models that expect a batch axis work as they are. If the loss is a mean over its examples, and none
+    depends on the others (as BatchNorm in train mode makes them), the mean of the block is the gradient.
 
     Args:
         loss_fn: `loss_fn(params, *args) -> scalar`, the mean over the leading axis of `args[0]`.
