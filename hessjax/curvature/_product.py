@@ -54,6 +54,11 @@ def explained(way_out: str) -> Iterator[None]:
         raise TypeError(way_out) from error
 
 
+def pull_back(pullback: Callable[[Any], tuple[Any]], cotangents: Any) -> Any:
+    """What `jax.vjp` gives for a function of one argument, without the tuple."""
+    return pullback(cotangents)[0]
+
+
 @jax.jit
 def multiply_linear(linear: Callable[[Vector], Vector], params: Params, vector: Vector) -> Vector:
     """The product with a linear map that was made, and is kept, at these params."""

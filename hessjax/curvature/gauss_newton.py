@@ -15,8 +15,8 @@ from hessjax.curvature._product import (
     as_pytree,
     at_precision,
     described,
-    explained,
     multiply_linear,
+    pull_back,
     scalar,
 )
 from hessjax.curvature.likelihoods import Likelihood
@@ -53,8 +53,7 @@ def ggn(
 
     Raises:
         TypeError: `params` has leaves that are not floating point; at the first product (at once with
-            `linearize`), the outputs are not real floats, the loss is not one real number, or either
-            holds a `custom_vjp`.
+            `linearize`), the outputs are not real floats or the loss is not one real number.
         ValueError: at a product, `vector` is not like `params` (every leaf is listed).
 
     Cost:
@@ -191,23 +190,19 @@ def _linearize(
     precision: str | None, model_fn: ModelFn, curvature: Partial, params: Params, args: Any
 ) -> Partial:
     # Out of `jit`, so that the linear maps' structure is one object for all params: see `hessian`.
-    with at_precision(precision), explained(_WAY_OUT):
-        outputs, push = jax.linearize(lambda p: model_fn(p, *args), params)
+    with at_precision(precision):
+        outputs, pullback = jax.vjp(lambda p: model_fn(p, *args), params)
         _check_outputs(outputs)
-        return Partial(_through, push, curvature(outputs, args))
+        return Partial(_through, pullback, outputs, curvature(outputs, args))
 
 
-def _through(push: Callable[[Vector], Any], middle: Callable[[Any], Any], vector: Vector) -> Vector:
-    with explained(_WAY_OUT):
-        tangents = push(vector)
-        cotangents = _tree.cast_like(middle(tangents), tangents)
-        return jax.linear_transpose(push, vector)(cotangents)[0]
-
-
-_WAY_OUT = (
-    "a Gauss-Newton product differentiates forward, and cannot pass a `custom_vjp` inside the model or the "
-    "loss; give that rule as a `custom_jvp`, or take `hessian` with `mode='reverse-over-reverse'`, which can."
-)
+def _through(
+    pullback: Callable[[Any], tuple[Vector]], outputs: Any, middle: Callable[[Any], Any], vector: Vector
+) -> Vector:
+    # J is the pullback's own transpose: the operations of a jvp, and a `custom_vjp` in the model is no
+    # obstacle. One set of activations serves both directions.
+    tangents = jax.vjp(pullback, outputs)[1]((vector,))[0]
+    return pullback(_tree.cast_like(middle(tangents), tangents))[0]
 
 
 def _check_outputs(outputs: Any) -> None:
@@ -220,8 +215,8 @@ def _check_outputs(outputs: Any) -> None:
 # -- the curvature in the outputs ----------------------------------------------------------------
 
 
-def _loss_curvature(output_loss: LossFn, outputs: Any, args: tuple[Any, ...]) -> Callable[[Any], Any]:
-    return jax.linearize(jax.grad(scalar(output_loss, args, "output_loss")), outputs)[1]
+def _loss_curvature(output_loss: LossFn, outputs: Any, args: tuple[Any, ...]) -> Partial:
+    return Partial(pull_back, jax.vjp(jax.grad(scalar(output_loss, args, "output_loss")), outputs)[1])
 
 
 def _exact_fisher(information: Callable[..., Any], outputs: Any, _args: Any) -> Partial:

@@ -96,7 +96,7 @@ def empirical_fisher(
         The matvec, a pytree as `hessian`'s is, in squared loss per parameter.
 
     Raises:
-        TypeError: as `per_example_grads`; `loss_fn` holds a `custom_vjp`.
+        TypeError: as `per_example_grads`.
         ValueError: as `per_example_grads`; `linearize` with `microbatch`; at a product, `vector` is not
             like `params`.
 

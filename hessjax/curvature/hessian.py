@@ -10,7 +10,7 @@ from jax.tree_util import Partial
 
 from hessjax import _tree
 from hessjax._typing import LossFn, Matvec, Params, Vector
-from hessjax.curvature._product import as_pytree, at_precision, explained, multiply_linear, scalar
+from hessjax.curvature._product import as_pytree, at_precision, explained, multiply_linear, pull_back, scalar
 
 
 def hessian(
@@ -130,11 +130,7 @@ def _linear_forward(loss: Callable[[Params], Any], params: Params) -> Callable[[
 
 
 def _linear_reverse(loss: Callable[[Params], Any], params: Params) -> Callable[[Vector], Vector]:
-    return Partial(_pull, jax.vjp(jax.grad(loss), params)[1])
-
-
-def _pull(pullback: Callable[[Vector], tuple[Vector]], vector: Vector) -> Vector:
-    return pullback(vector)[0]
+    return Partial(pull_back, jax.vjp(jax.grad(loss), params)[1])
 
 
 _LINEARIZED = {
