@@ -60,7 +60,10 @@ def weighted_sum(matvecs: Sequence[Matvec], weights: Any = None, shift: Any = 0.
             f"`weights` must hold one number for each of the {len(matvecs)} matvecs, "
             f"got shape {weights.shape}."
         )
-    return Partial(_sum, tuple(map(as_pytree, matvecs)), weights, jnp.asarray(shift, float))
+    shift = jnp.asarray(shift, float)
+    if shift.ndim:
+        raise ValueError(f"`shift` must be one number, got shape {shift.shape}.")
+    return Partial(_sum, tuple(map(as_pytree, matvecs)), weights, shift)
 
 
 def _sum(matvecs: tuple[Matvec, ...], weights: Array, shift: Array, vector: Vector) -> Vector:
@@ -165,7 +168,8 @@ def adam_preconditioner(
 
     Args:
         opt_state: an optax state that holds the state of one Adam (`adam`, `adamw`, `nadam`, ...), nested
-            in any way: chain, masked, MultiSteps, inject_hyperparams, `hessjax.prune`.
+            in any way: chain, masked, MultiSteps, inject_hyperparams, `hessjax.prune`. From an
+            `nnx.Optimizer`: `nnx.as_pure(optimizer.opt_state)`.
         b2: decay of ν, as given to the optimizer.
         eps: as given to the optimizer.
         eps_root: as given to the optimizer.
