@@ -11,15 +11,16 @@ import optax
 from flax import linen as nn
 from sklearn.datasets import load_digits
 
-from hessjax.flax import linen_loss
+from hessjax.flax import linen_loss, linen_model
 
 
 class Problem(NamedTuple):
-    """A loss and a point: `loss_fn(params, *args)`."""
+    """A loss and a point: `loss_fn(params, *args)`, the cross-entropy of `model_fn(params, *args)`."""
 
     loss_fn: Callable[..., jax.Array]
     params: Any
     args: tuple[Any, ...]
+    model_fn: Callable[..., jax.Array] | None = None
 
     @property
     def num_params(self) -> int:
@@ -177,7 +178,7 @@ def normal(seed: int, shape: tuple[int, ...]) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
 
 
-def cross_entropy(logits: jax.Array, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+def cross_entropy(logits: jax.Array, batch: tuple[jax.Array, jax.Array], *_state: Any) -> jax.Array:
     """Softmax cross-entropy, mean over the batch."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
 
@@ -186,7 +187,8 @@ def _problem(module: nn.Module, batch: tuple[jax.Array, jax.Array]) -> Problem:
     shapes = jax.eval_shape(module.init, jax.random.key(0), batch[0])
     variables = jax.tree_util.tree_map_with_path(_initial, shapes)
     params = variables.pop("params")
-    return Problem(linen_loss(module, cross_entropy), params, (batch, variables) if variables else (batch,))
+    args = (batch, variables) if variables else (batch,)
+    return Problem(linen_loss(module, cross_entropy), params, args, linen_model(module))
 
 
 def _initial(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> jax.Array:

@@ -12,7 +12,13 @@ PROBLEMS = {
     "transformer": (models.transformer, 12),
     "ResNet-20": (models.resnet, 10),
 }
-BARS = {"plain product": 2.8, "linearized product": 2.0, "jax.jvp of jax.grad": None}
+BARS = {
+    "plain product": 2.8,
+    "linearized product": 2.0,
+    "Gauss-Newton product": None,
+    "linearized Gauss-Newton product": None,
+    "jax.jvp of jax.grad": None,
+}
 
 
 def measure(quick: bool) -> table.Measured:
@@ -29,16 +35,20 @@ def measure(quick: bool) -> table.Measured:
 
 def products(problem: models.Problem) -> dict[str, timing.Call]:
     """The gradient, hessjax's products, and the two lines that anyone would write, at one point."""
-    loss_fn, params, args = problem
+    loss_fn, params, args, model_fn = problem
     vector = jax.tree.map(lambda x: models.normal(2, x.shape), params)
     gradient = jax.jit(jax.grad(loss_fn))
     naive = jax.jit(lambda p, v, args: jax.jvp(lambda q: jax.grad(loss_fn)(q, *args), (p,), (v,))[1])
     plain = hj.hessian(loss_fn, params, *args)
     linearized = hj.hessian(loss_fn, params, *args, linearize=True)
+    ggn = hj.ggn(model_fn, models.cross_entropy, params, *args)
+    kept_ggn = hj.ggn(model_fn, models.cross_entropy, params, *args, linearize=True)
     return {
         "gradient": lambda: gradient(params, *args),
         "plain product": lambda: plain(vector),
         "linearized product": lambda: linearized(vector),
+        "Gauss-Newton product": lambda: ggn(vector),
+        "linearized Gauss-Newton product": lambda: kept_ggn(vector),
         "jax.jvp of jax.grad": lambda: naive(params, vector, args),
     }
 

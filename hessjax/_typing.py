@@ -21,6 +21,9 @@ Matvec: TypeAlias = Callable[[Vector], Vector]
 LossFn: TypeAlias = Callable[..., Any]
 """`loss_fn(params, *args) -> scalar`, a mean over the examples in `args`."""
 
+ModelFn: TypeAlias = Callable[..., Any]
+"""`model_fn(params, *args) -> outputs`, any pytree of arrays."""
+
 Key: TypeAlias = jax.Array
 """A JAX random key, `jax.random.key(0)`."""
 

@@ -1,4 +1,4 @@
-"""Loss functions from Flax models, linen and nnx: pure, hashable, equal when made of equal parts.
+"""Loss and model functions from Flax models, linen and nnx: pure, hashable, equal when of equal parts.
 
 What a model mutates or draws (batch statistics, dropout keys) enters the loss through its arguments, so
 the loss is one fixed function of the weights. Two losses made of equal parts compare equal: building one
@@ -13,13 +13,27 @@ import jax
 import numpy as np
 from flax import errors, nnx
 
-from hessjax._typing import LossFn, Params
+from hessjax._typing import LossFn, ModelFn, Params
 
 OutputLoss: TypeAlias = Callable[[Any, Any], Any]
 """`loss(outputs, batch) -> scalar`, the mean over the batch."""
 
 Inputs: TypeAlias = int | str | tuple[int | str, ...] | Callable[[Any], Any]
 """Which part of a batch the model takes: a key, several keys (positional arguments), or a function."""
+
+
+class NnxModel(NamedTuple):
+    """A model as a function, and the point it was taken at.
+
+    Attributes:
+        model_fn: `model_fn(params, batch, state) -> outputs`.
+        params: the model's `nnx.Param`s, a nested dict of arrays.
+        state: everything else the model holds, a nested dict of arrays.
+    """
+
+    model_fn: ModelFn
+    params: Params
+    state: Any
 
 
 class NnxLoss(NamedTuple):
@@ -78,10 +92,46 @@ def linen_loss(module: Any, loss: OutputLoss, *, inputs: Inputs = 0, **apply_kwa
         >>> loss_fn == linen_loss(nn.Dense(3), loss)
         True
     """
+    _check_hashable(loss=loss)
+    return _Loss(linen_model(module, inputs=inputs, **apply_kwargs), loss)
+
+
+def linen_model(module: Any, *, inputs: Inputs = 0, **apply_kwargs: Any) -> ModelFn:
+    """A linen module as a pure function of its params, for `hessjax.ggn` and `hessjax.fisher`.
+
+    Args:
+        module: a `flax.linen.Module`, as in `linen_loss`.
+        inputs: what the module takes from a batch, as in `linen_loss`.
+        **apply_kwargs: static arguments of `module.apply`.
+
+    Returns:
+        `model_fn(params, batch, state=None, rngs=None) -> outputs`, hashable, equal when made of equal parts.
+        `ggn` hands all these arguments to its loss too: with a state, write `def loss(outputs, batch, *_)`.
+
+    Raises:
+        TypeError: if the module, `inputs` or an argument is not hashable.
+        ValueError: on a call, as for `linen_loss`.
+
+    Cost:
+        That of `module.apply`; nothing is compiled or copied here.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from flax import linen as nn
+        >>> import hessjax as hj
+        >>> from hessjax.flax import linen_model
+        >>> def loss(outputs, batch):
+        ...     return optax.l2_loss(outputs, batch[1]).mean()
+        >>> module, batch = nn.Dense(1), (jnp.ones((4, 2)), jnp.zeros((4, 1)))
+        >>> params = module.init(jax.random.key(0), batch[0])["params"]
+        >>> A = hj.ggn(linen_model(module), loss, params, batch)
+        >>> A({"bias": jnp.ones(1), "kernel": jnp.zeros((2, 1))})["kernel"].tolist()
+        [[1.0], [1.0]]
+    """
     inputs = tuple(inputs) if isinstance(inputs, list) else inputs
     identity = _frozen(module)
-    _check_hashable(module=identity, loss=loss, inputs=inputs, **apply_kwargs)
-    return _LinenLoss(module, identity, loss, inputs, tuple(sorted(apply_kwargs.items())))
+    _check_hashable(module=identity, inputs=inputs, **apply_kwargs)
+    return _LinenModel(module, identity, inputs, tuple(sorted(apply_kwargs.items())))
 
 
 def nnx_loss(
@@ -136,8 +186,44 @@ def nnx_loss(
         >>> bool(loss(model(batch[0]), batch) < loss_fn(params, batch, state))
         True
     """
+    _check_hashable(loss=loss)
+    model_fn, params, state = nnx_model(model, inputs=inputs, mode=mode, **call_kwargs)
+    return NnxLoss(_Loss(model_fn, loss), params, state)
+
+
+def nnx_model(model: Any, *, inputs: Inputs = 0, mode: str = "eval", **call_kwargs: Any) -> NnxModel:
+    """An nnx model as a pure function of its params, for `hessjax.ggn` and `hessjax.fisher`.
+
+    Args:
+        model: an `nnx.Module`; it is left as it is.
+        inputs: what the model takes from a batch, as in `linen_loss`.
+        mode: `"eval"` or `"train"`, as in `nnx_loss`.
+        **call_kwargs: further static arguments of the model's call.
+
+    Returns:
+        `NnxModel(model_fn, params, state)`: `model_fn(params, batch, state=None) -> outputs`, hashable, equal
+        for models of equal architecture. `ggn` hands all these arguments to its loss too: with a state, write
+        `def loss(outputs, batch, *_)`.
+
+    Raises:
+        TypeError: if `inputs` or an argument is not hashable.
+        ValueError: as `nnx_loss`.
+
+    Cost:
+        One `nnx.split`; the arrays are not copied. A call costs the model's.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> import hessjax as hj
+        >>> from hessjax.flax import nnx_model
+        >>> model_fn, params, state = nnx_model(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+        >>> A = hj.fisher(model_fn, params, jnp.ones((4, 2)), state, likelihood=hj.gaussian_likelihood)
+        >>> A({"bias": jnp.ones(3), "kernel": jnp.zeros((2, 3))})["kernel"].tolist()
+        [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
+    """
     inputs = tuple(inputs) if isinstance(inputs, list) else inputs
-    _check_hashable(loss=loss, inputs=inputs, **call_kwargs)
+    _check_hashable(inputs=inputs, **call_kwargs)
     if mode not in ("eval", "train"):
         raise ValueError(f'`mode` must be "eval" or "train", got {mode!r}.')
     copy = nnx.merge(*nnx.split(model))
@@ -145,15 +231,23 @@ def nnx_loss(
     graphdef, params, state = nnx.split(copy, nnx.Param, ...)
     if not jax.tree.leaves(params):
         raise ValueError(f"`model` must hold at least one nnx.Param, but {type(model).__name__} has none.")
-    loss_fn = _NnxLoss(graphdef, loss, inputs, tuple(sorted(call_kwargs.items())))
-    return NnxLoss(loss_fn, nnx.to_pure_dict(params), nnx.to_pure_dict(state))
+    model_fn = _NnxModel(graphdef, inputs, tuple(sorted(call_kwargs.items())))
+    return NnxModel(model_fn, nnx.to_pure_dict(params), nnx.to_pure_dict(state))
 
 
 @dataclass(frozen=True)
-class _LinenLoss:
+class _Loss:
+    model_fn: ModelFn
+    loss: OutputLoss
+
+    def __call__(self, params: Params, batch: Any, *state: Any, **named_state: Any) -> Any:
+        return self.loss(self.model_fn(params, batch, *state, **named_state), batch)
+
+
+@dataclass(frozen=True)
+class _LinenModel:
     module: Any = field(compare=False)  # `nn.Sequential([...])` has no hash of its own
     identity: Hashable
-    loss: OutputLoss
     inputs: Inputs
     kwargs: tuple[tuple[str, Hashable], ...]
 
@@ -177,13 +271,12 @@ class _LinenLoss:
                 "`rngs` must hold a fixed key for every stream that the module draws from, e.g. "
                 f'`{{"dropout": jax.random.key(0)}}`. {error}'
             ) from error
-        return self.loss(outputs, batch)
+        return outputs
 
 
 @dataclass(frozen=True)
-class _NnxLoss:
+class _NnxModel:
     graphdef: Any
-    loss: OutputLoss
     inputs: Inputs
     kwargs: tuple[tuple[str, Hashable], ...]
 
@@ -192,9 +285,10 @@ class _NnxLoss:
             model = nnx.merge(self.graphdef, params, state or {}, copy=True)
         except ValueError as error:
             raise ValueError(
-                f"`params` and `state` must be those of `nnx_loss`, with no more than other values. {error}"
+                "`params` and `state` must be those of `nnx_loss` or `nnx_model`, with no more than other "
+                f"values. {error}"
             ) from error
-        return self.loss(model(*_arguments(batch, self.inputs), **dict(self.kwargs)), batch)
+        return model(*_arguments(batch, self.inputs), **dict(self.kwargs))
 
 
 def _arguments(batch: Any, inputs: Inputs) -> tuple[Any, ...]:
@@ -232,6 +326,6 @@ def _check_hashable(**arguments: Any) -> None:
             hash(value)
         except TypeError as error:
             raise TypeError(
-                f"`{name}` must be hashable, so that the loss can be told from another without retracing, "
-                f"got {value!r}. Tuples are, lists and arrays are not."
+                f"`{name}` must be hashable, so that the loss or model can be told from another without "
+                f"retracing, got {value!r}. Tuples are, lists and arrays are not."
             ) from error

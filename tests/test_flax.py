@@ -9,7 +9,8 @@ from flax import linen as nn
 from flax import nnx
 from jax.tree_util import Partial
 
-from hessjax.flax import linen_loss, nnx_loss
+import hessjax as hj
+from hessjax.flax import linen_loss, linen_model, nnx_loss, nnx_model
 
 
 def cross_entropy(logits, batch):
@@ -291,3 +292,51 @@ def test_nnx_bad_arguments_are_named():
         nnx_loss(nnx.Dropout(0.5), cross_entropy)
     with pytest.raises(ValueError, match='`mode` must be "eval" or "train", got \'test\''):
         nnx_loss(Nnx(0), cross_entropy, mode="test")
+
+
+# -- models for Gauss-Newton products --------------------------------------------------------------
+
+
+def cross_entropy_of_all(logits, batch, *_):
+    return cross_entropy(logits, batch)
+
+
+def test_model_functions_give_the_outputs_that_the_losses_see(batch):
+    params, state = variables(batch)
+    model_fn = linen_model(Linen(), train=False)
+    assert model_fn == linen_model(Linen(), train=False) != linen_model(Linen(), train=True)
+    assert_same(
+        model_fn(params, batch, state), Linen().apply({"params": params, **state}, batch[0], train=False)
+    )
+    loss_fn = linen_loss(Linen(), cross_entropy, train=False)
+    assert_same(cross_entropy(model_fn(params, batch, state), batch), loss_fn(params, batch, state))
+    made = nnx_model(Nnx(0), mode="train", scale=2.0)
+    again = nnx_loss(Nnx(0), cross_entropy, mode="train", scale=2.0)
+    assert made.model_fn == nnx_model(Nnx(1), mode="train", scale=2.0).model_fn
+    assert_same((made.params, made.state["norm"]), (again.params, again.state["norm"]))
+    outputs = made.model_fn(made.params, batch, made.state)
+    assert_same(cross_entropy(outputs, batch), again.loss_fn(again.params, batch, again.state))
+
+
+def test_their_ggn_is_their_fisher_and_compiles_once(batch, compilations):
+    """Softmax cross-entropy: the two are one matrix, from linen and from nnx."""
+    model_fn = linen_model(Linen(), train=False)
+    checkpoints = [(model_fn, *variables(batch, seed)) for seed in range(2)]
+    checkpoints += [nnx_model(Nnx(seed)) for seed in range(2)]
+    for i, (model_fn, params, state) in enumerate(checkpoints):
+        vector = jax.tree.map(jnp.cos, params)
+        del compilations[:]
+        ggn = hj.ggn(model_fn, cross_entropy_of_all, params, batch, state)(vector)
+        fisher = hj.fisher(model_fn, params, batch, state, likelihood=hj.categorical_likelihood)(vector)
+        assert i % 2 == 0 or not compilations
+        assert_same(ggn, fisher)
+
+
+def test_what_a_model_function_refuses_is_named(batch):
+    params, _ = variables(batch)
+    with pytest.raises(ValueError, match=r"(?s)`state` must hold every collection.*batch_stats"):
+        linen_model(Linen(), train=False)(params, batch)
+    with pytest.raises(TypeError, match="`scales` must be hashable"):
+        linen_model(Linen(), scales=[1, 2])
+    with pytest.raises(ValueError, match='`mode` must be "eval" or "train"'):
+        nnx_model(Nnx(0), mode="test")

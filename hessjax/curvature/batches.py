@@ -11,8 +11,10 @@ import jax.numpy as jnp
 from hessjax import _tree
 from hessjax._typing import Forms, Matvec, Vector
 
+COUNTED_OTHERWISE = "If examples are counted otherwise, pass `num_examples=lambda batch: ...`."
 
-def leading_axis(batch: Any) -> int:
+
+def leading_axis(batch: Any, advice: str = COUNTED_OTHERWISE) -> int:
     """The number of examples in `batch`: the length of the first axis, on which all its arrays agree.
 
     Arrays without axes (a temperature, a key) do not count.
@@ -27,10 +29,7 @@ def leading_axis(batch: Any) -> int:
     }
     if len(set(lengths.values())) != 1:
         shown = ", ".join(f"{path}: {length}" for path, length in lengths.items()) or "no array with an axis"
-        raise ValueError(
-            f"a batch must hold arrays with one common leading axis, got {shown}. "
-            "If examples are counted otherwise, pass `num_examples=lambda batch: ...`."
-        )
+        raise ValueError(f"a batch must hold arrays with one common leading axis, got {shown}. {advice}")
     return next(iter(lengths.values()))
 
 
@@ -94,19 +93,19 @@ class _BatchMean:
     num_examples: Callable[[Any], int]
 
     def __call__(self, vector: Vector) -> Vector:
-        total, count = _zero(vector), 0
+        total, count = zero(vector), 0
         for weight, product in self._products(vector):
-            total, count = _add(total, float(weight), product), count + weight
-        return _divide(total, float(count), vector)
+            total, count = add(total, float(weight), product), count + weight
+        return divide(total, float(count), vector)
 
     def by_batch(self, vector: Vector) -> tuple[Vector, Forms]:
-        total, weights, parts = _zero(vector), [], []
+        total, weights, parts = zero(vector), [], []
         for weight, product in self._products(vector):
             parts.append(_parts(vector, product))
             weights.append(float(weight))
-            total = _add(total, float(weight), product)
+            total = add(total, float(weight), product)
         forms = Forms(jnp.stack(parts), jnp.asarray(weights, parts[0].dtype))
-        return _divide(total, sum(weights), vector), forms
+        return divide(total, sum(weights), vector), forms
 
     def _products(self, vector: Vector) -> Iterator[tuple[int, Vector]]:
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(vector)):
@@ -130,12 +129,14 @@ class _BatchMean:
 
 
 @jax.jit
-def _zero(vector: Vector) -> Vector:
+def zero(vector: Vector) -> Vector:
+    """A sum of no vectors, in float32 at least."""
     return jax.tree.map(jnp.zeros_like, _tree.wide(vector))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _add(total: Vector, weight: Any, product: Vector) -> Vector:
+def add(total: Vector, weight: Any, product: Vector) -> Vector:
+    """`total + weight · product`, in the memory of `total`."""
     return _tree.add_scaled(total, weight, product)
 
 
@@ -145,5 +146,6 @@ def _parts(vector: Vector, product: Vector) -> jax.Array:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _divide(total: Vector, count: Any, like: Vector) -> Vector:
+def divide(total: Vector, count: Any, like: Vector) -> Vector:
+    """`total / count`, in the dtypes of `like`."""
     return _tree.cast_like(_tree.scale(1.0 / count, total), like)

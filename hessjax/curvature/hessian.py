@@ -1,17 +1,16 @@
 """Hessian-vector products: a loss, params and one batch become a matvec."""
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from hessjax import _tree
 from hessjax._typing import LossFn, Matvec, Params, Vector
+from hessjax.curvature.product import as_pytree, at_precision, explained, multiply_linear, pull_back, scalar
 
 
 def hessian(
@@ -72,10 +71,10 @@ def hessian(
             f"`mode` must be one of {', '.join(map(repr, products))}"
             f"{' with `linearize=True`' if linearize else ''}, got {mode!r}."
         )
-    loss_fn = loss_fn if isinstance(loss_fn, Partial) else Partial(loss_fn)
+    loss_fn = as_pytree(loss_fn)
     if linearize:
-        with _explained(mode):
-            return Partial(_multiply_linear, _linearize(mode, precision, loss_fn, params, args), params)
+        with explained(_way_out(mode)):
+            return Partial(multiply_linear, _linearize(mode, precision, loss_fn, params, args), params)
     return Partial(_Product(mode, precision), loss_fn, params, args)
 
 
@@ -131,11 +130,7 @@ def _linear_forward(loss: Callable[[Params], Any], params: Params) -> Callable[[
 
 
 def _linear_reverse(loss: Callable[[Params], Any], params: Params) -> Callable[[Vector], Vector]:
-    return Partial(_pull, jax.vjp(jax.grad(loss), params)[1])
-
-
-def _pull(pullback: Callable[[Vector], tuple[Vector]], vector: Vector) -> Vector:
-    return pullback(vector)[0]
+    return Partial(pull_back, jax.vjp(jax.grad(loss), params)[1])
 
 
 _LINEARIZED = {
@@ -152,65 +147,28 @@ class _Product:
     precision: str | None
 
     def __call__(self, loss_fn: LossFn, params: Params, args: tuple[Any, ...], vector: Vector) -> Vector:
-        with _explained(self.mode):
+        with explained(_way_out(self.mode)):
             return _multiply(self, loss_fn, params, args, vector)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _multiply(settings: _Product, loss_fn: LossFn, params: Params, args: Any, vector: Vector) -> Vector:
     _tree.check_like(vector, params, "vector", "params")
-    with _precision(settings.precision):
+    with at_precision(settings.precision):
         vector = _tree.cast_like(vector, params)
-        return _PRODUCTS[settings.mode](_scalar(loss_fn, args), params, vector)
+        return _PRODUCTS[settings.mode](scalar(loss_fn, args), params, vector)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _linearize(mode: str, precision: str | None, loss_fn: LossFn, params: Params, args: Any) -> Any:
     # Returned from `jit`, the linear map's structure comes from the cached trace: it is the same object
     # for every params and batch of these shapes, and code compiled for one serves the next.
-    with _precision(precision):
-        return _LINEARIZED[mode](_scalar(loss_fn, args), params)
+    with at_precision(precision):
+        return _LINEARIZED[mode](scalar(loss_fn, args), params)
 
 
-@jax.jit
-def _multiply_linear(linear: Callable[[Vector], Vector], params: Params, vector: Vector) -> Vector:
-    _tree.check_like(vector, params, "vector", "params")
-    return linear(_tree.cast_like(vector, params))
-
-
-def _scalar(loss_fn: LossFn, args: tuple[Any, ...]) -> Callable[[Params], Any]:
-    """The loss in params alone, refusing anything but one real number."""
-
-    def loss(params: Params) -> Any:
-        value = loss_fn(params, *args)
-        if isinstance(value, jax.Array) and value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.floating):
-            return value
-        got = (
-            f"{value.dtype}{list(value.shape)}"
-            if isinstance(value, jax.Array)
-            else f"a {type(value).__name__}"
-        )
-        raise TypeError(
-            f"`loss_fn` must return one real number, the mean over the examples, got {got}. "
-            "Take the mean of per-example losses; return no auxiliary output."
-        )
-
-    return loss
-
-
-def _precision(precision: str | None) -> contextlib.AbstractContextManager[Any]:
-    return contextlib.nullcontext() if precision is None else jax.default_matmul_precision(precision)
-
-
-@contextlib.contextmanager
-def _explained(mode: str) -> Iterator[None]:
-    """Turns jax's error about a `custom_vjp` into one that names the way out."""
-    try:
-        yield
-    except (TypeError, NotImplementedError) as error:
-        if "custom_vjp" not in str(error) and "custom_lin" not in str(error):
-            raise
-        raise TypeError(
-            f"`mode={mode!r}` cannot pass a `custom_vjp` inside `loss_fn`; use "
-            "`mode='reverse-over-reverse'`, which can."
-        ) from error
+def _way_out(mode: str) -> str:
+    return (
+        f"`mode={mode!r}` cannot pass a `custom_vjp` inside `loss_fn`; use "
+        "`mode='reverse-over-reverse'`, which can."
+    )

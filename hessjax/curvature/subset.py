@@ -7,6 +7,7 @@ from jax.tree_util import Partial
 
 from hessjax import _tree
 from hessjax._typing import LossFn, Params, Where
+from hessjax.curvature.product import as_pytree
 
 
 class Selection(NamedTuple):
@@ -27,11 +28,11 @@ class Selection(NamedTuple):
     def restrict(self, loss_fn: LossFn) -> LossFn:
         """`loss_fn` as a function of the part: `(part, *args) -> scalar`, the rest held fixed.
 
-        It is a pytree that carries the rest along, so other params of the same shapes compile nothing
+        A model function, whose outputs `ggn` and `fisher` take, is restricted in the same way. The result
+        is a pytree that carries the rest along, so other params of the same shapes compile nothing
         anew.
         """
-        loss_fn = loss_fn if isinstance(loss_fn, Partial) else Partial(loss_fn)
-        return Partial(_restricted, loss_fn, self.rest)
+        return Partial(_restricted, as_pytree(loss_fn), self.rest)
 
 
 def select(params: Params, where: Where) -> Selection:

@@ -1,0 +1,68 @@
+"""What a model's outputs mean: distributions, as far as a Fisher information needs them."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from hessjax._typing import Key
+
+
+class Likelihood(NamedTuple):
+    """A distribution of labels whose parameters are a model's outputs, one example along the last axis.
+
+    Both functions take the outputs of all examples, (..., examples, c), in at least float32.
+
+    Attributes:
+        information: `(outputs, tangents) -> F t`: each example's Fisher information in its outputs times
+            its tangent, in the shape of the outputs.
+        score: `(key, outputs) -> ∇ log p(y)`: the gradient of the log-likelihood in the outputs, at labels y
+            drawn from the distribution itself.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import hessjax as hj
+        >>> def information(logits, tangents):
+        ...     p = jax.nn.sigmoid(logits)
+        ...     return p * (1 - p) * tangents
+        >>> def score(key, logits):
+        ...     p = jax.nn.sigmoid(logits)
+        ...     return jax.random.bernoulli(key, p) - p
+        >>> bernoulli = hj.Likelihood(information, score)
+        >>> A = hj.fisher(lambda w, x: x * w, jnp.zeros(1), jnp.ones((5, 1)), likelihood=bernoulli)
+        >>> A(jnp.ones(1)).tolist()
+        [0.25]
+    """
+
+    information: Callable[[Array, Array], Array]
+    score: Callable[[Key, Array], Array]
+
+
+def _softmax_information(logits: Float[Array, "... c"], tangents: Float[Array, "... c"]) -> Array:
+    """(diag(p) − p pᵀ) t."""
+    p = jax.nn.softmax(logits)
+    return p * (tangents - jnp.sum(p * tangents, axis=-1, keepdims=True))
+
+
+def _softmax_score(key: Key, logits: Float[Array, "... c"]) -> Array:
+    """The drawn class as a one-hot vector, minus p."""
+    labels = jax.random.categorical(key, logits)
+    return jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype) - jax.nn.softmax(logits)
+
+
+def _unit_information(_means: Float[Array, "... c"], tangents: Float[Array, "... c"]) -> Array:
+    return tangents
+
+
+def _normal_score(key: Key, means: Float[Array, "... c"]) -> Array:
+    """What the labels drawn add to the means: a standard normal vector."""
+    return jax.random.normal(key, means.shape, means.dtype)
+
+
+categorical_likelihood = Likelihood(_softmax_information, _softmax_score)
+"""Classes, given logits in the last axis: the Fisher of softmax cross-entropy, mean over the examples."""
+
+gaussian_likelihood = Likelihood(_unit_information, _normal_score)
+"""Normal with the outputs as means and variance 1: the Fisher of ½‖outputs − y‖², mean over the examples."""
