@@ -10,9 +10,13 @@ from hessjax.curvature.hessian import hessian as hessian
 from hessjax.curvature.hessian import hvp as hvp
 from hessjax.curvature.subset import Selection as Selection
 from hessjax.curvature.subset import select as select
+from hessjax.directions import line as line
+from hessjax.directions import random_direction as random_direction
 from hessjax.estimator import NonFiniteProductError as NonFiniteProductError
 from hessjax.estimator import relative as relative
 from hessjax.estimator import run as run
+from hessjax.landscape import Landscape as Landscape
+from hessjax.landscape import landscape as landscape
 from hessjax.pruning.allocation import global_threshold as global_threshold
 from hessjax.pruning.allocation import uniform as uniform
 from hessjax.pruning.saliency import magnitude as magnitude
