@@ -125,9 +125,11 @@ def landscape(
             weights.append(weight)
             losses.append(np.concatenate(jax.device_get(parts))[: points[..., 0].size])
     moments = _mean_and_stderr(np.array(weights), np.array(losses))
-    mean, stderr = (jnp.asarray(x.reshape(points.shape[:-1]), dtype) for x in moments)
+    mean, stderr = (jnp.asarray(x.reshape(points.shape[:-1]).astype(dtype)) for x in moments)
     norms = jnp.stack([_norm(row) for row in rows])
-    return Landscape(tuple(jnp.asarray(axis, dtype) for axis in axes), mean, stderr, norms, len(weights))
+    return Landscape(
+        tuple(jnp.asarray(axis.astype(dtype)) for axis in axes), mean, stderr, norms, len(weights)
+    )
 
 
 # -- what is asked for -----------------------------------------------------------------------------
