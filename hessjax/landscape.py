@@ -125,10 +125,10 @@ def landscape(
             weights.append(weight)
             losses.append(np.concatenate(jax.device_get(parts))[: points[..., 0].size])
     moments = _mean_and_stderr(np.array(weights), np.array(losses))
-    mean, stderr = (jnp.asarray(x.reshape(points.shape[:-1]).astype(dtype)) for x in moments)
+    mean, stderr = (jax.device_put(x.reshape(points.shape[:-1]).astype(dtype)) for x in moments)
     norms = jnp.stack([_norm(row) for row in rows])
     return Landscape(
-        tuple(jnp.asarray(axis.astype(dtype)) for axis in axes), mean, stderr, norms, len(weights)
+        tuple(jax.device_put(axis.astype(dtype)) for axis in axes), mean, stderr, norms, len(weights)
     )
 
 
