@@ -219,8 +219,8 @@ def _curve(ax: Axes, result: Landscape, losses: np.ma.MaskedArray, log: bool) ->
     stderr = np.asarray(result.stderr, float)
     known = np.isfinite(stderr) & ~np.ma.getmaskarray(losses)
     if known.any():
-        ends = [np.where(known, losses.filled(0) + sign * stderr, np.nan) for sign in (-1, 1)]
-        ax.fill_between(x, *ends, color=BLUE, alpha=0.22, lw=0, label="± standard error")
+        low, high = (np.where(known, losses.filled(0) + sign * stderr, np.nan) for sign in (-1, 1))
+        ax.fill_between(x, low, high, color=BLUE, alpha=0.22, lw=0, label="± standard error")
         ax.legend(loc="best")
     ax.plot(x, losses, color=BLUE, lw=1.8)
     if x[0] <= 0 <= x[-1]:
