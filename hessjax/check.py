@@ -163,10 +163,7 @@ def _finite(loss_fn: LossFn, params: Params, args: tuple[Any, ...]) -> list[Chec
         return rows
     value = float(_fresh(loss_fn)(params, args))
     finite = math.isfinite(value)
-    return [
-        *rows,
-        CheckRow("finite loss", finite, value, math.inf, "" if finite else "the loss is not finite"),
-    ]
+    return [*rows, CheckRow("finite loss", finite, float(not finite), 0, f"the loss is {value:.6g}")]
 
 
 def _derivatives(

@@ -44,7 +44,7 @@ def landscape(
     params: Params,
     *args: Any,
     directions: Vector | Sequence[Vector] | Block,
-    distances: ArrayLike | Sequence[ArrayLike] | None = None,
+    distances: ArrayLike | Sequence[Any] | None = None,
     batches: Iterable[Any] | None = None,
     num_examples: Callable[[Any], int] = leading_axis,
     points_at_once: int = 1,

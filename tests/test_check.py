@@ -158,6 +158,7 @@ def test_numbers_that_are_not_finite_are_named_and_end_the_check():
     assert result.rows[0].measured == 2
     result = hj.check(lambda w: jnp.sum(jnp.log(w - 1)), jnp.ones(3))
     assert failed(result) == {"finite loss"}
+    assert result.rows[-1].detail == "the loss is -inf"
 
 
 def test_the_table_shows_every_row():
