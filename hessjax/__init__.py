@@ -5,6 +5,8 @@ from hessjax._typing import Eigenpairs as Eigenpairs
 from hessjax._typing import Estimate as Estimate
 from hessjax._typing import Estimator as Estimator
 from hessjax.callbacks import progress_bar as progress_bar
+from hessjax.check import Check as Check
+from hessjax.check import check as check
 from hessjax.curvature.arithmetic import adam_preconditioner as adam_preconditioner
 from hessjax.curvature.arithmetic import preconditioned as preconditioned
 from hessjax.curvature.arithmetic import weighted_sum as weighted_sum
@@ -20,9 +22,13 @@ from hessjax.curvature.likelihoods import categorical_likelihood as categorical_
 from hessjax.curvature.likelihoods import gaussian_likelihood as gaussian_likelihood
 from hessjax.curvature.subset import Selection as Selection
 from hessjax.curvature.subset import select as select
+from hessjax.directions import line as line
+from hessjax.directions import random_direction as random_direction
 from hessjax.estimator import NonFiniteProductError as NonFiniteProductError
 from hessjax.estimator import relative as relative
 from hessjax.estimator import run as run
+from hessjax.landscape import Landscape as Landscape
+from hessjax.landscape import landscape as landscape
 from hessjax.pruning.allocation import global_threshold as global_threshold
 from hessjax.pruning.allocation import uniform as uniform
 from hessjax.pruning.saliency import magnitude as magnitude

@@ -11,6 +11,7 @@ from jax.tree_util import Partial
 
 from hessjax import _tree
 from hessjax._typing import Key, LossFn, Matvec, ModelFn, Params, Vector
+from hessjax.curvature.likelihoods import Likelihood
 from hessjax.curvature.product import (
     as_pytree,
     at_precision,
@@ -19,7 +20,6 @@ from hessjax.curvature.product import (
     pull_back,
     scalar,
 )
-from hessjax.curvature.likelihoods import Likelihood
 
 
 def ggn(

@@ -14,6 +14,7 @@ from hessjax._typing import (
     Block,
     Eigenpairs,
     Estimator,
+    Forms,
     Key,
     Matvec,
     Params,
@@ -121,10 +122,15 @@ def _measure(matvec: Matvec, vector: Vector, like: Params) -> tuple[tuple[Array,
     if not isinstance(matvec, BatchMatvec):
         return _quotient(vector, matvec(_tree.cast_like(vector, like))), None
     product, forms = matvec.by_batch(_tree.cast_like(vector, like))
-    return _quotient(vector, product), sampling_error(jnp.sum(forms.parts, axis=1), forms.weights)
+    return _quotient(vector, product), _sampling_error(forms)
 
 
 _rows = jax.jit(_tree.rows)
+
+
+@jax.jit
+def _sampling_error(forms: Forms) -> Array:
+    return sampling_error(jnp.sum(forms.parts, axis=1), forms.weights)
 
 
 @jax.jit
