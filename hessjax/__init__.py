@@ -5,8 +5,8 @@ from hessjax._typing import Eigenpairs as Eigenpairs
 from hessjax._typing import Estimate as Estimate
 from hessjax._typing import Estimator as Estimator
 from hessjax.callbacks import progress_bar as progress_bar
-from hessjax.check import Check as Check
-from hessjax.check import check as check
+from hessjax.checks.check import check as check
+from hessjax.checks.rows import Check as Check
 from hessjax.curvature.arithmetic import adam_preconditioner as adam_preconditioner
 from hessjax.curvature.arithmetic import preconditioned as preconditioned
 from hessjax.curvature.arithmetic import weighted_sum as weighted_sum

@@ -109,3 +109,15 @@ def tree_like(d: int, dtype: Any = None) -> dict:
 def close(a: Any, b: Any, rtol: float = 1e-9, atol: float = 1e-9) -> None:
     """Assert that two pytrees agree, leaf by leaf."""
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b)
+
+
+def check_recurrence(space: Any, matrix: Any) -> None:
+    """Q is orthonormal, T = QᵀAQ, and AQ − QT is what couples to the pending rows."""
+    n, width = int(space.size), space.width
+    together = np.concatenate([rows(chunk) for chunk in space.basis])[: n + width]
+    Q, following = together[:n], together[n:]
+    np.testing.assert_allclose(together @ together.T, np.eye(n + width), atol=1e-13)
+    T = np.tril(space.projected[:n, :n]) + np.tril(space.projected[:n, :n], -1).T
+    np.testing.assert_allclose(Q @ matrix @ Q.T, T, atol=1e-13)
+    coupling = np.asarray(space.coupling())[:, :n]
+    np.testing.assert_allclose(matrix @ Q.T - Q.T @ T, following.T @ coupling, atol=1e-13)

@@ -1,81 +1,26 @@
 """A self-test of a loss and its matvec: what is wrong, by how much, and in which leaves."""
 
 import functools
-import io
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
-from rich.console import Console
-from rich.table import Table
 
 from hessjax import _tree
-from hessjax._differences import Comparison, compare_gradient, compare_product, loss_and_gradient
-from hessjax._repeats import compare_passes
 from hessjax._typing import Key, LossFn, Matvec, Params, Vector
+from hessjax.checks.differences import Comparison, compare_gradient, compare_product, loss_and_gradient
+from hessjax.checks.repeats import compare_passes
+from hessjax.checks.rows import Check, CheckRow, dtypes, named
 from hessjax.curvature.hessian import hessian
 from hessjax.curvature.product import at_precision, scalar
 from hessjax.spectral.probes import gaussian
 
 CAUTION = 5
 """An error counts beyond this many times its doubt: the two can differ by chance."""
-
-
-class CheckRow(NamedTuple):
-    """One property that was tested.
-
-    Attributes:
-        name: what should hold.
-        passed: whether it does.
-        measured: how far it is from holding; `check` says in which unit.
-        limit: the most that may be; infinite for a note, which cannot fail.
-        detail: what was seen, with the paths of the leaves at fault, and what may be the cause.
-    """
-
-    name: str
-    passed: bool
-    measured: float
-    limit: float
-    detail: str
-
-
-class Check(NamedTuple):
-    """What `check` returns: rows to compute with, and a table when printed.
-
-    Attributes:
-        rows: one for each property tested.
-    """
-
-    rows: tuple[CheckRow, ...]
-
-    @property
-    def passed(self) -> bool:
-        """Whether every row passed."""
-        return all(row.passed for row in self.rows)
-
-    def __rich__(self) -> Table:
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        for title in ("Check", "Result", "Measured", "Limit"):
-            table.add_column(
-                title, justify="right" if title in ("Measured", "Limit") else "left", no_wrap=True
-            )
-        table.add_column("Detail")
-        for row in self.rows:
-            table.add_row(*_cells(row), style="" if row.passed else "bold red")
-        return table
-
-    def __str__(self) -> str:
-        text = io.StringIO()
-        Console(file=text, width=1000, color_system=None).print(self)
-        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
-
-    def __repr__(self) -> str:  # a notebook's last line shows the table
-        return str(self)
 
 
 def check(
@@ -157,8 +102,8 @@ def _first(batches: Iterable[Any]) -> Any:
 
 def _finite(loss_fn: LossFn, params: Params, args: tuple[Any, ...]) -> list[CheckRow]:
     counts = [int(jnp.size(leaf) - jnp.sum(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(params)]
-    at_fault = _named(params, [number > 0 for number in counts])
-    detail = f"NaN or infinite in: {at_fault}" if at_fault else _dtypes(params)
+    at_fault = named(params, [number > 0 for number in counts])
+    detail = f"NaN or infinite in: {at_fault}" if at_fault else dtypes(params)
     rows = [CheckRow("finite params", not at_fault, sum(counts), 0, detail)]
     if at_fault:
         return rows
@@ -186,7 +131,7 @@ def _derivatives(
     yield _agreement("Hessian", compare_product(own, loss, params, args, keys[3], eps), params, eps)
     yield _device_precision(loss_fn, params, args, u, own(u))
     dead = [not (jnp.any(g) or jnp.any(x)) for g, x in zip(*map(jax.tree.leaves, (grads, Au)), strict=True)]
-    unused = _named(params, dead)
+    unused = named(params, dead)
     detail = f"gradient and product are exactly zero in: {unused}" if unused else "every leaf matters"
     yield CheckRow("unused leaves", True, sum(dead), math.inf, detail)
 
@@ -217,7 +162,7 @@ def _repeated_losses(
 
 def _same_products(A: Matvec, u: Vector, Au: Vector, eps: float) -> CheckRow:
     change = _relative(_tree.add_scaled(A(u), -1.0, Au), [Au])
-    cause = f"changes in: {_named(u, change > 16 * eps)}; data, keys or the order of additions change"
+    cause = f"changes in: {named(u, change > 16 * eps)}; data, keys or the order of additions change"
     return _same("same products", float(change.max()), eps, cause)
 
 
@@ -243,7 +188,7 @@ def _symmetric(
     for i in range(structure.num_leaves):  # only now, for one more product each: whose rows are not columns
         part = jax.tree.unflatten(structure, [x * (i == j) for j, x in enumerate(jax.tree.leaves(u))])
         errors.append(abs(float(_tree.inner(part, Av)) - float(_tree.inner(v, A(part)))) / size)
-    named = _named(params, np.array(errors) > limit)
+    named = named(params, np.array(errors) > limit)
     return CheckRow(
         "symmetric", False, measured, limit, f"rows differ from columns in: {named or 'no one leaf'}"
     )
@@ -255,7 +200,7 @@ def _linear(
     together = _combined(*vectors)
     change = _relative(_tree.add_scaled(A(together), -1.0, _combined(*products)), products)
     limit = eps**0.5
-    at_fault = _named(params, change > limit)
+    at_fault = named(params, change > limit)
     detail = f"not linear in: {at_fault}" if at_fault else "A(2u − 3v) = 2Au − 3Av up to rounding"
     return CheckRow("linear", not at_fault, float(change.max()), limit, detail)
 
@@ -317,24 +262,3 @@ def _device_precision(
     change = float(_relative(_tree.add_scaled(lower, -1.0, product), [product]).max())
     detail = f"change of a product under the default precision of {device.device_kind}; hessjax asks for full"
     return CheckRow("precision", True, change, math.inf, detail)
-
-
-# -- words -----------------------------------------------------------------------------------------
-
-
-def _named(params: Params, flags: Any) -> str:
-    return ", ".join(path for path, flag in zip(_tree.leaf_paths(params), flags, strict=True) if flag)
-
-
-def _dtypes(params: Params) -> str:
-    counts = Counter(str(jnp.result_type(leaf)) for leaf in jax.tree.leaves(params))
-    shown = ", ".join(
-        f"{dtype} ({number} {'leaf' if number == 1 else 'leaves'})" for dtype, number in counts.items()
-    )
-    return f"{shown}; x64 is {'on' if jnp.result_type(float) == jnp.float64 else 'off'}"
-
-
-def _cells(row: CheckRow) -> tuple[str, ...]:
-    note = math.isinf(row.limit)
-    result = "FAILED" if not row.passed else "note" if note else "ok"
-    return row.name, result, f"{row.measured:.3g}", "" if note else f"{row.limit:.3g}", row.detail

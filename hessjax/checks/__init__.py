@@ -1,0 +1,1 @@
+"""The self-test of a loss, its data and its matvec."""
