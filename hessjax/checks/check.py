@@ -188,9 +188,9 @@ def _symmetric(
     for i in range(structure.num_leaves):  # only now, for one more product each: whose rows are not columns
         part = jax.tree.unflatten(structure, [x * (i == j) for j, x in enumerate(jax.tree.leaves(u))])
         errors.append(abs(float(_tree.inner(part, Av)) - float(_tree.inner(v, A(part)))) / size)
-    named = named(params, np.array(errors) > limit)
+    at_fault = named(params, np.array(errors) > limit)
     return CheckRow(
-        "symmetric", False, measured, limit, f"rows differ from columns in: {named or 'no one leaf'}"
+        "symmetric", False, measured, limit, f"rows differ from columns in: {at_fault or 'no one leaf'}"
     )
 
 
