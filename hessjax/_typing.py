@@ -43,13 +43,13 @@ class Estimate(NamedTuple):
     """The mean of independent samples, with its doubt.
 
     Attributes:
-        mean: the estimate; scalar, in the units of what was estimated.
+        mean: the estimate, in the units of what was estimated: a number, or a tree like the params.
         stderr: standard error of the mean (sample deviation with `ddof=1`); infinite after one sample.
         num_samples: how many samples entered.
     """
 
-    mean: Float[Array, "..."]
-    stderr: Float[Array, "..."]
+    mean: PyTree[Float[Array, "..."]]
+    stderr: PyTree[Float[Array, "..."]]
     num_samples: Int[Array, ""]
 
 
