@@ -7,7 +7,7 @@ from pathlib import Path
 import table
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
-SCRIPTS = ("product_cost", "lanczos_cost", "pruning_cost", "compilations", "startup")
+SCRIPTS = ("product_cost", "lanczos_cost", "pruning_cost", "compilations", "startup", "trace_accuracy")
 
 
 def run(script: str) -> bool:

@@ -32,9 +32,9 @@ def hutchinson(probe: Probe = rademacher) -> Estimator:
 
     The variance of one sample with signs is 2(‖A‖²_F − Σ aᵢᵢ²). The error reported is the standard error
     of the mean. (The relative change of the running mean, which others stop on, stops at a median of 14
-    probes with errors of 6 to 37 %.) A run does not stop on it before 20 samples: so that ±2 standard
-    errors hold the truth in 93 % of the runs that were stopped, not only of those of a fixed length. Where
-    one eigenvalue makes up nearly all of the trace the samples are as skewed as they can be, and it is 86 %.
+    probes with errors of 6 to 37 %.) A run does not stop on it before 20 samples, so that ±2 standard
+    errors hold the truth in 93 % of the runs that it stopped, as they do in runs of a fixed length. Samples
+    are skewed where one eigenvalue makes up most of the trace; then it is 86 to 93 %.
 
     Args:
         probe: `(key, like) -> vector` with independent entries of mean 0 and variance 1.

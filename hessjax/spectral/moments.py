@@ -13,8 +13,10 @@ MIN_SAMPLES = 20
 
 A run that stops when its standard error is small stops too early when the samples happen to lie close
 together, and few samples often do. With normal samples and a look every 5 products, ±2 standard errors
-then hold the truth in as few as 88 % of runs; from 20 samples on in 93.5 % or more, whatever the tolerance
-(Student's factor on top changed nothing that could be seen).
+then hold the truth in as few as 88 % of runs; from 20 samples on in 93.5 % or more, whatever the tolerance.
+(Simulated, 20,000 runs for each of 11 tolerances. Samples as skewed as χ² with 10 degrees of freedom: 86 %,
+then 92.6 %; with one degree, the samples of a matrix of rank 1: 71 %, then 85 %. Student's factor on top, or
+two looks in a row, changed these by less than a point.)
 """
 
 

@@ -65,8 +65,11 @@ def xtrace(num_matvecs: int = 100) -> Estimator:
 
     Returns:
         An `Estimator` with result `Estimate` (units of A's diagonal; `num_samples` test vectors) and error
-        its `stderr`, the deviation of the t_i over √n. They share a basis, so this is somewhat small:
-        COVERAGE.
+        its `stderr`, the deviation of the t_i over √n (infinite before 20 test vectors for a run that is to
+        stop on it). The t_i share a basis, so it is somewhat small: over 5 to 60 test vectors and five
+        spectra the root mean square error was 1.04 to 1.5 times it, and ±2 of it held the trace in 75 to
+        91 % of runs, in 80 to 91 % from 10 test vectors on. Where exactly as many eigenvalues are large as
+        there are test vectors it is far too small (20 ones, then 1e-3, with 20 vectors: 45 %).
 
     Raises:
         ValueError: `num_matvecs` below 2, or, when it meets the params, above twice their number.

@@ -59,11 +59,10 @@ def test_against_the_definition_after_any_number_of_products(x64, name):
             assert np.isinf(estimate.stderr)
 
 
-@pytest.mark.parametrize("dimension", [6, 8])
-def test_as_many_products_as_there_are_dimensions_give_the_trace(x64, dimension):
-    like = oracles.tree_like(dimension)
-    matrix, _ = oracles.symmetric(np.linspace(-1, 2, dimension))
-    estimate = hj.trace(oracles.matvec_of(matrix, like), KEY, like, 2 * dimension, estimator=hj.xtrace)
+def test_as_many_test_vectors_as_dimensions_give_the_trace(x64):
+    like = oracles.tree_like(8)
+    matrix, _ = oracles.symmetric(np.linspace(-1, 2, 8))
+    estimate = hj.trace(oracles.matvec_of(matrix, like), KEY, like, 16, estimator=hj.xtrace)
     np.testing.assert_allclose(estimate.mean, np.trace(matrix), rtol=1e-10)
 
 
@@ -103,11 +102,10 @@ def test_float32_on_a_spectrum_below_its_precision():
         np.testing.assert_allclose(estimate.mean, factor * spectrum.sum(), rtol=1e-5)
 
 
-@pytest.mark.parametrize("container", ["tuple", "nnx State"])
-def test_a_networks_trace_in_any_container(x64, container):
+def test_a_networks_trace(x64):
     params, batch = oracles.leaves(), oracles.batch()
     exact = np.trace(oracles.dense_hessian(oracles.loss_fn, params, batch))
-    params = oracles.CONTAINERS[container](params)
+    params = oracles.CONTAINERS["nnx State"](params)
     estimate = hj.trace(hj.hessian(oracles.loss_fn, params, batch), KEY, params, 20, estimator=hj.xtrace)
     np.testing.assert_allclose(estimate.mean, exact, rtol=1e-9)
 
@@ -121,10 +119,10 @@ def test_mixed_dtypes():
 
 
 def test_it_stops_on_a_tolerance(x64):
-    matvec = jax.tree_util.Partial(jnp.multiply, jnp.arange(1.0, 201) ** -2)
-    estimate = hj.trace(matvec, KEY, jnp.zeros(200), 400, tol=hj.relative(1e-2), estimator=hj.xtrace)
+    matvec = jax.tree_util.Partial(jnp.multiply, jnp.arange(1.0, 101) ** -2)
+    estimate = hj.trace(matvec, KEY, jnp.zeros(100), 60, tol=hj.relative(1e-2), estimator=hj.xtrace)
     assert float(estimate.stderr) <= 1e-2 * float(estimate.mean)
-    assert int(estimate.num_samples) < 40
+    assert 20 <= int(estimate.num_samples) < 30
 
 
 def test_bad_input():
