@@ -15,8 +15,8 @@ A run that stops when its standard error is small stops too early when the sampl
 together, and few samples often do. With normal samples and a look every 5 products, ±2 standard errors
 then hold the truth in as few as 88 % of runs; from 20 samples on in 93.5 % or more, whatever the tolerance.
 (Simulated, 20,000 runs for each of 11 tolerances. Samples as skewed as χ² with 10 degrees of freedom: 86 %,
-then 92.6 %; with one degree, the samples of a matrix of rank 1: 71 %, then 85 %. Student's factor on top, or
-two looks in a row, changed these by less than a point.)
+then 92.6 %; with one degree, the samples of a matrix of rank 1: 71 %, then 85 %. Student's factor on top
+changed these by less than a point.)
 """
 
 
