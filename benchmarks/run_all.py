@@ -7,7 +7,15 @@ from pathlib import Path
 import table
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
-SCRIPTS = ("product_cost", "lanczos_cost", "eigenpairs_products", "pruning_cost", "compilations", "startup")
+SCRIPTS = (
+    "product_cost",
+    "lanczos_cost",
+    "eigenpairs_products",
+    "trace_accuracy",
+    "pruning_cost",
+    "compilations",
+    "startup",
+)
 
 
 def run(script: str) -> bool:

@@ -36,7 +36,14 @@ from hessjax.pruning.summary import summary as summary
 from hessjax.pruning.transform import mask_of as mask_of
 from hessjax.pruning.transform import prune as prune
 from hessjax.spectral.density import SpectralDensity as SpectralDensity
+from hessjax.spectral.diagonal import diagonal as diagonal
+from hessjax.spectral.diagonal import hutchinson_diagonal as hutchinson_diagonal
 from hessjax.spectral.eigenpairs import eigenpairs as eigenpairs
+from hessjax.spectral.frobenius import frobenius_norm as frobenius_norm
+from hessjax.spectral.frobenius import hutchinson_frobenius as hutchinson_frobenius
+from hessjax.spectral.hutchinson import hutchinson as hutchinson
+from hessjax.spectral.hutchinson import hutchinson_by_leaf as hutchinson_by_leaf
+from hessjax.spectral.hutchpp import hutchpp as hutchpp
 from hessjax.spectral.lanczos import lanczos as lanczos
 from hessjax.spectral.power import power_iteration as power_iteration
 from hessjax.spectral.probes import gaussian as gaussian
@@ -44,7 +51,6 @@ from hessjax.spectral.probes import rademacher as rademacher
 from hessjax.spectral.slq import slq as slq
 from hessjax.spectral.slq import spectral_density as spectral_density
 from hessjax.spectral.trace import TraceByLeaf as TraceByLeaf
-from hessjax.spectral.trace import hutchinson as hutchinson
-from hessjax.spectral.trace import hutchinson_by_leaf as hutchinson_by_leaf
 from hessjax.spectral.trace import trace as trace
 from hessjax.spectral.trace import trace_by_leaf as trace_by_leaf
+from hessjax.spectral.xtrace import xtrace as xtrace

@@ -46,15 +46,15 @@ class Estimate(NamedTuple):
     """The mean of independent samples, with its doubt.
 
     Attributes:
-        mean: the estimate; scalar, in the units of what was estimated.
+        mean: the estimate, in the units of what was estimated: a number, or a tree like the params.
         stderr: standard error of the mean (sample deviation with `ddof=1`); infinite after one sample.
         num_samples: how many samples entered.
         data_stderr: where the matvec is a mean over batches of data: the standard error that comes from
             the data being a sample, whatever the number of probes. None where it is not known.
     """
 
-    mean: Float[Array, "..."]
-    stderr: Float[Array, "..."]
+    mean: PyTree[Float[Array, "..."]]
+    stderr: PyTree[Float[Array, "..."]]
     num_samples: Int[Array, ""]
     data_stderr: Float[Array, "..."] | None = None
 

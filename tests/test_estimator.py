@@ -13,6 +13,9 @@ ESTIMATORS = {
     "power_iteration": hj.power_iteration(3),
     "hutchinson": hj.hutchinson(),
     "hutchinson_by_leaf": hj.hutchinson_by_leaf(),
+    "hutchinson_diagonal": hj.hutchinson_diagonal(),
+    "hutchpp": hj.hutchpp(9),
+    "xtrace": hj.xtrace(8),
     "slq": hj.slq(3, 7),
 }
 

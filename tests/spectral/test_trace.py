@@ -48,6 +48,21 @@ def test_error_bars_cover_the_truth(x64):
     assert 0.92 <= covered.mean() <= 0.98
 
 
+@pytest.mark.parametrize("precision", [0.06, 0.15, 2.0])  # about 110, 20 and no samples needed
+@pytest.mark.parametrize("tolerance", [float, hj.relative])
+def test_error_bars_cover_the_truth_where_they_stopped_the_run(x64, precision, tolerance):
+    """A run that stops at the first small standard error must not make a habit of stopping too early."""
+    matvec, like, matrix = problem()
+    truth = np.trace(matrix)
+    tol = tolerance(precision if tolerance is hj.relative else precision * truth)
+    one = lambda key: hj.trace(matvec, key, like, 500, tol=tol, on_device=True)
+    runs = jax.jit(jax.vmap(one))(jax.random.split(KEY, 1000))
+    covered = np.abs(np.asarray(runs.mean) - truth) <= 2 * np.asarray(runs.stderr)
+    assert covered.mean() >= 0.93
+    assert np.max(runs.num_samples) < 500
+    assert np.min(runs.num_samples) == 20 or precision == 0.06
+
+
 def test_leaves_are_the_diagonal_blocks_and_sum_to_the_total(x64):
     matvec, like, matrix = problem()
     parts = hj.trace_by_leaf(matvec, KEY, like, 3000, on_device=True)
@@ -59,6 +74,23 @@ def test_leaves_are_the_diagonal_blocks_and_sum_to_the_total(x64):
     total = sum(float(part.mean) for part in parts.leaves.values())
     assert total == pytest.approx(float(parts.total.mean), rel=1e-10)
     assert float(parts.total.mean) == float(hj.trace(matvec, KEY, like, 3000, on_device=True).mean)
+
+
+def test_groups_have_the_traces_and_errors_of_their_summed_samples(x64):
+    matvec, like, matrix = problem()
+    groups = {"small": ["scalar", "matrix"], "all": "*", "vectors": lambda path, leaf: leaf.ndim == 1}
+    parts = hj.trace_by_leaf(matvec, KEY, like, 25, groups=groups)
+    probes = [
+        jax.flatten_util.ravel_pytree(hj.rademacher(jax.random.fold_in(KEY, i), like))[0] for i in range(25)
+    ]
+    samples = np.array([v * (matrix @ v) for v in map(np.asarray, probes)])
+    for name, where in {"small": slice(0, 5), "all": slice(0, 30), "vectors": slice(5, 30)}.items():
+        group = samples[:, where].sum(axis=1)
+        np.testing.assert_allclose(parts.groups[name].mean, group.mean(), rtol=1e-10)
+        np.testing.assert_allclose(parts.groups[name].stderr, group.std(ddof=1) / 5, rtol=1e-10)
+    alone = hj.trace_by_leaf(matvec, KEY, like, 25)
+    assert alone.groups == {}
+    oracles.close((alone.total, alone.leaves), (parts.total, parts.leaves), rtol=0, atol=0)
 
 
 def test_a_diagonal_matrix_is_exact_after_one_probe(x64):
@@ -88,3 +120,5 @@ def test_bad_input():
     twice = {"a/b": jnp.zeros(2), "a": {"b": jnp.zeros(3)}}
     with pytest.raises(ValueError, match="a path of its own for every leaf, got a/b, a/b"):
         hj.trace_by_leaf(lambda v: v, KEY, twice, 2)
+    with pytest.raises(ValueError, match=r'`groups\["encoder"\]` must match at least one leaf'):
+        hj.trace_by_leaf(lambda v: v, KEY, {"a": jnp.zeros(2)}, 2, groups={"encoder": "enc/*"})
