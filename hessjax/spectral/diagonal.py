@@ -100,8 +100,7 @@ def hutchinson_diagonal(probe: Probe = rademacher) -> Estimator:
         return Estimate(mean, stderr, n)
 
     def error(state: DiagonalState) -> Scalar:
-        _, stderr, count = result(state)
-        return moments.stopping_error(_tree.norm(stderr), count)
+        return moments.stopping_error(_tree.norm(result(state).stderr), state.num_samples)
 
     def scale(state: DiagonalState) -> Scalar:
         return _tree.norm(state.slope)

@@ -70,13 +70,12 @@ def hutchinson_frobenius(probe: Probe = rademacher) -> Estimator:
         )
 
     def result(state: FrobeniusState) -> Estimate:
-        square, stderr, count = moments.estimate(state.samples)
-        norm = jnp.sqrt(square)
-        return Estimate(norm, stderr / jnp.where(norm > 0, 2 * norm, 1), count)
+        square = moments.estimate(state.samples)
+        norm = jnp.sqrt(square.mean)
+        return Estimate(norm, square.stderr / jnp.where(norm > 0, 2 * norm, 1), square.num_samples)
 
     def error(state: FrobeniusState) -> Scalar:
-        _, stderr, count = result(state)
-        return moments.stopping_error(stderr, count)
+        return moments.stopping_error(result(state).stderr, state.samples.num_samples)
 
     def scale(state: FrobeniusState) -> Scalar:
         return jnp.sqrt(state.samples.mean)

@@ -111,12 +111,14 @@ def _hutchinson(probe: Probe, groups: tuple[tuple[int, ...], ...] | None) -> Est
         return HutchinsonState(state.key, following, samples)
 
     def result(state: HutchinsonState) -> Estimate:
-        mean, stderr, count = moments.estimate(state.samples)
-        return Estimate(mean[0], stderr[0], count) if groups is None else Estimate(mean, stderr, count)
+        parts = moments.estimate(state.samples)
+        if groups is None:
+            return parts._replace(mean=parts.mean[0], stderr=parts.stderr[0])
+        return parts
 
     def error(state: HutchinsonState) -> Scalar:
-        _, stderr, count = moments.estimate(state.samples)
-        return moments.stopping_error(stderr[0], count)
+        parts = moments.estimate(state.samples)
+        return moments.stopping_error(parts.stderr[0], parts.num_samples)
 
     def scale(state: HutchinsonState) -> Scalar:
         return jnp.abs(state.samples.mean[0])

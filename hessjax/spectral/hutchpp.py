@@ -117,12 +117,12 @@ def hutchpp(num_matvecs: int = 100, *, probe: Probe = rademacher) -> Estimator:
         return jax.lax.cond((i >= rank) & (i < 2 * rank), row, fresh)
 
     def result(state: HutchppState) -> Estimate:
-        mean, stderr, count = moments.estimate(state.samples)
-        return Estimate(state.captured + mean, stderr, count)
+        rest = moments.estimate(state.samples)
+        return rest._replace(mean=state.captured + rest.mean)
 
     def error(state: HutchppState) -> Scalar:
-        _, stderr, count = moments.estimate(state.samples)
-        return moments.stopping_error(stderr, count)
+        rest = moments.estimate(state.samples)
+        return moments.stopping_error(rest.stderr, rest.num_samples)
 
     def scale(state: HutchppState) -> Scalar:
         return jnp.abs(state.captured + state.samples.mean)

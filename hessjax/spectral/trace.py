@@ -1,16 +1,20 @@
 """The trace of a matvec, in all and by leaf or group of leaves, with standard errors."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array
 
 from hessjax import _tree
 from hessjax._drive import Callback
-from hessjax._typing import Estimate, Estimator, Key, Matvec, Params, Tolerance, Where
+from hessjax._typing import BatchMatvec, Estimate, Estimator, Forms, Key, Matvec, Params, Tolerance, Where
 from hessjax.estimator import run
 from hessjax.spectral.hutchinson import hutchinson_by_leaf
 from hessjax.spectral.probes import Probe, rademacher
+from hessjax.spectral.sampling import Watched, sampling_error
 
 
 class TraceByLeaf(NamedTuple):
@@ -57,7 +61,8 @@ def trace(
         on_device: see `run`.
 
     Returns:
-        `Estimate(mean, stderr, num_samples)`, in loss per squared parameter.
+        `Estimate(mean, stderr, num_samples)`, in loss per squared parameter; with `data_stderr` for a matvec
+        `over_batches`, if Hutchinson's.
 
     Raises:
         ValueError: `num_probes` below 1; both `probe` and `estimator` given.
@@ -126,7 +131,8 @@ def trace_by_leaf(
 
     Returns:
         `TraceByLeaf(total, leaves, groups)`, `leaves` by path, `groups` by name. The standard error of a
-        group is its own: leaves vary together, so theirs do not add up to it.
+        group is its own: leaves vary together, so theirs do not add up to it. For a matvec `over_batches`,
+        `data_stderr` says how far each would move on other data of this size.
 
     Raises:
         ValueError: `num_probes` below 1; a group that matches no leaf.
@@ -151,9 +157,11 @@ def trace_by_leaf(
     if len(set(paths)) < len(paths):
         raise ValueError(f"`like` must have a path of its own for every leaf, got {', '.join(paths)}.")
     groups = groups or {}
-    (means, stderrs, count), _ = run(
-        hutchinson_by_leaf(probe, tuple(_members(like, name, where) for name, where in groups.items())),
-        matvec,
+    members = tuple(_members(like, name, where) for name, where in groups.items())
+    watched = Watched(matvec) if isinstance(matvec, BatchMatvec) else None
+    estimate, _ = run(
+        hutchinson_by_leaf(probe, members),
+        watched or matvec,
         key,
         like,
         max_matvecs=num_probes,
@@ -161,11 +169,28 @@ def trace_by_leaf(
         callbacks=callbacks,
         on_device=on_device,
     )
-    total, *parts = (Estimate(mean, stderr, count) for mean, stderr in zip(means, stderrs, strict=True))
+    if watched:
+        estimate = estimate._replace(data_stderr=_sampling_errors(watched.forms(), members))
+    total, *parts = _one_by_one(estimate)
     leaves, of_groups = parts[: len(paths)], parts[len(paths) :]
     return TraceByLeaf(
         total, dict(zip(paths, leaves, strict=True)), dict(zip(groups, of_groups, strict=True))
     )
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _sampling_errors(forms: Forms, groups: tuple[tuple[int, ...], ...]) -> Array:
+    """Of the total, the leaves and the groups."""
+    sums = [jnp.sum(forms.parts[:, jnp.array(group)], axis=1) for group in groups]
+    columns = jnp.column_stack([jnp.sum(forms.parts, axis=1), forms.parts, *sums])
+    return sampling_error(columns, forms.weights)
+
+
+def _one_by_one(estimate: Estimate) -> list[Estimate]:
+    """An estimate of several numbers as so many estimates."""
+    data = [None] * len(estimate.mean) if estimate.data_stderr is None else estimate.data_stderr
+    columns = zip(estimate.mean, estimate.stderr, data, strict=True)
+    return [Estimate(mean, stderr, estimate.num_samples, of_data) for mean, stderr, of_data in columns]
 
 
 def _members(like: Params, name: str, where: Where) -> tuple[int, ...]:

@@ -118,8 +118,8 @@ def xtrace(num_matvecs: int = 100) -> Estimator:
         return moments.estimate(_moments(state))
 
     def error(state: XtraceState) -> Scalar:
-        _, stderr, count = result(state)
-        return moments.stopping_error(stderr, count)
+        estimate = result(state)
+        return moments.stopping_error(estimate.stderr, estimate.num_samples)
 
     def scale(state: XtraceState) -> Scalar:
         return jnp.abs(_moments(state).mean)

@@ -122,3 +122,23 @@ def test_bad_input():
         hj.trace_by_leaf(lambda v: v, KEY, twice, 2)
     with pytest.raises(ValueError, match=r'`groups\["encoder"\]` must match at least one leaf'):
         hj.trace_by_leaf(lambda v: v, KEY, {"a": jnp.zeros(2)}, 2, groups={"encoder": "enc/*"})
+
+
+def test_the_sampling_error_of_the_data(x64):
+    """Traces move from sample to sample of the data by as much as `data_stderr` says."""
+    params = oracles.leaves()
+
+    def found(seed):
+        x, y = oracles.batch(300, seed)
+        batches = [(x[i : i + 40], y[i : i + 40]) for i in range(0, 300, 40)]
+        matvec = hj.over_batches(lambda b: hj.hessian(oracles.loss_fn, params, b), batches)
+        parts = hj.trace_by_leaf(matvec, KEY, params, 12, groups={"both": ["a_bias", "d_kernel"]})
+        return [parts.total, parts.leaves["d_kernel"], parts.groups["both"]]
+
+    runs = [found(seed) for seed in range(40)]
+    means, errors = (
+        np.array([[getattr(x, name) for x in run] for run in runs]) for name in ("mean", "data_stderr")
+    )
+    np.testing.assert_allclose(errors.mean(axis=0), means.std(axis=0, ddof=1), rtol=0.35)
+    alone = hj.hessian(oracles.loss_fn, params, oracles.batch())
+    assert hj.trace(alone, KEY, params, 2).data_stderr is None
