@@ -13,6 +13,10 @@ from hessjax.curvature.subset import select as select
 from hessjax.estimator import NonFiniteProductError as NonFiniteProductError
 from hessjax.estimator import relative as relative
 from hessjax.estimator import run as run
+from hessjax.inverse.conjugate_gradient import conjugate_gradient as conjugate_gradient
+from hessjax.inverse.minres import minres as minres
+from hessjax.inverse.solution import Solution as Solution
+from hessjax.inverse.solve import solve as solve
 from hessjax.pruning.allocation import global_threshold as global_threshold
 from hessjax.pruning.allocation import uniform as uniform
 from hessjax.pruning.saliency import magnitude as magnitude

@@ -127,21 +127,21 @@ def loop_on_host(
     dtypes = tuple(jnp.result_type(leaf) for leaf in jax.tree.leaves(like))
     watched = estimator if tol is not None or callbacks else None
     look_every = max(1, CHECK_EVERY // width)
+    step = int(carry.steps)  # more than 0 where a callback has restored an earlier run
     with _entered(callbacks):
-        for step in range(1, max_steps + 1):
+        while True:
+            if step and (step % look_every == 0 or step >= max_steps):
+                error, target, steps, failed = _look(watched, tol, carry)
+                done = step >= max_steps or (tol is not None and not error > target) or failed
+                for callback in callbacks:
+                    callback(Progress(steps * width, max_steps * width, error, target, carry.state, done))
+                if done:
+                    return carry
             products = tuple(map(matvec, _query(estimator.query, dtypes, carry.state)))
             refuse_tracers(products)
             _check_products(products, like)
             carry = _absorb(estimator.update, carry, products)
-            if step % look_every and step < max_steps:
-                continue
-            error, target, steps, failed = _look(watched, tol, carry)
-            done = step == max_steps or error <= target or failed
-            for callback in callbacks:
-                callback(Progress(steps * width, max_steps * width, error, target, carry.state, done))
-            if done:
-                break
-    return carry
+            step += 1
 
 
 def _look(estimator: Estimator | None, tol: Tolerance | None, carry: Carry) -> tuple[float, float, int, bool]:
@@ -188,7 +188,7 @@ def loop_on_device(
 
     def _satisfied(state: Any) -> jax.Array:
         error, target = _error(estimator, tol, state)
-        return error <= target
+        return ~(error > target)  # a NaN: it cannot go on
 
     return jax.lax.while_loop(go_on, step, (carry, jnp.asarray(False)))[0]
 
