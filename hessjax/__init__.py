@@ -5,6 +5,7 @@ from hessjax._typing import Eigenpairs as Eigenpairs
 from hessjax._typing import Estimate as Estimate
 from hessjax._typing import Estimator as Estimator
 from hessjax.callbacks import progress_bar as progress_bar
+from hessjax.checkpoint import checkpoint as checkpoint
 from hessjax.curvature.batches import over_batches as over_batches
 from hessjax.curvature.hessian import hessian as hessian
 from hessjax.curvature.hessian import hvp as hvp

@@ -132,8 +132,8 @@ def _update(state: CgState, products: Block) -> CgState:
     searching = state.begun & (state.squares > eps**2)  # else the start's product, or nothing left to gain
     curvature = jnp.where(searching, _tree.inner(p, product), jnp.inf)
     negative = state.negative_curvature | (curvature <= eps * largest)
-    step = jnp.where(state.begun, _over(state.squares, state.length * curvature), state.length)
-    step = jnp.where(negative, 0, step)
+    step = jnp.where(searching & ~negative, _over(state.squares, state.length * curvature), 0)
+    step = jnp.where(state.begun, step, state.length)
     residual = _tree.add_scaled(state.residual, -step, product)
     squares = _tree.inner(residual, residual)
     moving = ~negative & (searching | ~state.begun)

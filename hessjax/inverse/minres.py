@@ -142,9 +142,11 @@ def _update(state: MinresState, products: Block) -> MinresState:
     alpha = _tree.inner(v, product)
     following = _tree.add_scaled(_tree.add_scaled(product, -alpha, v), -last.beta, before)
     reflection, delta, gamma, curvature, descent = _reflect(last, alpha, _tree.norm(following))
-    searching = ~state.finished & (state.residual > eps)
-    finished = state.finished | (searching & (descent <= 64 * eps * largest))
     moved = _step(state, following, reflection, delta, gamma)
+    searching = ~state.finished & (state.residual > eps)
+    # A step of c·‖r‖·w lowers ‖r‖ by c²/2 and adds rounding errors of eps·‖A + λI‖·c·‖w‖ to it.
+    futile = jnp.abs(reflection.cosine) <= 2 * eps * largest * _tree.norm(moved.steps[1])
+    finished = state.finished | (searching & futile & (descent <= 4 * jnp.sqrt(eps) * largest))
     moved = jax.tree.map(lambda new, old: jnp.where(searching & ~finished, new, old), moved, state)
     curvature = jnp.where(searching, curvature, jnp.inf)
     return moved._replace(
@@ -172,7 +174,9 @@ def _reflect(last: Reflection, alpha: Array, beta: Array) -> tuple[Reflection, A
     return reflection, above, safe, -last.cosine * rest, jnp.hypot(rest, next_above)
 
 
-def _step(state: MinresState, following: Vector, new: Reflection, above: Array, diagonal: Array) -> MinresState:
+def _step(
+    state: MinresState, following: Vector, new: Reflection, above: Array, diagonal: Array
+) -> MinresState:
     """Along w = (v − R-entries · the two directions before) / diagonal, by cosine · residual."""
     (_, v), (older, old) = state.lanczos, state.steps
     w = _tree.add_scaled(_tree.add_scaled(v, -state.reflection.far, older), -above, old)

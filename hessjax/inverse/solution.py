@@ -48,8 +48,8 @@ class System(NamedTuple):
         checked_vector(rhs, "rhs")
         if isinstance(damping, Relative):
             raise TypeError(
-                "`damping` must be a number: a matvec alone has no scale for `relative` to refer to. The mean "
-                "of A's diagonal, for one, is `hessjax.trace(A, key, params).mean` over the number of params."
+                "`damping` must be a number: a matvec alone has no scale for `relative` to refer to. The "
+                "mean of A's diagonal, for one, is `hessjax.trace(A, key, params).mean` over the number of params."
             )
         if (checked := checked_tolerance(tol)) is None:
             raise ValueError("`tol` must be a number or `relative(r)`: it decides what counts as converged.")
