@@ -145,7 +145,7 @@ def _arrays(leaves: list[Any]) -> dict[str, np.ndarray]:
 
 
 def _checksum(array: np.ndarray) -> int:
-    return zlib.crc32(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 # -- reading -------------------------------------------------------------------------------------
