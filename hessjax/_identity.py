@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import inspect
 import types
 from typing import Any, TypeAlias
 
@@ -63,6 +64,7 @@ def describe(thing: Any, depth: int = 4) -> str:
     if depth == 0:
         return type(thing).__name__
     inside = functools.partial(describe, depth=depth - 1)
+    thing = inspect.unwrap(thing) if callable(thing) else thing  # of `jax.jit`, for one
     if isinstance(thing, types.FunctionType):
         cells = [_content(cell) for cell in thing.__closure__ or ()]
         settings = [f"{k}={inside(v)}" for k, v in zip(thing.__code__.co_freevars, cells, strict=True)]
@@ -80,8 +82,6 @@ def describe(thing: Any, depth: int = 4) -> str:
         return repr(thing)
     if isinstance(thing, tuple):
         return f"({', '.join(map(inside, thing))})"
-    if hasattr(thing, "__wrapped__"):  # of `jax.jit`
-        return inside(thing.__wrapped__)
     return getattr(thing, "__qualname__", type(thing).__name__)
 
 

@@ -175,8 +175,8 @@ def _read(path: Path, run: Identity, fresh: list[Any]) -> tuple[list[Any], int] 
     if broken:
         latest, reason = next(iter(broken.items()))
         raise ValueError(
-            f"none of the checkpoints in `{path}` can be read, the latest (after {latest} products) because of "
-            f"{type(reason).__name__}: {reason}\nDelete the folder to start anew."
+            f"none of the checkpoints in `{path}` can be read, the latest (after {latest} products) because "
+            f"of {type(reason).__name__}: {reason}\nDelete the folder to start anew."
         )
     return None
 

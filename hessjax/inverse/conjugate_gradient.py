@@ -8,12 +8,13 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
 from hessjax import _tree
+from hessjax._packing import Packed, Packing
 from hessjax._typing import Block, Estimator, Key, Params, Relative, Scalar, Tolerance, Vector
 from hessjax.inverse.solution import Solution, System, checked_vector
 
 
 class CgState(NamedTuple):
-    """An iterate, in units of ‖b‖, and the direction to search next.
+    """An iterate, in units of ‖b‖, and the direction to search next, packed.
 
     Attributes:
         x: the iterate.
@@ -28,12 +29,13 @@ class CgState(NamedTuple):
         largest: the largest ‖(A + λI)p‖ / ‖p‖ so far: a lower bound of ‖A + λI‖.
         begun: False while the next product is that of the vector to start from.
         negative_curvature: a direction of curvature 0 or less was met, and is `direction`.
+        packing: how the vectors are packed.
         num_matvecs: products so far.
     """
 
-    x: Vector
-    residual: Vector
-    direction: Vector
+    x: Packed
+    residual: Packed
+    direction: Packed
     length: Float[Array, ""]
     squares: Float[Array, ""]
     damping: Float[Array, ""]
@@ -43,6 +45,7 @@ class CgState(NamedTuple):
     largest: Float[Array, ""]
     begun: Bool[Array, ""]
     negative_curvature: Bool[Array, ""]
+    packing: Packing
     num_matvecs: Int[Array, ""]
 
 
@@ -99,10 +102,11 @@ def conjugate_gradient(
 
 def _init(system: System, start: Vector | None, key: Key, like: Params) -> CgState:
     _tree.check_like(system.rhs, like, "rhs", "like")
-    rhs, unit, limit = system.scaled()
+    packing = Packing.of(like)
+    rhs, unit, limit = system._replace(rhs=packing.pack(system.rhs)).scaled()
     squares = _tree.inner(rhs, rhs)
     # From a vector to start from: a first step of length 1 along that vector, from zero.
-    along = rhs if start is None else _tree.scale(1 / unit, _tree.wide(start))
+    along = rhs if start is None else _tree.scale(1 / unit, packing.pack(_tree.wide(start)))
     length = _tree.norm(along)
     return CgState(
         x=jax.tree.map(jnp.zeros_like, rhs),
@@ -117,17 +121,18 @@ def _init(system: System, start: Vector | None, key: Key, like: Params) -> CgSta
         largest=jnp.zeros_like(unit),
         begun=jnp.asarray(start is None),
         negative_curvature=jnp.asarray(False),
+        packing=packing,
         num_matvecs=jnp.int32(0),
     )
 
 
 def _query(state: CgState) -> Block:
-    return jax.tree.map(lambda x: x[None], state.direction)
+    return state.packing.unpack_block(tuple(x[None] for x in state.direction))
 
 
 def _update(state: CgState, products: Block) -> CgState:
     p, eps = state.direction, jnp.finfo(state.unit.dtype).eps
-    product = _tree.add_scaled(_tree.row(products, 0), state.damping, p)
+    product = _tree.add_scaled(state.packing.pack(_tree.row(products, 0)), state.damping, p)
     largest = jnp.maximum(state.largest, _tree.norm(product))
     searching = state.begun & (state.squares > eps**2)  # else the start's product, or nothing left to gain
     curvature = jnp.where(searching, _tree.inner(p, product), jnp.inf)
@@ -162,7 +167,7 @@ def _over(a: Any, b: Array) -> Array:
 def _result(state: CgState) -> Solution:
     residual = jnp.sqrt(state.squares)
     return Solution(
-        _tree.scale(state.unit, state.x),
+        state.packing.unpack(_tree.scale(state.unit, state.x)),
         state.unit * residual,
         residual <= state.limit,
         state.negative_curvature,

@@ -8,6 +8,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
 from hessjax import _tree
+from hessjax._packing import Packed, Packing
 from hessjax._typing import Block, Estimator, Key, Params, Relative, Scalar, Tolerance, Vector
 from hessjax.inverse.solution import Solution, System
 
@@ -31,7 +32,7 @@ class Reflection(NamedTuple):
 
 
 class MinresState(NamedTuple):
-    """An iterate, in units of ‖b‖, and the last two vectors of each recurrence.
+    """An iterate, in units of ‖b‖, and the last two vectors of each recurrence, packed.
 
     Attributes:
         x: the iterate.
@@ -46,12 +47,13 @@ class MinresState(NamedTuple):
         largest: the largest ‖(A + λI)v‖ so far: a lower bound of ‖A + λI‖.
         negative_curvature: `curvature` is 0 or less, up to rounding.
         finished: (A + λI)r = 0 up to rounding: no x has a smaller residual.
+        packing: how the vectors are packed.
         num_matvecs: products so far.
     """
 
-    x: Vector
-    lanczos: tuple[Vector, Vector]
-    steps: tuple[Vector, Vector]
+    x: Packed
+    lanczos: tuple[Packed, Packed]
+    steps: tuple[Packed, Packed]
     reflection: Reflection
     residual: Float[Array, ""]
     damping: Float[Array, ""]
@@ -61,6 +63,7 @@ class MinresState(NamedTuple):
     largest: Float[Array, ""]
     negative_curvature: Bool[Array, ""]
     finished: Bool[Array, ""]
+    packing: Packing
     num_matvecs: Int[Array, ""]
 
 
@@ -112,7 +115,8 @@ def minres(
 
 def _init(system: System, key: Key, like: Params) -> MinresState:
     _tree.check_like(system.rhs, like, "rhs", "like")
-    rhs, unit, limit = system.scaled()
+    packing = Packing.of(like)
+    rhs, unit, limit = system._replace(rhs=packing.pack(system.rhs)).scaled()
     zero, nothing = jnp.zeros_like(unit), jax.tree.map(jnp.zeros_like, rhs)
     return MinresState(
         x=nothing,
@@ -127,17 +131,18 @@ def _init(system: System, key: Key, like: Params) -> MinresState:
         largest=zero,
         negative_curvature=jnp.asarray(False),
         finished=jnp.asarray(False),
+        packing=packing,
         num_matvecs=jnp.int32(0),
     )
 
 
 def _query(state: MinresState) -> Block:
-    return jax.tree.map(lambda x: x[None], state.lanczos[1])
+    return state.packing.unpack_block(tuple(x[None] for x in state.lanczos[1]))
 
 
 def _update(state: MinresState, products: Block) -> MinresState:
     eps, (before, v), last = jnp.finfo(state.unit.dtype).eps, state.lanczos, state.reflection
-    product = _tree.add_scaled(_tree.row(products, 0), state.damping, v)
+    product = _tree.add_scaled(state.packing.pack(_tree.row(products, 0)), state.damping, v)
     largest = jnp.maximum(state.largest, _tree.norm(product))
     alpha = _tree.inner(v, product)
     following = _tree.add_scaled(_tree.add_scaled(product, -alpha, v), -last.beta, before)
@@ -175,7 +180,7 @@ def _reflect(last: Reflection, alpha: Array, beta: Array) -> tuple[Reflection, A
 
 
 def _step(
-    state: MinresState, following: Vector, new: Reflection, above: Array, diagonal: Array
+    state: MinresState, following: Packed, new: Reflection, above: Array, diagonal: Array
 ) -> MinresState:
     """Along w = (v − R-entries · the two directions before) / diagonal, by cosine · residual."""
     (_, v), (older, old) = state.lanczos, state.steps
@@ -193,7 +198,7 @@ def _step(
 
 def _result(state: MinresState) -> Solution:
     return Solution(
-        _tree.scale(state.unit, state.x),
+        state.packing.unpack(_tree.scale(state.unit, state.x)),
         state.unit * state.residual,
         state.residual <= state.limit,
         state.negative_curvature,

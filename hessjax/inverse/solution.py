@@ -49,7 +49,7 @@ class System(NamedTuple):
         if isinstance(damping, Relative):
             raise TypeError(
                 "`damping` must be a number: a matvec alone has no scale for `relative` to refer to. The "
-                "mean of A's diagonal, for one, is `hessjax.trace(A, key, params).mean` over the number of params."
+                "mean of A's diagonal, for one, is `hessjax.trace(A, key, params).mean` over their number."
             )
         if (checked := checked_tolerance(tol)) is None:
             raise ValueError("`tol` must be a number or `relative(r)`: it decides what counts as converged.")

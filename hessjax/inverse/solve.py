@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from hessjax import _tree
 from hessjax._drive import Callback
+from hessjax._packing import Packing
 from hessjax._typing import Estimator, Matvec, Relative, Tolerance, Vector
 from hessjax.estimator import run
 from hessjax.inverse.conjugate_gradient import conjugate_gradient
@@ -95,9 +96,10 @@ def _multiplied_and_measured(matvec: Matvec, solution: Solution, system: System,
 
 @jax.jit
 def _measured(solution: Solution, product: Vector, system: System) -> Solution:
-    damped = _tree.add_scaled(_tree.wide(product), system.damping, solution.x)
-    residual = _tree.norm(_tree.add_scaled(system.rhs, -1, damped))
-    _, unit, limit = system.scaled()
+    packing = Packing.of(system.rhs)
+    rhs, x, product = map(packing.pack, (system.rhs, solution.x, product))
+    residual = _tree.norm(_tree.add_scaled(rhs, -1, _tree.add_scaled(product, system.damping, x)))
+    _, unit, limit = system._replace(rhs=rhs).scaled()
     return solution._replace(
         residual=residual,
         converged=jnp.asarray(residual <= unit * limit),

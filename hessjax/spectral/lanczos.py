@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from hessjax import _tree
+from hessjax._packing import Packing
 from hessjax._typing import Block, Eigenpairs, Estimator, Key, Params, Relative, Scalar, Tolerance, Vector
 from hessjax.spectral import krylov
-from hessjax.spectral.packing import Packing
 from hessjax.spectral.probes import gaussian
 
 # -- the recurrence ------------------------------------------------------------------------------
