@@ -5,6 +5,7 @@ from hessjax._typing import Eigenpairs as Eigenpairs
 from hessjax._typing import Estimate as Estimate
 from hessjax._typing import Estimator as Estimator
 from hessjax.callbacks import progress_bar as progress_bar
+from hessjax.checkpoint import checkpoint as checkpoint
 from hessjax.checks.check import check as check
 from hessjax.checks.rows import Check as Check
 from hessjax.curvature.arithmetic import adam_preconditioner as adam_preconditioner
@@ -27,6 +28,10 @@ from hessjax.directions import random_direction as random_direction
 from hessjax.estimator import NonFiniteProductError as NonFiniteProductError
 from hessjax.estimator import relative as relative
 from hessjax.estimator import run as run
+from hessjax.inverse.conjugate_gradient import conjugate_gradient as conjugate_gradient
+from hessjax.inverse.minres import minres as minres
+from hessjax.inverse.solution import Solution as Solution
+from hessjax.inverse.solve import solve as solve
 from hessjax.landscape import Landscape as Landscape
 from hessjax.landscape import landscape as landscape
 from hessjax.pruning.allocation import global_threshold as global_threshold

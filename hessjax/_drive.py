@@ -38,6 +38,19 @@ class Progress(NamedTuple):
 
 
 Callback = Callable[[Progress], None]
+"""Told of a run's progress. One that is also a context manager is entered for the time of the run. One with a
+method `restore(beginning) -> (state, num_matvecs) | None` is asked before the first product whether it holds
+this very run, begun earlier; the run then goes on from there, and counts those products as its own."""
+
+
+class Beginning(NamedTuple):
+    """What a run begins with: `run`'s arguments, and the state before the first product."""
+
+    estimator: Estimator
+    matvec: Matvec
+    key: Key
+    like: Params
+    state: Any
 
 
 # -- one step ------------------------------------------------------------------------------------
@@ -57,6 +70,26 @@ def start(estimator: Estimator, key: Key, like: Params) -> Carry:
 
 def resume(state: Any) -> Carry:
     return Carry(jax.tree.map(jnp.copy, state), jnp.int32(0), jnp.int32(-1))
+
+
+def restore(
+    callbacks: Sequence[Callback], beginning: Beginning, carry: Carry, width: int, max_matvecs: int
+) -> tuple[Carry, int]:
+    """Where to go on from, and how many steps were done before."""
+    steps = 0
+    for callback in callbacks:
+        ask = getattr(callback, "restore", None)
+        if ask is None or (found := ask(beginning)) is None:
+            continue
+        state, num_matvecs = found
+        if num_matvecs > max_matvecs:
+            raise ValueError(
+                f"`max_matvecs` must be at least {num_matvecs}, the products that the restored run has done, "
+                f"got {max_matvecs}."
+            )
+        steps = num_matvecs // width
+        carry = Carry(state, jnp.int32(steps), jnp.int32(-1))
+    return carry, steps
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -123,25 +156,25 @@ def loop_on_host(
     tol: Tolerance | None,
     callbacks: Sequence[Callback],
     carry: Carry,
+    step: int,
 ) -> Carry:
     dtypes = tuple(jnp.result_type(leaf) for leaf in jax.tree.leaves(like))
     watched = estimator if tol is not None or callbacks else None
     look_every = max(1, CHECK_EVERY // width)
     with _entered(callbacks):
-        for step in range(1, max_steps + 1):
+        while True:
+            if step and (step % look_every == 0 or step >= max_steps):
+                error, target, steps, failed = _look(watched, tol, carry)
+                done = step >= max_steps or (tol is not None and not error > target) or failed
+                for callback in callbacks:
+                    callback(Progress(steps * width, max_steps * width, error, target, carry.state, done))
+                if done:
+                    return carry
             products = tuple(map(matvec, _query(estimator.query, dtypes, carry.state)))
             refuse_tracers(products)
             _check_products(products, like)
             carry = _absorb(estimator.update, carry, products)
-            if step % look_every and step < max_steps:
-                continue
-            error, target, steps, failed = _look(watched, tol, carry)
-            done = step == max_steps or error <= target or failed
-            for callback in callbacks:
-                callback(Progress(steps * width, max_steps * width, error, target, carry.state, done))
-            if done:
-                break
-    return carry
+            step += 1
 
 
 def _look(estimator: Estimator | None, tol: Tolerance | None, carry: Carry) -> tuple[float, float, int, bool]:
@@ -188,7 +221,7 @@ def loop_on_device(
 
     def _satisfied(state: Any) -> jax.Array:
         error, target = _error(estimator, tol, state)
-        return error <= target
+        return ~(error > target)  # a NaN: it cannot go on
 
     return jax.lax.while_loop(go_on, step, (carry, jnp.asarray(False)))[0]
 

@@ -119,7 +119,8 @@ class Estimator(NamedTuple):
         query: `(state) -> block`, the vectors to be multiplied next (leading axis, often of length 1).
         update: `(state, products) -> state`, with the products in the query's order and shape.
         result: `(state) -> result`, readable after any number of products, none included.
-        error: `(state) -> scalar`, its own estimate of its error, in the result's units.
+        error: `(state) -> scalar`, its own estimate of its error, in the result's units. NaN says that it
+            cannot go on (more products would change nothing): a run with a `tol` then ends.
         scale: `(state) -> scalar`, the magnitude that a `relative` tolerance refers to, in the same units;
             an estimator without one takes absolute tolerances only.
     """

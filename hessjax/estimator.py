@@ -8,12 +8,14 @@ import jax
 
 from hessjax import _tree
 from hessjax._drive import (
+    Beginning,
     Callback,
     Carry,
     loop_on_device,
     loop_on_host,
     read_result,
     refuse_tracers,
+    restore,
     resume,
     start,
 )
@@ -88,7 +90,8 @@ def run(
             `relative(r)`. None spends all products.
         state: go on from here instead of starting anew (it is copied, not consumed).
         callbacks: each is called with a `Progress` every few products and at the end; one that is also a
-            context manager is entered for the time of the run.
+            context manager is entered for the time of the run. `checkpoint` may restore an earlier run: its
+            products count towards `max_matvecs`.
         on_device: run the whole loop in one compiled `lax.while_loop`: for accelerators, and for use inside
             `jit`. Blocks of vectors are then multiplied together. No callbacks.
 
@@ -121,6 +124,7 @@ def run(
             "`tol` must be absolute: this estimator has no `scale` for a relative one to refer to."
         )
     carry = start(estimator, key, like) if state is None else resume(state)
+    beginning = Beginning(estimator, matvec, key, like, carry.state)
     estimator = estimator._replace(init=_begun)  # it may carry arrays; the rest is what code is compiled for
     block = jax.eval_shape(estimator.query, carry.state)
     width = jax.tree.leaves(block)[0].shape[0]
@@ -134,7 +138,11 @@ def run(
         matvec = matvec if isinstance(matvec, jax.tree_util.Partial) else jax.tree_util.Partial(matvec)
         carry = loop_on_device(estimator, matvec, like, max_matvecs // width, tol, carry)
     else:
-        carry = loop_on_host(estimator, matvec, like, max_matvecs // width, width, tol, callbacks, carry)
+        carry, steps = restore(callbacks, beginning, carry, width, max_matvecs)
+        del beginning  # its state's memory is re-used
+        carry = loop_on_host(
+            estimator, matvec, like, max_matvecs // width, width, tol, callbacks, carry, steps
+        )
     result = read_result(estimator.result, carry.state)
     if not isinstance(carry.failed_leaf, jax.core.Tracer) and int(carry.failed_leaf) >= 0:
         raise _non_finite(carry, width, like, result)

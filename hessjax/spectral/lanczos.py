@@ -12,9 +12,9 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Int
 
 from hessjax import _tree
+from hessjax._packing import Packing
 from hessjax._typing import Block, Eigenpairs, Estimator, Key, Params, Relative, Scalar, Tolerance, Vector
 from hessjax.spectral import krylov
-from hessjax.spectral.packing import Packing
 from hessjax.spectral.probes import gaussian
 from hessjax.spectral.recurrence import Krylov, extend, pending, ritz
 from hessjax.spectral.recurrence import start as start_space

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from hessjax import _tree
+from hessjax._packing import Packing
 from hessjax._typing import Block, Eigenpairs, Estimator, Key, Params, Relative, Scalar, Tolerance
 from hessjax.spectral.krylov import orthonormal
-from hessjax.spectral.packing import Packing
 from hessjax.spectral.probes import gaussian
 
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from hessjax._packing import Packing
 from hessjax._typing import Key, Params, Vector
-from hessjax.spectral.packing import Packing
 
 Probe: TypeAlias = Callable[[Key, Params], Vector]
 """`(key, like) -> vector` with independent entries of mean 0 and variance 1."""

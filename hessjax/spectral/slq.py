@@ -10,11 +10,11 @@ from jaxtyping import Array, Float, Int
 
 from hessjax import _tree
 from hessjax._drive import Callback
+from hessjax._packing import Packing
 from hessjax._typing import Block, Estimator, Key, Matvec, Params, Scalar, Vector
 from hessjax.estimator import run
 from hessjax.spectral import krylov
 from hessjax.spectral.density import SpectralDensity
-from hessjax.spectral.packing import Packing
 from hessjax.spectral.probes import Probe, gaussian
 from hessjax.spectral.recurrence import Krylov, extend, pending, ritz, start
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from hessjax import _tree
+from hessjax._packing import Packed, Packing
 from hessjax._typing import Block, Estimate, Estimator, Key, Params, Scalar
 from hessjax.spectral import krylov, moments
-from hessjax.spectral.packing import Packed, Packing
 from hessjax.spectral.phases import when
 from hessjax.spectral.probes import gaussian
 

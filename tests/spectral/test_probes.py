@@ -5,7 +5,8 @@ import oracles
 import pytest
 
 import hessjax as hj
-from hessjax.spectral import packing, probes
+from hessjax import _packing as packing
+from hessjax.spectral import probes
 
 
 @pytest.mark.parametrize("probe", [hj.rademacher, hj.gaussian])

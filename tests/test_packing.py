@@ -4,8 +4,8 @@ import numpy as np
 import oracles
 import pytest
 
-from hessjax.spectral import packing
-from hessjax.spectral.packing import Packing
+from hessjax import _packing as packing
+from hessjax._packing import Packing
 
 
 @pytest.mark.parametrize("pooled", [0, 3, 2**22])

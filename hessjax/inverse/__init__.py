@@ -1,0 +1,1 @@
+"""A curvature matrix's inverse: damped linear systems."""
