@@ -24,7 +24,7 @@ def _closed():
 def spectrum():
     nodes = jnp.array([[-0.1, 0.0, 0.2, 8.0]])
     weights = jnp.array([[0.1, 0.7, 0.19, 0.01]])
-    return hj.SpectralDensity(nodes, weights, jnp.int32(1), jnp.int32(4))
+    return hj.SpectralDensity(nodes, weights, jnp.int32(1), jnp.int32(4), jnp.float32(500))
 
 
 @pytest.fixture(scope="module")

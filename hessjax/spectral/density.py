@@ -16,12 +16,14 @@ class SpectralDensity(NamedTuple):
             belong to probes that did not take place.
         num_probes: how many probes were finished.
         num_matvecs: how many products it took.
+        dimension: the number of parameters, as a float: there may be more than an int32 can count.
     """
 
     nodes: Float[Array, "probes m"]
     weights: Float[Array, "probes m"]
     num_probes: Int[Array, ""]
     num_matvecs: Int[Array, ""]
+    dimension: Float[Array, ""]
 
     def moment(self, power: int = 1) -> Float[Array, ""]:
         """The mean of λ^power over the spectrum: tr(A^power)/d."""

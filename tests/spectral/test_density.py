@@ -7,7 +7,9 @@ from hessjax import SpectralDensity
 
 def made_of(nodes, weights, probes=1):
     nodes, weights = np.atleast_2d(nodes), np.atleast_2d(weights)
-    return SpectralDensity(jnp.asarray(nodes), jnp.asarray(weights), jnp.int32(probes), jnp.int32(nodes.size))
+    return SpectralDensity(
+        jnp.asarray(nodes), jnp.asarray(weights), jnp.int32(probes), jnp.int32(nodes.size), jnp.float32(200)
+    )
 
 
 def outliers():
