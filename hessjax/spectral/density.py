@@ -1,10 +1,14 @@
-"""A spectral density as nodes and weights, and the curves that can be drawn from them."""
+"""A spectral density as nodes and weights, and what follows from them: curves, bounds, sums over it."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from hessjax._typing import Estimate
+from hessjax.spectral.bounds import quadrature_bounds, sphere_deviation
 
 
 class SpectralDensity(NamedTuple):
@@ -27,14 +31,179 @@ class SpectralDensity(NamedTuple):
 
     def moment(self, power: int = 1) -> Float[Array, ""]:
         """The mean of λ^power over the spectrum: tr(A^power)/d."""
-        return jnp.sum(self.weights * self.nodes**power) / jnp.maximum(self.num_probes, 1)
+        return self._mean(jnp.sum(self.weights * self.nodes**power, axis=1))
 
     def cumulative(self, grid: Float[Array, " n"]) -> Float[Array, " n"]:
         """The share of eigenvalues at or below each grid point; a staircase."""
         below = self.nodes[..., None] <= grid
-        return jnp.sum(jnp.where(below, self.weights[..., None], 0), axis=(0, 1)) / jnp.maximum(
-            self.num_probes, 1
-        )
+        return self._mean(jnp.sum(jnp.where(below, self.weights[..., None], 0), axis=1))
+
+    def bounds(
+        self, grid: Float[Array, " n"], confidence: float = 0.95
+    ) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+        """Where the cumulative density surely is: A-posteriori bounds, for all grid points at once.
+
+        What `num_matvecs` steps leave open (Gauss quadrature) plus what `num_probes` probes do (their
+        concentration about the true density), see `hessjax.spectral.bounds`. Nothing is assumed of the
+        spectrum.
+
+        They are proved for Gaussian probes, whose direction is uniform on the sphere, and exact arithmetic.
+        For signs the second part is not: where eigenvectors lie along the axes signs are better, never so by
+        a theorem. Without reorthogonalisation the quadrature is that of a measure within rounding errors of
+        the probe's (Greenbaum 1989): an eigenvalue then counts as known to about ε ‖A‖, not better.
+
+        Args:
+            grid: (n,) eigenvalues at which the share at or below them is asked for.
+            confidence: the probability with which all bounds hold together, between 0 and 1.
+
+        Returns:
+            `(lower, upper)`, each (n,), shares between 0 and 1.
+
+        Raises:
+            ValueError: `confidence` is not between 0 and 1.
+
+        Cost:
+            No products.
+
+        References:
+            Chen, Trogdon & Ubaru (2021), Analysis of stochastic Lanczos quadrature for spectrum
+            approximation, arXiv 2105.06595.
+
+        Example:
+            >>> import jax, jax.numpy as jnp
+            >>> import hessjax as hj
+            >>> A = jax.tree_util.Partial(jnp.multiply, jnp.linspace(0.0, 1.0, 10_000))
+            >>> density = hj.spectral_density(A, jax.random.key(0), jnp.zeros(10_000), 4, 40)
+            >>> lower, upper = density.bounds(jnp.array([0.5]))
+            >>> 0.4 < float(lower[0]) < 0.5 < float(upper[0]) < 0.6
+            True
+        """
+        if not isinstance(confidence, jax.core.Tracer) and not 0 < confidence < 1:
+            raise ValueError(f"`confidence` must be between 0 and 1, got {confidence}.")
+        lower, upper = jax.vmap(quadrature_bounds, in_axes=(0, 0, None))(self.nodes, self.weights, grid)
+        deviation = sphere_deviation(self.dimension, self.num_probes, confidence)
+        lower, upper = self._mean(lower) - deviation, self._mean(upper) + deviation
+        return jnp.clip(lower, 0, 1), jnp.clip(upper, 0, 1)
+
+    # -- functions of the matrix ------------------------------------------------------------------
+
+    def trace_of(self, function: Callable[[Array], Array]) -> Estimate:
+        """The trace of a function of the matrix, tr f(A) = Σ f(λ), with its standard error.
+
+        The mean over the probes of d Σ w f(θ). For v uniform on the sphere, with B = f(A) of eigenvalues b,
+
+            Var(vᵀBv) = 2/(d+2) · Var(b),   E[|Bv|² − (vᵀBv)²] = d/(d+2) · Var(b),
+
+        so every probe tells its own variance, 2/d · (Σ w f² − (Σ w f)²), without a second one. This is
+        steadier than the spread over a few probes (±2 of it hold the truth in 95 % of runs from one probe
+        on; ±2 of the sample deviation in 70 % with two), and for signs it is on average too large, not too
+        small. Where a single eigenvalue makes up most of the trace one probe may miss it and its doubt
+        together: use ten. The error of the quadrature is not in it (it is gone when `num_matvecs` resolves
+        f).
+
+        Args:
+            function: f, elementwise on an array of eigenvalues.
+
+        Returns:
+            `Estimate(mean, stderr, num_samples)`, in units of f; one sample for each probe.
+
+        Cost:
+            No products.
+
+        References:
+            Ubaru, Chen & Saad (2017), Fast estimation of tr(f(A)) via stochastic Lanczos quadrature.
+
+        Example:
+            >>> import jax, jax.numpy as jnp
+            >>> import hessjax as hj
+            >>> A = jax.tree_util.Partial(jnp.multiply, jnp.linspace(0.0, 1.0, 1000))
+            >>> density = hj.spectral_density(A, jax.random.key(0), jnp.zeros(1000), num_matvecs=20)
+            >>> estimate = density.trace_of(jnp.exp)
+            >>> abs(float(estimate.mean) - 1718.3) < 3 * float(estimate.stderr)
+            True
+        """
+        # Not where there is no weight: f may be infinite there, and nothing times infinity is no number.
+        values = jnp.where(self.weights > 0, function(self.nodes), 0)
+        means = jnp.sum(self.weights * values, axis=1)
+        spreads = jnp.sum(self.weights * (values - means[:, None]) ** 2, axis=1)
+        stderr = jnp.sqrt(2 * self.dimension * self._mean(spreads) / jnp.maximum(self.num_probes, 1))
+        return Estimate(self.dimension * self._mean(means), stderr, self.num_probes)
+
+    def log_determinant(self, damping: float = 0.0) -> Estimate:
+        """log|det(A + λI)| of the damped matrix: Σ log|θ + λ|.
+
+        Negative eigenvalues enter with their absolute value after damping; one that the damping moves close
+        to zero makes the sum large and negative, as it does the determinant. With no damping a singular
+        matrix gives −∞, or what rounding made of its zeros.
+
+        Args:
+            damping: λ, at least 0, in units of the eigenvalues.
+
+        Returns:
+            An `Estimate`, see `trace_of`.
+
+        Raises:
+            ValueError: `damping` is negative.
+
+        Cost:
+            No products.
+        """
+        _check_at_least("damping", damping, 0)
+        return self.trace_of(lambda x: jnp.log(jnp.abs(x + damping)))
+
+    def schatten_norm(self, p: float = 2.0) -> Estimate:
+        """The Schatten norm (Σ|λ|^p)^(1/p): p = 1 is the nuclear norm, p = 2 Frobenius'.
+
+        Args:
+            p: positive. As p grows the largest eigenvalue decides alone, and few probes see it: for the
+                limit ask `eigenpairs`.
+
+        Returns:
+            An `Estimate` in units of the eigenvalues; its standard error is that of the sum times the
+            root's slope (delta method).
+
+        Raises:
+            ValueError: `p` is not positive and finite.
+
+        Cost:
+            No products.
+        """
+        if not isinstance(p, jax.core.Tracer) and not 0 < p < jnp.inf:
+            raise ValueError(f"`p` must be positive and finite, got {p}: for the limit see `eigenpairs`.")
+        top = jnp.max(jnp.abs(self.nodes))  # powers of λ itself may leave the range of float32
+        unit = jnp.where(top > 0, top, 1)
+        total, stderr, num = self.trace_of(lambda x: (jnp.abs(x) / unit) ** p)
+        slope = jnp.where(total > 0, jnp.where(total > 0, total, 1) ** (1 / p - 1) / p, 0)
+        return Estimate(unit * total ** (1 / p), unit * slope * stderr, num)
+
+    def effective_dimension(self, damping: float) -> Estimate:
+        """How many directions the data determine against a damping λ: Σ θ/(θ + λ).
+
+        Meant for matrices without negative eigenvalues (Gauss–Newton, Fisher): each then counts between 0
+        and 1. A negative one counts as the formula says, below 0 or, beyond −λ, above 1, and near −λ
+        without limit: choose a larger damping than the most negative eigenvalue.
+
+        Args:
+            damping: λ, positive, in units of the eigenvalues.
+
+        Returns:
+            An `Estimate`, a number of parameters; see `trace_of`.
+
+        Raises:
+            ValueError: `damping` is not positive.
+
+        Cost:
+            No products.
+
+        References:
+            MacKay (1992), Bayesian interpolation: γ, the number of well-determined parameters.
+        """
+        _check_at_least("damping", damping, 0)
+        if not isinstance(damping, jax.core.Tracer) and damping == 0:
+            raise ValueError("`damping` must be positive, got 0: with it every eigenvalue counts as 1.")
+        return self.trace_of(lambda x: x / (x + damping))
+
+    # -- curves -----------------------------------------------------------------------------------
 
     def curve(
         self, num_points: int = 1000, *, bandwidth: float | None = None
@@ -81,7 +250,13 @@ class SpectralDensity(NamedTuple):
 
     def _smooth(self, grid: Array, nodes: Array, width: Array) -> Float[Array, " n"]:
         bumps = jax.scipy.stats.norm.pdf(grid, nodes[..., None], width)
-        return jnp.sum(self.weights[..., None] * bumps, axis=(0, 1)) / jnp.maximum(self.num_probes, 1)
+        return self._mean(jnp.sum(self.weights[..., None] * bumps, axis=1))
+
+    def _mean(self, values: Array) -> Array:
+        """The mean over the probes that took place."""
+        took_place = jnp.arange(len(values)) < self.num_probes
+        took_place = took_place.reshape(-1, *[1] * (values.ndim - 1))
+        return jnp.sum(jnp.where(took_place, values, 0), axis=0) / jnp.maximum(self.num_probes, 1)
 
     def _ends(self) -> tuple[Array, Array]:
         """The extremes over all probes."""
@@ -97,3 +272,8 @@ class SpectralDensity(NamedTuple):
         quantiles = jnp.searchsorted(shares / shares[-1], jnp.array([0.05, 0.95], shares.dtype))
         low, high = nodes[jnp.minimum(quantiles, nodes.size - 1)]
         return high - low
+
+
+def _check_at_least(argument: str, number: Any, least: float) -> None:
+    if not isinstance(number, jax.core.Tracer) and not number >= least:
+        raise ValueError(f"`{argument}` must be at least {least}, got {number}.")
