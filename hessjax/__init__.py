@@ -20,6 +20,7 @@ from hessjax.pruning.summary import summary as summary
 from hessjax.pruning.transform import mask_of as mask_of
 from hessjax.pruning.transform import prune as prune
 from hessjax.spectral.density import SpectralDensity as SpectralDensity
+from hessjax.spectral.density_by_leaf import spectral_density_by_leaf as spectral_density_by_leaf
 from hessjax.spectral.eigenpairs import eigenpairs as eigenpairs
 from hessjax.spectral.lanczos import lanczos as lanczos
 from hessjax.spectral.power import power_iteration as power_iteration

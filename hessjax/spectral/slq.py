@@ -200,6 +200,8 @@ def spectral_density(
     num_matvecs: int = 80,
     *,
     probe: Probe = gaussian,
+    reorthogonalise: bool = True,
+    at_once: int = 1,
     callbacks: Sequence[Callback] = (),
     on_device: bool = False,
 ) -> SpectralDensity:
@@ -212,19 +214,23 @@ def spectral_density(
         num_probes: number of random start vectors; one is enough for large networks.
         num_matvecs: Lanczos steps for each: the resolution.
         probe: see `slq`.
+        reorthogonalise: see `slq`: without, memory for two vectors is enough.
+        at_once: see `slq`.
         callbacks: see `run`.
         on_device: see `run`.
 
     Returns:
-        A `SpectralDensity`: nodes and weights, and `.curve()`, `.signed_log_curve()`, `.cumulative(grid)`,
-        `.moment(power)` computed from them.
+        A `SpectralDensity`: nodes and weights; computed from them `.curve()`, `.signed_log_curve()`,
+        `.cumulative(grid)` with `.bounds(grid)`, and `.moment(power)`, `.trace_of(function)`,
+        `.log_determinant(damping)`, `.schatten_norm(p)`, `.effective_dimension(damping)`.
 
     Raises:
-        ValueError: a number below 1; `num_matvecs` above the number of parameters.
+        ValueError: see `slq`.
         NonFiniteProductError: see `run`.
 
     Cost:
-        `num_probes · num_matvecs` products; memory (num_matvecs + 1)·d.
+        `num_probes · num_matvecs` products; memory (num_matvecs + 1)·d, or 2·at_once·d without
+        reorthogonalisation.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -236,7 +242,7 @@ def spectral_density(
         >>> grid, curve = density.curve()
     """
     return run(
-        slq(num_probes, num_matvecs, probe=probe),
+        slq(num_probes, num_matvecs, probe=probe, reorthogonalise=reorthogonalise, at_once=at_once),
         matvec,
         key,
         like,
