@@ -142,8 +142,7 @@ def slq(
         begun = (finished == 0) & (state.num_matvecs > 0)
         so_far = _store(state, 0, recurrence.quadrature(state.space))
         nodes, weights = (
-            jnp.where(begun, *pair)
-            for pair in ((so_far.nodes, state.nodes), (so_far.weights, state.weights))
+            jnp.where(begun, *pair) for pair in ((so_far.nodes, state.nodes), (so_far.weights, state.weights))
         )
         num = finished + at_once * begun
         return SpectralDensity(nodes, weights, num, state.num_matvecs, state.dimension)
