@@ -7,7 +7,15 @@ from pathlib import Path
 import table
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
-SCRIPTS = ("product_cost", "lanczos_cost", "pruning_cost", "compilations", "startup")
+SCRIPTS = (
+    "product_cost",
+    "lanczos_cost",
+    "density_accuracy",
+    "density_memory",
+    "pruning_cost",
+    "compilations",
+    "startup",
+)
 
 
 def run(script: str) -> bool:
