@@ -40,7 +40,9 @@ def quadrature_bounds(
     return jnp.pad(below, (1, 0))[certain], jnp.pad(above, (0, 1), constant_values=1)[possible]
 
 
-def sphere_deviation(dimension: Array, num_probes: Array, confidence: float | Array) -> Float[Array, ""]:
+def sphere_deviation(
+    dimension: Array, num_probes: Array, confidence: float | int | Array
+) -> Float[Array, ""]:
     """How far the mean of the probes' cumulative functions is from the true one, for all x at once.
 
     For v uniform on the sphere and k of d eigenvalues at or below x, Ψ(x) is the sum of k of the d squared

@@ -1,14 +1,19 @@
 """A spectral density as nodes and weights, and what follows from them: curves, bounds, sums over it."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from hessjax._typing import Estimate
 from hessjax.spectral.bounds import quadrature_bounds, sphere_deviation
+from hessjax.spectral.smoothing import bulk, bumps, ends
+
+Grid: TypeAlias = Float[Array, " n"] | Float[np.ndarray, " n"]
+Number: TypeAlias = float | int | Array
 
 
 class SpectralDensity(NamedTuple):
@@ -33,14 +38,12 @@ class SpectralDensity(NamedTuple):
         """The mean of λ^power over the spectrum: tr(A^power)/d."""
         return self._mean(jnp.sum(self.weights * self.nodes**power, axis=1))
 
-    def cumulative(self, grid: Float[Array, " n"]) -> Float[Array, " n"]:
+    def cumulative(self, grid: Grid) -> Float[Array, " n"]:
         """The share of eigenvalues at or below each grid point; a staircase."""
         below = self.nodes[..., None] <= grid
         return self._mean(jnp.sum(jnp.where(below, self.weights[..., None], 0), axis=1))
 
-    def bounds(
-        self, grid: Float[Array, " n"], confidence: float = 0.95
-    ) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+    def bounds(self, grid: Grid, confidence: Number = 0.95) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
         """Where the cumulative density surely is: A-posteriori bounds, for all grid points at once.
 
         What `num_matvecs` steps leave open (Gauss quadrature) plus what `num_probes` probes do (their
@@ -80,7 +83,9 @@ class SpectralDensity(NamedTuple):
         """
         if not isinstance(confidence, jax.core.Tracer) and not 0 < confidence < 1:
             raise ValueError(f"`confidence` must be between 0 and 1, got {confidence}.")
-        lower, upper = jax.vmap(quadrature_bounds, in_axes=(0, 0, None))(self.nodes, self.weights, grid)
+        lower, upper = jax.vmap(quadrature_bounds, in_axes=(0, 0, None))(
+            self.nodes, self.weights, jnp.asarray(grid)
+        )
         deviation = sphere_deviation(self.dimension, self.num_probes, confidence)
         lower, upper = self._mean(lower) - deviation, self._mean(upper) + deviation
         return jnp.clip(lower, 0, 1), jnp.clip(upper, 0, 1)
@@ -130,7 +135,7 @@ class SpectralDensity(NamedTuple):
         stderr = jnp.sqrt(2 * self.dimension * self._mean(spreads) / jnp.maximum(self.num_probes, 1))
         return Estimate(self.dimension * self._mean(means), stderr, self.num_probes)
 
-    def log_determinant(self, damping: float = 0.0) -> Estimate:
+    def log_determinant(self, damping: Number = 0.0) -> Estimate:
         """log|det(A + λI)| of the damped matrix: Σ log|θ + λ|.
 
         Negative eigenvalues enter with their absolute value after damping; one that the damping moves close
@@ -152,7 +157,7 @@ class SpectralDensity(NamedTuple):
         _check_at_least("damping", damping, 0)
         return self.trace_of(lambda x: jnp.log(jnp.abs(x + damping)))
 
-    def schatten_norm(self, p: float = 2.0) -> Estimate:
+    def schatten_norm(self, p: Number = 2.0) -> Estimate:
         """The Schatten norm (Σ|λ|^p)^(1/p): p = 1 is the nuclear norm, p = 2 Frobenius'.
 
         Args:
@@ -177,7 +182,7 @@ class SpectralDensity(NamedTuple):
         slope = jnp.where(total > 0, jnp.where(total > 0, total, 1) ** (1 / p - 1) / p, 0)
         return Estimate(unit * total ** (1 / p), unit * slope * stderr, num)
 
-    def effective_dimension(self, damping: float) -> Estimate:
+    def effective_dimension(self, damping: Number) -> Estimate:
         """How many directions the data determine against a damping λ: Σ θ/(θ + λ).
 
         Meant for matrices without negative eigenvalues (Gauss–Newton, Fisher): each then counts between 0
@@ -220,12 +225,16 @@ class SpectralDensity(NamedTuple):
         Returns:
             `(grid, density)`; the density integrates to 1.
         """
-        low, high = self._ends()
-        width = self._bulk() / self.nodes.shape[1] if bandwidth is None else jnp.asarray(bandwidth)
+        low, high = ends(self.nodes, self.weights)
+        width = (
+            bulk(self.nodes, self.weights) / self.nodes.shape[1]
+            if bandwidth is None
+            else jnp.asarray(bandwidth)
+        )
         width = jnp.maximum(width, (high - low) / 2000) if bandwidth is None else width
         width = jnp.where(width > 0, width, jnp.maximum(jnp.abs(high), 1) * 1e-3)  # a single eigenvalue
         grid = jnp.linspace(low - 4 * width, high + 4 * width, num_points)
-        return grid, self._smooth(grid, self.nodes, width)
+        return grid, self._mean(bumps(grid, self.nodes, self.weights, width))
 
     def signed_log_curve(
         self, num_points: int = 1000, *, threshold: float | None = None, bandwidth: float = 0.1
@@ -242,16 +251,13 @@ class SpectralDensity(NamedTuple):
         Returns:
             `(grid, density)`: eigenvalues λ, evenly spaced in u, and the share of eigenvalues per unit of u.
         """
-        low, high = self._ends()
+        low, high = ends(self.nodes, self.weights)
         top = jnp.maximum(jnp.abs(low), jnp.abs(high))
         unit = 1e-3 * jnp.where(top > 0, top, 1) if threshold is None else jnp.asarray(threshold)
-        ends = jnp.arcsinh(low / unit) - 4 * bandwidth, jnp.arcsinh(high / unit) + 4 * bandwidth
-        u = jnp.linspace(*ends, num_points)
-        return jnp.sinh(u) * unit, self._smooth(u, jnp.arcsinh(self.nodes / unit), jnp.asarray(bandwidth))
-
-    def _smooth(self, grid: Array, nodes: Array, width: Array) -> Float[Array, " n"]:
-        bumps = jax.scipy.stats.norm.pdf(grid, nodes[..., None], width)
-        return self._mean(jnp.sum(self.weights[..., None] * bumps, axis=1))
+        first, last = jnp.arcsinh(low / unit) - 4 * bandwidth, jnp.arcsinh(high / unit) + 4 * bandwidth
+        u = jnp.linspace(first, last, num_points)
+        smooth = bumps(u, jnp.arcsinh(self.nodes / unit), self.weights, jnp.asarray(bandwidth))
+        return jnp.sinh(u) * unit, self._mean(smooth)
 
     def _mean(self, values: Array) -> Array:
         """The mean over the probes that took place."""
@@ -259,22 +265,7 @@ class SpectralDensity(NamedTuple):
         took_place = took_place.reshape(-1, *[1] * (values.ndim - 1))
         return jnp.sum(jnp.where(took_place, values, 0), axis=0) / jnp.maximum(self.num_probes, 1)
 
-    def _ends(self) -> tuple[Array, Array]:
-        """The extremes over all probes."""
-        took_place = self.weights > 0
-        return (
-            jnp.min(jnp.where(took_place, self.nodes, jnp.inf)),
-            jnp.max(jnp.where(took_place, self.nodes, -jnp.inf)),
-        )
 
-    def _bulk(self) -> Array:
-        order = jnp.argsort(self.nodes, axis=None)
-        nodes, shares = self.nodes.reshape(-1)[order], jnp.cumsum(self.weights.reshape(-1)[order])
-        quantiles = jnp.searchsorted(shares / shares[-1], jnp.array([0.05, 0.95], shares.dtype))
-        low, high = nodes[jnp.minimum(quantiles, nodes.size - 1)]
-        return high - low
-
-
-def _check_at_least(argument: str, number: Any, least: float) -> None:
+def _check_at_least(argument: str, number: Any, least: int) -> None:
     if not isinstance(number, jax.core.Tracer) and not number >= least:
         raise ValueError(f"`{argument}` must be at least {least}, got {number}.")
