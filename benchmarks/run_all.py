@@ -12,6 +12,8 @@ SCRIPTS = (
     "lanczos_cost",
     "eigenpairs_products",
     "trace_accuracy",
+    "density_accuracy",
+    "density_memory",
     "pruning_cost",
     "compilations",
     "startup",

@@ -41,6 +41,7 @@ from hessjax.pruning.summary import summary as summary
 from hessjax.pruning.transform import mask_of as mask_of
 from hessjax.pruning.transform import prune as prune
 from hessjax.spectral.density import SpectralDensity as SpectralDensity
+from hessjax.spectral.density_by_leaf import spectral_density_by_leaf as spectral_density_by_leaf
 from hessjax.spectral.diagonal import diagonal as diagonal
 from hessjax.spectral.diagonal import hutchinson_diagonal as hutchinson_diagonal
 from hessjax.spectral.eigenpairs import eigenpairs as eigenpairs
@@ -55,6 +56,8 @@ from hessjax.spectral.probes import gaussian as gaussian
 from hessjax.spectral.probes import rademacher as rademacher
 from hessjax.spectral.slq import slq as slq
 from hessjax.spectral.slq import spectral_density as spectral_density
+from hessjax.spectral.spectrum import Spectrum as Spectrum
+from hessjax.spectral.spectrum import spectrum as spectrum
 from hessjax.spectral.trace import TraceByLeaf as TraceByLeaf
 from hessjax.spectral.trace import trace as trace
 from hessjax.spectral.trace import trace_by_leaf as trace_by_leaf

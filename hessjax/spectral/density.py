@@ -1,10 +1,19 @@
-"""A spectral density as nodes and weights, and the curves that can be drawn from them."""
+"""A spectral density as nodes and weights, and what follows from them: curves, bounds, sums over it."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
+
+from hessjax._typing import Estimate
+from hessjax.spectral.bounds import quadrature_bounds, sphere_deviation
+from hessjax.spectral.smoothing import bulk, bumps, ends
+
+Grid: TypeAlias = Float[Array, " n"] | Float[np.ndarray, " n"]
+Number: TypeAlias = float | int | Array
 
 
 class SpectralDensity(NamedTuple):
@@ -16,23 +25,191 @@ class SpectralDensity(NamedTuple):
             belong to probes that did not take place.
         num_probes: how many probes were finished.
         num_matvecs: how many products it took.
+        dimension: the number of parameters, as a float: there may be more than an int32 can count.
     """
 
     nodes: Float[Array, "probes m"]
     weights: Float[Array, "probes m"]
     num_probes: Int[Array, ""]
     num_matvecs: Int[Array, ""]
+    dimension: Float[Array, ""]
 
     def moment(self, power: int = 1) -> Float[Array, ""]:
         """The mean of λ^power over the spectrum: tr(A^power)/d."""
-        return jnp.sum(self.weights * self.nodes**power) / jnp.maximum(self.num_probes, 1)
+        return self._mean(jnp.sum(self.weights * self.nodes**power, axis=1))
 
-    def cumulative(self, grid: Float[Array, " n"]) -> Float[Array, " n"]:
+    def cumulative(self, grid: Grid) -> Float[Array, " n"]:
         """The share of eigenvalues at or below each grid point; a staircase."""
         below = self.nodes[..., None] <= grid
-        return jnp.sum(jnp.where(below, self.weights[..., None], 0), axis=(0, 1)) / jnp.maximum(
-            self.num_probes, 1
+        return self._mean(jnp.sum(jnp.where(below, self.weights[..., None], 0), axis=1))
+
+    def bounds(self, grid: Grid, confidence: Number = 0.95) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+        """Where the cumulative density surely is: A-posteriori bounds, for all grid points at once.
+
+        What `num_matvecs` steps leave open (Gauss quadrature) plus what `num_probes` probes do (their
+        concentration about the true density), see `hessjax.spectral.bounds`. Nothing is assumed of the
+        spectrum.
+
+        They are proved for Gaussian probes, whose direction is uniform on the sphere, and exact arithmetic.
+        For signs the second part is not (eigenvectors along the axes are seen exactly, others may be seen
+        worse). Without reorthogonalisation the quadrature is that of a measure within rounding errors of
+        the probe's (Greenbaum 1989): an eigenvalue then counts as known to about ε ‖A‖, not better.
+
+        Args:
+            grid: (n,) eigenvalues at which the share at or below them is asked for.
+            confidence: the probability with which all bounds hold together, between 0 and 1.
+
+        Returns:
+            `(lower, upper)`, each (n,), shares between 0 and 1.
+
+        Raises:
+            ValueError: `confidence` is not between 0 and 1.
+
+        Cost:
+            No products.
+
+        References:
+            Chen, Trogdon & Ubaru (2021), Analysis of stochastic Lanczos quadrature for spectrum
+            approximation, arXiv 2105.06595.
+
+        Example:
+            >>> import jax, jax.numpy as jnp
+            >>> import hessjax as hj
+            >>> A = jax.tree_util.Partial(jnp.multiply, jnp.linspace(0.0, 1.0, 10_000))
+            >>> density = hj.spectral_density(A, jax.random.key(0), jnp.zeros(10_000), 4, 40)
+            >>> lower, upper = density.bounds(jnp.array([0.5]))
+            >>> 0.4 < float(lower[0]) < 0.5 < float(upper[0]) < 0.6
+            True
+        """
+        if not isinstance(confidence, jax.core.Tracer) and not 0 < confidence < 1:
+            raise ValueError(f"`confidence` must be between 0 and 1, got {confidence}.")
+        lower, upper = jax.vmap(quadrature_bounds, in_axes=(0, 0, None))(
+            self.nodes, self.weights, jnp.asarray(grid)
         )
+        deviation = sphere_deviation(self.dimension, self.num_probes, confidence)
+        lower, upper = self._mean(lower) - deviation, self._mean(upper) + deviation
+        return jnp.clip(lower, 0, 1), jnp.clip(upper, 0, 1)
+
+    # -- functions of the matrix ------------------------------------------------------------------
+
+    def trace_of(self, function: Callable[[Array], Array]) -> Estimate:
+        """The trace of a function of the matrix, tr f(A) = Σ f(λ), with its standard error.
+
+        The mean over the probes of d Σ w f(θ). For v uniform on the sphere, with B = f(A) of eigenvalues b,
+
+            Var(vᵀBv) = 2/(d+2) · Var(b),   E[|Bv|² − (vᵀBv)²] = d/(d+2) · Var(b),
+
+        so every probe tells its own variance, 2/d · (Σ w f² − (Σ w f)²), without a second one. For few
+        probes this is better than their spread: ±2 of it hold the truth in 94 % of simulated runs from one
+        probe on, ±2 of the sample deviation in 70 % with two probes and 85 % with four. One probe is too
+        sure where few eigenvalues make up the sum, for it may miss them and its doubt together (87 % with
+        ten of them, 75 % with one): take ten probes there. With signs it is on average not below the truth,
+        but for a factor 1 − 2/d. The error of the quadrature is not in it; it is gone when `num_matvecs`
+        resolves f.
+
+        Args:
+            function: f, elementwise on an array of eigenvalues.
+
+        Returns:
+            `Estimate(mean, stderr, num_samples)`, in units of f; one sample for each probe.
+
+        Cost:
+            No products.
+
+        References:
+            Ubaru, Chen & Saad (2017), Fast estimation of tr(f(A)) via stochastic Lanczos quadrature.
+
+        Example:
+            >>> import jax, jax.numpy as jnp
+            >>> import hessjax as hj
+            >>> A = jax.tree_util.Partial(jnp.multiply, jnp.linspace(0.0, 1.0, 1000))
+            >>> density = hj.spectral_density(A, jax.random.key(0), jnp.zeros(1000), num_matvecs=20)
+            >>> estimate = density.trace_of(jnp.exp)
+            >>> abs(float(estimate.mean) - 1718.3) < 3 * float(estimate.stderr)
+            True
+        """
+        # Not where there is no weight: f may be infinite there, and nothing times infinity is no number.
+        values = jnp.where(self.weights > 0, function(self.nodes), 0)
+        means = jnp.sum(self.weights * values, axis=1)
+        spreads = jnp.sum(self.weights * (values - means[:, None]) ** 2, axis=1)
+        stderr = jnp.sqrt(2 * self.dimension * self._mean(spreads) / jnp.maximum(self.num_probes, 1))
+        return Estimate(self.dimension * self._mean(means), stderr, self.num_probes)
+
+    def log_determinant(self, damping: Number = 0.0) -> Estimate:
+        """log|det(A + λI)| of the damped matrix: Σ log|θ + λ|.
+
+        Negative eigenvalues enter with their absolute value after damping; one that the damping moves close
+        to zero makes the sum large and negative, as it does the determinant. With no damping a singular
+        matrix gives −∞, or what rounding made of its zeros.
+
+        Args:
+            damping: λ, at least 0, in units of the eigenvalues.
+
+        Returns:
+            An `Estimate`, see `trace_of`.
+
+        Raises:
+            ValueError: `damping` is negative.
+
+        Cost:
+            No products.
+        """
+        _check_at_least("damping", damping, 0)
+        return self.trace_of(lambda x: jnp.log(jnp.abs(x + damping)))
+
+    def schatten_norm(self, p: Number = 2.0) -> Estimate:
+        """The Schatten norm (Σ|λ|^p)^(1/p): p = 1 is the nuclear norm, p = 2 Frobenius'.
+
+        Args:
+            p: positive. As p grows the largest eigenvalue decides alone, and few probes see it: for the
+                limit ask `eigenpairs`.
+
+        Returns:
+            An `Estimate` in units of the eigenvalues; its standard error is that of the sum times the
+            root's slope (delta method).
+
+        Raises:
+            ValueError: `p` is not positive and finite.
+
+        Cost:
+            No products.
+        """
+        if not isinstance(p, jax.core.Tracer) and not 0 < p < jnp.inf:
+            raise ValueError(f"`p` must be positive and finite, got {p}: for the limit see `eigenpairs`.")
+        top = jnp.max(jnp.abs(self.nodes))  # powers of λ itself may leave the range of float32
+        unit = jnp.where(top > 0, top, 1)
+        total = self.trace_of(lambda x: (jnp.abs(x) / unit) ** p)
+        slope = jnp.where(total.mean > 0, jnp.where(total.mean > 0, total.mean, 1) ** (1 / p - 1) / p, 0)
+        return total._replace(mean=unit * total.mean ** (1 / p), stderr=unit * slope * total.stderr)
+
+    def effective_dimension(self, damping: Number) -> Estimate:
+        """How many directions the data determine against a damping λ: Σ θ/(θ + λ).
+
+        Meant for matrices without negative eigenvalues (Gauss–Newton, Fisher): each then counts between 0
+        and 1. A negative one counts as the formula says, below 0 or, beyond −λ, above 1, and near −λ
+        without limit: choose a larger damping than the most negative eigenvalue.
+
+        Args:
+            damping: λ, positive, in units of the eigenvalues.
+
+        Returns:
+            An `Estimate`, a number of parameters; see `trace_of`.
+
+        Raises:
+            ValueError: `damping` is not positive.
+
+        Cost:
+            No products.
+
+        References:
+            MacKay (1992), Bayesian interpolation: γ, the number of well-determined parameters.
+        """
+        _check_at_least("damping", damping, 0)
+        if not isinstance(damping, jax.core.Tracer) and damping == 0:
+            raise ValueError("`damping` must be positive, got 0: with it every eigenvalue counts as 1.")
+        return self.trace_of(lambda x: x / (x + damping))
+
+    # -- curves -----------------------------------------------------------------------------------
 
     def curve(
         self, num_points: int = 1000, *, bandwidth: float | None = None
@@ -48,12 +225,16 @@ class SpectralDensity(NamedTuple):
         Returns:
             `(grid, density)`; the density integrates to 1.
         """
-        low, high = self._ends()
-        width = self._bulk() / self.nodes.shape[1] if bandwidth is None else jnp.asarray(bandwidth)
+        low, high = ends(self.nodes, self.weights)
+        width = (
+            bulk(self.nodes, self.weights) / self.nodes.shape[1]
+            if bandwidth is None
+            else jnp.asarray(bandwidth)
+        )
         width = jnp.maximum(width, (high - low) / 2000) if bandwidth is None else width
         width = jnp.where(width > 0, width, jnp.maximum(jnp.abs(high), 1) * 1e-3)  # a single eigenvalue
         grid = jnp.linspace(low - 4 * width, high + 4 * width, num_points)
-        return grid, self._smooth(grid, self.nodes, width)
+        return grid, self._mean(bumps(grid, self.nodes, self.weights, width))
 
     def signed_log_curve(
         self, num_points: int = 1000, *, threshold: float | None = None, bandwidth: float = 0.1
@@ -70,28 +251,21 @@ class SpectralDensity(NamedTuple):
         Returns:
             `(grid, density)`: eigenvalues λ, evenly spaced in u, and the share of eigenvalues per unit of u.
         """
-        low, high = self._ends()
+        low, high = ends(self.nodes, self.weights)
         top = jnp.maximum(jnp.abs(low), jnp.abs(high))
         unit = 1e-3 * jnp.where(top > 0, top, 1) if threshold is None else jnp.asarray(threshold)
-        ends = jnp.arcsinh(low / unit) - 4 * bandwidth, jnp.arcsinh(high / unit) + 4 * bandwidth
-        u = jnp.linspace(*ends, num_points)
-        return jnp.sinh(u) * unit, self._smooth(u, jnp.arcsinh(self.nodes / unit), jnp.asarray(bandwidth))
+        first, last = jnp.arcsinh(low / unit) - 4 * bandwidth, jnp.arcsinh(high / unit) + 4 * bandwidth
+        u = jnp.linspace(first, last, num_points)
+        smooth = bumps(u, jnp.arcsinh(self.nodes / unit), self.weights, jnp.asarray(bandwidth))
+        return jnp.sinh(u) * unit, self._mean(smooth)
 
-    def _smooth(self, grid: Array, nodes: Array, width: Array) -> Float[Array, " n"]:
-        bumps = jax.scipy.stats.norm.pdf(grid, nodes[..., None], width)
-        return jnp.sum(self.weights[..., None] * bumps, axis=(0, 1)) / jnp.maximum(self.num_probes, 1)
+    def _mean(self, values: Array) -> Array:
+        """The mean over the probes that took place."""
+        took_place = jnp.arange(len(values)) < self.num_probes
+        took_place = took_place.reshape(-1, *[1] * (values.ndim - 1))
+        return jnp.sum(jnp.where(took_place, values, 0), axis=0) / jnp.maximum(self.num_probes, 1)
 
-    def _ends(self) -> tuple[Array, Array]:
-        """The extremes over all probes."""
-        took_place = self.weights > 0
-        return (
-            jnp.min(jnp.where(took_place, self.nodes, jnp.inf)),
-            jnp.max(jnp.where(took_place, self.nodes, -jnp.inf)),
-        )
 
-    def _bulk(self) -> Array:
-        order = jnp.argsort(self.nodes, axis=None)
-        nodes, shares = self.nodes.reshape(-1)[order], jnp.cumsum(self.weights.reshape(-1)[order])
-        quantiles = jnp.searchsorted(shares / shares[-1], jnp.array([0.05, 0.95], shares.dtype))
-        low, high = nodes[jnp.minimum(quantiles, nodes.size - 1)]
-        return high - low
+def _check_at_least(argument: str, number: Any, least: int) -> None:
+    if not isinstance(number, jax.core.Tracer) and not number >= least:
+        raise ValueError(f"`{argument}` must be at least {least}, got {number}.")

@@ -10,6 +10,9 @@ from jaxtyping import Array
 from hessjax._packing import Packing
 from hessjax._typing import Key, Params, Vector
 
+PIECE = 2**18
+"""Entries of a flat array that are drawn at a time."""
+
 Probe: TypeAlias = Callable[[Key, Params], Vector]
 """`(key, like) -> vector` with independent entries of mean 0 and variance 1."""
 
@@ -75,5 +78,17 @@ def _sample(sampler: Callable[..., Array], key: Key, like: Params) -> Vector:
     packing = Packing.of(like)
     arrays = jax.eval_shape(packing.pack, like)
     keys = jax.random.split(key, len(arrays))
-    draws = [sampler(k, x.shape, dtype=x.dtype) for k, x in zip(keys, arrays, strict=True)]
+    draws = [_draw(sampler, k, x) for k, x in zip(keys, arrays, strict=True)]
     return packing.unpack(tuple(draws))
+
+
+def _draw(sampler: Callable[..., Array], key: Key, like: jax.ShapeDtypeStruct) -> Array:
+    """Long flat arrays piece by piece: a generator takes three times the memory of what it draws."""
+    if like.ndim != 1 or like.size <= PIECE:
+        return sampler(key, like.shape, dtype=like.dtype)
+
+    def piece(i: Array, drawn: Array) -> Array:
+        numbers = sampler(jax.random.fold_in(key, i), (PIECE,), dtype=like.dtype)
+        return jax.lax.dynamic_update_slice(drawn, numbers, (i * PIECE,))  # the last one overlaps
+
+    return jax.lax.fori_loop(0, -(-like.size // PIECE), piece, jnp.zeros(like.shape, like.dtype))

@@ -12,7 +12,7 @@ from hessjax.estimator import run
 from hessjax.spectral.density import SpectralDensity
 from hessjax.spectral.eigenpairs import convergence_limit, measured
 from hessjax.spectral.lanczos import LanczosState, lanczos
-from hessjax.spectral.recurrence import ritz
+from hessjax.spectral.quadrature import quadrature_of_basis
 
 
 class Spectrum(NamedTuple):
@@ -98,11 +98,6 @@ def _identity(values: jax.Array) -> jax.Array:
 
 @jax.jit
 def _density(state: LanczosState) -> SpectralDensity:
-    nodes, vectors = ritz(state.space)
-    inside = jnp.arange(len(nodes)) < state.space.size
-    weights = jnp.where(inside, vectors[0] ** 2, 0)
+    nodes, weights = quadrature_of_basis(state.space)
     dimension = jnp.asarray(state.packing.size, weights.dtype)
-    took_place = jnp.minimum(state.num_matvecs, 1)
-    return SpectralDensity(
-        jnp.where(inside, nodes, 0)[None], weights[None], took_place, state.num_matvecs, dimension
-    )
+    return SpectralDensity(nodes, weights, jnp.minimum(state.num_matvecs, 1), state.num_matvecs, dimension)

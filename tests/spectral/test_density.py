@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,7 +8,9 @@ from hessjax import SpectralDensity
 
 def made_of(nodes, weights, probes=1):
     nodes, weights = np.atleast_2d(nodes), np.atleast_2d(weights)
-    return SpectralDensity(jnp.asarray(nodes), jnp.asarray(weights), jnp.int32(probes), jnp.int32(nodes.size))
+    return SpectralDensity(
+        jnp.asarray(nodes), jnp.asarray(weights), jnp.int32(probes), jnp.int32(nodes.size), jnp.float32(200)
+    )
 
 
 def outliers():
@@ -58,3 +61,99 @@ def test_a_single_eigenvalue_and_a_zero_matrix():
         assert np.isfinite(density).all()
         assert float(grid[np.argmax(density)]) == pytest.approx(node, abs=1e-3)
         assert np.trapezoid(density, grid) == pytest.approx(1, rel=1e-3)
+
+
+EIGENVALUES = np.r_[np.linspace(-0.5, 1, 190), np.geomspace(2, 20, 10)]
+
+
+def as_probes_see_it(seed, shape):
+    """Complete quadratures of a matrix with EIGENVALUES by uniform directions: (runs, probes)."""
+    squares = np.random.default_rng(seed).normal(size=(*shape, 200)) ** 2
+    runs = shape[0]
+    return SpectralDensity(
+        jnp.broadcast_to(jnp.asarray(EIGENVALUES), squares.shape),
+        jnp.asarray(squares / squares.sum(axis=-1, keepdims=True)),
+        jnp.full(runs, shape[1]),
+        jnp.full(runs, 200 * shape[1]),
+        jnp.full(runs, 200.0),
+    )
+
+
+def exactly():
+    return made_of(EIGENVALUES, np.full(200, 1 / 200))
+
+
+@pytest.mark.smoke
+def test_functions_of_the_matrix_are_sums_over_the_eigenvalues(x64):
+    x = EIGENVALUES
+    for got, want in [
+        (exactly().trace_of(jnp.exp), np.exp(x).sum()),
+        (exactly().log_determinant(0.7), np.log(np.abs(x + 0.7)).sum()),
+        (exactly().schatten_norm(1), np.abs(x).sum()),
+        (exactly().schatten_norm(3.0), (np.abs(x) ** 3).sum() ** (1 / 3)),
+        (exactly().effective_dimension(0.9), (x / (x + 0.9)).sum()),
+    ]:
+        np.testing.assert_allclose(got.mean, want, rtol=1e-10)
+        assert int(got.num_samples) == 1
+
+
+@pytest.mark.parametrize("num_probes", [1, 2, 10])
+@pytest.mark.parametrize(
+    ("sum_", "want"),
+    [
+        (lambda d: d.trace_of(jnp.tanh), np.sum(np.tanh(EIGENVALUES))),
+        (lambda d: d.log_determinant(0.7), np.sum(np.log(EIGENVALUES + 0.7))),
+        (lambda d: d.schatten_norm(1.0), np.sum(np.abs(EIGENVALUES))),
+        (lambda d: d.effective_dimension(1.0), np.sum(EIGENVALUES / (EIGENVALUES + 1))),
+    ],
+)
+def test_error_bars_cover_the_truth_from_one_probe_on(x64, num_probes, sum_, want):
+    estimates = jax.vmap(sum_)(as_probes_see_it(0, (800, num_probes)))
+    errors = np.asarray(estimates.mean) - want
+    assert 0.9 <= np.mean(np.abs(errors) <= 2 * np.asarray(estimates.stderr)) <= 0.98
+    np.testing.assert_allclose(np.sqrt(np.mean(estimates.stderr**2)), np.sqrt(np.mean(errors**2)), rtol=0.15)
+
+
+@pytest.mark.parametrize(("num_probes", "least"), [(1, 0.85), (10, 0.92)])
+def test_where_few_eigenvalues_are_the_sum_one_probe_is_too_sure(x64, num_probes, least):
+    """Σ λ² is to 95 % that of ten outliers: the error bar has the right size on average, and covers less."""
+    estimates = jax.vmap(lambda d: d.trace_of(jnp.square))(as_probes_see_it(0, (800, num_probes)))
+    errors = np.asarray(estimates.mean) - np.sum(EIGENVALUES**2)
+    assert np.mean(np.abs(errors) <= 2 * np.asarray(estimates.stderr)) >= least
+    np.testing.assert_allclose(np.sqrt(np.mean(estimates.stderr**2)), np.sqrt(np.mean(errors**2)), rtol=0.15)
+
+
+def test_nodes_without_weight_and_probes_that_did_not_take_place_do_not_count(x64):
+    half = made_of([[1.0, 0.0], [0.0, 0.0]], [[1.0, 0.0], [0.0, 0.0]])
+    assert float(half.log_determinant().mean) == 0
+    assert float(half.trace_of(jnp.exp).mean) == pytest.approx(200 * np.e)
+    assert float(half.trace_of(jnp.exp).stderr) == 0
+    lower, upper = half.bounds(jnp.array([0.5, 1.5]))
+    assert float(upper[0]) == 1
+    assert float(lower[0]) == 0
+
+
+def test_a_density_goes_through_jit(x64):
+    density, grid = exactly(), jnp.linspace(-1, 20, 50)
+    both = jax.jit(lambda d, damping: (d.bounds(grid), d.log_determinant(damping), d.schatten_norm(damping)))
+    want = density.bounds(grid), density.log_determinant(0.7), density.schatten_norm(0.7)
+    for got, expected in zip(jax.tree.leaves(both(density, 0.7)), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_powers_of_small_eigenvalues_stay_in_range():
+    tiny = made_of(EIGENVALUES * 1e-12, np.full(200, 1 / 200))
+    want = 1e-12 * np.sum(np.abs(EIGENVALUES) ** 4) ** 0.25
+    np.testing.assert_allclose(tiny.schatten_norm(4.0).mean, want, rtol=1e-5)
+    zero = made_of([0.0], [1.0]).schatten_norm(2.0)
+    assert float(zero.mean) == float(zero.stderr) == 0
+
+
+def test_bad_input():
+    for call, message in [
+        (lambda: outliers().log_determinant(-1.0), "`damping` must be at least 0, got -1.0"),
+        (lambda: outliers().effective_dimension(0.0), "`damping` must be positive, got 0"),
+        (lambda: outliers().schatten_norm(0.0), "`p` must be positive and finite, got 0.0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()

@@ -80,6 +80,32 @@ def test_the_error_is_the_standard_error_of_the_mean_eigenvalue(x64):
     np.testing.assert_allclose(estimator.error(state), means.std(ddof=1) / np.sqrt(6), rtol=1e-10)
 
 
+@pytest.mark.parametrize("on_device", [False, True])
+def test_at_once_is_as_one_by_one(x64, on_device):
+    like = oracles.tree_like(40)
+    matvec = oracles.matvec_of(oracles.symmetric(np.linspace(-1, 2, 40))[0], like)
+    one, three = (
+        hj.spectral_density(matvec, KEY, like, 6, 8, reorthogonalise=False, at_once=g, on_device=on_device)
+        for g in (1, 3)
+    )
+    oracles.close(one, three, rtol=1e-8, atol=1e-12)
+    assert int(three.num_probes) == 6
+    assert int(three.num_matvecs) == 48
+
+
+def test_several_under_way_are_readable(x64):
+    like = oracles.tree_like(40)
+    matvec = oracles.matvec_of(oracles.symmetric(np.linspace(-1, 2, 40))[0], like)
+    estimator = hj.slq(6, 8, reorthogonalise=False, at_once=3)
+    for products, probes, steps in [(9, 3, 3), (24, 3, 8), (30, 3, 8), (48, 6, 8), (54, 6, 8)]:
+        density, _ = hj.run(estimator, matvec, KEY, like, max_matvecs=products)
+        assert int(density.num_probes) == probes
+        assert np.sum(np.asarray(density.weights) > 0, axis=1).tolist() == [steps] * probes + [0] * (
+            6 - probes
+        )
+        np.testing.assert_allclose(density.moment(0), 1, rtol=1e-10)
+
+
 def test_a_network(x64):
     params, batch = oracles.leaves(), oracles.batch(30)
     density = hj.spectral_density(hj.hessian(oracles.loss_fn, params, batch), KEY, params, 400, 10)
@@ -96,3 +122,7 @@ def test_bad_input():
     ]:
         with pytest.raises(ValueError, match=message):
             hj.spectral_density(lambda v: v, KEY, oracles.tree_like(9), *arguments)
+    with pytest.raises(ValueError, match="`at_once` must divide `num_probes`, 6, got 4"):
+        hj.slq(6, 5, reorthogonalise=False, at_once=4)
+    with pytest.raises(ValueError, match="`at_once` must be 1 where every probe keeps a basis, got 2"):
+        hj.slq(6, 5, at_once=2)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import hessjax as hj
-from hessjax import plot_landscape as plot
+from hessjax import plot
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ def _closed():
 def spectrum():
     nodes = jnp.array([[-0.1, 0.0, 0.2, 8.0]])
     weights = jnp.array([[0.1, 0.7, 0.19, 0.01]])
-    return hj.SpectralDensity(nodes, weights, jnp.int32(1), jnp.int32(4))
+    return hj.SpectralDensity(nodes, weights, jnp.int32(1), jnp.int32(4), jnp.float32(500))
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +65,23 @@ def test_density_scales_with_the_loss(spectrum):
     np.testing.assert_allclose(scaled.lines[0].get_ydata(), y, rtol=1e-3)
 
 
+def test_cumulative_is_a_staircase_within_its_band(spectrum):
+    ax = plot.cumulative(spectrum, confidence=0.9)
+    x, y = ax.lines[0].get_data()
+    assert np.all(np.diff(x) > 0)
+    assert np.all(np.diff(y) >= -1e-6)
+    assert y[0] == 0
+    assert y[-1] == pytest.approx(1)
+    np.testing.assert_allclose(y[x < 1][-1], 0.99, rtol=1e-5)
+    (band,) = ax.collections
+    assert band.get_label() == "90 % bounds"
+    lower, upper = spectrum.bounds(jnp.asarray(x), 0.9)
+    corners = band.get_paths()[0].vertices[:, 1]
+    assert corners.min() == pytest.approx(float(lower.min()), abs=1e-6)
+    assert corners.max() == pytest.approx(float(upper.max()), abs=1e-6)
+    assert np.all((lower <= y + 1e-6) & (y <= upper + 1e-6))
+
+
 def test_layers_shows_trace_and_trace_per_parameter(traces):
     left, right = plot.layers(traces, PARAMS)
     assert [bar.get_width() for bar in left.patches] == [-2.0, 8.0]
@@ -90,6 +107,7 @@ def test_draws_on_given_axes_and_leaves_rc_params(spectrum, pairs, traces, tmp_p
     figure, axes = plt.subplots(3, 2)
     assert plot.density(spectrum, pairs, ax=axes[0, 0]) is axes[0, 0]
     assert plot.kept(PARAMS, ax=axes[0, 1]) is axes[0, 1]
+    assert plot.cumulative(spectrum, ax=axes[0, 1]) is axes[0, 1]
     assert plot.layers(traces, PARAMS, axes=axes[1]) == tuple(axes[1])
     assert plot.pruning_run([0, 1], [0.5, 0.6], [0.0, 0.9], axes=axes[2]) == tuple(axes[2])
     assert len(plt.get_fignums()) == 1

@@ -1,4 +1,4 @@
-"""Figures of the loss around the params, and of eigenvalues over training (extra `plots`)."""
+"""Figures of the loss around the params."""
 
 from typing import Any
 
@@ -10,9 +10,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 
 from hessjax.landscape import Landscape
-from hessjax.plot import _STYLE, BLUE, GREEN, GREY, ORANGE, Numbers, _axes, _number
-
-CURVES = (BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#E69F00")
+from hessjax.plot._style import BLUE, GREY, ORANGE, STYLE, axes_of, number
 
 
 def landscape(
@@ -46,16 +44,16 @@ def landscape(
     Example:
         >>> import jax.numpy as jnp
         >>> import hessjax as hj
-        >>> from hessjax import plot_landscape
+        >>> from hessjax import plot
         >>> def loss_fn(w):
         ...     return jnp.sum(w**2)
         >>> curve = hj.landscape(loss_fn, jnp.zeros(3), directions=jnp.ones(3))
-        >>> plot_landscape.landscape(curve).get_ylabel()
+        >>> plot.landscape(curve).get_ylabel()
         'loss'
     """
     losses = _finite(result, log)
     curve = losses.ndim == 1
-    with _axes(ax, figsize=(6.4, 4.2) if curve else (6.4, 5.2)) as (ax,):
+    with axes_of(ax, figsize=(6.4, 4.2) if curve else (6.4, 5.2)) as (ax,):
         if curve:
             _curve(ax, result, losses, log)
         else:
@@ -95,20 +93,20 @@ def landscape_surface(
     Example:
         >>> import jax.numpy as jnp
         >>> import hessjax as hj
-        >>> from hessjax import plot_landscape
+        >>> from hessjax import plot
         >>> def loss_fn(w):
         ...     return jnp.sum(w**2)
         >>> plane = hj.landscape(loss_fn, jnp.zeros(2), directions=jnp.eye(2))
-        >>> plot_landscape.landscape_surface(plane).get_zlabel()
+        >>> plot.landscape_surface(plane).get_zlabel()
         'loss'
     """
     losses = _finite(result, log)
     if losses.ndim != 2:
         raise ValueError("`result` must be of two directions, got one: `plot.landscape` draws its curve.")
     height = np.log10(losses) if log else losses
-    with plt.rc_context(_STYLE if ax is None else {}):
+    with plt.rc_context(STYLE if ax is None else {}):
         if ax is None:  # the layout engines leave a broad margin round three dimensions
-            ax = plt.figure(figsize=(6.4, 5.2)).add_axes((-0.04, 0.02, 0.98, 0.98), projection="3d")
+            ax = plt.figure(figsize=(6.4, 5.2)).addaxes_of((-0.04, 0.02, 0.98, 0.98), projection="3d")
         grid = np.meshgrid(*map(np.asarray, result.distances), indexing="ij")
         ax.plot_surface(*grid, height, cmap="viridis", rstride=1, cstride=1, lw=0.3, edgecolor="#00000030")
         for axis in (ax.xaxis, ax.yaxis, ax.zaxis):
@@ -119,87 +117,6 @@ def landscape_surface(
         ax.set_title("Loss across two directions", loc="left", x=0.08, y=0.92)
         ax.set_box_aspect(None, zoom=0.94)
     return ax
-
-
-def eigenvalues_over_training(
-    steps: Numbers,
-    values: Numbers,
-    residuals: Numbers | None = None,
-    threshold: float | Numbers | None = None,
-    ax: Axes | None = None,
-) -> Axes:
-    """The largest eigenvalues over training, against the threshold of stability.
-
-    Gradient descent with step size η is stable in a quadratic while λ < 2/η; in full-batch training the
-    largest eigenvalue rises until there and stays ("edge of stability").
-
-    Args:
-        steps: (n,) the updates at which they were measured.
-        values: (n,) or (n, k) eigenvalues, largest first: `pairs.values[:k]` of each step.
-        residuals: like `values`: some eigenvalue lies within this of each, drawn as a band.
-        threshold: 2/η, one number or (n,) with a schedule; drawn as a line. (With momentum β it is
-            2(1 + β)/η.)
-        ax: axes to draw on; a new figure by default.
-
-    Returns:
-        The axes; x in steps, y in loss per squared parameter.
-
-    Raises:
-        ValueError: `values`, `residuals` or `threshold` do not fit `steps`.
-
-    Cost:
-        Draws k lines of n points.
-
-    References:
-        Cohen, Kaur, Li, Kolter and Talwalkar (2021), Gradient descent on neural networks typically occurs
-        at the edge of stability.
-
-    Example:
-        >>> from hessjax import plot_landscape
-        >>> ax = plot_landscape.eigenvalues_over_training([0, 100, 200], [5.0, 15.0, 20.5], threshold=20.0)
-        >>> ax.get_ylabel()
-        'eigenvalue (loss per squared parameter)'
-    """
-    x, lines, doubt = _training(steps, values, residuals)
-    limit = None if threshold is None else np.asarray(threshold, float)
-    if limit is not None and limit.shape not in ((), x.shape):
-        raise ValueError(f"`threshold` must be one number or ({len(x)},), got {limit.shape}.")
-    with _axes(ax, figsize=(7.2, 4.2)) as (ax,):
-        for i, (line, error) in enumerate(zip(lines.T, doubt.T, strict=True)):
-            color = CURVES[i % len(CURVES)]
-            ax.plot(x, line, color=color, lw=1.8, label=f"λ{str(i + 1).translate(_SUBSCRIPTS)}")
-            ax.fill_between(x, line - error, line + error, color=color, alpha=0.22, lw=0)
-        if limit is not None:
-            ax.plot(
-                x,
-                np.broadcast_to(limit, x.shape),
-                color="#222222",
-                ls=(0, (5, 3)),
-                lw=1.4,
-                label="stability threshold 2/η",
-            )
-        ax.set_xlabel("step of training")
-        ax.set_ylabel("eigenvalue (loss per squared parameter)")
-        ax.set_title("Largest eigenvalues over training")
-        ax.margins(x=0.01)
-        ax.legend(loc="best")
-    return ax
-
-
-_SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
-
-
-def _training(steps: Any, values: Any, residuals: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Steps (n,), values (n, k), and residuals like them, zero where there are none."""
-    x, lines = np.asarray(steps), np.asarray(values, float)
-    doubt = np.zeros_like(lines) if residuals is None else np.asarray(residuals, float)
-    if x.ndim != 1 or lines.shape[:1] != x.shape or lines.ndim > 2:
-        raise ValueError(
-            f"`values` must be ({len(x)},) or ({len(x)}, k), a row for each step, got {lines.shape}."
-        )
-    if doubt.shape != lines.shape:
-        raise ValueError(f"`residuals` must have the shape of `values`, {lines.shape}, got {doubt.shape}.")
-    return x, lines.reshape(len(x), -1), doubt.reshape(len(x), -1)
 
 
 def _finite(result: Landscape, log: bool) -> np.ma.MaskedArray:
@@ -259,7 +176,7 @@ def _contours(ax: Axes, result: Landscape, losses: np.ma.MaskedArray, log: bool)
 
 
 def _as_number(value: float, _: Any) -> str:
-    return _number(float(value))
+    return number(float(value))
 
 
 def _levels(low: float, high: float, log: bool) -> np.ndarray:

@@ -1,0 +1,52 @@
+"""How all figures look: colours, the style of a new figure, numbers on an axis."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias
+
+import matplotlib.pyplot as plt
+import numpy as np
+from jaxtyping import ArrayLike
+from matplotlib.axes import Axes
+
+Numbers: TypeAlias = Sequence[float | int] | ArrayLike
+Pair: TypeAlias = Sequence[Axes] | np.ndarray
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6B6B6B"
+"""Colours that stay apart under every common colour blindness (Okabe and Ito, 2008)."""
+
+STYLE: dict[str, Any] = {
+    "font.size": 10.5,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.8,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "xtick.labelcolor": "#333333",
+    "ytick.labelcolor": "#333333",
+    "legend.frameon": False,
+}
+
+
+@contextlib.contextmanager
+def axes_of(axes: Any, rows: int = 1, columns: int = 1, **figure: Any) -> Iterator[list[Axes]]:
+    """The axes given, in their own style, or those of a new figure in ours."""
+    if axes is not None:
+        yield list(np.atleast_1d(np.asarray(axes, dtype=object)))
+        return
+    with plt.rc_context(STYLE):
+        _, made = plt.subplots(rows, columns, layout="constrained", **figure)
+        yield list(np.atleast_1d(made))
+
+
+def number(value: float) -> str:
+    """As it stands on an axis."""
+    return f"{value:.3g}".replace("-", "−")

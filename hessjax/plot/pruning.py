@@ -1,0 +1,97 @@
+"""Figures of pruning: a run over its steps, and what it leaves of every layer."""
+
+import jax
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import PercentFormatter
+
+from hessjax import _tree
+from hessjax._typing import Params
+from hessjax.plot._style import BLUE, GREEN, GREY, ORANGE, Numbers, Pair, axes_of
+
+
+def pruning_run(
+    steps: Numbers,
+    accuracy: Numbers,
+    sparsity: Numbers,
+    dense_accuracy: float | None = None,
+    axes: Pair | None = None,
+) -> tuple[Axes, Axes]:
+    """Accuracy above sparsity, over the steps of a run that prunes while it trains.
+
+    Args:
+        steps: (n,) the updates at which the two were measured.
+        accuracy: (n,) fraction of right answers.
+        sparsity: (n,) fraction of zeros.
+        dense_accuracy: accuracy before pruning, drawn as a line to compare with.
+        axes: two axes to draw on; a new figure by default.
+
+    Returns:
+        The two axes.
+
+    Cost:
+        Draws n points twice.
+
+    Example:
+        >>> from hessjax import plot
+        >>> upper, lower = plot.pruning_run([0, 50, 100], [0.98, 0.96, 0.97], [0.0, 0.8, 0.9], 0.98)
+        >>> lower.get_xlabel()
+        'step of fine-tuning'
+    """
+    x, y, zeros = map(np.asarray, (steps, accuracy, sparsity))
+    with axes_of(axes, 2, 1, figsize=(7.6, 5.0), sharex=True, height_ratios=(3, 2)) as (upper, lower):
+        if dense_accuracy is not None:
+            label = f"dense network, {dense_accuracy:.1%}"
+            upper.axhline(dense_accuracy, color=GREY, ls=(0, (5, 3)), lw=1.3, label=label)
+        upper.plot(x, y, color=BLUE, lw=1.8, label=f"pruned network, {y[-1]:.1%} at the end")
+        upper.legend(loc="lower right")
+        upper.set_ylabel("test accuracy")
+        upper.set_title("Pruning while fine-tuning")
+        lower.plot(x, zeros, color=ORANGE, lw=1.8, drawstyle="steps-post")
+        lower.fill_between(x, zeros, color=ORANGE, alpha=0.18, lw=0, step="post")
+        lower.set_ylim(0, 1)
+        lower.set_ylabel("weights at zero")
+        lower.set_xlabel("step of fine-tuning")
+        lower.margins(x=0.01)
+        for each in (upper, lower):
+            each.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    return upper, lower
+
+
+def kept(params: Params, ax: Axes | None = None) -> Axes:
+    """How much of every leaf is left: the fraction of weights that are not zero.
+
+    Args:
+        params: pruned params.
+        ax: axes to draw on; a new figure by default.
+
+    Returns:
+        The axes.
+
+    Cost:
+        Draws a bar for every leaf.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from hessjax import plot
+        >>> ax = plot.kept({"bias": jnp.ones(3), "kernel": jnp.array([[0.0, 1.0], [0.0, 0.0]])})
+        >>> [text.get_text() for text in ax.texts]
+        ['3 of 3', '1 of 4']
+    """
+    paths, leaves = _tree.leaf_paths(params), jax.tree.leaves(params)
+    left = np.array([np.count_nonzero(leaf) for leaf in leaves])
+    sizes = np.array([np.size(leaf) for leaf in leaves])
+    with axes_of(ax, figsize=(7.6, 0.36 * len(paths) + 1.6)) as (ax,):
+        rows = np.arange(len(paths))
+        ax.barh(rows, np.ones(len(rows)), color="#EEEEEE", height=0.62)
+        ax.barh(rows, left / np.maximum(sizes, 1), color=GREEN, height=0.62)
+        for row, number, size in zip(rows, left, sizes, strict=True):
+            ax.annotate(f"{number:,} of {size:,}", (1, row), (8, 0), textcoords="offset points", va="center")
+        ax.set_yticks(rows, paths)
+        ax.invert_yaxis()
+        ax.set_xlim(0, 1)
+        ax.grid(visible=False)
+        ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        ax.set_xlabel("weights that are not zero")
+        ax.set_title("What is left of every layer")
+    return ax
