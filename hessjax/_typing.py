@@ -47,7 +47,7 @@ class Estimate(NamedTuple):
 
     Attributes:
         mean: the estimate, in the units of what was estimated: a number, or a tree like the params.
-        stderr: standard error of the mean (sample deviation with `ddof=1`); infinite after one sample.
+        stderr: its standard error; infinite where too few samples were taken to tell.
         num_samples: how many samples entered.
         data_stderr: where the matvec is a mean over batches of data: the standard error that comes from
             the data being a sample, whatever the number of probes. None where it is not known.

@@ -106,7 +106,7 @@ def landscape_surface(
     height = np.log10(losses) if log else losses
     with plt.rc_context(STYLE if ax is None else {}):
         if ax is None:  # the layout engines leave a broad margin round three dimensions
-            ax = plt.figure(figsize=(6.4, 5.2)).addaxes_of((-0.04, 0.02, 0.98, 0.98), projection="3d")
+            ax = plt.figure(figsize=(6.4, 5.2)).add_axes((-0.04, 0.02, 0.98, 0.98), projection="3d")
         grid = np.meshgrid(*map(np.asarray, result.distances), indexing="ij")
         ax.plot_surface(*grid, height, cmap="viridis", rstride=1, cstride=1, lw=0.3, edgecolor="#00000030")
         for axis in (ax.xaxis, ax.yaxis, ax.zaxis):
