@@ -71,6 +71,9 @@ class Eigenpairs(NamedTuple):
         num_matvecs: how many products it took, those for the residuals included.
         data_stderr: (k,) where the matvec is a mean over batches of data: the standard error of the values
             that comes from the data being a sample, to first order. None where it is not known.
+        asymmetry: by how much the products contradicted each other, the largest |uᵀAv − vᵀAu| seen among
+            vectors of norm 1: far above the rounding errors of the values, the matvec is not symmetric, and
+            nothing here holds (`check` says where). None where it was not looked at.
     """
 
     values: Float[Array, " k"]
@@ -79,6 +82,7 @@ class Eigenpairs(NamedTuple):
     converged: Bool[Array, " k"]
     num_matvecs: Int[Array, ""]
     data_stderr: Float[Array, " k"] | None = None
+    asymmetry: Scalar | None = None
 
 
 class Forms(NamedTuple):

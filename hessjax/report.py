@@ -27,7 +27,8 @@ class LayerRow(NamedTuple):
         shape: its shape.
         parameters: how many weights it has.
         trace: trace of its diagonal block, in loss per squared parameter.
-        stderr: standard error of the trace.
+        stderr: standard error of the trace from the probes.
+        data_stderr: and from the data being a sample; None where it is not known.
         share: the trace over that of the whole Hessian.
         per_parameter: the trace over `parameters`: the mean eigenvalue of the block.
     """
@@ -37,6 +38,7 @@ class LayerRow(NamedTuple):
     parameters: int
     trace: float
     stderr: float
+    data_stderr: float | None
     share: float
     per_parameter: float
 
@@ -73,7 +75,8 @@ def _layer_row(path: str, leaf: Any, estimate: Any, total: float) -> LayerRow:
     trace, size = float(estimate.mean), int(np.size(leaf))
     share = trace / total if total else math.nan
     per_parameter = trace / size if size else math.nan
-    return LayerRow(path, np.shape(leaf), size, trace, float(estimate.stderr), share, per_parameter)
+    data = None if estimate.data_stderr is None else float(estimate.data_stderr)
+    return LayerRow(path, np.shape(leaf), size, trace, float(estimate.stderr), data, share, per_parameter)
 
 
 # -- tables --------------------------------------------------------------------------------------
@@ -90,16 +93,18 @@ def eigenvalue_table(pairs: Eigenpairs) -> Table:
         >>> eigenvalue_table(hj.eigenpairs(A, jax.random.key(0), jnp.zeros(50), k=2)).row_count
         4
     """
-    table = _table("Eigenvalues", "", "Eigenvalue", "Residual", "Converged")
-    for rank, (value, residual, converged) in enumerate(
-        zip(*map(np.asarray, _numbers(pairs)), strict=True), 1
-    ):
-        table.add_row(f"{rank}", f"{value:.5g}", f"{residual:.1e}", "yes" if converged else "[bold red]no")
+    table = _table("Eigenvalues", "", "Eigenvalue", "Residual", "Converged", "± data")
+    data = [None] * len(pairs.values) if pairs.data_stderr is None else pairs.data_stderr
+    columns = zip(pairs.values, pairs.residuals, pairs.converged, data, strict=True)
+    for rank, (value, residual, converged, of_data) in enumerate(jax.device_get(list(columns)), 1):
+        verdict = "yes" if converged else "[bold red]no"
+        table.add_row(f"{rank}", f"{value:.5g}", f"{residual:.1e}", verdict, _doubt(of_data))
     return table
 
 
-def _numbers(pairs: Eigenpairs) -> tuple[Any, Any, Any]:
-    return pairs.values, pairs.residuals, pairs.converged
+def _doubt(stderr: Any) -> str:
+    """The sampling error of the data, where it is known."""
+    return "" if stderr is None else f"{float(stderr):.2g}"
 
 
 def layer_table(traces: TraceByLeaf, params: Params) -> Table:
@@ -114,24 +119,24 @@ def layer_table(traces: TraceByLeaf, params: Params) -> Table:
         >>> layer_table(hj.trace_by_leaf(A, jax.random.key(0), params, num_probes=2), params).row_count
         2
     """
-    table = _table(
-        "Curvature by layer", "Layer", "Shape", "Parameters", "Trace", "± stderr", "Share %", "Per param."
-    )
+    headers = ("Layer", "Shape", "Params", "Trace", "± probes", "± data", "Share %", "Mean λ")
+    table = _table("Curvature by layer", *headers)
     for row in layer_rows(traces, params):
         shape = "×".join(map(str, row.shape))
         numbers = (
-            f"{row.trace:.4g}",
+            f"{row.trace:.3g}",
             f"{row.stderr:.2g}",
+            _doubt(row.data_stderr),
             f"{100 * row.share:.1f}",
-            f"{row.per_parameter:.2e}",
+            f"{row.per_parameter:.1e}",
         )
         table.add_row(row.path, shape, f"{row.parameters:,}", *numbers)
     total, size = traces.total, _tree.size(params)
     mean = float(total.mean)
     table.add_section()
     table.add_row(
-        "total", "", f"{size:,}", f"{mean:.4g}", f"{float(total.stderr):.2g}", "100.0", f"{mean / size:.2e}",
-        style="bold",
+        "total", "", f"{size:,}", f"{mean:.3g}", f"{float(total.stderr):.2g}", _doubt(total.data_stderr),
+        "100.0", f"{mean / size:.1e}", style="bold",
     )  # fmt: skip
     return table
 
@@ -215,7 +220,7 @@ def to_json(value: Any) -> Any:
         >>> import hessjax as hj
         >>> from hessjax.report import to_json
         >>> to_json(hj.Estimate(jnp.float32(1.5), jnp.float32(jnp.inf), jnp.int32(1)))
-        {'mean': 1.5, 'stderr': 'inf', 'num_samples': 1}
+        {'mean': 1.5, 'stderr': 'inf', 'num_samples': 1, 'data_stderr': None}
     """
     if hasattr(value, "_asdict"):
         value = value._asdict()

@@ -21,6 +21,7 @@ from hessjax.spectral.density import SpectralDensity
 from hessjax.spectral.trace import TraceByLeaf
 
 SPARSITY = 0.9
+DIRECTIONS = ("the eigenvector of λ₁", "the eigenvector of λ₂")
 BATCH = 128
 
 
@@ -32,14 +33,27 @@ class Settings(NamedTuple):
     num_eigenvalues: int
     num_probes: int
     num_lanczos: int
+    num_points: int
     tune_steps: int
 
 
 FULL = Settings(
-    train_steps=500, measured_examples=1437, num_eigenvalues=5, num_probes=100, num_lanczos=80, tune_steps=800
+    train_steps=500,
+    measured_examples=1437,
+    num_eigenvalues=5,
+    num_probes=100,
+    num_lanczos=120,
+    num_points=21,
+    tune_steps=800,
 )
 QUICK = Settings(
-    train_steps=300, measured_examples=256, num_eigenvalues=2, num_probes=20, num_lanczos=40, tune_steps=400
+    train_steps=300,
+    measured_examples=256,
+    num_eigenvalues=2,
+    num_probes=20,
+    num_lanczos=80,
+    num_points=11,
+    tune_steps=400,
 )
 
 
@@ -102,30 +116,36 @@ class Curvature(NamedTuple):
     """The measurements, each with its doubt, and the seconds each took."""
 
     eigenpairs: Eigenpairs
-    traces: TraceByLeaf
     density: SpectralDensity
+    traces: TraceByLeaf
+    landscape: hj.Landscape
     seconds: dict[str, float]
 
 
 def measure(params: Params, data: Digits, settings: Settings, key: Key) -> Curvature:
-    """Eigenvalues at both ends, traces and density of the Hessian of the training loss."""
+    """Spectrum and traces of the Hessian of the training loss, and the loss around the weights."""
     images, labels = (part[: settings.measured_examples] for part in data.train)
-    batches = [(images[i : i + 256], labels[i : i + 256]) for i in range(0, len(labels), 256)]
+    batches = [(images[i : i + BATCH], labels[i : i + BATCH]) for i in range(0, len(labels), BATCH)]
     matvec = hj.over_batches(lambda batch: hj.hessian(loss_fn, params, batch), batches)
-    keys, seconds = jax.random.split(key, 3), {}
+    keys, seconds = jax.random.split(key), {}
 
-    def timed(name: str, estimate: Callable[..., Any], key: Key, *args: Any) -> Any:
+    def timed(name: str, measurement: Callable[..., Any], *args: Any, **options: Any) -> Any:
         start = time.perf_counter()
-        result = jax.block_until_ready(
-            estimate(matvec, key, params, *args, callbacks=[hj.progress_bar(name)])
-        )
+        result = jax.block_until_ready(measurement(*args, **options))
         seconds[name] = time.perf_counter() - start
         return result
 
-    pairs = timed("eigenvalues", hj.eigenpairs, keys[0], settings.num_eigenvalues)
-    traces = timed("trace", hj.trace_by_leaf, keys[1], settings.num_probes)
-    density = timed("density", hj.spectral_density, keys[2], 1, settings.num_lanczos)
-    return Curvature(pairs, traces, density, seconds)
+    def estimated(name: str, estimate: Callable[..., Any], key: Key, *args: Any) -> Any:
+        return timed(name, estimate, matvec, key, params, *args, callbacks=[hj.progress_bar(name)])
+
+    pairs, density, _ = estimated(
+        "spectrum", hj.spectrum, keys[0], settings.num_eigenvalues, settings.num_lanczos
+    )
+    traces = estimated("trace", hj.trace_by_leaf, keys[1], settings.num_probes)
+    steepest = jax.tree.map(lambda rows: rows[:2], pairs.vectors)
+    plane = timed("landscape", hj.landscape, loss_fn, params, batches[0], directions=steepest,
+                  distances=np.linspace(-2, 2, settings.num_points), progress=True)  # fmt: skip
+    return Curvature(pairs, density, traces, plane, seconds)
 
 
 # -- pruning -------------------------------------------------------------------------------------
@@ -189,6 +209,7 @@ def tour(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
         "trace": curvature.traces.total,
         "layers": report.layer_rows(curvature.traces, params),
         "density": curvature.density,
+        "landscape": curvature.landscape,
         "pruning": tuning,
         "outcome": outcome,
         "summary": hj.summary(sparse),
@@ -227,6 +248,8 @@ def draw(
     zeros = [seen.sparsity for seen in tuning.quality]
     axes = {
         "density.png": plot.density(curvature.density, curvature.eigenpairs),
+        "cumulative.png": plot.cumulative(curvature.density),
+        "landscape.png": plot.landscape(curvature.landscape, labels=DIRECTIONS, log=True),
         "layers.png": plot.layers(curvature.traces, params)[0],
         "pruning.png": plot.pruning_run(tuning.steps, accuracy, zeros, dense_accuracy)[0],
         "kept.png": plot.kept(sparse),

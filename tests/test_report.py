@@ -12,11 +12,14 @@ import hessjax as hj
 from hessjax import report
 
 
-def estimate(mean, stderr):
-    return hj.Estimate(jnp.float32(mean), jnp.float32(stderr), jnp.int32(5))
+def estimate(mean, stderr, of_data=None):
+    of_data = None if of_data is None else jnp.float32(of_data)
+    return hj.Estimate(jnp.float32(mean), jnp.float32(stderr), jnp.int32(5), of_data)
 
 
-TRACES = hj.TraceByLeaf(estimate(8.0, 1.0), {"bias": estimate(2.0, 0.5), "kernel": estimate(6.0, jnp.inf)})
+TRACES = hj.TraceByLeaf(
+    estimate(8.0, 1.0), {"bias": estimate(2.0, 0.5, 0.125), "kernel": estimate(6.0, jnp.inf)}
+)
 PARAMS = {"bias": jnp.ones(2), "kernel": jnp.ones((2, 3))}
 
 
@@ -29,7 +32,7 @@ def printed(table):
 
 def test_layer_rows_add_up():
     rows = report.layer_rows(TRACES, PARAMS)
-    assert rows[0] == ("bias", (2,), 2, 2.0, 0.5, 0.25, 1.0)
+    assert rows[0] == ("bias", (2,), 2, 2.0, 0.5, 0.125, 0.25, 1.0)
     assert sum(row.share for row in rows) == 1.0
     assert rows[1].per_parameter == 1.0
 
@@ -43,6 +46,7 @@ def test_tables_show_the_doubt():
     assert "2.5e-01         no" in text
     text = printed(report.layer_table(TRACES, PARAMS))
     assert "2×3" in text
+    assert "0.12" in text
     assert "inf" in text
     assert "total" in text
     assert "90.00" in printed(report.accuracy_table({"sparse": (0.9, 0.97)}))
@@ -52,7 +56,7 @@ def test_json_is_strict_and_round_trips(tmp_path):
     record = {"a": TRACES.leaves, "b": (np.float32(0.5), jnp.arange(3), float("nan")), "c": None, "d": True}
     report.write_json(tmp_path / "report.json", record)
     back = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
-    assert back["a"]["kernel"] == {"mean": 6.0, "stderr": "inf", "num_samples": 5}
+    assert back["a"]["kernel"] == {"mean": 6.0, "stderr": "inf", "num_samples": 5, "data_stderr": None}
     assert back["b"] == [0.5, [0, 1, 2], "nan"]
     assert (back["c"], back["d"]) == (None, True)
 

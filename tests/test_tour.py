@@ -47,7 +47,7 @@ def test_layers_share_the_trace(record):
     assert sum(row["trace"] for row in rows) == pytest.approx(record["trace"]["mean"], rel=1e-4)
     assert sum(row["share"] for row in rows) == pytest.approx(1, rel=1e-4)
     assert sum(row["parameters"] for row in rows) == 21546
-    assert all(row["stderr"] > 0 for row in rows)
+    assert all(row["stderr"] > 0 and row["data_stderr"] > 0 for row in rows)
     assert record["trace"]["num_samples"] == 20
 
 
@@ -75,7 +75,7 @@ def test_pruned_network_is_exactly_sparse_and_good(record):
 def test_report_says_where_it_was_made(record):
     assert record["environment"]["versions"]["jax"] == jax.__version__
     assert (record["seed"], record["quick"]) == (0, True)
-    assert {"training", "eigenvalues", "trace", "density", "pruning", "all"} == set(record["seconds"])
+    assert {"training", "spectrum", "trace", "landscape", "pruning", "all"} == set(record["seconds"])
 
 
 def test_figures_are_pictures(out, record):

@@ -14,7 +14,13 @@ from hessjax.spectral.density import SpectralDensity
 from hessjax.spectral.trace import TraceByLeaf
 
 
-def density(density: SpectralDensity, eigenpairs: Eigenpairs | None = None, ax: Axes | None = None) -> Axes:
+def density(
+    density: SpectralDensity,
+    eigenpairs: Eigenpairs | None = None,
+    ax: Axes | None = None,
+    *,
+    linear: bool = False,
+) -> Axes:
     """The spectral density, bulk and outliers in one picture.
 
     The eigenvalue axis is linear near zero and logarithmic beyond (asinh); the curve is
@@ -25,9 +31,11 @@ def density(density: SpectralDensity, eigenpairs: Eigenpairs | None = None, ax: 
         density: from `hessjax.spectral_density`.
         eigenpairs: from `hessjax.eigenpairs`, of the same matvec.
         ax: axes to draw on; a new figure by default.
+        linear: a linear axis of eigenvalues instead, with `density.curve()`: outliers keep their distances,
+            and the bulk is a spike.
 
     Returns:
-        The axes; x in loss per squared parameter, y the share of eigenvalues per unit of the asinh axis.
+        The axes; x in loss per squared parameter, y the share of eigenvalues per unit of the axis.
 
     Cost:
         Draws a thousand points.
@@ -43,14 +51,16 @@ def density(density: SpectralDensity, eigenpairs: Eigenpairs | None = None, ax: 
     """
     top = float(np.max(np.abs(density.nodes))) or 1.0
     width = 8 / density.nodes.shape[1]  # about half the mean distance of the nodes on this axis
-    grid, share = map(np.asarray, density.signed_log_curve(threshold=1e-3 * top, bandwidth=width))
+    curve = density.curve() if linear else density.signed_log_curve(threshold=1e-3 * top, bandwidth=width)
+    grid, share = map(np.asarray, curve)
     floor = share.max() * 1e-7
     with axes_of(ax, figsize=(8.4, 4.4)) as (ax,):
         ax.fill_between(grid, floor, np.maximum(share, floor), color=BLUE, alpha=0.22, lw=0)
         ax.plot(grid, np.maximum(share, floor), color=BLUE, lw=1.6)
         ax.set_yscale("log")
         ax.set_ylim(floor * 3, share.max() * 3)
-        _signed_log_axis(ax, grid, 1e-3 * top)
+        if not linear:
+            _signed_log_axis(ax, grid, 1e-3 * top)
         ax.set_xlabel("eigenvalue (loss per squared parameter)")
         ax.set_ylabel("share of eigenvalues\nper unit of the axis")
         ax.set_title("Spectral density of the Hessian")

@@ -194,7 +194,8 @@ def _methods(wanted: int, which: str, block_size: int, tol: Tolerance) -> tuple[
         limit = tol.factor * scale(state) if isinstance(tol, Relative) else tol
         vectors = krylov.combine(state.space.basis, jnp.pad(coefficients, ((0, 0), (0, block_size))))
         vectors = state.packing.unpack_block(vectors)
-        return Eigenpairs(values, vectors, residuals, residuals <= limit, state.num_matvecs)
+        pairs = Eigenpairs(values, vectors, residuals, residuals <= limit, state.num_matvecs)
+        return pairs._replace(asymmetry=state.space.asymmetry)
 
     def error(state: LanczosState) -> Scalar:
         return jnp.max(_wanted(state.space, which, wanted)[2])
@@ -243,4 +244,4 @@ def _restart(space: Krylov, which: str, keep: int) -> Krylov:
     rotation = rotation.at[keep:, m:].set(jnp.eye(width, dtype=values.dtype))
     projected = jnp.zeros_like(space.projected).at[jnp.arange(keep), jnp.arange(keep)].set(values[best])
     projected = projected.at[keep : keep + width, :keep].set(space.coupling() @ vectors[:, best])
-    return Krylov(krylov.rotate(space.basis, rotation), projected, jnp.int32(keep))
+    return Krylov(krylov.rotate(space.basis, rotation), projected, jnp.int32(keep), space.asymmetry)

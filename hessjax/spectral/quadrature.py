@@ -43,7 +43,7 @@ class Recurrence(NamedTuple):
 
 def _restart_basis(space: Krylov, vectors: Block) -> Krylov:
     basis = krylov.write(space.basis, jnp.int32(0), _unit(_tree.row(vectors, 0)))
-    return Krylov(basis, jnp.zeros_like(space.projected), jnp.zeros_like(space.size))
+    return Krylov(basis, jnp.zeros_like(space.projected), jnp.zeros_like(space.size), space.asymmetry)
 
 
 def _extend_basis(space: Krylov, products: Block) -> Krylov:

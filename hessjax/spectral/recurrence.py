@@ -22,11 +22,13 @@ class Krylov(NamedTuple):
         basis: the rows of Q, then the pending ones; m + b in all.
         projected: (m + b, m) the components of the products, on and below the diagonal; zero above.
         size: how many rows have been multiplied.
+        asymmetry: the largest |qᵢᵀAqⱼ − qⱼᵀAqᵢ| seen; of the size of rounding errors if A is symmetric.
     """
 
     basis: krylov.Basis
     projected: Float[Array, "rows m"]
     size: Int[Array, ""]
+    asymmetry: Float[Array, ""]
 
     @property
     def capacity(self) -> int:
@@ -50,7 +52,8 @@ def start(block: Block, capacity: int) -> Krylov:
     for i, vector in enumerate(_tree.rows(krylov.orthonormal(block))):
         basis = krylov.write(basis, jnp.int32(i), vector)
     dtype = _tree.accumulator_dtype(block)
-    return Krylov(basis, jnp.zeros((capacity + width, capacity), dtype), jnp.int32(0))
+    projected = jnp.zeros((capacity + width, capacity), dtype)
+    return Krylov(basis, projected, jnp.int32(0), jnp.zeros((), dtype))
 
 
 def pending(space: Krylov) -> Block:
@@ -81,8 +84,11 @@ def extend(space: Krylov, product: Vector) -> Krylov:
     known = jnp.minimum(last, _tree.size(product))  # rows beyond the dimension hold nothing
     following, components, beta = krylov.orthogonalise(space.basis, known, residual, _tiny(T, product))
     column = components.at[k].add(alpha).at[last].set(beta, mode="drop")
+    mirrored = jnp.pad(T[k], (0, space.width))
+    asymmetry = jnp.max(jnp.abs(column.at[previous].add(back) - mirrored), where=index < k, initial=0)
     T = T.at[:, k].set(jnp.where(index >= k, column, T[:, k]))
-    return Krylov(krylov.write(space.basis, last, following), T, k + 1)
+    basis = krylov.write(space.basis, last, following)
+    return Krylov(basis, T, k + 1, jnp.maximum(space.asymmetry, asymmetry))
 
 
 def _tiny(projected: Array, product: Vector) -> Array:

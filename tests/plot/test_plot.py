@@ -57,6 +57,13 @@ def test_density_marks_every_eigenvalue_found(spectrum, pairs):
     assert ax.get_xlim()[1] > 8.0
 
 
+def test_density_on_a_linear_axis(spectrum):
+    ax = plot.density(spectrum, linear=True)
+    assert ax.get_xscale() == "linear"
+    grid, share = (np.asarray(x) for x in ax.lines[0].get_data())
+    np.testing.assert_allclose(np.trapezoid(share, grid), 1, rtol=1e-3)
+
+
 def test_density_scales_with_the_loss(spectrum):
     ax = plot.density(spectrum)
     scaled = plot.density(spectrum._replace(nodes=1e-6 * spectrum.nodes))

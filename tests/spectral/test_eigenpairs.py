@@ -107,3 +107,15 @@ def test_the_sampling_error_of_the_data(x64):
     np.testing.assert_allclose(errors.mean(axis=0), values.std(axis=0, ddof=1), rtol=0.35)
     one_batch = hj.hessian(oracles.loss_fn, params, oracles.batch())
     assert hj.eigenpairs(one_batch, KEY, params, k=1).data_stderr is None
+
+
+@pytest.mark.parametrize("block_size", [1, 3])
+def test_a_matvec_that_is_not_symmetric_shows(x64, block_size):
+    like = oracles.tree_like(60)
+    matrix, _ = oracles.symmetric(np.linspace(-1, 5, 60))
+    skew = np.random.default_rng(0).normal(size=(60, 60)) * 1e-3
+    find = lambda matrix: hj.eigenpairs(
+        oracles.matvec_of(matrix, like), KEY, like, k=2, basis_size=20, block_size=block_size
+    )
+    assert float(find(matrix).asymmetry) < 1e-13
+    assert 1e-4 < float(find(matrix + skew - skew.T).asymmetry) < 1e-1

@@ -1,0 +1,73 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+import hessjax as hj
+
+KEY = jax.random.key(0)
+VALUES = np.r_[np.linspace(0, 1, 196) ** 2, -3, 6, 8, 9]
+
+
+def problem(values=VALUES):
+    like = oracles.tree_like(len(values))
+    return oracles.matvec_of(oracles.symmetric(values)[0], like), like
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("on_device", [False, True])
+def test_one_run_gives_what_three_would(x64, on_device):
+    matvec, like = problem()
+    pairs, density, trace = hj.spectrum(matvec, KEY, like, k=2, num_matvecs=60, on_device=on_device)
+    np.testing.assert_allclose(pairs.values, [9, 8, VALUES[:196].min(), -3], atol=1e-4)
+    np.testing.assert_allclose(pairs.values[jnp.array([0, 1, 3])], [9, 8, -3], rtol=1e-10)
+    V, A = oracles.rows(pairs.vectors), oracles.symmetric(VALUES)[0]
+    true = np.linalg.norm(V @ A - np.asarray(pairs.values)[:, None] * V, axis=1)
+    np.testing.assert_allclose(true, pairs.residuals, atol=1e-10)
+    assert int(pairs.num_matvecs) == 64
+    assert int(density.num_matvecs) == 60
+    np.testing.assert_allclose(jnp.sum(density.weights), 1, rtol=1e-12)
+    np.testing.assert_allclose(trace.mean, 200 * density.moment(), rtol=1e-12)
+    assert abs(float(trace.mean) - VALUES.sum()) < 4 * float(trace.stderr)
+
+
+def test_all_steps_give_the_whole_spectrum(x64):
+    values = np.linspace(-1, 2, 12) ** 3
+    matvec, like = problem(values)
+    _, density, _ = hj.spectrum(matvec, KEY, like, k=2, num_matvecs=12)
+    np.testing.assert_allclose(density.nodes[0], values, atol=1e-11)
+    more = hj.spectrum(matvec, KEY, like, k=2, num_matvecs=20)
+    np.testing.assert_allclose(more.density.nodes[0], values, atol=1e-11)
+
+
+def test_bounds_and_error_bars_hold(x64):
+    """Over many start vectors, by one compiled program."""
+    matvec, like = problem()
+    run = jax.jit(lambda key: hj.spectrum(matvec, key, like, k=1, num_matvecs=20, on_device=True)[1:])
+    grid = np.linspace(-4, 10, 200)
+    truth = np.mean(VALUES[None, :] <= grid[:, None], axis=1)
+    outside, covered = 0, 0
+    for i in range(100):
+        density, trace = run(jax.random.key(i))
+        lower, upper = density.bounds(grid)
+        outside += bool(np.any((truth < lower) | (truth > upper)))
+        covered += abs(float(trace.mean) - VALUES.sum()) < 2 * float(trace.stderr)
+    assert outside <= 5
+    assert covered >= 85  # four outliers carry a third of the trace: see `SpectralDensity.trace_of`
+
+
+def test_a_mean_over_batches_carries_its_sampling_error(x64):
+    params, (x, y) = oracles.leaves(), oracles.batch(20)
+    batches = [(x[:8], y[:8]), (x[8:16], y[8:16]), (x[16:], y[16:])]
+    matvec = hj.over_batches(lambda b: hj.hessian(oracles.loss_fn, params, b), batches)
+    pairs = hj.spectrum(matvec, KEY, params, k=1, num_matvecs=10).eigenpairs
+    assert pairs.data_stderr.shape == (2,)
+    assert bool(jnp.all(pairs.data_stderr > 0))
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="`num_matvecs` must be at least 5, one more than the pairs wanted"):
+        hj.spectrum(lambda v: v, KEY, oracles.tree_like(9), k=2, num_matvecs=4)
+    with pytest.raises(ValueError, match="`k` must ask for at most 9 pairs"):
+        hj.spectrum(lambda v: v, KEY, oracles.tree_like(9), k=5, num_matvecs=11)
