@@ -49,7 +49,7 @@ def checkpoint(seed: int) -> models.Problem:
     """Everything made anew, as after a restart: model, loss, params, batch."""
     problem = models.small_conv_net(32)
     params = jax.tree.map(lambda x: x + 0.01 * models.normal(seed, x.shape), problem.params)
-    return models.Problem(problem.loss_fn, params, (models.images(32, (8, 8, 1), seed),))
+    return problem._replace(params=params, args=(models.images(32, (8, 8, 1), seed),))
 
 
 def changes(first: models.Problem, second: models.Problem) -> dict[str, tuple[Any, Any]]:
@@ -84,6 +84,14 @@ def product_of_a_part(point: models.Problem, data: models.Problem) -> Any:
     return hj.hessian(part.restrict(point.loss_fn), part.part, *data.args)(part.part)
 
 
+def gauss_newton_product(point: models.Problem, data: models.Problem) -> Any:
+    return hj.ggn(point.model_fn, models.cross_entropy, point.params, *data.args)(point.params)
+
+
+def empirical_fisher_product(point: models.Problem, data: models.Problem) -> Any:
+    return hj.empirical_fisher(point.loss_fn, point.params, *data.args)(point.params)
+
+
 def eigenpairs(point: models.Problem, data: models.Problem) -> Any:
     return hj.eigenpairs(hessian(point, data), jax.random.key(0), point.params, k=1, max_matvecs=10)
 
@@ -100,15 +108,33 @@ def spectral_density(point: models.Problem, data: models.Problem) -> Any:
     return hj.spectral_density(hessian(point, data), jax.random.key(0), point.params, num_matvecs=5)
 
 
+def spectrum(point: models.Problem, data: models.Problem) -> Any:
+    return hj.spectrum(hessian(point, data), jax.random.key(0), point.params, k=1, num_matvecs=5)
+
+
+def solve(point: models.Problem, data: models.Problem) -> Any:
+    return hj.solve(hessian(point, data), point.params, damping=float(point.params["Dense_0"]["bias"][0]) + 9,
+                    max_matvecs=3)  # fmt: skip
+
+
+def landscape(point: models.Problem, data: models.Problem) -> Any:
+    return hj.landscape(point.loss_fn, point.params, *data.args, directions=data.params, distances=[0.0, 1.0])
+
+
 USES = {
     "product": product,
     "linearized product": linearized_product,
     "product over batches": product_over_batches,
     "product of a part": product_of_a_part,
+    "Gauss-Newton product": gauss_newton_product,
+    "empirical Fisher product": empirical_fisher_product,
     "eigenpairs": eigenpairs,
     "trace": trace,
     "trace_by_leaf": trace_by_leaf,
     "spectral_density": spectral_density,
+    "spectrum": spectrum,
+    "solve": solve,
+    "landscape": landscape,
 }
 
 

@@ -9,7 +9,7 @@ import table
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 SCRIPTS = (
     "product_cost",
-    "lanczos_cost",
+    "estimator_cost",
     "eigenpairs_products",
     "trace_accuracy",
     "density_accuracy",

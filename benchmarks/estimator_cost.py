@@ -1,4 +1,4 @@
-"""What does Lanczos cost beyond its products?"""
+"""What do estimators cost beyond their products?"""
 
 import time
 from typing import Any
@@ -37,6 +37,7 @@ def measure(quick: bool) -> table.Measured:
     estimators = {
         f"slq(1, {num_matvecs})": hj.slq(1, num_matvecs),
         f"lanczos(3, basis_size={num_matvecs})": hj.lanczos(3, basis_size=num_matvecs),
+        "hutchinson_by_leaf()": hj.hutchinson_by_leaf(),
     }
     raw = {name: timed_run(x, matvec, problem.params, num_matvecs) for name, x in estimators.items()}
     return [figure_of(name, times, num_batches) for name, times in raw.items()], raw
