@@ -16,6 +16,8 @@ def eigenvalues_over_training(
     residuals: Numbers | None = None,
     threshold: float | Numbers | None = None,
     ax: Axes | None = None,
+    *,
+    threshold_label: str = "stability threshold 2/η",
 ) -> Axes:
     """The largest eigenvalues over training, against the threshold of stability.
 
@@ -27,8 +29,9 @@ def eigenvalues_over_training(
         values: (n,) or (n, k) eigenvalues, largest first: `pairs.values[:k]` of each step.
         residuals: like `values`: some eigenvalue lies within this of each, drawn as a band.
         threshold: 2/η, one number or (n,) with a schedule; drawn as a line. (With momentum β it is
-            2(1 + β)/η.)
+            2(1 + β)/η, for Adam see `adam_preconditioner`.)
         ax: axes to draw on; a new figure by default.
+        threshold_label: what the legend calls that line.
 
     Returns:
         The axes; x in steps, y in loss per squared parameter.
@@ -65,7 +68,7 @@ def eigenvalues_over_training(
                 color="#222222",
                 ls=(0, (5, 3)),
                 lw=1.4,
-                label="stability threshold 2/η",
+                label=threshold_label,
             )
         ax.set_xlabel("step of training")
         ax.set_ylabel("eigenvalue (loss per squared parameter)")

@@ -99,6 +99,8 @@ def test_eigenvalues_with_threshold_and_residuals():
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ["λ₁", "λ₂", "stability threshold 2/η"]
     assert first.get_color() != second.get_color()
     np.testing.assert_allclose(ax.collections[0].get_paths()[0].vertices[:, 1].max(), 5.5, rtol=1e-6)
+    ax = plot.eigenvalues_over_training(steps, values[:, 0], threshold=4.5, threshold_label="38/η")
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["λ₁", "38/η"]
 
 
 def test_bad_input():
