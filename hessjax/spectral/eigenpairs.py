@@ -57,8 +57,9 @@ def eigenpairs(
             known to many digits).
         basis_size: the most vectors kept, see `lanczos`.
         block_size: how many vectors a step multiplies: eigenvalues repeated that often are found as often.
-        start: block of vectors to start near: the `vectors` found a few training steps ago save most of
-            the products (for the largest eigenvalue, 2 to 5 instead of 10 to 15).
+        start: block of vectors to start near: the `vectors` found a few training steps ago save a third of
+            the products, or more where little has changed. Ask for a pair or two more than you watch: one
+            that is about to overtake the others is then among them.
         callbacks: see `run`.
         on_device: see `run`.
 
