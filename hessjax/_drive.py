@@ -132,8 +132,8 @@ def _update(update: Callable[..., Any], carry: Carry, products: Block) -> Carry:
     return Carry(state, carry.steps + (failed < 0), failed)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _error(estimator: Estimator, tol: Tolerance | None, state: Any) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnums=0)
+def _error(estimator: Estimator, tol: Any, state: Any) -> tuple[jax.Array, jax.Array]:
     """The error, and the target it has to reach."""
     error = jnp.asarray(estimator.error(state), jnp.result_type(float))
     if tol is None:
@@ -202,10 +202,13 @@ def _entered(callbacks: Sequence[Callback]) -> Iterator[None]:
         yield
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3, 4))
+@functools.partial(jax.jit, static_argnums=(0, 3))
 def loop_on_device(
-    estimator: Estimator, matvec: Matvec, like: Params, max_steps: int, tol: Tolerance | None, carry: Carry
+    estimator: Estimator, matvec: Matvec, like: Params, max_steps: int, tol: Any, carry: Carry
 ) -> Carry:
+    width = jax.tree.leaves(jax.eval_shape(estimator.query, carry.state))[0].shape[0]
+    look_every = max(1, CHECK_EVERY // width)
+
     def go_on(loop: tuple[Carry, jax.Array]) -> jax.Array:
         carry, satisfied = loop
         return (carry.steps < max_steps) & (carry.failed_leaf < 0) & ~satisfied
@@ -216,7 +219,7 @@ def loop_on_device(
         carry = _update(estimator.update, carry, _apply_block(matvec, block))
         if tol is None:
             return carry, jnp.asarray(False)
-        look_now = carry.steps % CHECK_EVERY == 0
+        look_now = carry.steps % look_every == 0
         return carry, look_now & jax.lax.cond(look_now, _satisfied, lambda _: jnp.asarray(False), carry.state)
 
     def _satisfied(state: Any) -> jax.Array:

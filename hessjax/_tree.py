@@ -27,6 +27,14 @@ def leaf_paths(tree: Any) -> list[str]:
     return [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
+def unique_paths(tree: Any, argument: str) -> list[str]:
+    """`leaf_paths`, each different from all others, or a ValueError."""
+    paths = leaf_paths(tree)
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"`{argument}` must have a path of its own for every leaf, got {', '.join(paths)}.")
+    return paths
+
+
 def match(tree: Any, where: Where, argument: str = "where") -> Any:
     """A tree of bools like `tree`: True where a leaf's path (and the leaf) satisfy `where`.
 

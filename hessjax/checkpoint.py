@@ -26,14 +26,15 @@ def checkpoint(path: str | os.PathLike[str], *, every: int = 10) -> "_Checkpoint
     Run the same script again after a kill: `run`, or any one-liner, finds the checkpoint, takes up the state
     and spends only the products that are left. The result is the one that the run would have had without
     the kill, to the last bit (on the same machine and software). A finished run is restored as such, without
-    a product; one stopped at `max_matvecs` goes on if that is now larger.
+    a product (those by which `eigenpairs`, `spectrum` and `solve` measure residuals are made again); one
+    stopped at `max_matvecs` goes on if that is now larger.
 
     A checkpoint belongs to one run. Another run is refused, and the checkpoint left as it is: other params
     (every bit counts), another random key, another estimator or settings of it that bear on its steps (a
-    tolerance may change), other numbers in the state it begins with (a right-hand side, a damping), and, for
-    a matvec that hessjax makes of one batch, another loss by name or another batch (16 numbers of each array
-    are compared). What is not noticed: a change in the code of a loss, and other data behind a matvec that
-    is just a function, or that streams batches.
+    tolerance may change, but for the solvers, which carry theirs along), other numbers in the state it begins
+    with (a right-hand side, a damping), and, for a matvec that hessjax makes of one batch, another loss by
+    name or another batch (16 numbers of each array are compared). What is not noticed: a change in the code
+    of a loss, and other data behind a matvec that is just a function, or that streams batches.
 
     Args:
         path: a folder of this run's own, made if it is not there. Delete it to start anew.

@@ -125,7 +125,8 @@ def run(
         )
     carry = start(estimator, key, like) if state is None else resume(state)
     beginning = Beginning(estimator, matvec, key, like, carry.state)
-    estimator = estimator._replace(init=_begun)  # it may carry arrays; the rest is what code is compiled for
+    read = estimator.result
+    estimator = estimator._replace(init=_begun, result=_begun)  # what is left is what loops are compiled for
     block = jax.eval_shape(estimator.query, carry.state)
     width = jax.tree.leaves(block)[0].shape[0]
     row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), block)
@@ -143,14 +144,14 @@ def run(
         carry = loop_on_host(
             estimator, matvec, like, max_matvecs // width, width, tol, callbacks, carry, steps
         )
-    result = read_result(estimator.result, carry.state)
+    result = read_result(read, carry.state)
     if not isinstance(carry.failed_leaf, jax.core.Tracer) and int(carry.failed_leaf) >= 0:
         raise _non_finite(carry, width, like, result)
     return result, carry.state
 
 
-def _begun(key: Key, like: Params) -> Any:
-    raise AssertionError("`init` is called once, before the first product")
+def _begun(*_: Any) -> Any:
+    raise AssertionError("`init` is called before the loop, `result` after it")
 
 
 def checked_tolerance(tol: Any) -> Tolerance | None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from hessjax import _tree
 from hessjax._typing import Block, LossFn, Params, Vector
-from hessjax.curvature.batches import leading_axis
+from hessjax.curvature.batches import check_batches, count_examples, leading_axis
 from hessjax.curvature.product import at_precision, scalar
 from hessjax.spectral.sampling import sampling_error
 
@@ -193,16 +193,10 @@ def _sources(args: tuple[Any, ...], batches: Any, num_examples: Any) -> Iterator
     if batches is None:
         yield 1, args
         return
-    if not isinstance(batches, Iterable) or isinstance(batches, (str, Mapping)):
-        raise TypeError(
-            f"`batches` must be an iterable of batches, got {type(batches).__name__}; put one batch into a "
-            "list, or pass it as an argument of the loss."
-        )
+    check_batches(batches)
     index = -1
     for index, batch in enumerate(batches):
-        weight = num_examples(batch)
-        if weight < 1:
-            raise ValueError(f"every batch must hold at least one example, but batch {index} has {weight}.")
+        weight = count_examples(num_examples, batch, index)
         yield weight, (jax.device_put(batch), *args)
     if index < 0:
         raise ValueError("`batches` must hold at least one batch, got none.")

@@ -99,6 +99,10 @@ def eigenvalue_table(pairs: Eigenpairs) -> Table:
     for rank, (value, residual, converged, of_data) in enumerate(jax.device_get(list(columns)), 1):
         verdict = "yes" if converged else "[bold red]no"
         table.add_row(f"{rank}", f"{value:.5g}", f"{residual:.1e}", verdict, _doubt(of_data))
+    if pairs.asymmetry is not None and pairs.asymmetry > 1e-3 * np.max(np.abs(pairs.values), initial=0):
+        table.caption = (
+            f"[bold red]The matvec is not symmetric (by {float(pairs.asymmetry):.1e}): see hj.check."
+        )
     return table
 
 

@@ -311,3 +311,24 @@ def test_bad_input(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "folder"):
         with pytest.raises(OSError, match="`path` of `checkpoint` must be a folder to write to, got"):
             hj.trace(never, KEY, jnp.zeros(3), 5, callbacks=[hj.checkpoint(path)])
+
+
+def test_traces_over_batches_resume_without_the_error_they_cannot_know(tmp_path):
+    """The sampling error needs the products of the whole run; a restored one has not seen them."""
+    params, (x, y) = oracles.leaves(), oracles.batch(9)
+    matvec = hj.over_batches(
+        lambda b: hj.hessian(oracles.loss_fn, params, b), [(x[:5], y[:5]), (x[5:], y[5:])]
+    )
+    first, again, more = (
+        hj.trace(matvec, KEY, params, n, callbacks=[hj.checkpoint(tmp_path)]) for n in (10, 10, 15)
+    )
+    assert first.data_stderr is not None
+    assert (again.data_stderr, more.data_stderr) == (None, None)
+    assert float(again.mean) == float(first.mean)
+
+
+def test_densities_by_leaf_are_several_runs(tmp_path):
+    with pytest.raises(ValueError, match="`callbacks` must not hold a `checkpoint`"):
+        hj.spectral_density_by_leaf(
+            lambda v: v, KEY, oracles.leaves(), 1, 2, callbacks=[hj.checkpoint(tmp_path)]
+        )

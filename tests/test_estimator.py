@@ -288,3 +288,20 @@ def _power_update(state, products):
 
 def _power_result(state):
     return jnp.linalg.norm(state[0])
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_another_tolerance_compiles_no_loop_anew(compilations, on_device):
+    matvec, like = problem(dtype=jnp.float32)
+    for tol in (1e-3, 2e-3):
+        del compilations[:]
+        hj.run(
+            hj.lanczos(2, basis_size=8, tol=0.1),
+            matvec,
+            KEY,
+            like,
+            max_matvecs=10,
+            tol=tol,
+            on_device=on_device,
+        )
+    assert not compilations

@@ -80,3 +80,11 @@ def test_environment_names_versions_and_device():
     found = report.environment()
     assert {"jax", "flax", "optax"} <= set(found["versions"])
     assert found["device"]
+
+
+def test_the_table_says_when_the_matvec_is_not_symmetric():
+    pairs = hj.Eigenpairs(jnp.array([2.0]), None, jnp.array([1e-6]), jnp.array([True]), jnp.int32(9))
+    assert "not symmetric" not in printed(
+        report.eigenvalue_table(pairs._replace(asymmetry=jnp.float32(1e-6)))
+    )
+    assert "not symmetric" in printed(report.eigenvalue_table(pairs._replace(asymmetry=jnp.float32(0.1))))

@@ -15,6 +15,7 @@ from hessjax._typing import Key, LossFn, Matvec, Params, Vector
 from hessjax.checks.differences import Comparison, compare_gradient, compare_product, loss_and_gradient
 from hessjax.checks.repeats import compare_passes
 from hessjax.checks.rows import Check, CheckRow, dtypes, named
+from hessjax.curvature.batches import check_reiterable
 from hessjax.curvature.hessian import hessian
 from hessjax.curvature.product import at_precision, scalar
 from hessjax.spectral.probes import gaussian
@@ -85,6 +86,7 @@ def check(
     key = jax.random.key(0) if key is None else key
     rows = []
     if batches is not None:
+        check_reiterable(batches)
         changed, detail = compare_passes(batches)
         rows.append(CheckRow("same data", changed == 0, changed, 0, detail))
         args = (_first(batches), *args)

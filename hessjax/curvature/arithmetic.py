@@ -30,7 +30,8 @@ def weighted_sum(matvecs: Sequence[Matvec], weights: Any = None, shift: Any = 0.
 
     Returns:
         The matvec, a pytree as its parts are: other weights, shifts or parts of the same shapes compile
-        nothing anew. It can be traced if all its parts can.
+        nothing anew. It can be traced if all its parts can. (Of a part that is `over_batches`, the sampling
+        error does not come through.)
 
     Raises:
         ValueError: no matvecs, or not as many weights.

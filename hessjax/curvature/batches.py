@@ -33,6 +33,35 @@ def leading_axis(batch: Any, advice: str = COUNTED_OTHERWISE) -> int:
     return next(iter(lengths.values()))
 
 
+def check_batches(batches: Any) -> None:
+    """Raise a TypeError for what is no iterable of batches."""
+    if not isinstance(batches, Iterable) or isinstance(batches, (str, Mapping)):
+        raise TypeError(
+            f"`batches` must be an iterable of batches, got {type(batches).__name__}; "
+            "put one batch into a list."
+        )
+
+
+def check_reiterable(batches: Any) -> None:
+    """Raise a TypeError for what cannot be iterated, or only once."""
+    check_batches(batches)
+    if isinstance(batches, Iterator):
+        raise TypeError(
+            "`batches` must start afresh at every product, but this iterator can be used only once: "
+            "pass a list, or an object whose `__iter__` opens the data anew."
+        )
+
+
+def count_examples(num_examples: Callable[[Any], int], batch: Any, index: int) -> int:
+    """The number of examples in batch `index`, at least one."""
+    counted = num_examples(batch)
+    if (weight := int(counted)) != counted:
+        raise ValueError(f"`num_examples` must give a whole number, got {counted} for batch {index}.")
+    if weight < 1:
+        raise ValueError(f"every batch must hold at least one example, but batch {index} has {weight}.")
+    return weight
+
+
 def over_batches(
     make_matvec: Callable[[Any], Matvec],
     batches: Iterable[Any],
@@ -54,7 +83,8 @@ def over_batches(
     Returns:
         A matvec to be called from the host: it passes over the data once for every product. It keeps no
         batch, and cannot be traced (`on_device=True` needs a matvec of one batch). What `eigenpairs` and
-        `trace` make of it carries the sampling error of the data beside their own.
+        `trace` make of it carries the sampling error of the data beside their own: for `trace` the batches
+        must then come in the same order every time.
 
     Raises:
         TypeError: `batches` cannot be iterated, or only once.
@@ -73,16 +103,7 @@ def over_batches(
         >>> float(A(jnp.array(1.0)))
         3.0
     """
-    if not isinstance(batches, Iterable) or isinstance(batches, (str, Mapping)):
-        raise TypeError(
-            f"`batches` must be an iterable of batches, "
-            f"got {type(batches).__name__}; put one batch into a list."
-        )
-    if isinstance(batches, Iterator):
-        raise TypeError(
-            "`batches` must start afresh at every product, but this iterator can be used only once: "
-            "pass a list, or an object whose `__iter__` opens the data anew."
-        )
+    check_reiterable(batches)
     return _BatchMean(make_matvec, batches, num_examples)
 
 
@@ -115,17 +136,9 @@ class _BatchMean:
             )
         index = -1
         for index, batch in enumerate(self.batches):
-            yield self._count(batch, index), self.make_matvec(batch)(vector)
+            yield count_examples(self.num_examples, batch, index), self.make_matvec(batch)(vector)
         if index < 0:
             raise ValueError("`batches` must hold at least one batch, got none.")
-
-    def _count(self, batch: Any, index: int) -> int:
-        counted = self.num_examples(batch)
-        if (weight := int(counted)) != counted:
-            raise ValueError(f"`num_examples` must give a whole number, got {counted} for batch {index}.")
-        if weight < 1:
-            raise ValueError(f"every batch must hold at least one example, but batch {index} has {weight}.")
-        return weight
 
 
 @jax.jit

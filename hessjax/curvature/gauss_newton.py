@@ -193,16 +193,29 @@ def _linearize(
     with at_precision(precision):
         outputs, pullback = jax.vjp(lambda p: model_fn(p, *args), params)
         _check_outputs(outputs)
-        return Partial(_through, pullback, outputs, curvature(outputs, args))
+        return Partial(_Through(precision), pullback, outputs, curvature(outputs, args))
 
 
-def _through(
-    pullback: Callable[[Any], tuple[Vector]], outputs: Any, middle: Callable[[Any], Any], vector: Vector
-) -> Vector:
-    # J is the pullback's own transpose: the operations of a jvp, and a `custom_vjp` in the model is no
-    # obstacle. One set of activations serves both directions.
-    tangents = jax.vjp(pullback, outputs)[1]((vector,))[0]
-    return pullback(_tree.cast_like(middle(tangents), tangents))[0]
+@dataclasses.dataclass(frozen=True)
+class _Through:
+    """v ↦ JᵀCJv.
+
+    J is the pullback's own transpose: the operations of a jvp, and a `custom_vjp` in the model is no
+    obstacle. One set of activations serves both directions.
+    """
+
+    precision: str | None
+
+    def __call__(
+        self,
+        pullback: Callable[[Any], tuple[Vector]],
+        outputs: Any,
+        middle: Callable[[Any], Any],
+        vector: Vector,
+    ) -> Vector:
+        with at_precision(self.precision):
+            tangents = jax.vjp(pullback, outputs)[1]((vector,))[0]
+            return pullback(_tree.cast_like(middle(tangents), tangents))[0]
 
 
 def _check_outputs(outputs: Any) -> None:

@@ -88,7 +88,8 @@ class SpectralDensity(NamedTuple):
         )
         deviation = sphere_deviation(self.dimension, self.num_probes, confidence)
         lower, upper = self._mean(lower) - deviation, self._mean(upper) + deviation
-        return jnp.clip(lower, 0, 1), jnp.clip(upper, 0, 1)
+        known = self.num_probes > 0
+        return jnp.where(known, jnp.clip(lower, 0, 1), 0), jnp.where(known, jnp.clip(upper, 0, 1), 1)
 
     # -- functions of the matrix ------------------------------------------------------------------
 
@@ -133,6 +134,7 @@ class SpectralDensity(NamedTuple):
         means = jnp.sum(self.weights * values, axis=1)
         spreads = jnp.sum(self.weights * (values - means[:, None]) ** 2, axis=1)
         stderr = jnp.sqrt(2 * self.dimension * self._mean(spreads) / jnp.maximum(self.num_probes, 1))
+        stderr = jnp.where(self.num_probes > 0, stderr, jnp.inf)
         return Estimate(self.dimension * self._mean(means), stderr, self.num_probes)
 
     def log_determinant(self, damping: Number = 0.0) -> Estimate:
@@ -260,10 +262,10 @@ class SpectralDensity(NamedTuple):
         return jnp.sinh(u) * unit, self._mean(smooth)
 
     def _mean(self, values: Array) -> Array:
-        """The mean over the probes that took place."""
+        """The mean over the probes that took place; NaN if none did."""
         took_place = jnp.arange(len(values)) < self.num_probes
         took_place = took_place.reshape(-1, *[1] * (values.ndim - 1))
-        return jnp.sum(jnp.where(took_place, values, 0), axis=0) / jnp.maximum(self.num_probes, 1)
+        return jnp.sum(jnp.where(took_place, values, 0), axis=0) / self.num_probes
 
 
 def _check_at_least(argument: str, number: Any, least: int) -> None:

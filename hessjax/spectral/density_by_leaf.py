@@ -44,7 +44,7 @@ def spectral_density_by_leaf(
         reorthogonalise: see `slq`. Off by default: a basis of vectors of full length is a lot of memory for
             one leaf's numbers.
         at_once: see `slq`.
-        callbacks: see `run`; they hear of one run for each leaf.
+        callbacks: see `run`; they hear of one run for each leaf, so `checkpoint` is refused.
         on_device: see `run`.
 
     Returns:
@@ -67,9 +67,12 @@ def spectral_density_by_leaf(
         >>> {path: round(float(density.moment()), 5) for path, density in densities.items()}
         {'bias': 2.0, 'kernel': 3.0}
     """
-    paths, leaves = _tree.leaf_paths(like), jax.tree.leaves(like)
-    if len(set(paths)) < len(paths):
-        raise ValueError(f"`like` must have a path of its own for every leaf, got {', '.join(paths)}.")
+    paths, leaves = _tree.unique_paths(like, "like"), jax.tree.leaves(like)
+    if any(hasattr(callback, "restore") for callback in callbacks):
+        raise ValueError(
+            "`callbacks` must not hold a `checkpoint`, which is of one run: this makes one for every leaf. "
+            "For checkpoints take the densities of `hessjax.select(params, path)` one by one."
+        )
     estimator = slq(num_probes, num_matvecs, probe=probe, reorthogonalise=reorthogonalise, at_once=at_once)
 
     def density_of(index: int) -> SpectralDensity:

@@ -13,6 +13,7 @@ from hessjax._drive import Callback
 from hessjax._typing import Block, Estimate, Estimator, Key, Matvec, Params, Scalar, Tolerance
 from hessjax.estimator import run
 from hessjax.spectral import moments
+from hessjax.spectral.hutchinson import check_num_probes
 from hessjax.spectral.probes import Probe, rademacher
 
 
@@ -150,8 +151,7 @@ def diagonal(
         >>> jax.tree.map(lambda x: x.tolist(), hj.diagonal(A, jax.random.key(0), like, num_probes=2).mean)
         {'bias': [2.0, 2.0], 'scale': -1.0}
     """
-    if num_probes < 1:
-        raise ValueError(f"`num_probes` must be at least 1, got {num_probes}.")
+    check_num_probes(num_probes)
     return run(
         hutchinson_diagonal(probe),
         matvec,

@@ -12,6 +12,7 @@ from hessjax._drive import Callback
 from hessjax._typing import Block, Estimate, Estimator, Key, Matvec, Params, Scalar, Tolerance
 from hessjax.estimator import run
 from hessjax.spectral import moments
+from hessjax.spectral.hutchinson import check_num_probes
 from hessjax.spectral.probes import Probe, rademacher
 
 
@@ -21,11 +22,13 @@ class FrobeniusState(NamedTuple):
     Attributes:
         key: random key; sample i uses `fold_in(key, i)`.
         probe: the vector to be multiplied next.
-        samples: moments of ‖Av‖².
+        unit: the first ‖Av‖; squares of their squares would leave float32.
+        samples: moments of ‖Av‖² in that unit.
     """
 
     key: Key
     probe: Any
+    unit: Scalar
     samples: moments.Moments
 
 
@@ -57,30 +60,36 @@ def hutchinson_frobenius(probe: Probe = rademacher) -> Estimator:
 
     def init(key: Key, like: Params) -> FrobeniusState:
         zero = jnp.zeros((), _tree.accumulator_dtype(like))
-        return FrobeniusState(key, probe(jax.random.fold_in(key, 0), like), moments.no_samples(zero))
+        return FrobeniusState(key, probe(jax.random.fold_in(key, 0), like), zero, moments.no_samples(zero))
 
     def query(state: FrobeniusState) -> Block:
         return jax.tree.map(lambda x: x[None], state.probe)
 
     def update(state: FrobeniusState, products: Block) -> FrobeniusState:
-        product = _tree.row(products, 0)
-        samples = moments.push(state.samples, _tree.inner(product, product))
-        return FrobeniusState(
-            state.key, probe(jax.random.fold_in(state.key, samples.num_samples), state.probe), samples
-        )
+        norm = _tree.norm(_tree.row(products, 0))
+        unit = jnp.where(state.unit > 0, state.unit, norm)
+        samples = moments.push(state.samples, (norm / jnp.where(unit > 0, unit, 1)) ** 2)
+        following = probe(jax.random.fold_in(state.key, samples.num_samples), state.probe)
+        return FrobeniusState(state.key, following, unit, samples)
 
     def result(state: FrobeniusState) -> Estimate:
         square = moments.estimate(state.samples)
         norm = jnp.sqrt(square.mean)
-        return Estimate(norm, square.stderr / jnp.where(norm > 0, 2 * norm, 1), square.num_samples)
+        stderr = square.stderr / jnp.where(norm > 0, 2 * norm, 1)
+        return square._replace(mean=_in(state.unit, norm), stderr=_in(state.unit, stderr))
 
     def error(state: FrobeniusState) -> Scalar:
         return moments.stopping_error(result(state).stderr, state.samples.num_samples)
 
     def scale(state: FrobeniusState) -> Scalar:
-        return jnp.sqrt(state.samples.mean)
+        return state.unit * jnp.sqrt(state.samples.mean)
 
     return Estimator(init, query, update, result, error, scale)
+
+
+def _in(unit: Scalar, number: Scalar) -> Scalar:
+    """The number in units that are 0 only while every product was: infinities stay what they are."""
+    return jnp.where(jnp.isfinite(number), unit * number, number)
 
 
 def frobenius_norm(
@@ -125,8 +134,7 @@ def frobenius_norm(
         >>> float(hj.frobenius_norm(A, jax.random.key(0), jnp.zeros(2), num_probes=2).mean)
         5.0
     """
-    if num_probes < 1:
-        raise ValueError(f"`num_probes` must be at least 1, got {num_probes}.")
+    check_num_probes(num_probes)
     return run(
         hutchinson_frobenius(probe),
         matvec,

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Int
 from hessjax import _tree
 from hessjax._packing import Packing
 from hessjax._typing import Block, Eigenpairs, Estimator, Key, Params, Relative, Scalar, Tolerance, Vector
+from hessjax.estimator import checked_tolerance
 from hessjax.spectral import krylov
 from hessjax.spectral.probes import gaussian
 from hessjax.spectral.recurrence import Krylov, extend, pending, ritz
@@ -110,9 +111,12 @@ def lanczos(
     for name, number in (("k", k), ("block_size", block_size)):
         if operator.index(number) < 1:
             raise ValueError(f"`{name}` must be at least 1, got {number}.")
+    if (checked := checked_tolerance(tol)) is None:
+        raise ValueError("`tol` must be a number or `relative(r)`: it decides what counts as converged.")
     wanted = num_wanted(k, which)
     begin = Partial(_Begin(wanted, which, basis_size, block_size), start)
-    return Estimator(begin, *_methods(wanted, which, block_size, tol))
+    query, update, error, scale = _methods(wanted, which, block_size)
+    return Estimator(begin, query, update, _result(wanted, which, block_size, checked), error, scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,8 +176,8 @@ def _near(vector: Vector, noise: Vector) -> Vector:
 
 
 @functools.lru_cache(maxsize=64)
-def _methods(wanted: int, which: str, block_size: int, tol: Tolerance) -> tuple[Callable[..., Any], ...]:
-    """All of the estimator but its `init`: one set of functions, and compiled code, for equal settings."""
+def _methods(wanted: int, which: str, block_size: int) -> tuple[Callable[..., Any], ...]:
+    """`query`, `update`, `error` and `scale`: one set of functions, and compiled code, for equal settings."""
 
     def query(state: LanczosState) -> Block:
         return state.packing.unpack_block(pending(state.space))
@@ -189,22 +193,30 @@ def _methods(wanted: int, which: str, block_size: int, tol: Tolerance) -> tuple[
             )
         return LanczosState(space, state.packing, state.num_matvecs + block_size)
 
+    def error(state: LanczosState) -> Scalar:
+        return jnp.max(_wanted(state.space, which, wanted)[2])
+
+    return query, update, error, _scale
+
+
+def _scale(state: LanczosState) -> Scalar:
+    values, _ = ritz(state.space)
+    return jnp.max(jnp.abs(jnp.where(jnp.arange(values.shape[0]) < state.space.size, values, 0)))
+
+
+@functools.lru_cache(maxsize=64)
+def _result(wanted: int, which: str, block_size: int, tol: Tolerance) -> Callable[..., Eigenpairs]:
+    """`result`, which alone depends on the tolerance."""
+
     def result(state: LanczosState) -> Eigenpairs:
         values, coefficients, residuals = _wanted(state.space, which, wanted)
-        limit = tol.factor * scale(state) if isinstance(tol, Relative) else tol
+        limit = tol.factor * _scale(state) if isinstance(tol, Relative) else tol
         vectors = krylov.combine(state.space.basis, jnp.pad(coefficients, ((0, 0), (0, block_size))))
         vectors = state.packing.unpack_block(vectors)
         pairs = Eigenpairs(values, vectors, residuals, residuals <= limit, state.num_matvecs)
         return pairs._replace(asymmetry=state.space.asymmetry)
 
-    def error(state: LanczosState) -> Scalar:
-        return jnp.max(_wanted(state.space, which, wanted)[2])
-
-    def scale(state: LanczosState) -> Scalar:
-        values, _ = ritz(state.space)
-        return jnp.max(jnp.abs(jnp.where(jnp.arange(values.shape[0]) < state.space.size, values, 0)))
-
-    return query, update, result, error, scale
+    return result
 
 
 def _absorb(space: Krylov, product: Vector, *, which: str, wanted: int, dimension: int) -> Krylov:

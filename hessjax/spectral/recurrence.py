@@ -81,7 +81,7 @@ def extend(space: Krylov, product: Vector) -> Krylov:
     back = jnp.where(k >= space.width, T[k, previous], 0)
     residual = _tree.add_scaled(product, -alpha, row)
     residual = _tree.add_scaled(residual, -back, krylov.read(space.basis, previous))
-    known = jnp.minimum(last, _tree.size(product))  # rows beyond the dimension hold nothing
+    known = jnp.minimum(last, min(_tree.size(product), len(T)))  # rows beyond the dimension hold nothing
     following, components, beta = krylov.orthogonalise(space.basis, known, residual, _tiny(T, product))
     column = components.at[k].add(alpha).at[last].set(beta, mode="drop")
     mirrored = jnp.pad(T[k], (0, space.width))

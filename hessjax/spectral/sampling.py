@@ -21,8 +21,10 @@ class Watched:
         self._seen.append(forms)
         return product
 
-    def forms(self) -> Forms:
-        """The mean over the products."""
+    def forms(self, num_products: Any) -> Forms | None:
+        """The mean over that many products; None if some were made elsewhere, in a run since restored."""
+        if len(self._seen) != int(num_products):
+            return None
         parts = jnp.mean(jnp.stack([forms.parts for forms in self._seen]), axis=0)
         return Forms(parts, self._seen[0].weights)
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hessjax import _tree
 from hessjax._drive import Callback
 from hessjax._typing import Eigenpairs, Estimate, Key, Matvec, Params, Relative, Tolerance
 from hessjax.estimator import run
@@ -61,7 +62,7 @@ def spectrum(
         `Spectrum(eigenpairs, density, trace)`.
 
     Raises:
-        ValueError: `num_matvecs` below 2k + 1, or more pairs wanted than there are parameters.
+        ValueError: `num_matvecs` below 2k + 1, or above the number of parameters.
         NonFiniteProductError: see `run`.
 
     Cost:
@@ -82,6 +83,10 @@ def spectrum(
     if num_matvecs < 2 * k + 1:
         raise ValueError(
             f"`num_matvecs` must be at least {2 * k + 1}, one more than the pairs wanted, got {num_matvecs}."
+        )
+    if num_matvecs > (size := _tree.size(like)):
+        raise ValueError(
+            f"`num_matvecs` must be at most {size}, the number of parameters, got {num_matvecs}."
         )
     estimator = lanczos(k, basis_size=num_matvecs + 1, tol=tol)  # one more than it will fill: no restart
     pairs, state = run(

@@ -12,7 +12,7 @@ from hessjax import _tree
 from hessjax._drive import Callback
 from hessjax._typing import BatchMatvec, Estimate, Estimator, Forms, Key, Matvec, Params, Tolerance, Where
 from hessjax.estimator import run
-from hessjax.spectral.hutchinson import hutchinson_by_leaf
+from hessjax.spectral.hutchinson import check_num_probes, hutchinson, hutchinson_by_leaf
 from hessjax.spectral.probes import Probe, rademacher
 from hessjax.spectral.sampling import Watched, sampling_error
 
@@ -80,18 +80,18 @@ def trace(
         >>> round(float(hj.trace(A, jax.random.key(0), jnp.zeros(10), 20, estimator=hj.xtrace).mean), 3)
         55.0
     """
-    if estimator is None:
+    if estimator is None and isinstance(matvec, BatchMatvec):
         return trace_by_leaf(
             matvec, key, like, num_probes, tol=tol, probe=probe, callbacks=callbacks, on_device=on_device
         ).total
-    _check_num_probes(num_probes)
-    if probe is not rademacher:
+    check_num_probes(num_probes)
+    if estimator is not None and probe is not rademacher:
         raise ValueError(
             "`probe` must be left out with `estimator`: where the estimator takes one, bind it, as in "
             "`functools.partial(hj.hutchpp, probe=hj.gaussian)`."
         )
     return run(
-        estimator(num_probes),
+        hutchinson(probe) if estimator is None else estimator(num_probes),
         matvec,
         key,
         like,
@@ -132,7 +132,8 @@ def trace_by_leaf(
     Returns:
         `TraceByLeaf(total, leaves, groups)`, `leaves` by path, `groups` by name. The standard error of a
         group is its own: leaves vary together, so theirs do not add up to it. For a matvec `over_batches`,
-        `data_stderr` says how far each would move on other data of this size.
+        `data_stderr` says how far each would move on other data of this size, if the batches come in the same
+        order every time (None for a run restored by `checkpoint`, which did not see all products).
 
     Raises:
         ValueError: `num_probes` below 1; a group that matches no leaf.
@@ -152,10 +153,8 @@ def trace_by_leaf(
         >>> float(parts.groups["both"].mean)
         16.0
     """
-    _check_num_probes(num_probes)
-    paths = _tree.leaf_paths(like)
-    if len(set(paths)) < len(paths):
-        raise ValueError(f"`like` must have a path of its own for every leaf, got {', '.join(paths)}.")
+    check_num_probes(num_probes)
+    paths = _tree.unique_paths(like, "like")
     groups = groups or {}
     members = tuple(_members(like, name, where) for name, where in groups.items())
     watched = Watched(matvec) if isinstance(matvec, BatchMatvec) else None
@@ -169,8 +168,8 @@ def trace_by_leaf(
         callbacks=callbacks,
         on_device=on_device,
     )
-    if watched:
-        estimate = estimate._replace(data_stderr=_sampling_errors(watched.forms(), members))
+    if watched and (forms := watched.forms(estimate.num_samples)):
+        estimate = estimate._replace(data_stderr=_sampling_errors(forms, members))
     total, *parts = _one_by_one(estimate)
     leaves, of_groups = parts[: len(paths)], parts[len(paths) :]
     return TraceByLeaf(
@@ -197,8 +196,3 @@ def _members(like: Params, name: str, where: Where) -> tuple[int, ...]:
     """The indices of the leaves of a group."""
     flags = jax.tree.leaves(_tree.match(like, where, f'groups["{name}"]'))
     return tuple(i for i, flag in enumerate(flags) if flag)
-
-
-def _check_num_probes(num_probes: int) -> None:
-    if num_probes < 1:
-        raise ValueError(f"`num_probes` must be at least 1, got {num_probes}.")

@@ -180,3 +180,8 @@ def test_bad_input():
         hj.check(lambda w: w, jnp.ones(3))
     with pytest.raises(ValueError, match="`batches` must hold at least one batch"):
         hj.check(mean_loss, jnp.ones(3), batches=[])
+
+
+def test_a_generator_cannot_be_compared_with_itself():
+    with pytest.raises(TypeError, match="can be used only once"):
+        hj.check(lambda w, x: jnp.sum(w) * jnp.sum(x), jnp.ones(2), batches=(x for x in [jnp.ones(2)]))

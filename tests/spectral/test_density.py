@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import hessjax as hj
 from hessjax import SpectralDensity
 
 
@@ -157,3 +158,11 @@ def test_bad_input():
     ]:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_without_a_probe_nothing_is_known():
+    estimator = hj.slq(2, 3)
+    density = estimator.result(estimator.init(jax.random.key(0), jnp.zeros(5)))
+    assert np.isnan(density.trace_of(jnp.exp).mean)
+    assert np.isinf(density.trace_of(jnp.exp).stderr)
+    assert [x.tolist() for x in density.bounds(jnp.array([0.0, 1.0]))] == [[0, 0], [1, 1]]

@@ -47,3 +47,15 @@ def test_the_zero_matrix_and_bad_input():
     assert (float(zero.mean), float(zero.stderr)) == (0, 0)
     with pytest.raises(ValueError, match="`num_probes` must be at least 1, got 0"):
         hj.frobenius_norm(lambda v: v, KEY, jnp.zeros(3), 0)
+
+
+@pytest.mark.parametrize("factor", [1e-20, 1e15])
+def test_no_square_leaves_float32(factor):
+    matrix = np.diag(np.r_[np.ones(20), np.zeros(20)]).astype(np.float32)
+    matrix[0, 30] = matrix[30, 0] = 3
+    plain, scaled = (
+        hj.frobenius_norm(oracles.matvec_of(c * matrix, jnp.zeros(40)), KEY, jnp.zeros(40), 20)
+        for c in (1, np.float32(factor))
+    )
+    np.testing.assert_allclose(scaled.mean / factor, plain.mean, rtol=1e-4)
+    np.testing.assert_allclose(scaled.stderr / factor, plain.stderr, rtol=1e-3)

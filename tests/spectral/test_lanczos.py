@@ -121,6 +121,8 @@ def test_bad_input():
         hj.eigenpairs(identity, KEY, like, k=5)
     with pytest.raises(ValueError, match="`basis_size` must be at least 6, .* got 4"):
         hj.eigenpairs(identity, KEY, like, k=2, basis_size=4)
+    with pytest.raises(ValueError, match="`tol` must be a number or `relative"):
+        hj.lanczos(tol=None)
     with pytest.raises(ValueError, match="`block_size` must be at least 1, got 0"):
         hj.lanczos(block_size=0)
     with pytest.raises(ValueError, match="`block_size` must be at most 9, .* got 12"):

@@ -37,8 +37,6 @@ def test_all_steps_give_the_whole_spectrum(x64):
     matvec, like = problem(values)
     _, density, _ = hj.spectrum(matvec, KEY, like, k=2, num_matvecs=12)
     np.testing.assert_allclose(density.nodes[0], values, atol=1e-11)
-    more = hj.spectrum(matvec, KEY, like, k=2, num_matvecs=20)
-    np.testing.assert_allclose(more.density.nodes[0], values, atol=1e-11)
 
 
 def test_bounds_and_error_bars_hold(x64):
@@ -69,5 +67,5 @@ def test_a_mean_over_batches_carries_its_sampling_error(x64):
 def test_bad_input():
     with pytest.raises(ValueError, match="`num_matvecs` must be at least 5, one more than the pairs wanted"):
         hj.spectrum(lambda v: v, KEY, oracles.tree_like(9), k=2, num_matvecs=4)
-    with pytest.raises(ValueError, match="`k` must ask for at most 9 pairs"):
+    with pytest.raises(ValueError, match="`num_matvecs` must be at most 9, the number of parameters, got 11"):
         hj.spectrum(lambda v: v, KEY, oracles.tree_like(9), k=5, num_matvecs=11)

@@ -132,3 +132,9 @@ def test_bad_input():
         hj.trace(lambda v: v, KEY, jnp.zeros(10), 21, estimator=hj.xtrace)
     with pytest.raises(ValueError, match="`num_probes` must be at least 1, got 0"):
         hj.trace(lambda v: v, KEY, jnp.zeros(10), 0, estimator=hj.xtrace)
+
+
+def test_a_full_basis_ends_a_run(x64):
+    matvec = oracles.matvec_of(oracles.symmetric(np.linspace(1, 3, 60))[0], jnp.zeros(60))
+    _, state = hj.run(hj.xtrace(10), matvec, KEY, jnp.zeros(60), max_matvecs=50, tol=1e-9)
+    assert int(state.num_matvecs) == 10
