@@ -172,7 +172,7 @@ def test_another_run_is_refused_and_named(tmp_path):
         r"params a_bias: saved float32\[3\] \w+, now": lambda: call(A, KEY, nudged),
         r"params a_bias: saved float32\[3\] \w+, now bfloat16": lambda: call(A, KEY, wide),
         "key: saved": lambda: call(A, jax.random.key(1), params),
-        r"update: saved .*\(probe=rademacher\), now .*\(probe=gaussian\)": lambda: call(
+        r"update: saved .*probe=rademacher\), now .*probe=gaussian\)": lambda: call(
             A, KEY, params, probe=hj.gaussian
         ),
         "matvec: .*loss_fn.*other_loss_fn": lambda: call(

@@ -196,8 +196,12 @@ def _fill(
     args: tuple[Any, ...],
 ) -> Block:
     """The block with the gradients of `size` examples in their rows, in the memory of the block."""
-    rows = _grads(precision, loss_fn, params, _cut(args, start, size))
-    return jax.tree.map(lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, start, 0), block, rows)
+    rows = jax.tree.leaves(_grads(precision, loss_fn, params, _cut(args, start, size)))
+    leaves, structure = jax.tree.flatten(block)  # jax holds two dataclasses of as many fields for one type
+    filled = [
+        jax.lax.dynamic_update_slice_in_dim(x, new, start, 0) for x, new in zip(leaves, rows, strict=True)
+    ]
+    return jax.tree.unflatten(structure, filled)
 
 
 # -- products ------------------------------------------------------------------------------------

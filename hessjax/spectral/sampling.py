@@ -1,5 +1,6 @@
 """The error that comes from the data being a sample: no number of probes or products removes it."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -8,25 +9,25 @@ import jax.numpy as jnp
 from hessjax._typing import BatchMatvec, Forms, Vector
 
 
+@dataclasses.dataclass(eq=False)
 class Watched:
     """A matvec over batches that remembers what each batch contributed to every product's vᵀAv."""
 
-    def __init__(self, matvec: BatchMatvec) -> None:
-        self._matvec = matvec
-        self._seen: list[Forms] = []
+    matvec: BatchMatvec
+    seen: list[Forms] = dataclasses.field(default_factory=list)
 
     def __call__(self, vector: Vector) -> Vector:
         """The product."""
-        product, forms = self._matvec.by_batch(vector)
-        self._seen.append(forms)
+        product, forms = self.matvec.by_batch(vector)
+        self.seen.append(forms)
         return product
 
     def forms(self, num_products: Any) -> Forms | None:
         """The mean over that many products; None if some were made elsewhere, in a run since restored."""
-        if len(self._seen) != int(num_products):
+        if len(self.seen) != int(num_products):
             return None
-        parts = jnp.mean(jnp.stack([forms.parts for forms in self._seen]), axis=0)
-        return Forms(parts, self._seen[0].weights)
+        parts = jnp.mean(jnp.stack([forms.parts for forms in self.seen]), axis=0)
+        return Forms(parts, self.seen[0].weights)
 
 
 def sampling_error(values: Any, weights: Any) -> Any:
