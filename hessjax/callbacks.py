@@ -66,7 +66,7 @@ def progress_bar(description: str = "curvature", *, transient: bool = False) -> 
         >>> import hessjax as hj
         >>> A = jax.tree_util.Partial(jnp.multiply, jnp.arange(1.0, 11.0))
         >>> bar = hj.progress_bar("trace")
-        >>> estimate = hj.trace(A, jax.random.key(0), jnp.zeros(10), num_probes=4, callbacks=[bar])
-        trace ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━ 4/4 products, error 0 00:00
+        >>> estimate = hj.trace(A, jax.random.key(0), jnp.zeros(10), num_probes=20, callbacks=[bar])
+        trace ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━ 20/20 products, error 0 00:00
     """
     return _ProgressBar(description, transient)
