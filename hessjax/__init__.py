@@ -36,6 +36,11 @@ from hessjax.landscape import Landscape as Landscape
 from hessjax.landscape import landscape as landscape
 from hessjax.pruning.allocation import global_threshold as global_threshold
 from hessjax.pruning.allocation import uniform as uniform
+from hessjax.pruning.obs import obd as obd
+from hessjax.pruning.obs import obs as obs
+from hessjax.pruning.obs import wood_taylor as wood_taylor
+from hessjax.pruning.once import Pruned as Pruned
+from hessjax.pruning.once import prune_once as prune_once
 from hessjax.pruning.saliency import magnitude as magnitude
 from hessjax.pruning.summary import summary as summary
 from hessjax.pruning.transform import mask_of as mask_of

@@ -11,8 +11,16 @@ from jaxtyping import Array, Float, Int
 from hessjax import _tree
 from hessjax._typing import Params, Where
 from hessjax.pruning.allocation import Allocation, check_sparsity, global_threshold
-from hessjax.pruning.saliency import Saliency
-from hessjax.pruning.steps import Schedule, check_budget, check_steps, cond_now, is_mask_step, some_mask_steps
+from hessjax.pruning.saliency import Saliency, drop_others
+from hessjax.pruning.steps import (
+    Schedule,
+    check_budget,
+    check_first_step,
+    check_steps,
+    cond_now,
+    is_mask_step,
+    some_mask_steps,
+)
 
 
 class PruneState(NamedTuple):
@@ -30,6 +38,8 @@ class PruneState(NamedTuple):
         sparsity: what was asked for at the last mask step; 0 before the first.
         num_nan: how many scores were NaN at the last mask step; anything but 0 means that the run has gone
             wrong.
+        predicted_increase: of the loss, by a saliency that compensates, at the last mask step; None for the
+            others.
     """
 
     num_updates: Int[Array, ""]
@@ -39,6 +49,17 @@ class PruneState(NamedTuple):
     saliency: Any
     sparsity: Float[Array, ""]
     num_nan: Int[Array, ""]
+    predicted_increase: Float[Array, ""] | None = None
+
+
+class _Choice(NamedTuple):
+    """What a mask step changes; the last two by compensation only."""
+
+    mask: Params
+    sparsity: Float[Array, ""]
+    num_nan: Int[Array, ""]
+    dense: Params | None = None
+    predicted_increase: Float[Array, ""] | None = None
 
 
 def is_matrix(path: str, leaf: Any) -> bool:
@@ -130,21 +151,39 @@ def prune(
         inner = inner.gradient_transformation()
     inner = optax.with_extra_args_support(inner)
 
-    def choose(dense: Params, scorer: Any, count: Any, extra: dict[str, Any]) -> tuple[Params, Array, Array]:
+    compensates = saliency.compensate is not None
+
+    def choose(dense: Params, scorer: Any, count: Any, extra: dict[str, Any]) -> _Choice:
         asked = sparsity(count) if callable(sparsity) else sparsity
         scores = saliency.scores(scorer, dense, **extra)
-        return allocation(scores, asked), jnp.asarray(asked, jnp.float32), _num_nan(scores)
+        mask = allocation(scores, asked)
+        choice = _Choice(mask, jnp.asarray(asked, jnp.float32), _num_nan(scores))
+        if saliency.compensate is None:
+            return choice
+        moved, increase = saliency.compensate(scorer, dense, mask, **extra)
+        return choice._replace(dense=moved, predicted_increase=jnp.asarray(increase, jnp.float32))
 
     def init(params: Params) -> PruneState:
         dense = _copy_selected(params, where)
         check_budget(sparsity, allocation, dense, some_mask_steps(every, start, stop))
         scorer, zero = saliency.init(dense), jnp.zeros((), jnp.int32)
-        if start == 0:
-            mask, asked, num_nan = choose(dense, scorer, zero, {})
+        if start == 0 and not compensates:
+            choice = choose(dense, scorer, zero, {})
         else:
+            check_first_step(sparsity, start)
             mask = jax.tree.map(lambda x: jnp.full_like(x, True, dtype=bool), dense)
-            asked, num_nan = jnp.zeros((), jnp.float32), zero
-        return PruneState(zero, inner.init(params), dense, mask, scorer, asked, num_nan)
+            none = jnp.zeros((), jnp.float32)
+            choice = _Choice(mask, none, zero, predicted_increase=none if compensates else None)
+        return PruneState(
+            zero,
+            inner.init(params),
+            dense,
+            choice.mask,
+            scorer,
+            choice.sparsity,
+            choice.num_nan,
+            choice.predicted_increase,
+        )
 
     def update(
         grads: Params, state: PruneState, params: Params | None = None, **extra: Any
@@ -155,15 +194,32 @@ def prune(
         steps, inner_state = inner.update(
             _on_selected(_mask, grads, state.mask), state.inner, weights, **extra
         )
-        before, dense = (_drop_others(x, state.mask) for x in (weights, optax.apply_updates(weights, steps)))
-        scorer = saliency.update(state.saliency, _drop_others(grads, state.mask), before, state.mask, **extra)
-        mask, asked, num_nan = cond_now(
+        before, dense = (drop_others(x, state.mask) for x in (weights, optax.apply_updates(weights, steps)))
+        scorer = saliency.update(state.saliency, drop_others(grads, state.mask), before, state.mask, **extra)
+        as_it_is = _Choice(
+            state.mask,
+            state.sparsity,
+            state.num_nan,
+            dense if compensates else None,
+            state.predicted_increase,
+        )
+        choice = cond_now(
             is_mask_step(count, every, start, stop),
             lambda: choose(dense, scorer, count, extra),
-            lambda: (state.mask, state.sparsity, state.num_nan),
+            lambda: as_it_is,
         )
-        updates = _on_selected(_land, steps, mask, dense, params)
-        return updates, PruneState(count, inner_state, dense, mask, scorer, asked, num_nan)
+        dense = choice.dense if compensates else dense
+        updates = _on_selected(_land, steps, choice.mask, dense, params)
+        return updates, PruneState(
+            count,
+            inner_state,
+            dense,
+            choice.mask,
+            scorer,
+            choice.sparsity,
+            choice.num_nan,
+            choice.predicted_increase,
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -228,10 +284,6 @@ def _is_hole(x: Any) -> bool:
 def _on_selected(f: Callable[..., Array], tree: Params, mask: Params, *rest: Params) -> Params:
     """`f(leaf, mask, ...)` on the pruned leaves; the others as they are."""
     return jax.tree.map(lambda x, m, *r: x if _is_hole(m) else f(x, m, *r), tree, mask, *rest)
-
-
-def _drop_others(tree: Params, mask: Params) -> Params:
-    return jax.tree.map(lambda x, m: m if _is_hole(m) else x, tree, mask)
 
 
 def _copy_selected(params: Params, where: Where) -> Params:
