@@ -257,14 +257,14 @@ def _scores(
     if settings.update == "greedy":
         parts = [_in_turn(*column) for column in zip(models, weights, _flags(settings, active), strict=True)]
     else:
-        parts = [jax.vmap(quadratic.single_scores)(*pair) for pair in zip(models, weights, strict=True)]
+        parts = [quadratic.each(quadratic.single_scores, *p) for p in zip(models, weights, strict=True)]
     scores = quadratic.from_blocks(parts, dense)
     return jax.tree.map(lambda m, s: jnp.where(m, s, -jnp.inf), active, scores)
 
 
 def _in_turn(models: quadratic.Quadratic, weights: Array, active: Array) -> Array:
     steps = jnp.max(jnp.sum(active, axis=1))
-    return jax.vmap(quadratic.greedy_scores, in_axes=(0, 0, 0, None))(models, weights, active, steps)
+    return quadratic.each(lambda *block: quadratic.greedy_scores(*block, steps), models, weights, active)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -276,8 +276,8 @@ def _moved(
     pruned = _flags(settings, jax.tree.map(lambda a, m: a & ~m, active, mask))
     kept = _flags(settings, jax.tree.map(lambda a, m: a & m, active, mask))
     columns = zip(models, weights, pruned, kept, strict=True)
-    moves = [jax.vmap(_MOVES[settings.update])(*column) for column in columns]
-    rises = [jnp.sum(jax.vmap(quadratic.increase)(*pair)) for pair in zip(models, moves, strict=True)]
+    moves = [quadratic.each(_MOVES[settings.update], *column) for column in columns]
+    rises = [jnp.sum(quadratic.each(quadratic.increase, *pair)) for pair in zip(models, moves, strict=True)]
     step = quadratic.from_blocks(moves, dense)
     # A pruned weight keeps its dense copy: the mask is what makes it zero.
     free = jax.tree.map(lambda a, m: a & m, active, mask)

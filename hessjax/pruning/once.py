@@ -152,7 +152,9 @@ def _is_hole(x: Any) -> bool:
 
 
 def _check_block(block: Block, params: Params) -> None:
-    _tree.check_like(jax.eval_shape(lambda b: jax.tree.map(lambda g: g[0], b), block), params, "grads_fn(params)", "params")
+    _tree.check_like(
+        jax.eval_shape(lambda b: jax.tree.map(lambda g: g[0], b), block), params, "grads_fn(params)", "params"
+    )
 
 
 def _check_finite(current: Params) -> None:
