@@ -28,12 +28,12 @@ class Gradients(NamedTuple):
     Attributes:
         mask: the mask at the last update.
         ring: the last gradients of the training loop, as a block; None where they are handed over.
-        count: how many came in so far.
+        num_seen: how many came in so far.
     """
 
     mask: Params
     ring: Block | None
-    count: Int[Array, ""]
+    num_seen: Int[Array, ""]
 
 
 class _Settings(NamedTuple):
@@ -182,7 +182,7 @@ def obd(*, num_grads: int | None = None, batch_size: int = 1) -> Saliency:
         state: Gradients, dense: Params, mask: Params, /, **extra: Any
     ) -> tuple[Params, Float[Array, ""]]:
         costs = jax.tree.map(lambda s, m: jnp.sum(jnp.where(m, 0, s)), scores(state, dense, **extra), mask)
-        return dense, sum(jax.tree.leaves(costs))
+        return dense, jnp.sum(jnp.stack(jax.tree.leaves(costs)))
 
     return Saliency(*_memory(num_grads), scores, compensate)
 
@@ -224,10 +224,10 @@ def _memory(num_grads: int | None) -> tuple[Callable[[Params], Gradients], Calla
 
     def update(state: Gradients, grads: Params, dense: Params, mask: Params, /, **extra: Any) -> Gradients:
         if num_grads is None:
-            return state._replace(mask=mask, count=state.count + 1)
-        place = state.count % num_grads
+            return state._replace(mask=mask, num_seen=state.num_seen + 1)
+        place = state.num_seen % num_grads
         ring = jax.tree.map(lambda rows, g: rows.at[place].set(g.astype(rows.dtype)), state.ring, grads)
-        return Gradients(mask, ring, state.count + 1)
+        return Gradients(mask, ring, state.num_seen + 1)
 
     return init, update
 
@@ -243,7 +243,7 @@ def _gradients(state: Gradients, extra: dict[str, Any]) -> tuple[Block, Array | 
             "`prune_once`, pass it to `tx.update(...)`, or keep those of the training loop by `num_grads=`."
         )
     size = jax.tree.leaves(state.ring)[0].shape[0]
-    return state.ring, jnp.clip(state.count, 1, size) / size
+    return state.ring, jnp.clip(state.num_seen, 1, size) / size
 
 
 # -- compiled ------------------------------------------------------------------------------------
@@ -264,7 +264,11 @@ def _scores(
 
 def _in_turn(models: quadratic.Quadratic, weights: Array, active: Array) -> Array:
     steps = jnp.max(jnp.sum(active, axis=1))
-    return quadratic.each(lambda *block: quadratic.greedy_scores(*block, steps), models, weights, active)
+
+    def score(model: quadratic.Quadratic, weights: Array, active: Array) -> Array:
+        return quadratic.greedy_scores(model, weights, active, steps)
+
+    return quadratic.each(score, models, weights, active)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -282,7 +286,7 @@ def _moved(
     # A pruned weight keeps its dense copy: the mask is what makes it zero.
     free = jax.tree.map(lambda a, m: a & m, active, mask)
     moved = jax.tree.map(lambda w, f, s: jnp.where(f, w + s, w).astype(w.dtype), dense, free, step)
-    return moved, sum(rises)
+    return moved, jnp.sum(jnp.stack(rises))
 
 
 @functools.partial(jax.jit, static_argnums=4)

@@ -67,7 +67,7 @@ def _least_diagonal(model: Quadratic) -> Array:
 
 
 def optimum(model: Quadratic, weights: Array) -> Array:
-    """u = w − (F + λI)⁻¹ g, where the model is least without any constraint."""
+    """Where the model is least without any constraint, u = w − (F + λI)⁻¹ g."""
     moved = weights - apply_inverse(model, model.slope)
     return jnp.where(jnp.any(model.slope != 0), moved, weights)
 

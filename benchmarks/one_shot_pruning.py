@@ -1,0 +1,168 @@
+"""How much accuracy is left after pruning without retraining?"""
+
+import functools
+import itertools
+import statistics
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import table
+
+import hessjax as hj
+from hessjax import digits
+
+SPARSITIES = (0.8, 0.9, 0.95)
+SEEDS = 3
+NUM_GRADS = 512
+BARS = {"joint, 10 recomputes": (4.0, 10.0, 42.0), "best": (3.0, 8.0, 29.0)}
+"""The most errors in percent of the test images, at each sparsity."""
+
+Params = tuple[jax.Array, ...]
+r = hj.relative
+
+
+class Method(NamedTuple):
+    """A rule, or several to choose from at every step, with the gradients it sees."""
+
+    rule: Any
+    grads: Callable[[Params], Any] | None = None
+    recomputes: int = 1
+    choose: bool = False
+
+
+def measure(quick: bool) -> table.Measured:
+    sparsities = SPARSITIES[:1] if quick else SPARSITIES
+    nets = [trained(seed, 5 if quick else 80) for seed in range(1 if quick else SEEDS)]
+    dense = [errors(params) for params in nets]
+    figures = [table.Figure("dense", statistics.mean(dense), "% errors")]
+    raw: dict[str, Any] = {"dense": dense}
+    for name, method in methods().items():
+        if quick:
+            method = method._replace(recomputes=min(method.recomputes, 2))
+        for i, sparsity in enumerate(sparsities):
+            found = [errors_after(method, params, sparsity) for params in nets]
+            raw.setdefault(name, []).append(found)
+            bar = BARS[name][i] if name in BARS else None
+            label = f"{name}, {sparsity:.0%} zeros"
+            figures.append(table.Figure(label, statistics.mean(found), "% errors", bar))
+    return figures, raw
+
+
+def methods() -> dict[str, Method]:
+    """From the simplest to the best that was found."""
+    soft = functools.partial(softened_roots, temperature=4.0)
+    several = [hj.obs("joint", r(x)) for x in (0.01, 0.1, 1.0)]
+    return {
+        "magnitude": Method(hj.magnitude()),
+        "OBS, summed, λ = 1e-5": Method(hj.obs("summed", 1e-5), example_grads),
+        "OBS, joint, λ = 1e-5": Method(hj.obs("joint", 1e-5), example_grads),
+        "joint, 10 recomputes": Method(hj.obs("joint", r(0.01)), example_grads, 10),
+        "best": Method(several, soft, 32, choose=True),
+    }
+
+
+def errors_after(method: Method, params: Params, sparsity: float) -> float:
+    pruned = hj.prune_once(
+        params,
+        method.rule,
+        sparsity,
+        grads_fn=method.grads,
+        recomputes=method.recomputes,
+        loss_fn=train_loss if method.choose else None,
+    )
+    return errors(pruned.params)
+
+
+# -- the problem ---------------------------------------------------------------------------------
+
+
+def logits(params: Params, x: jax.Array) -> jax.Array:
+    """An MLP 64-40-20-10 without biases."""
+    for kernel in params[:-1]:
+        x = jax.nn.relu(jnp.matmul(x, kernel, precision="highest"))
+    return jnp.matmul(x, params[-1], precision="highest")
+
+
+def loss_fn(params: Params, batch: Any) -> jax.Array:
+    x, y = batch
+    return optax.softmax_cross_entropy_with_integer_labels(logits(params, x), y).mean()
+
+
+@functools.cache
+def data() -> tuple[Any, Any]:
+    """Training and test images as vectors, with their digits."""
+    with jax.ensure_compile_time_eval():
+        return tuple((jnp.asarray(x.reshape(-1, 64)), jnp.asarray(y)) for x, y in digits.load())
+
+
+@functools.cache
+def sample() -> Any:
+    """The training images that the Fisher is made from."""
+    x, y = data()[0]
+    chosen = np.random.default_rng(0).permutation(len(x))[:NUM_GRADS]
+    with jax.ensure_compile_time_eval():
+        return x[chosen], y[chosen]
+
+
+@jax.jit
+def train_loss(params: Params) -> jax.Array:
+    return loss_fn(params, data()[0])
+
+
+def errors(params: Params) -> float:
+    """In percent of the test images."""
+    x, y = data()[1]
+    return 100 * float(jnp.mean(jnp.argmax(logits(params, x), axis=-1) != y))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def trained(seed: int, epochs: int) -> Params:
+    """Adam with a cosine schedule; noise on the images, so that it generalises."""
+    x, y = data()[0]
+    key, sizes = jax.random.key(seed), (64, 40, 20, 10)
+    shapes = list(itertools.pairwise(sizes))
+    keys = jax.random.split(key, len(shapes))
+    params = tuple(jax.random.normal(k, s) * jnp.sqrt(2 / s[0]) for k, s in zip(keys, shapes, strict=True))
+    steps = epochs * (len(x) // 64)
+    tx = optax.adamw(optax.cosine_decay_schedule(3e-3, steps), weight_decay=1e-3)
+
+    def step(carry: Any, i: jax.Array) -> tuple[Any, None]:
+        params, state = carry
+        chosen = jax.random.randint(jax.random.fold_in(key, i), (64,), 0, len(x))
+        noise = 0.1 * jax.random.normal(jax.random.fold_in(key, i + steps), (64, 64))
+        grads = jax.grad(loss_fn)(params, (x[chosen] + noise, y[chosen]))
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    return jax.lax.scan(step, (params, tx.init(params)), jnp.arange(steps))[0][0]
+
+
+# -- what the Fisher is made from ----------------------------------------------------------------
+
+
+def example_grads(params: Params) -> Any:
+    """At the labels of the data: the empirical Fisher."""
+    return hj.per_example_grads(loss_fn, params, sample())
+
+
+@jax.jit
+def softened_roots(params: Params, temperature: float) -> Any:
+    """One row Jᵀ s an image, E s sᵀ = diag(p) − p pᵀ, p the softmax at a temperature: a sample of the GGN."""
+    x, _ = sample()
+    signs = jax.random.rademacher(jax.random.key(3), (len(x), 10), dtype=x.dtype)
+
+    def root(x: jax.Array, signs: jax.Array) -> Params:
+        z, pull_back = jax.vjp(lambda p: logits(p, x[None])[0], params)
+        p = jax.nn.softmax(z / temperature)
+        s = signs * jnp.sqrt(p)
+        return pull_back(s - p * jnp.sum(s))[0]
+
+    return jax.vmap(root)(x, signs)
+
+
+if __name__ == "__main__":
+    table.main(__doc__, measure)
