@@ -3,7 +3,7 @@
 import functools
 import itertools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,17 +21,24 @@ NUM_GRADS = 512
 BARS = {"joint, 10 recomputes": (4.0, 10.0, 42.0), "best": (3.0, 8.0, 29.0)}
 """The most errors in percent of the test images, at each sparsity."""
 
+NO_BARS = (None, None, None)
+
 Params = tuple[jax.Array, ...]
 r = hj.relative
 
 
 class Method(NamedTuple):
-    """A rule, or several to choose from at every step, with the gradients it sees."""
+    """A rule, or several to choose from at every step by the training loss, with the gradients it sees.
+
+    Attributes:
+        recomputes: the steps to each sparsity.
+        onward: whether these steps begin where those to the sparsity before ended, not at the dense network.
+    """
 
     rule: Any
     grads: Callable[[Params], Any] | None = None
-    recomputes: int = 1
-    choose: bool = False
+    recomputes: Sequence[int] = (1, 1, 1)
+    onward: bool = False
 
 
 def measure(quick: bool) -> table.Measured:
@@ -42,39 +49,46 @@ def measure(quick: bool) -> table.Measured:
     raw: dict[str, Any] = {"dense": dense}
     for name, method in methods().items():
         if quick:
-            method = method._replace(recomputes=min(method.recomputes, 2))
-        for i, sparsity in enumerate(sparsities):
-            found = [errors_after(method, params, sparsity) for params in nets]
-            raw.setdefault(name, []).append(found)
-            bar = BARS[name][i] if name in BARS else None
+            method = method._replace(recomputes=[min(method.recomputes[0], 2)])
+        found = [errors_after(method, params, sparsities) for params in nets]
+        raw[name] = found
+        for sparsity, bar, column in zip(
+            sparsities, BARS.get(name, NO_BARS), zip(*found, strict=True), strict=False
+        ):
             label = f"{name}, {sparsity:.0%} zeros"
-            figures.append(table.Figure(label, statistics.mean(found), "% errors", bar))
+            figures.append(table.Figure(label, statistics.mean(column), "% errors", bar))
     return figures, raw
 
 
 def methods() -> dict[str, Method]:
     """From the simplest to the best that was found."""
     soft = functools.partial(softened_roots, temperature=4.0)
-    several = [hj.obs("joint", r(x)) for x in (0.01, 0.1, 1.0)]
+    several = [hj.obs("joint", r(x)) for x in (0.03, 0.3)]
     return {
         "magnitude": Method(hj.magnitude()),
         "OBS, summed, λ = 1e-5": Method(hj.obs("summed", 1e-5), example_grads),
         "OBS, joint, λ = 1e-5": Method(hj.obs("joint", 1e-5), example_grads),
-        "joint, 10 recomputes": Method(hj.obs("joint", r(0.01)), example_grads, 10),
-        "best": Method(several, soft, 32, choose=True),
+        "joint, 10 recomputes": Method(hj.obs("joint", r(0.01)), example_grads, (10, 10, 10)),
+        "joint, 32 recomputes, soft": Method(hj.obs("joint", r(0.1)), soft, (16, 8, 8), onward=True),
+        "best": Method(several, soft, (16, 8, 8), onward=True),
     }
 
 
-def errors_after(method: Method, params: Params, sparsity: float) -> float:
-    pruned = hj.prune_once(
-        params,
-        method.rule,
-        sparsity,
-        grads_fn=method.grads,
-        recomputes=method.recomputes,
-        loss_fn=train_loss if method.choose else None,
-    )
-    return errors(pruned.params)
+def errors_after(method: Method, params: Params, sparsities: Sequence[float]) -> list[float]:
+    """At each sparsity."""
+    found, start = [], params
+    for sparsity, recomputes in zip(sparsities, method.recomputes, strict=True):
+        pruned = hj.prune_once(
+            start,
+            method.rule,
+            sparsity,
+            grads_fn=method.grads,
+            recomputes=recomputes,
+            loss_fn=train_loss if isinstance(method.rule, list) else None,
+        )
+        found.append(errors(pruned.params))
+        start = pruned.params if method.onward else params
+    return found
 
 
 # -- the problem ---------------------------------------------------------------------------------
