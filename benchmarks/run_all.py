@@ -14,6 +14,7 @@ SCRIPTS = (
     "trace_accuracy",
     "density_accuracy",
     "density_memory",
+    "inverse_fisher_cost",
     "pruning_cost",
     "compilations",
     "startup",

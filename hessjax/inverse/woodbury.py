@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -15,9 +15,13 @@ from hessjax import _tree
 from hessjax._typing import Block, Relative, Scalar, Vector
 from hessjax.inverse.blocking import Blocking, Parts, signs
 from hessjax.inverse.factors import Dual, Root, Whole, absorbed, dual_of, root_of, shifted, whole_of
+from hessjax.inverse.streams import gathered, num_grads, row, stream
 
-RESIDUAL_LIMIT = 0.1
-"""A block whose inverse misses F⁻¹Fz = z by more than this fraction of z is not handed out."""
+INACCURATE = 0.01
+"""A block whose inverse is off by more than this fraction is not handed out."""
+
+MARGIN = 8
+"""Damping of this times eps·‖F‖ is suggested then."""
 
 
 class Damping(NamedTuple):
@@ -43,12 +47,12 @@ class Damping(NamedTuple):
 class Totals(NamedTuple):
     """What was summed over the gradients: their number, and their squared entries times `batch_size`."""
 
-    count: Int[Array, ""]
+    num_grads: Int[Array, ""]
     squares: Scalar
 
     def shift(self, damping: Damping, num_params: int) -> Scalar:
         """κ = mλ."""
-        return self.count * damping.absolute + damping.factor * self.squares / num_params
+        return self.num_grads * damping.absolute + damping.factor * self.squares / num_params
 
 
 @jax.tree_util.register_dataclass
@@ -62,7 +66,9 @@ class InverseFisher:
         totals: the number of gradients and the sum of their squares.
         setting: the damping asked for.
         scale: b, how many examples each gradient is a mean over.
-        residuals: for every block ‖F⁻¹Fz − z‖ / ‖z‖ for a fixed vector z of signs: 0 were it exact.
+        residuals: how far every block is off, about: F⁻¹Fz − z for a fixed vector z of signs, relative to
+            what an error of 1 in every entry of F⁻¹, in units of √(F⁻¹_ii F⁻¹_jj), makes of Fz. It does not
+            depend on the weights' scales. (With one block in all: in units of 1/λ.)
         blocking: how the weights are cut into blocks.
         chunk_size: the most gradients that enter at once.
     """
@@ -79,12 +85,12 @@ class InverseFisher:
     @property
     def damping(self) -> Scalar:
         """λ, absolute."""
-        return self.shift / self.totals.count
+        return self.shift / self.totals.num_grads
 
     @property
     def num_grads(self) -> Int[Array, ""]:
         """m, the number of gradients."""
-        return self.totals.count
+        return self.totals.num_grads
 
     @property
     def block_size(self) -> int | None:
@@ -94,7 +100,7 @@ class InverseFisher:
     @property
     def accurate(self) -> Bool[Array, ""]:
         """Whether every block is; those that are not hold NaN. Outside `jit` an error has said so."""
-        return jnp.all(jnp.concatenate(self.residuals) <= RESIDUAL_LIMIT)
+        return jnp.all(jnp.concatenate(self.residuals) <= INACCURATE)
 
     def apply(self, vector: Vector) -> Vector:
         """F⁻¹v, in at least float32.
@@ -136,8 +142,8 @@ class InverseFisher:
         Cost: as `inverse_fisher` for the new gradients, and 5·B² operations for each weight, in blocks, to
             keep λ as m grows. The dual is made anew.
         """
-        blocks = _stream(grads, self._like)
-        return _streamed(_extended(_gathered(blocks, self._missing), self), blocks)
+        blocks = stream(grads, self._like)
+        return _streamed(_extended(gathered(blocks, self._missing), self), blocks)
 
     @property
     def _missing(self) -> float:
@@ -164,65 +170,68 @@ def inverse_fisher(
 ) -> InverseFisher:
     """The inverse of F = b/m Σ gᵢgᵢᵀ + λI, the damped empirical Fisher of m gradients.
 
-    A stub.
+    With `block_size=B` F is block-diagonal: B consecutive weights of a leaf are a block, none crosses leaves.
+    A block with at least as many gradients as weights keeps a B × B root of its inverse, updated by chunks of
+    gradients; one with fewer keeps the gradients and an m × m factor, as the whole network does with
+    `block_size=None`. What gradients are, is open: any vectors r with F = 1/m Σ rrᵀ + λI will do, such as
+    `ggn_roots` and `sampled_grads` give.
+
+    Args:
+        grads: a block (a tree like the params, its leaves with a leading axis of m gradients), as
+            `per_example_grads` returns; or a stream of blocks, any iterable that is not itself a tree of
+            arrays: an iterator, a generator, a data loader. (A list is a tree: pass `iter(blocks)`.) A stream
+            is read once, and no more of it is kept than makes up B gradients (all, if `block_size=None`).
+        damping: λ, in the units of F, or `relative(r)`: r times the mean of F's undamped diagonal over all
+            parameters, of all leaves. A stream's λ is that of all its gradients.
+        block_size: the most weights in a block, B; a smaller leaf is one block. None: one block in all.
+        chunk_size: how many gradients enter a root at once. More are faster on an accelerator; in float32
+            fewer are more accurate.
+        batch_size: b, if every gradient is the mean over b examples: that makes gᵢgᵢᵀ smaller by b.
+
+    Returns:
+        An `InverseFisher`, a pytree, computed and kept in at least float32.
+
+    Raises:
+        TypeError: gradients that are not floating point.
+        ValueError: no gradient; leaves, or blocks of a stream, that disagree; NaN or infinity among the
+            gradients (names the leaf); `damping` not positive, or relative to gradients that are all zero;
+            λ too small for the precision (names the block, and a damping that should do). Traced code cannot
+            raise: inside `jit` such a block holds NaN, and `accurate` is False.
+
+    Cost:
+        Root: 6·m·B operations for each weight, memory B numbers for each weight. Dual: 2·m·min(m, B)
+        operations and m numbers for each weight, and m² for each block. A stream costs 5·B² operations more
+        for each weight whenever m has doubled, for κ = mλ grows with it.
+
+        In float32 the relative error is about 1e-7·√(λmax/λ) times a modest factor, at worst 1e-7·λmax/λ.
+
+    References:
+        Singh & Alistarh (2020), WoodFisher, arXiv 2004.14340; Frantar et al. (2021), M-FAC, arXiv
+        2107.03356; Andrews (1968), A square root formulation of the Kalman covariance equations.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import hessjax as hj
+        >>> grads = {"w": jnp.array([[2.0, 0.0], [0.0, 2.0]])}  # F = 2I + λI
+        >>> inverse = hj.inverse_fisher(grads, damping=2.0, block_size=2)
+        >>> inverse.apply({"w": jnp.array([4.0, 8.0])})["w"].round(4).tolist()
+        [1.0, 2.0]
+        >>> inverse.update({"w": jnp.zeros((2, 2))}).diagonal()["w"].round(4).tolist()  # F = I + λI
+        [0.3333, 0.3333]
     """
-    _tree_checks(block_size, chunk_size)
-    blocks = _stream(grads, None)
+    for name, value in {"block_size": block_size, "chunk_size": chunk_size, "batch_size": batch_size}.items():
+        if value is not None and not isinstance(value, jax.core.Tracer) and not value >= 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    blocks = stream(grads)
     first = next(blocks)
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), first)
-    blocking = Blocking.of(like, block_size)
-    dtype = _tree.accumulator_dtype(like)
+    like = row(first)
+    dtype, blocking = _tree.accumulator_dtype(like), Blocking.of(like, block_size)
     setting = Damping.of(damping, dtype)
-    first = _gathered(itertools.chain([first], blocks), blocking.widest if block_size else math.inf)
-    scale = jnp.asarray(batch_size, dtype)
-    return _streamed(_built(blocking, chunk_size, first, setting, scale), blocks)
+    first = gathered(itertools.chain([first], blocks), blocking.widest if block_size else math.inf)
+    return _streamed(_built(blocking, chunk_size, first, setting, jnp.asarray(batch_size, dtype)), blocks)
 
 
-# -- streams -------------------------------------------------------------------------------------
-
-
-def _stream(grads: Any, like: Any) -> Iterator[Block]:
-    """The blocks of gradients, each checked against the first, or against `like`."""
-    is_stream = isinstance(grads, Iterable) and not hasattr(grads, "shape")
-    blocks = iter(grads) if is_stream and jax.tree_util.all_leaves([grads]) else iter([grads])
-    for index, block in enumerate(blocks):
-        name = "grads" if block is grads else f"grads[{index}]"
-        count = _num_grads(block, name)
-        row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), block)
-        if like is None:
-            like = row
-        _tree.check_like(row, like, name, "the first gradients")
-        if count:
-            yield block
-    if like is None:
-        raise ValueError("`grads` must hold at least one gradient, got an empty stream.")
-
-
-def _num_grads(block: Block, name: str) -> int:
-    _tree.check_floating(block, name)
-    counts = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(block)}
-    if len(counts) != 1 or () in counts:
-        raise ValueError(
-            f"`{name}` must be a block, its leaves with one common leading axis of gradients, got the shapes "
-            f"{[jnp.shape(leaf) for leaf in jax.tree.leaves(block)]}: one gradient `g` is the block "
-            f"`jax.tree.map(lambda x: x[None], g)`."
-        )
-    return counts.pop()[0]
-
-
-def _gathered(blocks: Iterator[Block], count: float) -> Block:
-    """At least `count` gradients in one block, as far as there are any."""
-    gathered = [next(blocks)]
-    held = jax.tree.leaves(gathered[0])[0].shape[0]
-    while held < count and (block := next(blocks, None)) is not None:
-        gathered.append(block)
-        held += jax.tree.leaves(block)[0].shape[0]
-    return gathered[0] if len(gathered) == 1 else _joined(gathered)
-
-
-@jax.jit
-def _joined(blocks: list[Block]) -> Block:
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *blocks)
+# -- driving ---------------------------------------------------------------------------------------
 
 
 def _streamed(inverse: InverseFisher, blocks: Iterator[Block]) -> InverseFisher:
@@ -232,18 +241,48 @@ def _streamed(inverse: InverseFisher, blocks: Iterator[Block]) -> InverseFisher:
         total = int(inverse.num_grads) if total is None else total
         settled = total if settled is None else settled
         inverse = _with_more(block, inverse)
-        total += jax.tree.leaves(block)[0].shape[0]
+        total += num_grads(block)
         if total >= 2 * settled:
             inverse, settled = _settled(inverse), total
     return _checked(inverse if settled in (None, total) else _settled(inverse))
 
 
 def _checked(inverse: InverseFisher) -> InverseFisher:
-    return inverse
+    """Itself, unless it is traced or good; else an error that names the first bad block."""
+    if any(isinstance(x, jax.core.Tracer) for x in inverse.residuals) or bool(inverse.accurate):
+        return inverse
+    blocking, paths = inverse.blocking, _tree.leaf_paths(inverse._like)
+    sizes = dict(sorted(blocking.by_leaf(_sizes(inverse)).items()))
+    bad = [paths[i] for i, x in sizes.items() if not jnp.all(jnp.isfinite(x))]
+    if bad:
+        raise ValueError(
+            f"`grads` must be finite, got NaN, infinity or numbers with squares beyond the dtype's range in "
+            f"{', '.join(bad)}."
+        )
+    if not inverse.shift > 0:
+        raise ValueError(
+            "`damping` must be absolute here, a positive number: it is relative to gradients that are all "
+            "zero, or too small to be squared."
+        )
+    raise ValueError(_too_small(inverse, sizes, paths))
 
 
-def _tree_checks(block_size: int | None, chunk_size: int) -> None:
-    pass
+def _too_small(inverse: InverseFisher, sizes: dict[int, Array], paths: list[str]) -> str:
+    """What is not accurate, and the damping that would do for all blocks."""
+    where = "the whole network"
+    if inverse.block_size:
+        by_leaf = inverse.blocking.by_leaf(inverse.residuals)
+        bad = {i: ~(by_leaf[i] <= INACCURATE) for i in sizes}
+        first = next(i for i in sizes if bad[i].any())
+        total, blocks = sum(int(x.sum()) for x in bad.values()), sum(x.size for x in bad.values())
+        where = f"block {int(bad[first].argmax())} of {paths[first]} ({total} of all {blocks} blocks)"
+    damping = float(inverse.damping)
+    enough = max(MARGIN * float(jnp.finfo(x.dtype).eps * jnp.linalg.norm(x)) for x in sizes.values())
+    return (
+        f"`damping` must be about {max(enough, 4 * damping):.1e} or larger in this precision, got "
+        f"{damping:.1e}: the inverse would not be accurate for {where}. Smaller `chunk_size` or `block_size` "
+        f"help a little, gradients in float64 help for good."
+    )
 
 
 # -- what is compiled ----------------------------------------------------------------------------
@@ -255,6 +294,7 @@ def _built(
 ) -> InverseFisher:
     rows, totals = _read(blocking, grads, scale)
     shift = totals.shift(setting, blocking.packing.size)
+    parts: Whole | tuple[Root | Dual, ...]
     if blocking.block_size is None:
         parts = whole_of(rows, shift)
     else:
@@ -267,6 +307,7 @@ def _extended(grads: Block, inverse: InverseFisher) -> InverseFisher:
     rows, new = _read(inverse.blocking, grads, inverse.scale)
     totals = jax.tree.map(jnp.add, inverse.totals, new)
     shift = totals.shift(inverse.setting, inverse.blocking.packing.size)
+    parts: Whole | tuple[Root | Dual, ...]
     if isinstance(inverse.parts, Whole):
         rows = tuple(map(_stacked, inverse.parts.rows, rows))
         parts = whole_of(rows, shift)
@@ -285,7 +326,7 @@ def _with_more(grads: Block, inverse: InverseFisher) -> InverseFisher:
     """With more gradients, in the memory of the roots; κ is left behind."""
     rows, new = _read(inverse.blocking, grads, inverse.scale)
     parts = tuple(
-        absorbed(part, more, inverse.chunk_size) for part, more in zip(inverse.parts, rows, strict=True)
+        absorbed(part, more, inverse.chunk_size) for part, more in zip(_roots(inverse), rows, strict=True)
     )
     return dataclasses.replace(inverse, parts=parts, totals=jax.tree.map(jnp.add, inverse.totals, new))
 
@@ -294,7 +335,7 @@ def _with_more(grads: Block, inverse: InverseFisher) -> InverseFisher:
 def _settled(inverse: InverseFisher) -> InverseFisher:
     """With κ = mλ again."""
     shift = inverse.totals.shift(inverse.setting, inverse.blocking.packing.size)
-    parts = tuple(shifted(part, inverse.shift, shift) for part in inverse.parts)
+    parts = tuple(shifted(part, inverse.shift, shift) for part in _roots(inverse))
     return _measured(dataclasses.replace(inverse, parts=parts, shift=shift))
 
 
@@ -305,7 +346,7 @@ def _apply(inverse: InverseFisher, vector: Vector) -> Vector:
 
 @jax.jit
 def _diagonal(inverse: InverseFisher) -> Vector:
-    count, shift, parts = inverse.totals.count, inverse.shift, inverse.parts
+    count, shift, parts = inverse.totals.num_grads, inverse.shift, inverse.parts
     if isinstance(parts, Whole):
         diagonals = parts.diagonal(shift)
     else:
@@ -320,16 +361,16 @@ def _dense(index: int, inverse: InverseFisher) -> Array:
         return jnp.zeros((0, 0, 0), inverse.blocking.packing.dtypes[index])
     group, which = position
     if isinstance(inverse.parts, Whole):
-        return inverse.totals.count * inverse.parts.dense(group, shift)
+        return inverse.totals.num_grads * inverse.parts.dense(group, shift)
     part = inverse.parts[group]
-    return inverse.totals.count * part.dense(which, shift.astype(part.image.dtype))
+    return inverse.totals.num_grads * part.dense(which, shift.astype(part.image.dtype))
 
 
 def _read(blocking: Blocking, grads: Block, scale: Scalar) -> tuple[tuple[Array, ...], Totals]:
     """The gradients, cut and times √b, and what they add up to."""
-    count = jax.tree.leaves(grads)[0].shape[0]
+    count = num_grads(grads)
     rows = tuple(jnp.sqrt(scale).astype(x.dtype) * x for x in jax.vmap(blocking.cut)(grads))
-    squares = sum(jnp.sum(x**2).astype(scale.dtype) for x in rows)
+    squares = sum((jnp.sum(x**2).astype(scale.dtype) for x in rows), jnp.zeros_like(scale))
     return rows, Totals(jnp.int32(count), squares)
 
 
@@ -339,12 +380,17 @@ def _part_of(rows: Array, shift: Scalar, chunk_size: int) -> Root | Dual:
     return root_of(rows, shift, chunk_size) if rows.shape[0] >= rows.shape[2] else dual_of(rows, shift)
 
 
+def _roots(inverse: InverseFisher) -> list[Root]:
+    """The parts, once there are enough gradients for all of them to be roots."""
+    return [part for part in inverse.parts if isinstance(part, Root)]
+
+
 def _stacked(rows: Array, more: Array) -> Array:
     return jnp.concatenate([rows, more])
 
 
 def _solve(inverse: InverseFisher, parts: Parts) -> Parts:
-    count, shift = inverse.totals.count, inverse.shift
+    count, shift = inverse.totals.num_grads, inverse.shift
     if isinstance(inverse.parts, Whole):
         solved = inverse.parts.solve(parts, shift)
     else:
@@ -355,12 +401,43 @@ def _solve(inverse: InverseFisher, parts: Parts) -> Parts:
 
 
 def _measured(inverse: InverseFisher) -> InverseFisher:
-    """With the residuals of F⁻¹Fz = z."""
-    images = inverse.parts.image if isinstance(inverse.parts, Whole) else [p.image for p in inverse.parts]
+    """With the residuals, and NaN for what they show to be no inverse."""
+    images, count, parts = _images(inverse), inverse.totals.num_grads, inverse.parts
     z = [jnp.broadcast_to(signs(x.shape[-1], x.dtype), x.shape) for x in images]
-    products = [
-        (x + inverse.shift.astype(x.dtype) * s) / inverse.totals.count for x, s in zip(images, z, strict=True)
-    ]
+    products = [(x + inverse.shift.astype(x.dtype) * s) / count for x, s in zip(images, z, strict=True)]
     misses = [x - s for x, s in zip(_solve(inverse, tuple(products)), z, strict=True)]
-    residuals = tuple(jnp.sqrt(jnp.mean(x**2, axis=-1)) for x in misses)
-    return dataclasses.replace(inverse, residuals=residuals)
+    if isinstance(parts, Whole):
+        residual = inverse.damping * _tree.norm(misses) / _tree.norm(products)
+        parts = parts._replace(cholesky=_kept(parts.cholesky, residual))
+        return dataclasses.replace(inverse, parts=parts, residuals=(residual[None],))
+    diagonals = [count * part.diagonal(inverse.shift.astype(part.image.dtype)) for part in parts]
+    residuals = tuple(map(_relative_miss, misses, products, map(jnp.sqrt, diagonals)))
+    parts = tuple(
+        part._replace(**{name: _kept(getattr(part, name), residual)})
+        for part, residual in zip(parts, residuals, strict=True)
+        for name in ("root" if isinstance(part, Root) else "cholesky",)
+    )
+    return dataclasses.replace(inverse, parts=parts, residuals=residuals)
+
+
+def _relative_miss(miss: Array, product: Array, units: Array) -> Array:
+    return jnp.sqrt(jnp.mean((miss / units) ** 2, axis=-1) / jnp.mean((product * units) ** 2, axis=-1))
+
+
+def _kept(factor: Array, residual: Array) -> Array:
+    return jnp.where((residual <= INACCURATE)[..., None, None], factor, jnp.nan)
+
+
+def _images(inverse: InverseFisher) -> tuple[Array, ...]:
+    """Az = m(F − λI)z for every block."""
+    parts = inverse.parts
+    return parts.image if isinstance(parts, Whole) else tuple(part.image for part in parts)
+
+
+@jax.jit
+def _sizes(inverse: InverseFisher) -> tuple[Array, ...]:
+    """‖Fz‖ of every block, about the Frobenius norm of F; the trace of every leaf with one block in all."""
+    count, parts = inverse.totals.num_grads, inverse.parts
+    if isinstance(parts, Whole):
+        return tuple(jnp.sum(rows**2)[None] / count for rows in parts.rows)
+    return tuple(jnp.linalg.norm(part.image, axis=-1) / count for part in parts)
