@@ -16,10 +16,14 @@ from hessjax.pruning.saliency import Saliency, drop_others
 
 _MOVES = {
     "joint": quadratic.joint_move,
-    "greedy": quadratic.joint_move,  # what its steps add up to: each is the best for all that went so far
+    "greedy": quadratic.joint_move,  # what its steps add up to
     "summed": quadratic.summed_move,
     "none": quadratic.no_move,
 }
+
+
+_Numbers = tuple[Any, Any, Any]
+"""The damping, the share of the rows that are filled, and how many examples a gradient is the mean of."""
 
 
 class Gradients(NamedTuple):
@@ -37,13 +41,12 @@ class Gradients(NamedTuple):
 
 
 class _Settings(NamedTuple):
-    """What the compiled functions depend on."""
+    """What the compiled functions depend on; a damping of another size compiles nothing."""
 
     update: str
-    damping: Tolerance
+    is_relative: bool
     block_size: int | None
     with_slope: bool
-    batch_size: int
 
 
 def obs(
@@ -100,7 +103,7 @@ def obs(
         >>> pruned.params["kernel"].round(2)
         Array([[0., 3.]], dtype=float32)
     """
-    return _second_order(_Settings(update, damping, block_size, False, batch_size), num_grads)
+    return _second_order(update, damping, block_size, False, num_grads, batch_size)
 
 
 def wood_taylor(
@@ -144,7 +147,7 @@ def wood_taylor(
         >>> pruned.params["kernel"].round(2)
         Array([[0., 2.]], dtype=float32)
     """
-    return _second_order(_Settings(update, damping, block_size, True, batch_size), num_grads)
+    return _second_order(update, damping, block_size, True, num_grads, batch_size)
 
 
 def obd(*, num_grads: int | None = None, batch_size: int = 1) -> Saliency:
@@ -187,24 +190,37 @@ def obd(*, num_grads: int | None = None, batch_size: int = 1) -> Saliency:
     return Saliency(*_memory(num_grads), scores, compensate)
 
 
-def _second_order(settings: _Settings, num_grads: int | None) -> Saliency:
-    if settings.update not in _MOVES:
+def _second_order(
+    update: str,
+    damping: Tolerance,
+    block_size: int | None,
+    with_slope: bool,
+    num_grads: int | None,
+    batch_size: int,
+) -> Saliency:
+    if update not in _MOVES:
         names = ", ".join(f'"{name}"' for name in _MOVES)
-        raise ValueError(f'`update` must be one of {names}, got "{settings.update}".')
-    factor = settings.damping.factor if isinstance(settings.damping, Relative) else settings.damping
-    if not 0 < factor < math.inf:
+        raise ValueError(f'`update` must be one of {names}, got "{update}".')
+    is_relative = isinstance(damping, Relative)
+    amount = damping.factor if isinstance(damping, Relative) else damping
+    if not 0 < amount < math.inf:
         raise ValueError(
-            f"`damping` must be positive and finite, got {factor}: F from few gradients is singular without."
+            f"`damping` must be positive and finite, got {amount}: F from few gradients is singular without."
         )
-    _check_counts(num_grads=num_grads, batch_size=settings.batch_size, block_size=settings.block_size)
+    _check_counts(num_grads=num_grads, batch_size=batch_size, block_size=block_size)
+    # Single scores and the moves that do not follow from them share what is compiled.
+    ranking = _Settings("greedy" if update == "greedy" else "none", is_relative, block_size, with_slope)
+    moving = _Settings("joint" if update == "greedy" else update, is_relative, block_size, with_slope)
 
     def scores(state: Gradients, dense: Params, /, **extra: Any) -> Params:
-        return _scores(settings, *_gradients(state, extra), state.mask, dense)
+        grads, filled = _gradients(state, extra)
+        return _scores(ranking, grads, (amount, filled, batch_size), state.mask, dense)
 
     def compensate(
         state: Gradients, dense: Params, mask: Params, /, **extra: Any
     ) -> tuple[Params, Float[Array, ""]]:
-        return _moved(settings, *_gradients(state, extra), state.mask, dense, mask)
+        grads, filled = _gradients(state, extra)
+        return _moved(moving, grads, (amount, filled, batch_size), state.mask, dense, mask)
 
     return Saliency(*_memory(num_grads), scores, compensate)
 
@@ -250,10 +266,8 @@ def _gradients(state: Gradients, extra: dict[str, Any]) -> tuple[Block, Array | 
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _scores(
-    settings: _Settings, grads: Block, filled: Array | float, active: Params, dense: Params
-) -> Params:
-    models, weights = _models(settings, grads, filled, active), _blocks(settings, dense, active)
+def _scores(settings: _Settings, grads: Block, numbers: _Numbers, active: Params, dense: Params) -> Params:
+    models, weights = _models(settings, grads, numbers, active), _blocks(settings, dense, active)
     if settings.update == "greedy":
         parts = [_in_turn(*column) for column in zip(models, weights, _flags(settings, active), strict=True)]
     else:
@@ -273,9 +287,9 @@ def _in_turn(models: quadratic.Quadratic, weights: Array, active: Array) -> Arra
 
 @functools.partial(jax.jit, static_argnums=0)
 def _moved(
-    settings: _Settings, grads: Block, filled: Array | float, active: Params, dense: Params, mask: Params
+    settings: _Settings, grads: Block, numbers: _Numbers, active: Params, dense: Params, mask: Params
 ) -> tuple[Params, Float[Array, ""]]:
-    models = _models(settings, grads, filled, active)
+    models = _models(settings, grads, numbers, active)
     weights = _blocks(settings, dense, active)
     pruned = _flags(settings, jax.tree.map(lambda a, m: a & ~m, active, mask))
     kept = _flags(settings, jax.tree.map(lambda a, m: a & m, active, mask))
@@ -302,9 +316,11 @@ def _diagonal_scores(
 
 
 def _models(
-    settings: _Settings, grads: Block, filled: Array | float, active: Params
+    settings: _Settings, grads: Block, numbers: _Numbers, active: Params
 ) -> list[quadratic.Quadratic]:
-    _, damping, block_size, with_slope, batch_size = settings
+    _, is_relative, block_size, with_slope = settings
+    amount, filled, batch_size = numbers
+    damping = Relative(amount) if is_relative else amount
     return quadratic.models_of(grads, active, damping, block_size, filled, batch_size, with_slope)
 
 

@@ -20,7 +20,7 @@ from jax.scipy.linalg import cho_solve, solve_triangular
 from jaxtyping import Array, Float
 
 from hessjax import _tree
-from hessjax._typing import Block, Params, Relative, Tolerance
+from hessjax._typing import Block, Params, Relative
 
 
 class Quadratic(NamedTuple):
@@ -151,10 +151,10 @@ def each(function: Callable[..., Array], *blocks: Any) -> Array:
 def models_of(
     grads: Block,
     mask: Params,
-    damping: Tolerance,
+    damping: Any,
     block_size: int | None,
-    filled: Array | float,
-    batch_size: int,
+    filled: Any,
+    batch_size: Any,
     with_slope: bool,
 ) -> list[Quadratic]:
     """The model of every block, over the weights that are not pruned yet.
