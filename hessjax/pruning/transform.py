@@ -52,16 +52,6 @@ class PruneState(NamedTuple):
     predicted_increase: Float[Array, ""] | None = None
 
 
-class _Choice(NamedTuple):
-    """What a mask step changes; the last two by compensation only."""
-
-    mask: Params
-    sparsity: Float[Array, ""]
-    num_nan: Int[Array, ""]
-    dense: Params | None = None
-    predicted_increase: Float[Array, ""] | None = None
-
-
 def is_matrix(path: str, leaf: Any) -> bool:
     """Whether a leaf has two or more axes: matrices, kernels, embeddings; no biases, no scales."""
     return jnp.ndim(leaf) >= 2
@@ -89,10 +79,11 @@ def prune(
     Guaranteed, whatever `inner` is:
 
     - a pruned weight is exactly 0.0 after `optax.apply_updates`, and the number of zeros is exact;
-    - a kept weight moves as `inner` alone would move it, to the last bit, and a leaf that is not pruned
-      trains as if `prune` were not there (operation for operation: inside `jit` the two are different
-      programs, and XLA may contract a·b + c in one of them). At kept places W is by definition the params,
-      read anew at every update, so that the two cannot drift apart and outside changes are honoured;
+    - a kept weight moves as `inner` alone would move it, to the last bit (at mask steps a saliency that
+      compensates, as `obs` does, moves it too), and a leaf that is not pruned trains as if `prune` were not
+      there (operation for operation: inside `jit` the two are different programs, and XLA may contract
+      a·b + c in one of them). At kept places W is by definition the params, read anew at every update, so
+      that the two cannot drift apart and outside changes are honoured;
     - a weight that comes back starts from its dense copy, which `inner` has kept moving (with zero gradient).
 
     Nothing may change the updates after `prune`: in a chain it comes last, and decay, ema, accumulation
@@ -153,37 +144,29 @@ def prune(
 
     compensates = saliency.compensate is not None
 
-    def choose(dense: Params, scorer: Any, count: Any, extra: dict[str, Any]) -> _Choice:
+    def choose(dense: Params, scorer: Any, count: Any, extra: dict[str, Any]) -> dict[str, Any]:
+        """The fields of the state that a mask step changes."""
         asked = sparsity(count) if callable(sparsity) else sparsity
         scores = saliency.scores(scorer, dense, **extra)
         mask = allocation(scores, asked)
-        choice = _Choice(mask, jnp.asarray(asked, jnp.float32), _num_nan(scores))
-        if saliency.compensate is None:
-            return choice
-        moved, increase = saliency.compensate(scorer, dense, mask, **extra)
-        return choice._replace(dense=moved, predicted_increase=jnp.asarray(increase, jnp.float32))
+        choice = {"mask": mask, "sparsity": jnp.asarray(asked, jnp.float32), "num_nan": _num_nan(scores)}
+        if saliency.compensate is not None:
+            dense, increase = saliency.compensate(scorer, dense, mask, **extra)
+            choice |= {"dense": dense, "predicted_increase": jnp.asarray(increase, jnp.float32)}
+        return choice
 
     def init(params: Params) -> PruneState:
         dense = _copy_selected(params, where)
         check_budget(sparsity, allocation, dense, some_mask_steps(every, start, stop))
-        scorer, zero = saliency.init(dense), jnp.zeros((), jnp.int32)
+        scorer, zero, nothing = saliency.init(dense), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
+        if compensates:
+            check_first_step(sparsity, start)
+        full = jax.tree.map(lambda x: jnp.full_like(x, True, dtype=bool), dense)
+        choice = {"mask": full, "sparsity": nothing, "num_nan": zero}
+        choice |= {"predicted_increase": nothing} if compensates else {}
         if start == 0 and not compensates:
             choice = choose(dense, scorer, zero, {})
-        else:
-            check_first_step(sparsity, start)
-            mask = jax.tree.map(lambda x: jnp.full_like(x, True, dtype=bool), dense)
-            none = jnp.zeros((), jnp.float32)
-            choice = _Choice(mask, none, zero, predicted_increase=none if compensates else None)
-        return PruneState(
-            zero,
-            inner.init(params),
-            dense,
-            choice.mask,
-            scorer,
-            choice.sparsity,
-            choice.num_nan,
-            choice.predicted_increase,
-        )
+        return PruneState(zero, inner.init(params), dense, saliency=scorer, **choice)
 
     def update(
         grads: Params, state: PruneState, params: Params | None = None, **extra: Any
@@ -196,30 +179,16 @@ def prune(
         )
         before, dense = (drop_others(x, state.mask) for x in (weights, optax.apply_updates(weights, steps)))
         scorer = saliency.update(state.saliency, drop_others(grads, state.mask), before, state.mask, **extra)
-        as_it_is = _Choice(
-            state.mask,
-            state.sparsity,
-            state.num_nan,
-            dense if compensates else None,
-            state.predicted_increase,
-        )
-        choice = cond_now(
+        rest = {"mask": state.mask, "sparsity": state.sparsity, "num_nan": state.num_nan}
+        if compensates:  # the others need not pay for dense weights going through `cond`
+            rest |= {"dense": dense, "predicted_increase": state.predicted_increase}
+        choice = {"dense": dense} | cond_now(
             is_mask_step(count, every, start, stop),
             lambda: choose(dense, scorer, count, extra),
-            lambda: as_it_is,
+            lambda: rest,
         )
-        dense = choice.dense if compensates else dense
-        updates = _on_selected(_land, steps, choice.mask, dense, params)
-        return updates, PruneState(
-            count,
-            inner_state,
-            dense,
-            choice.mask,
-            scorer,
-            choice.sparsity,
-            choice.num_nan,
-            choice.predicted_increase,
-        )
+        updates = _on_selected(_land, steps, choice["mask"], choice["dense"], params)
+        return updates, PruneState(count, inner_state, saliency=scorer, **choice)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
