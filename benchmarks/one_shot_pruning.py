@@ -18,7 +18,7 @@ SPARSITIES = (0.8, 0.9, 0.95)
 SEEDS = 3
 NUM_GRADS = 768
 BARS = {"joint, 10 recomputes": (4.0, 10.0, 42.0), "GGN at temperature 4, 64 steps": (3.0, 8.0, 29.0)}
-"""The most errors in percent of the test images, at each sparsity.."""
+"""The most errors in percent of the test images, at each sparsity."""
 
 NO_BARS = (None, None, None)
 
