@@ -78,7 +78,7 @@ class InverseFisher:
     totals: Totals
     setting: Damping
     scale: Scalar
-    residuals: tuple[Float[Array, " blocks"], ...]
+    residuals: tuple[Float[Array, " _"], ...]
     blocking: Blocking = dataclasses.field(metadata={"static": True})
     chunk_size: int = dataclasses.field(metadata={"static": True})
 
