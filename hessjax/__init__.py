@@ -21,6 +21,8 @@ from hessjax.curvature.hessian import hvp as hvp
 from hessjax.curvature.likelihoods import Likelihood as Likelihood
 from hessjax.curvature.likelihoods import categorical_likelihood as categorical_likelihood
 from hessjax.curvature.likelihoods import gaussian_likelihood as gaussian_likelihood
+from hessjax.curvature.square_roots import ggn_roots as ggn_roots
+from hessjax.curvature.square_roots import sampled_grads as sampled_grads
 from hessjax.curvature.subset import Selection as Selection
 from hessjax.curvature.subset import select as select
 from hessjax.directions import line as line

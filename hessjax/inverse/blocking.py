@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from hessjax._packing import Packing
 from hessjax._typing import Params, Vector
 
-Parts = tuple[Float[Array, "blocks width"], ...]
+Parts = tuple[Float[Array, "_ _"], ...]
 """A vector, cut: for every group of leaves with equally wide blocks their blocks, below each other."""
 
 

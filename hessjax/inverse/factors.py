@@ -21,14 +21,16 @@ from jaxtyping import Array, Float
 from hessjax._typing import Scalar
 from hessjax.inverse.blocking import signs
 
-Rows = Float[Array, "grads blocks width"]
-Cut = Float[Array, "blocks width"]
+Rows = Float[Array, "_ _ _"]
+"""(gradients, blocks, width)"""
+Cut = Float[Array, "_ _"]
+"""(blocks, width)"""
 
 
 class Root(NamedTuple):
     """S with SSᵀ = (A + κI)⁻¹ for every block, and the image Az of a fixed vector z to check it by."""
 
-    root: Float[Array, "blocks width width"]
+    root: Float[Array, "_ _ _"]
     image: Cut
 
     def solve(self, v: Cut, shift: Scalar) -> Cut:
@@ -39,7 +41,7 @@ class Root(NamedTuple):
         """The diagonal of (A + κI)⁻¹."""
         return jnp.sum(self.root**2, axis=-1)
 
-    def dense(self, which: slice, shift: Scalar) -> Float[Array, "blocks width width"]:
+    def dense(self, which: slice, shift: Scalar) -> Float[Array, "_ _ _"]:
         """Some of its blocks, with all their entries."""
         return jnp.einsum("bij,bkj->bik", self.root[which], self.root[which], precision="highest")
 
@@ -48,7 +50,7 @@ class Dual(NamedTuple):
     """The gradients G of every block, and the Cholesky factor of κI + GGᵀ."""
 
     rows: Rows
-    cholesky: Float[Array, "blocks grads grads"]
+    cholesky: Float[Array, "_ _ _"]
 
     @property
     def image(self) -> Cut:
@@ -68,7 +70,7 @@ class Dual(NamedTuple):
         half = jax.vmap(_half_solve, in_axes=(0, 1))(self.cholesky, self.rows)
         return (1 - jnp.sum(half**2, axis=1)) / shift
 
-    def dense(self, which: slice, shift: Scalar) -> Float[Array, "blocks width width"]:
+    def dense(self, which: slice, shift: Scalar) -> Float[Array, "_ _ _"]:
         """Some of its blocks, with all their entries."""
         half = jax.vmap(_half_solve, in_axes=(0, 1))(self.cholesky[which], self.rows[:, which])
         products = jnp.einsum("bgi,bgj->bij", half, half, precision="highest")
@@ -85,7 +87,7 @@ class Whole(NamedTuple):
     """
 
     rows: tuple[Rows, ...]
-    cholesky: Float[Array, "grads grads"]
+    cholesky: Float[Array, "_ _"]
 
     @property
     def image(self) -> tuple[Cut, ...]:
@@ -102,21 +104,21 @@ class Whole(NamedTuple):
         """The diagonal of (A + κI)⁻¹."""
         return tuple(self._leaf(i).diagonal(shift.astype(x.dtype)) for i, x in enumerate(self.rows))
 
-    def dense(self, index: int, shift: Scalar) -> Float[Array, "blocks width width"]:
+    def dense(self, index: int, shift: Scalar) -> Float[Array, "_ _ _"]:
         """Some of its blocks, with all their entries."""
         return self._leaf(index).dense(slice(None), shift.astype(self.rows[index].dtype))
 
     def _leaf(self, index: int) -> Dual:
         return Dual(self.rows[index], self.cholesky[None].astype(self.rows[index].dtype))
 
-    def _coefficients(self, v: tuple[Cut, ...]) -> Float[Array, " grads"]:
+    def _coefficients(self, v: tuple[Cut, ...]) -> Float[Array, " _"]:
         """Gv."""
         products = [
             jnp.einsum("gbi,bi->g", x, y, precision="highest") for x, y in zip(self.rows, v, strict=True)
         ]
         return sum(products[1:], products[0]).astype(self.cholesky.dtype)
 
-    def _combined(self, coefficients: Float[Array, " grads"]) -> tuple[Cut, ...]:
+    def _combined(self, coefficients: Float[Array, " _"]) -> tuple[Cut, ...]:
         """Gᵀc."""
         return tuple(
             jnp.einsum("gbi,g->bi", x, coefficients.astype(x.dtype), precision="highest") for x in self.rows
@@ -168,7 +170,7 @@ def _absorb(part: Root, chunk: Rows) -> Root:
     return Root(jax.vmap(_absorb_block, in_axes=(0, 1))(part.root, chunk), image)
 
 
-def _absorb_block(root: Float[Array, "width width"], chunk: Float[Array, "grads width"]) -> Array:
+def _absorb_block(root: Float[Array, "_ _"], chunk: Float[Array, "_ _"]) -> Array:
     V = jnp.matmul(chunk, root, precision="highest")
     eye = jnp.eye(chunk.shape[0], dtype=chunk.dtype)
     L = jnp.linalg.cholesky(eye + jnp.matmul(V, V.T, precision="highest"))

@@ -50,11 +50,11 @@ def num_grads(block: Block, name: str = "grads") -> int:
     return shapes[0][0]
 
 
-def gathered(blocks: Iterator[Block], count: float) -> Block:
-    """At least `count` gradients in one block, as far as there are any."""
+def gathered(blocks: Iterator[Block], count: int | None) -> Block:
+    """At least `count` gradients in one block, as far as there are any; None: all."""
     gathered = [next(blocks)]
     held = jax.tree.leaves(gathered[0])[0].shape[0]
-    while held < count and (block := next(blocks, None)) is not None:
+    while (count is None or held < count) and (block := next(blocks, None)) is not None:
         gathered.append(block)
         held += jax.tree.leaves(block)[0].shape[0]
     return gathered[0] if len(gathered) == 1 else _joined(gathered)

@@ -78,7 +78,7 @@ class InverseFisher:
     totals: Totals
     setting: Damping
     scale: Scalar
-    residuals: tuple[Float[Array, " blocks"], ...]
+    residuals: tuple[Float[Array, " _"], ...]
     blocking: Blocking = dataclasses.field(metadata={"static": True})
     chunk_size: int = dataclasses.field(metadata={"static": True})
 
@@ -146,10 +146,10 @@ class InverseFisher:
         return _streamed(_extended(gathered(blocks, self._missing), self), blocks)
 
     @property
-    def _missing(self) -> float:
-        """How many gradients more there must be until no dual is left."""
+    def _missing(self) -> int | None:
+        """How many gradients more there must be until no dual is left; None: it stays one."""
         if isinstance(self.parts, Whole):
-            return math.inf
+            return None
         duals = [part.rows.shape[0] for part in self.parts if isinstance(part, Dual)]
         return self.blocking.widest - duals[0] if duals else 0
 
@@ -227,7 +227,7 @@ def inverse_fisher(
     like = row(first)
     dtype, blocking = _tree.accumulator_dtype(like), Blocking.of(like, block_size)
     setting = Damping.of(damping, dtype)
-    first = gathered(itertools.chain([first], blocks), blocking.widest if block_size else math.inf)
+    first = gathered(itertools.chain([first], blocks), blocking.widest if block_size else None)
     return _streamed(_built(blocking, chunk_size, first, setting, jnp.asarray(batch_size, dtype)), blocks)
 
 
