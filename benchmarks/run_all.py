@@ -14,7 +14,9 @@ SCRIPTS = (
     "trace_accuracy",
     "density_accuracy",
     "density_memory",
+    "inverse_fisher_cost",
     "pruning_cost",
+    "one_shot_pruning",
     "compilations",
     "startup",
 )

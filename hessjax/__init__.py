@@ -21,6 +21,8 @@ from hessjax.curvature.hessian import hvp as hvp
 from hessjax.curvature.likelihoods import Likelihood as Likelihood
 from hessjax.curvature.likelihoods import categorical_likelihood as categorical_likelihood
 from hessjax.curvature.likelihoods import gaussian_likelihood as gaussian_likelihood
+from hessjax.curvature.square_roots import ggn_roots as ggn_roots
+from hessjax.curvature.square_roots import sampled_grads as sampled_grads
 from hessjax.curvature.subset import Selection as Selection
 from hessjax.curvature.subset import select as select
 from hessjax.directions import line as line
@@ -32,10 +34,17 @@ from hessjax.inverse.conjugate_gradient import conjugate_gradient as conjugate_g
 from hessjax.inverse.minres import minres as minres
 from hessjax.inverse.solution import Solution as Solution
 from hessjax.inverse.solve import solve as solve
+from hessjax.inverse.woodbury import InverseFisher as InverseFisher
+from hessjax.inverse.woodbury import inverse_fisher as inverse_fisher
 from hessjax.landscape import Landscape as Landscape
 from hessjax.landscape import landscape as landscape
 from hessjax.pruning.allocation import global_threshold as global_threshold
 from hessjax.pruning.allocation import uniform as uniform
+from hessjax.pruning.obs import obd as obd
+from hessjax.pruning.obs import obs as obs
+from hessjax.pruning.obs import wood_taylor as wood_taylor
+from hessjax.pruning.once import Pruned as Pruned
+from hessjax.pruning.once import prune_once as prune_once
 from hessjax.pruning.saliency import magnitude as magnitude
 from hessjax.pruning.summary import summary as summary
 from hessjax.pruning.transform import mask_of as mask_of

@@ -61,7 +61,7 @@ def per_example_grads(
         [[0.0, 0.0], [10.0, 15.0]]
     """
     _tree.check_floating(params)
-    count = _num_examples(args)
+    count = num_examples(args)
     loss_fn = as_pytree(loss_fn)
     if microbatch is None or microbatch >= count:
         return _grads(precision, loss_fn, params, args)
@@ -118,7 +118,7 @@ def empirical_fisher(
         >>> A(jnp.array([1.0, 0.0])).tolist()
         [50.0, 75.0]
     """
-    count = _num_examples(args)
+    count = num_examples(args)
     loss_fn = as_pytree(loss_fn)
     if microbatch is None:
         return sandwich(Partial(_losses, loss_fn), Partial(_mean), params, args, linearize, precision)
@@ -134,7 +134,8 @@ def empirical_fisher(
 # -- examples ------------------------------------------------------------------------------------
 
 
-def _num_examples(args: tuple[Any, ...]) -> int:
+def num_examples(args: tuple[Any, ...]) -> int:
+    """The number of examples in the batch, the first argument."""
     if not args:
         raise ValueError("`args` must begin with the batch that is cut into examples, got no arguments.")
     count = leading_axis(args[0], "What all examples share goes into the arguments after the batch.")
@@ -159,7 +160,7 @@ def _cut(args: tuple[Any, ...], start: Any, size: int) -> tuple[Any, ...]:
     return jax.tree.map(leaf, args[0]), *args[1:]
 
 
-def _of_each(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+def of_each(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     """`function(args)` for every example, as a batch of one; results stacked."""
     leaves, structure = jax.tree.flatten(args[0])
     axes = tuple(0 if jnp.ndim(x) else None for x in leaves)
@@ -177,7 +178,7 @@ def _of_each(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
 @functools.partial(jax.jit, static_argnums=0)
 def _grads(precision: str | None, loss_fn: LossFn, params: Params, args: tuple[Any, ...]) -> Block:
     with at_precision(precision):
-        return _of_each(lambda example: jax.grad(scalar(loss_fn, example))(params), args)
+        return of_each(lambda example: jax.grad(scalar(loss_fn, example))(params), args)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -208,7 +209,7 @@ def _fill(
 
 
 def _losses(loss_fn: LossFn, params: Params, *args: Any) -> jax.Array:
-    return _of_each(lambda example: scalar(loss_fn, example)(params), args)
+    return of_each(lambda example: scalar(loss_fn, example)(params), args)
 
 
 def _mean(losses: jax.Array, _args: Any) -> Partial:
@@ -228,7 +229,7 @@ class _ProductInParts:
 
     def __call__(self, loss_fn: LossFn, params: Params, args: tuple[Any, ...], vector: Vector) -> Vector:
         _tree.check_like(vector, params, "vector", "params")
-        count = _num_examples(args)
+        count = num_examples(args)
         total = zero(params)
         for start, size in _cuts(count, self.microbatch):
             total = _add_part(self.precision, size, total, start, loss_fn, params, args, vector)

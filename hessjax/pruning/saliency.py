@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from hessjax._typing import Params
 
@@ -23,11 +24,21 @@ class Saliency(NamedTuple):
             it was taken at.
         scores: `(state, dense, /, **extra) -> scores`, called at mask steps only: floating-point arrays in
             the shapes of `dense`. A NaN ranks below every other score, and `PruneState.num_nan` counts it.
+        compensate: `(state, dense, mask, /, **extra) -> (dense, increase)`, called after the mask is made of
+            the scores: the weights moved so that the kept ones make up for those that go, and by how much
+            it expects the loss to rise. None: the kept weights stay where they are. A rule with it has to
+            see gradients first, so that nothing is pruned at step 0.
     """
 
     init: Callable[[Params], Any]
     update: Callable[..., Any]
     scores: Callable[..., Params]
+    compensate: Callable[..., tuple[Params, Any]] | None = None
+
+
+def drop_others(tree: Params, mask: Params) -> Params:
+    """The tree with `optax.MaskedNode()` wherever the mask has one."""
+    return jax.tree.map(lambda x, m: m if isinstance(m, optax.MaskedNode) else x, tree, mask)
 
 
 def magnitude() -> Saliency:

@@ -51,6 +51,19 @@ def check_budget(sparsity: Any, allocation: Allocation, dense: Params, steps: li
     jax.eval_shape(lambda scores: allocation(scores, max(values)), dense)
 
 
+def check_first_step(sparsity: Any, start: int) -> None:
+    """Raise a ValueError if zeros are asked for before any gradient has been seen."""
+    if start > 0:
+        return
+    with jax.ensure_compile_time_eval():
+        first = float(jax.jit(sparsity)(jnp.zeros((), jnp.int32))) if callable(sparsity) else sparsity
+    if first > 0:
+        raise ValueError(
+            f"`start` must be at least 1 for a saliency that needs gradients, got 0 with sparsity {first:g} "
+            "at step 0: start later, or with a schedule that begins at 0."
+        )
+
+
 def cond_now(predicate: Array, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
     """`lax.cond`; outside `jit`, where it would compile both branches at every call, a plain `if`."""
     if isinstance(predicate, jax.core.Tracer):

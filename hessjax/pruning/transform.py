@@ -11,8 +11,16 @@ from jaxtyping import Array, Float, Int
 from hessjax import _tree
 from hessjax._typing import Params, Where
 from hessjax.pruning.allocation import Allocation, check_sparsity, global_threshold
-from hessjax.pruning.saliency import Saliency
-from hessjax.pruning.steps import Schedule, check_budget, check_steps, cond_now, is_mask_step, some_mask_steps
+from hessjax.pruning.saliency import Saliency, drop_others
+from hessjax.pruning.steps import (
+    Schedule,
+    check_budget,
+    check_first_step,
+    check_steps,
+    cond_now,
+    is_mask_step,
+    some_mask_steps,
+)
 
 
 class PruneState(NamedTuple):
@@ -30,6 +38,8 @@ class PruneState(NamedTuple):
         sparsity: what was asked for at the last mask step; 0 before the first.
         num_nan: how many scores were NaN at the last mask step; anything but 0 means that the run has gone
             wrong.
+        predicted_increase: of the loss, by a saliency that compensates, at the last mask step; None for the
+            others.
     """
 
     num_updates: Int[Array, ""]
@@ -39,6 +49,7 @@ class PruneState(NamedTuple):
     saliency: Any
     sparsity: Float[Array, ""]
     num_nan: Int[Array, ""]
+    predicted_increase: Float[Array, ""] | None = None
 
 
 def is_matrix(path: str, leaf: Any) -> bool:
@@ -68,10 +79,11 @@ def prune(
     Guaranteed, whatever `inner` is:
 
     - a pruned weight is exactly 0.0 after `optax.apply_updates`, and the number of zeros is exact;
-    - a kept weight moves as `inner` alone would move it, to the last bit, and a leaf that is not pruned
-      trains as if `prune` were not there (operation for operation: inside `jit` the two are different
-      programs, and XLA may contract a·b + c in one of them). At kept places W is by definition the params,
-      read anew at every update, so that the two cannot drift apart and outside changes are honoured;
+    - a kept weight moves as `inner` alone would move it, to the last bit (at mask steps a saliency that
+      compensates, as `obs` does, moves it too), and a leaf that is not pruned trains as if `prune` were not
+      there (operation for operation: inside `jit` the two are different programs, and XLA may contract
+      a·b + c in one of them). At kept places W is by definition the params, read anew at every update, so
+      that the two cannot drift apart and outside changes are honoured;
     - a weight that comes back starts from its dense copy, which `inner` has kept moving (with zero gradient).
 
     Nothing may change the updates after `prune`: in a chain it comes last, and decay, ema, accumulation
@@ -130,21 +142,31 @@ def prune(
         inner = inner.gradient_transformation()
     inner = optax.with_extra_args_support(inner)
 
-    def choose(dense: Params, scorer: Any, count: Any, extra: dict[str, Any]) -> tuple[Params, Array, Array]:
+    compensates = saliency.compensate is not None
+
+    def choose(dense: Params, scorer: Any, count: Any, extra: dict[str, Any]) -> dict[str, Any]:
+        """The fields of the state that a mask step changes."""
         asked = sparsity(count) if callable(sparsity) else sparsity
         scores = saliency.scores(scorer, dense, **extra)
-        return allocation(scores, asked), jnp.asarray(asked, jnp.float32), _num_nan(scores)
+        mask = allocation(scores, asked)
+        choice = {"mask": mask, "sparsity": jnp.asarray(asked, jnp.float32), "num_nan": _num_nan(scores)}
+        if saliency.compensate is not None:
+            dense, increase = saliency.compensate(scorer, dense, mask, **extra)
+            choice |= {"dense": dense, "predicted_increase": jnp.asarray(increase, jnp.float32)}
+        return choice
 
     def init(params: Params) -> PruneState:
         dense = _copy_selected(params, where)
         check_budget(sparsity, allocation, dense, some_mask_steps(every, start, stop))
-        scorer, zero = saliency.init(dense), jnp.zeros((), jnp.int32)
-        if start == 0:
-            mask, asked, num_nan = choose(dense, scorer, zero, {})
-        else:
-            mask = jax.tree.map(lambda x: jnp.full_like(x, True, dtype=bool), dense)
-            asked, num_nan = jnp.zeros((), jnp.float32), zero
-        return PruneState(zero, inner.init(params), dense, mask, scorer, asked, num_nan)
+        scorer, zero, nothing = saliency.init(dense), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
+        if compensates:
+            check_first_step(sparsity, start)
+        full = jax.tree.map(lambda x: jnp.full_like(x, True, dtype=bool), dense)
+        choice = {"mask": full, "sparsity": nothing, "num_nan": zero}
+        choice |= {"predicted_increase": nothing} if compensates else {}
+        if start == 0 and not compensates:
+            choice = choose(dense, scorer, zero, {})
+        return PruneState(zero, inner.init(params), dense, saliency=scorer, **choice)
 
     def update(
         grads: Params, state: PruneState, params: Params | None = None, **extra: Any
@@ -155,15 +177,18 @@ def prune(
         steps, inner_state = inner.update(
             _on_selected(_mask, grads, state.mask), state.inner, weights, **extra
         )
-        before, dense = (_drop_others(x, state.mask) for x in (weights, optax.apply_updates(weights, steps)))
-        scorer = saliency.update(state.saliency, _drop_others(grads, state.mask), before, state.mask, **extra)
-        mask, asked, num_nan = cond_now(
+        before, dense = (drop_others(x, state.mask) for x in (weights, optax.apply_updates(weights, steps)))
+        scorer = saliency.update(state.saliency, drop_others(grads, state.mask), before, state.mask, **extra)
+        rest = {"mask": state.mask, "sparsity": state.sparsity, "num_nan": state.num_nan}
+        if compensates:  # the others need not pay for dense weights going through `cond`
+            rest |= {"dense": dense, "predicted_increase": state.predicted_increase}
+        choice = {"dense": dense} | cond_now(
             is_mask_step(count, every, start, stop),
             lambda: choose(dense, scorer, count, extra),
-            lambda: (state.mask, state.sparsity, state.num_nan),
+            lambda: rest,
         )
-        updates = _on_selected(_land, steps, mask, dense, params)
-        return updates, PruneState(count, inner_state, dense, mask, scorer, asked, num_nan)
+        updates = _on_selected(_land, steps, choice["mask"], choice["dense"], params)
+        return updates, PruneState(count, inner_state, saliency=scorer, **choice)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -228,10 +253,6 @@ def _is_hole(x: Any) -> bool:
 def _on_selected(f: Callable[..., Array], tree: Params, mask: Params, *rest: Params) -> Params:
     """`f(leaf, mask, ...)` on the pruned leaves; the others as they are."""
     return jax.tree.map(lambda x, m, *r: x if _is_hole(m) else f(x, m, *r), tree, mask, *rest)
-
-
-def _drop_others(tree: Params, mask: Params) -> Params:
-    return jax.tree.map(lambda x, m: m if _is_hole(m) else x, tree, mask)
 
 
 def _copy_selected(params: Params, where: Where) -> Params:

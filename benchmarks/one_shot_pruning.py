@@ -1,0 +1,176 @@
+"""How much accuracy is left after pruning without retraining?"""
+
+import functools
+import itertools
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import table
+
+import hessjax as hj
+from hessjax import digits
+
+SPARSITIES = (0.8, 0.9, 0.95)
+SEEDS = 3
+NUM_GRADS = 1200
+BARS = {"joint, 10 recomputes": (4.0, 10.0, 42.0), "GGN at temperature 4, 64 steps": (3.0, 8.0, 29.0)}
+"""The most errors in percent of the test images, at each sparsity."""
+
+NO_BARS = (None, None, None)
+
+Params = tuple[jax.Array, ...]
+r = hj.relative
+
+
+class Method(NamedTuple):
+    """A rule with the gradients it sees.
+
+    Attributes:
+        recomputes: the steps to each sparsity.
+        onward: whether these steps begin where those to the sparsity before ended, not at the dense network.
+    """
+
+    rule: Any
+    grads: Callable[[Params], Any] | None = None
+    recomputes: Sequence[int] = (1, 1, 1)
+    onward: bool = False
+
+
+def measure(quick: bool) -> table.Measured:
+    sparsities = SPARSITIES[:1] if quick else SPARSITIES
+    nets = [trained(seed, 5 if quick else 80) for seed in range(1 if quick else SEEDS)]
+    dense = [errors(params) for params in nets]
+    figures = [table.Figure("dense", statistics.mean(dense), "% errors")]
+    raw: dict[str, Any] = {"dense": dense}
+    for name, method in methods(64 if quick else NUM_GRADS).items():
+        if quick and name.startswith("OBS"):
+            continue
+        if quick:
+            method = method._replace(recomputes=[min(method.recomputes[0], 2)])
+        found = [errors_after(method, params, sparsities) for params in nets]
+        raw[name] = found
+        for sparsity, bar, column in zip(
+            sparsities, BARS.get(name, NO_BARS), zip(*found, strict=True), strict=False
+        ):
+            label = f"{name}, {sparsity:.0%} zeros"
+            figures.append(table.Figure(label, statistics.mean(column), "% errors", bar))
+    return figures, raw
+
+
+def methods(number: int) -> dict[str, Method]:
+    """From the simplest to the best that was found, with a Fisher of so many gradients."""
+    plain = functools.partial(example_grads, number=number)
+    soft = functools.partial(softened_roots, number=number, temperature=4.0)
+    return {
+        "magnitude": Method(hj.magnitude()),
+        "OBS, summed, λ = 1e-5": Method(hj.obs("summed", 1e-5), plain),
+        "OBS, joint, λ = 1e-5": Method(hj.obs("joint", 1e-5), plain),
+        "joint, 10 recomputes": Method(hj.obs("joint", r(0.01)), plain, (10, 10, 10)),
+        "GGN at temperature 4, 64 steps": Method(hj.obs("joint", r(0.1)), soft, (32, 16, 16), onward=True),
+    }
+
+
+def errors_after(method: Method, params: Params, sparsities: Sequence[float]) -> list[float]:
+    """At each sparsity."""
+    found, start = [], params
+    for sparsity, recomputes in zip(sparsities, method.recomputes, strict=True):
+        pruned = hj.prune_once(
+            start,
+            method.rule,
+            sparsity,
+            grads_fn=method.grads,
+            recomputes=recomputes,
+        )
+        found.append(errors(pruned.params))
+        start = pruned.params if method.onward else params
+    return found
+
+
+# -- the problem ---------------------------------------------------------------------------------
+
+
+def logits(params: Params, x: jax.Array) -> jax.Array:
+    """An MLP 64-40-20-10 without biases."""
+    for kernel in params[:-1]:
+        x = jax.nn.relu(jnp.matmul(x, kernel, precision="highest"))
+    return jnp.matmul(x, params[-1], precision="highest")
+
+
+def loss_fn(params: Params, batch: Any) -> jax.Array:
+    x, y = batch
+    return optax.softmax_cross_entropy_with_integer_labels(logits(params, x), y).mean()
+
+
+@functools.cache
+def data() -> tuple[Any, Any]:
+    """Training and test images as vectors, with their digits."""
+    with jax.ensure_compile_time_eval():
+        return tuple((jnp.asarray(x.reshape(-1, 64)), jnp.asarray(y)) for x, y in digits.load())
+
+
+@functools.partial(jax.jit, static_argnames="number")
+def sample(params: Params, number: int) -> Any:
+    """The training images that the Fisher is made from: others at every step, known by its zeros."""
+    x, y = data()[0]
+    step = sum(jnp.sum(kernel == 0) for kernel in params)
+    chosen = jax.random.permutation(jax.random.key(step), len(x))[:number]
+    return x[chosen], y[chosen]
+
+
+def errors(params: Params) -> float:
+    """In percent of the test images."""
+    x, y = data()[1]
+    return 100 * float(jnp.mean(jnp.argmax(logits(params, x), axis=-1) != y))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def trained(seed: int, epochs: int) -> Params:
+    """Adam with a cosine schedule; noise on the images, so that it generalises."""
+    x, y = data()[0]
+    key, sizes = jax.random.key(seed), (64, 40, 20, 10)
+    shapes = list(itertools.pairwise(sizes))
+    keys = jax.random.split(key, len(shapes))
+    params = tuple(jax.random.normal(k, s) * jnp.sqrt(2 / s[0]) for k, s in zip(keys, shapes, strict=True))
+    steps = epochs * (len(x) // 64)
+    tx = optax.adamw(optax.cosine_decay_schedule(3e-3, steps), weight_decay=1e-3)
+
+    def step(carry: Any, i: jax.Array) -> tuple[Any, None]:
+        params, state = carry
+        chosen = jax.random.randint(jax.random.fold_in(key, i), (64,), 0, len(x))
+        noise = 0.1 * jax.random.normal(jax.random.fold_in(key, i + steps), (64, 64))
+        grads = jax.grad(loss_fn)(params, (x[chosen] + noise, y[chosen]))
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    return jax.lax.scan(step, (params, tx.init(params)), jnp.arange(steps))[0][0]
+
+
+# -- what the Fisher is made from ----------------------------------------------------------------
+
+
+def example_grads(params: Params, number: int) -> Any:
+    """At the labels of the data: the empirical Fisher."""
+    return hj.per_example_grads(loss_fn, params, sample(params, number))
+
+
+@functools.partial(jax.jit, static_argnames="number")
+def softened_roots(params: Params, number: int, temperature: float) -> Any:
+    """One row Jᵀ s an image, E s sᵀ = diag(p) − p pᵀ, p the softmax at a temperature: a sample of the GGN."""
+    x, _ = sample(params, number)
+    signs = jax.random.rademacher(jax.random.key(3), (len(x), 10), dtype=x.dtype)
+
+    def root(x: jax.Array, signs: jax.Array) -> Params:
+        z, pull_back = jax.vjp(lambda p: logits(p, x[None])[0], params)
+        p = jax.nn.softmax(z / temperature)
+        s = signs * jnp.sqrt(p)
+        return pull_back(s - p * jnp.sum(s))[0]
+
+    return jax.vmap(root)(x, signs)
+
+
+if __name__ == "__main__":
+    table.main(__doc__, measure)

@@ -1,0 +1,164 @@
+"""Pruning at one go: exact counts, recomputing, params that are sparse already."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracles import CONTAINERS, leaves
+
+import hessjax as hj
+
+
+def network(seed=0):
+    keys = jax.random.split(jax.random.key(seed), 2)
+    return {
+        "one": jax.random.normal(keys[0], (5, 6)),
+        "two": jax.random.normal(keys[1], (6, 3)),
+        "b": jnp.ones(3),
+    }
+
+
+X = jax.random.normal(jax.random.key(7), (24, 5))
+TARGET = jnp.sin(X[:, :3])
+
+
+def loss_fn(params, batch):
+    x, y = batch
+    return jnp.mean(jnp.sum((jnp.tanh(x @ params["one"]) @ params["two"] + params["b"] - y) ** 2, axis=1))
+
+
+def grads_fn(params):
+    return hj.per_example_grads(loss_fn, params, (X, TARGET))
+
+
+def kernels(params):
+    return np.concatenate([np.asarray(params[name]).ravel() for name in ("one", "two")])
+
+
+@pytest.mark.parametrize("recomputes", [1, 3])
+@pytest.mark.parametrize("rule", [hj.magnitude(), hj.obd(), hj.obs(), hj.obs("greedy", block_size=8)])
+def test_counts_are_exact(rule, recomputes):
+    for sparsity in (0.0, 0.5, 0.9):
+        pruned = hj.prune_once(network(), rule, sparsity, grads_fn=grads_fn, recomputes=recomputes)
+        zeros = round(sparsity * 48)
+        assert (kernels(pruned.params) == 0).sum() == zeros
+        assert (~kernels(pruned.mask)).sum() == zeros
+        np.testing.assert_array_equal(kernels(pruned.params) != 0, kernels(pruned.mask))
+        np.testing.assert_array_equal(pruned.params["b"], network()["b"])
+        assert pruned.mask["b"].shape == ()
+
+
+def test_one_step_of_magnitude_is_its_mask():
+    pruned = hj.prune_once(network(), hj.magnitude(), 0.5)
+    want = hj.global_threshold()({"one": jnp.abs(network()["one"]), "two": jnp.abs(network()["two"])}, 0.5)
+    np.testing.assert_array_equal(kernels(pruned.mask), kernels(want))
+    np.testing.assert_array_equal(kernels(pruned.params), np.where(kernels(want), kernels(network()), 0))
+    assert np.isnan(pruned.predicted_increase)
+
+
+def test_recomputing_is_pruning_step_by_step():
+    """Densities in geometric progression, each step from the params of the one before."""
+    rule = hj.obs("joint", hj.relative(0.1))
+    together = hj.prune_once(network(), rule, 0.75, grads_fn=grads_fn, recomputes=2)
+    first = hj.prune_once(network(), rule, 0.5, grads_fn=grads_fn)
+    second = hj.prune_once(first.params, rule, 0.75, grads_fn=grads_fn)
+    jax.tree.map(np.testing.assert_array_equal, together.params, second.params)
+    rise = first.predicted_increase + second.predicted_increase
+    np.testing.assert_allclose(together.predicted_increase, rise, rtol=1e-6)
+
+
+def test_what_is_zero_stays_zero():
+    sparse = hj.prune_once(network(), hj.magnitude(), 0.5).params
+    pruned = hj.prune_once(sparse, hj.obs(), 0.8, grads_fn=grads_fn, recomputes=2).params
+    assert (kernels(pruned)[kernels(sparse) == 0] == 0).all()
+    assert (kernels(pruned) == 0).sum() == round(0.8 * 48)
+    rested = hj.prune_once(sparse, hj.obs(), 0.3, grads_fn=grads_fn).params
+    np.testing.assert_array_equal(kernels(rested) == 0, kernels(sparse) == 0)
+
+
+def test_compensation_pays():
+    """Least squares is quadratic: the predicted increase is the realised one, and none is smaller."""
+    x = jax.random.normal(jax.random.key(1), (40, 8)) @ jax.random.normal(jax.random.key(2), (8, 8))
+    w = jax.random.normal(jax.random.key(3), (8, 1))
+    gauss_newton = {"w": x[:, :, None] * np.sqrt(2)}
+    squares = lambda p: jnp.mean((x @ (p["w"] - w)) ** 2)
+    rises = {}
+    for update in ("joint", "summed", "none"):
+        rule = hj.obs(update, hj.relative(1e-4))
+        pruned = hj.prune_once({"w": w}, rule, 0.5, grads_fn=lambda p: gauss_newton, loss_fn=squares)
+        np.testing.assert_allclose(pruned.predicted_increase, pruned.realised_increase, rtol=0.02)
+        rises[update] = float(pruned.realised_increase)
+    assert rises["joint"] < min(rises["summed"], rises["none"])
+
+
+def test_of_several_rules_the_one_with_the_least_loss_takes_the_step():
+    loss = jax.jit(lambda p: loss_fn(p, (X, TARGET)))
+    rules = [hj.magnitude(), hj.obs("joint", hj.relative(1e-4)), hj.obs("joint", hj.relative(1.0))]
+    alone = [hj.prune_once(network(), rule, 0.5, grads_fn=grads_fn, loss_fn=loss) for rule in rules]
+    together = hj.prune_once(network(), rules, 0.5, grads_fn=grads_fn, loss_fn=loss)
+    want = min(alone, key=lambda pruned: float(pruned.realised_increase))
+    jax.tree.map(np.testing.assert_array_equal, together.params, want.params)
+    with pytest.raises(ValueError, match="`loss_fn` must be given to choose between several saliencies"):
+        hj.prune_once(network(), rules, 0.5, grads_fn=grads_fn)
+
+
+def test_allocation_and_where_are_heard():
+    pruned = hj.prune_once(network(), hj.obs(), 0.5, grads_fn=grads_fn, allocation=hj.uniform()).params
+    assert [(pruned[k] == 0).sum() for k in ("one", "two")] == [15, 9]
+    pruned = hj.prune_once(network(), hj.obs(), 0.5, grads_fn=grads_fn, where="two").params
+    assert [(pruned[k] == 0).sum() for k in ("one", "two")] == [0, 9]
+
+
+def test_inside_jit():
+    f = lambda p: hj.prune_once(p, hj.obs(), 0.5, grads_fn=grads_fn, recomputes=2)
+    got, want = jax.jit(f)(network()), f(network())
+    np.testing.assert_array_equal(kernels(got.mask), kernels(want.mask))
+    np.testing.assert_allclose(kernels(got.params), kernels(want.params), rtol=1e-3, atol=1e-4)
+
+
+def test_other_params_compile_nothing(compilations):
+    rule = hj.obs()
+    f = lambda seed: hj.prune_once(network(seed), rule, 0.5, grads_fn=grads_fn, recomputes=3)
+    f(0)
+    network(1)
+    del compilations[:]
+    f(1)
+    assert not compilations
+
+
+@pytest.mark.parametrize("wrap", CONTAINERS.values(), ids=CONTAINERS)
+def test_any_container(wrap):
+    params = wrap(leaves(dtype=jnp.float32))
+    grads = jax.tree.map(lambda x: jnp.stack([x + 1.0, x - 2.0]), params)
+    where = lambda path, leaf: jnp.ndim(leaf) == 2 and leaf.size > 0
+    pruned = hj.prune_once(params, hj.obs(), 0.5, grads_fn=lambda p: grads, where=where)
+    assert jax.tree.structure(pruned.params) == jax.tree.structure(params)
+    assert sum(int((x == 0).sum()) for x in jax.tree.leaves(pruned.params)) == 3
+
+
+def test_a_damping_too_small_for_float32_is_an_error():
+    params = {"w": jnp.ones((2, 4))}
+    grads = {"w": 1e6 * jnp.ones((3, 2, 4))}
+    with pytest.raises(FloatingPointError, match="Raise the saliency's `damping`"):
+        hj.prune_once(params, hj.obs(damping=1e-9), 0.5, grads_fn=lambda p: grads)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sparsity": 1.0}, "`sparsity` must be in [0, 1), the fraction of zeros, got 1.0."),
+        ({"recomputes": 0}, "`recomputes` must be at least 1, the number of steps, got 0."),
+        ({"grads_fn": None}, "`per_example_grads` must be given"),
+        (
+            {"grads_fn": lambda p: {"one": grads_fn(p)["one"]}},
+            "`grads_fn(params)` must have the structure of",
+        ),
+        ({"where": "nothing"}, "`where` must match at least one leaf"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    given = {"sparsity": 0.5, "grads_fn": grads_fn, **arguments}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        hj.prune_once(network(), hj.obs(), **given)
