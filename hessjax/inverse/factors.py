@@ -11,6 +11,7 @@ the square root of ‖F‖/λ instead of ‖F‖/λ.
 Dual: (A + κI)⁻¹ = (I − Gᵀ(κI + GGᵀ)⁻¹G) / κ, with a Cholesky factor of the m × m matrix.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -62,17 +63,17 @@ class Dual(NamedTuple):
     def solve(self, v: Cut, shift: Scalar) -> Cut:
         """(A + κI)⁻¹v."""
         coefficients = jnp.einsum("gbi,bi->bg", self.rows, v, precision="highest")
-        coefficients = jax.vmap(_cholesky_solve)(self.cholesky, coefficients)
+        coefficients = _each(_cholesky_solve, self.cholesky, coefficients)
         return (v - jnp.einsum("gbi,bg->bi", self.rows, coefficients, precision="highest")) / shift
 
     def diagonal(self, shift: Scalar) -> Cut:
         """The diagonal of (A + κI)⁻¹."""
-        half = jax.vmap(_half_solve, in_axes=(0, 1))(self.cholesky, self.rows)
+        half = _each(_half_solve, self.cholesky, self.rows.swapaxes(0, 1))
         return (1 - jnp.sum(half**2, axis=1)) / shift
 
     def dense(self, which: slice, shift: Scalar) -> Float[Array, "_ _ _"]:
         """Some of its blocks, with all their entries."""
-        half = jax.vmap(_half_solve, in_axes=(0, 1))(self.cholesky[which], self.rows[:, which])
+        half = _each(_half_solve, self.cholesky[which], self.rows[:, which].swapaxes(0, 1))
         products = jnp.einsum("bgi,bgj->bij", half, half, precision="highest")
         return (jnp.eye(products.shape[-1], dtype=products.dtype) - products) / shift
 
@@ -152,8 +153,8 @@ def shifted(part: Root, old: Scalar, new: Scalar) -> Root:
     """The root at another κ: S L⁻ᵀ with LLᵀ = I + (κ' − κ)SᵀS, as well conditioned as κ'/κ is near 1."""
     gram = jnp.einsum("bij,bik->bjk", part.root, part.root, precision="highest")
     eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
-    lower = jnp.linalg.cholesky(eye + (new - old).astype(gram.dtype) * gram)
-    root = jax.vmap(_half_solve)(lower, part.root.mT).mT
+    lower = _each(jnp.linalg.cholesky, eye + (new - old).astype(gram.dtype) * gram)
+    root = _each(_half_solve, lower, part.root.mT).mT
     return part._replace(root=root)
 
 
@@ -167,22 +168,40 @@ def _absorb(part: Root, chunk: Rows) -> Root:
     z = signs(chunk.shape[-1], chunk.dtype)
     coefficients = jnp.einsum("gbi,i->gb", chunk, z, precision="highest")
     image = part.image + jnp.einsum("gbi,gb->bi", chunk, coefficients, precision="highest")
-    return Root(jax.vmap(_absorb_block, in_axes=(0, 1))(part.root, chunk), image)
+    return Root(_updated(part.root, chunk.swapaxes(0, 1)), image)
 
 
-def _absorb_block(root: Float[Array, "_ _"], chunk: Float[Array, "_ _"]) -> Array:
+def _updated(root: Float[Array, "_ _ _"], chunk: Float[Array, "_ _ _"]) -> Array:
     V = jnp.matmul(chunk, root, precision="highest")
-    eye = jnp.eye(chunk.shape[0], dtype=chunk.dtype)
-    L = jnp.linalg.cholesky(eye + jnp.matmul(V, V.T, precision="highest"))
+    eye = jnp.eye(chunk.shape[1], dtype=chunk.dtype)
+    L = _each(jnp.linalg.cholesky, eye + jnp.matmul(V, V.mT, precision="highest"))
     # Products with inverse factors, for solves with V itself are many times slower. The product of both
     # inverses would lose digits.
-    W = jnp.matmul(_half_solve(L + eye, eye), V, precision="highest")
-    W = jnp.matmul(_half_solve(L, eye).T, W, precision="highest")
-    return root - jnp.matmul(jnp.matmul(root, V.T, precision="highest"), W, precision="highest")
+    W = jnp.matmul(_each(_inverse, L + eye), V, precision="highest")
+    W = jnp.matmul(_each(_inverse, L).mT, W, precision="highest")
+    return root - jnp.matmul(jnp.matmul(root, V.mT, precision="highest"), W, precision="highest")
 
 
-def _cholesky(gram: Array, shift: Scalar) -> Array:
-    return jnp.linalg.cholesky(gram + shift.astype(gram.dtype) * jnp.eye(gram.shape[-1], dtype=gram.dtype))
+def _each(function: Callable[..., Array], *operands: Array) -> Array:
+    """Block by block on a CPU, all blocks at once elsewhere.
+
+    On a CPU, two batched LAPACK calls that XLA runs side by side wait for each other's threads for ever
+    where there are as few threads (jaxlib 0.10.2, two cores); calls of one matrix take no other thread.
+    """
+    return jax.lax.platform_dependent(
+        *operands,
+        cpu=lambda *blocks: jax.lax.map(lambda block: function(*block), blocks),
+        default=jax.vmap(function),
+    )
+
+
+def _inverse(lower: Array) -> Array:
+    return _half_solve(lower, jnp.eye(len(lower), dtype=lower.dtype))
+
+
+def _cholesky(gram: Float[Array, "*batch _ _"], shift: Scalar) -> Array:
+    shifted = gram + shift.astype(gram.dtype) * jnp.eye(gram.shape[-1], dtype=gram.dtype)
+    return _each(jnp.linalg.cholesky, shifted) if gram.ndim == 3 else jnp.linalg.cholesky(shifted)
 
 
 def _cholesky_solve(lower: Array, b: Array) -> Array:
