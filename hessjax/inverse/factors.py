@@ -12,7 +12,7 @@ Dual: (A + κI)⁻¹ = (I − Gᵀ(κI + GGᵀ)⁻¹G) / κ, with a Cholesky fac
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,17 +63,17 @@ class Dual(NamedTuple):
     def solve(self, v: Cut, shift: Scalar) -> Cut:
         """(A + κI)⁻¹v."""
         coefficients = jnp.einsum("gbi,bi->bg", self.rows, v, precision="highest")
-        coefficients = _each(_cholesky_solve, self.cholesky, coefficients)
+        coefficients = each(_cholesky_solve, self.cholesky, coefficients)
         return (v - jnp.einsum("gbi,bg->bi", self.rows, coefficients, precision="highest")) / shift
 
     def diagonal(self, shift: Scalar) -> Cut:
         """The diagonal of (A + κI)⁻¹."""
-        half = _each(_half_solve, self.cholesky, self.rows.swapaxes(0, 1))
+        half = each(_half_solve, self.cholesky, self.rows.swapaxes(0, 1))
         return (1 - jnp.sum(half**2, axis=1)) / shift
 
     def dense(self, which: slice, shift: Scalar) -> Float[Array, "_ _ _"]:
         """Some of its blocks, with all their entries."""
-        half = _each(_half_solve, self.cholesky[which], self.rows[:, which].swapaxes(0, 1))
+        half = each(_half_solve, self.cholesky[which], self.rows[:, which].swapaxes(0, 1))
         products = jnp.einsum("bgi,bgj->bij", half, half, precision="highest")
         return (jnp.eye(products.shape[-1], dtype=products.dtype) - products) / shift
 
@@ -153,8 +153,8 @@ def shifted(part: Root, old: Scalar, new: Scalar) -> Root:
     """The root at another κ: S L⁻ᵀ with LLᵀ = I + (κ' − κ)SᵀS, as well conditioned as κ'/κ is near 1."""
     gram = jnp.einsum("bij,bik->bjk", part.root, part.root, precision="highest")
     eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
-    lower = _each(jnp.linalg.cholesky, eye + (new - old).astype(gram.dtype) * gram)
-    root = _each(_half_solve, lower, part.root.mT).mT
+    lower = each(jnp.linalg.cholesky, eye + (new - old).astype(gram.dtype) * gram)
+    root = each(_half_solve, lower, part.root.mT).mT
     return part._replace(root=root)
 
 
@@ -174,15 +174,15 @@ def _absorb(part: Root, chunk: Rows) -> Root:
 def _updated(root: Float[Array, "_ _ _"], chunk: Float[Array, "_ _ _"]) -> Array:
     V = jnp.matmul(chunk, root, precision="highest")
     eye = jnp.eye(chunk.shape[1], dtype=chunk.dtype)
-    L = _each(jnp.linalg.cholesky, eye + jnp.matmul(V, V.mT, precision="highest"))
+    L = each(jnp.linalg.cholesky, eye + jnp.matmul(V, V.mT, precision="highest"))
     # Products with inverse factors, for solves with V itself are many times slower. The product of both
     # inverses would lose digits.
-    W = jnp.matmul(_each(_inverse, L + eye), V, precision="highest")
-    W = jnp.matmul(_each(_inverse, L).mT, W, precision="highest")
+    W = jnp.matmul(each(_inverse, L + eye), V, precision="highest")
+    W = jnp.matmul(each(_inverse, L).mT, W, precision="highest")
     return root - jnp.matmul(jnp.matmul(root, V.mT, precision="highest"), W, precision="highest")
 
 
-def _each(function: Callable[..., Array], *operands: Array) -> Array:
+def each(function: Callable[..., Array], *operands: Any) -> Array:
     """Block by block on a CPU, all blocks at once elsewhere.
 
     On a CPU, two batched LAPACK calls that XLA runs side by side wait for each other's threads for ever
@@ -201,7 +201,7 @@ def _inverse(lower: Array) -> Array:
 
 def _cholesky(gram: Float[Array, "*batch _ _"], shift: Scalar) -> Array:
     shifted = gram + shift.astype(gram.dtype) * jnp.eye(gram.shape[-1], dtype=gram.dtype)
-    return _each(jnp.linalg.cholesky, shifted) if gram.ndim == 3 else jnp.linalg.cholesky(shifted)
+    return each(jnp.linalg.cholesky, shifted) if gram.ndim == 3 else jnp.linalg.cholesky(shifted)
 
 
 def _cholesky_solve(lower: Array, b: Array) -> Array:

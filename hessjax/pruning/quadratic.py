@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from hessjax import _tree
 from hessjax._typing import Block, Params, Relative
+from hessjax.inverse import factors
 
 
 class Quadratic(NamedTuple):
@@ -141,7 +142,7 @@ def increase(model: Quadratic, move: Array) -> Array:
 def each(function: Callable[..., Array], *blocks: Any) -> Array:
     """The function of every block. One alone goes unbatched: batched solves are several times slower."""
     if jax.tree.leaves(blocks)[0].shape[0] > 1:
-        return jax.vmap(function)(*blocks)
+        return factors.each(function, *blocks)
     return function(*jax.tree.map(lambda x: x[0], blocks))[None]
 
 
