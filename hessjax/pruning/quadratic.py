@@ -190,7 +190,8 @@ def _model_of(rows: Array, damping: Array, factor: Array, slope_factor: Array) -
         return Quadratic(rows, slope, dampings)
     # F + λI = LLᵀ + λ/2 I with L the Cholesky factor of F + λ/2 I: fewer rows, the same model.
     gram = jnp.einsum("bmi,bmj->bij", rows, rows, precision="highest")
-    lower = jnp.linalg.cholesky(gram + damping / 2 * jnp.eye(gram.shape[-1], dtype=gram.dtype))
+    half = gram + damping / 2 * jnp.eye(gram.shape[-1], dtype=gram.dtype)
+    lower = factors.each(jnp.linalg.cholesky, half)
     return Quadratic(jnp.swapaxes(lower, 1, 2), slope, dampings / 2)
 
 
