@@ -8,7 +8,6 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import jax
 import pytest
 
-
 MAPS = pathlib.Path("/proc/self/maps")
 MOST_MAPS = 25_000
 
