@@ -60,7 +60,7 @@ def lanczos(
     basis_size: int | None = None,
     block_size: int = 1,
     start: Block | None = None,
-    tol: Tolerance = Relative(1e-4),  # noqa: B008 - immutable
+    tol: Tolerance | None = Relative(1e-4),  # noqa: B008 - immutable
 ) -> Estimator:
     """Thick-restart Lanczos with full reorthogonalisation, as an estimator of eigenpairs.
 
