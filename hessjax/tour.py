@@ -185,7 +185,7 @@ def tour(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
         OSError: if `out` cannot be written to, before any work.
 
     Cost:
-        One to two minutes on two cores; `quick` under one.
+        About a minute on two cores; `quick` less.
     """
     report.prepare(out)
     start, console, settings = time.perf_counter(), get_console(), QUICK if quick else FULL
