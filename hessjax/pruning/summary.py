@@ -263,7 +263,7 @@ def _sum(numbers: Iterable[Any]) -> Any:
 
 
 def _row(facts: _Facts) -> SummaryRow:
-    *first, parts, zero_parts, mean, variance, abs_mean = facts
+    fractions: list[Any] = (facts.zero_parts / np.maximum(facts.parts, 1)).tolist()
     sparsity = 1 - facts.nonzeros / facts.number if facts.number else 0.0
-    fractions = (zero_parts / np.maximum(parts, 1)).tolist()
-    return SummaryRow(*first, *fractions, sparsity, variance**0.5, mean, abs_mean)
+    values = (*facts[:6], *fractions, sparsity, facts.variance**0.5, facts.mean, facts.abs_mean)
+    return SummaryRow(*values)
