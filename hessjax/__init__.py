@@ -47,6 +47,8 @@ from hessjax.pruning.obs import wood_taylor as wood_taylor
 from hessjax.pruning.once import Pruned as Pruned
 from hessjax.pruning.once import prune_once as prune_once
 from hessjax.pruning.saliency import magnitude as magnitude
+from hessjax.pruning.sensitivity import Sensitivity as Sensitivity
+from hessjax.pruning.sensitivity import sensitivity as sensitivity
 from hessjax.pruning.summary import summary as summary
 from hessjax.pruning.transform import mask_of as mask_of
 from hessjax.pruning.transform import prune as prune
