@@ -16,8 +16,10 @@ from rich.table import Table
 from hessjax import _drive, _tree
 from hessjax._typing import Block, Params, Where
 from hessjax.pruning import sensitivity_csv
-from hessjax.pruning.allocation import check_sparsity, uniform
+from hessjax.pruning.allocation import uniform
+from hessjax.pruning.counts import check_sparsity
 from hessjax.pruning.once import prune_once
+from hessjax.pruning.pattern import Pattern, Patterns, patterns_of, unstructured
 from hessjax.pruning.saliency import Saliency, magnitude
 from hessjax.pruning.sensitivity_csv import SensitivityRow, level_name
 from hessjax.pruning.transform import is_matrix
@@ -69,6 +71,7 @@ def sensitivity(
     *,
     grads_fn: Callable[[Params], Block] | None = None,
     diagonal: Params | None = None,
+    pattern: Patterns = unstructured(),  # noqa: B008 (a value, never changed)
     where: Where = is_matrix,
     path: str | os.PathLike[str] | None = None,
     callbacks: Sequence[_drive.Callback] = (),
@@ -80,7 +83,8 @@ def sensitivity(
 
         ½ Σᵢ hᵢ δᵢ²,
 
-    δ being the change of the weights: −w where they are pruned.
+    δ being the change of the weights: −w where they are pruned. Both hold for small changes: where much goes
+    at once, the loss of a network can rise by far more.
 
     Args:
         metric: `(params) -> scalar`, or a dict of scalars by name, over a whole data set as you like; called
@@ -92,6 +96,7 @@ def sensitivity(
         diagonal: like `params`: the diagonal of the Hessian in loss per squared parameter,
             `hj.diagonal(matvec, key, params, ...).mean`. It takes precedence over the saliency's own
             prediction.
+        pattern: which weights go together, as in `prune`: `filters()` for whole filters.
         where: which leaves: a glob over their paths, several, or `(path, leaf) -> bool`. By default all with
             two or more axes; empty ones are left out.
         path: a CSV file to which every row is added as soon as it is measured. Rows that are in it already
@@ -132,7 +137,7 @@ def sensitivity(
         two               0     0               0
                         0.5     2               2
     """
-    names, chosen = _leaf_names(params, where), _checked_levels(levels)
+    patterns, chosen = _patterns_by_leaf(params, where, pattern), _checked_levels(levels)
     has_model = diagonal is not None or saliency.compensate is not None
     if metric is None and not has_model:
         raise ValueError(
@@ -143,9 +148,9 @@ def sensitivity(
     file = None if path is None else Path(path)
     rows = [] if file is None else sensitivity_csv.read(file, _tree.leaf_paths(params), has_model)
     known = {(row.parameter, level_name(row.sparsity)): row for row in rows}
-    questions = [(name, level_name(level)) for name in names for level in chosen]
+    questions = [(name, level_name(level)) for name in patterns for level in chosen]
     grads = None if grads_fn is None or known.keys() >= set(questions) else grads_fn(params)
-    network = _Network(params, saliency, grads, diagonal, has_model)
+    network = _Network(params, saliency, patterns, grads, diagonal, has_model)
     with _drive.entered(callbacks):
         for number, question in enumerate(questions, start=1):
             if question not in known:
@@ -159,6 +164,7 @@ class _Network(NamedTuple):
 
     params: Params
     saliency: Saliency
+    patterns: dict[str, Pattern]
     grads: Block | None
     diagonal: Params | None
     has_model: bool
@@ -186,7 +192,7 @@ def _answer(
 
 def _pruned(network: _Network, question: _Question) -> tuple[Params, float | None]:
     """The params with one leaf pruned, and the rise of the loss that is expected of it."""
-    params, saliency, grads, diagonal, has_model = network
+    params, saliency, patterns, grads, diagonal, has_model = network
     name, level = question[0], float(question[1])
     if level == 0:  # even for a saliency that would move the weights without pruning any
         return params, 0.0 if has_model else None
@@ -196,6 +202,7 @@ def _pruned(network: _Network, question: _Question) -> tuple[Params, float | Non
         level,
         grads_fn=None if grads is None else lambda _: grads,
         allocation=uniform(),
+        pattern=patterns[name],
         where=lambda path, _: path == name,
     )
     rise = pruned.predicted_increase
@@ -222,10 +229,13 @@ def _tell(callbacks: Sequence[_drive.Callback], number: int, total: int) -> None
 # -- checks --------------------------------------------------------------------------------------
 
 
-def _leaf_names(params: Params, where: Where) -> list[str]:
+def _patterns_by_leaf(params: Params, where: Where, pattern: Patterns) -> dict[str, Pattern]:
+    """The leaves that are asked about, each with its pattern, in the order of the tree."""
     paths = _tree.unique_paths(params, "params")
     hits, leaves = jax.tree.leaves(_tree.match(params, where)), jax.tree.leaves(params)
-    return [path for path, hit, x in zip(paths, hits, leaves, strict=True) if hit and jnp.size(x)]
+    chosen = {path: x for path, hit, x in zip(paths, hits, leaves, strict=True) if hit and jnp.size(x)}
+    found = dict(zip(_tree.leaf_paths(chosen), patterns_of(pattern, chosen), strict=True))
+    return {path: found[path] for path in chosen}
 
 
 def _checked_levels(levels: Any) -> list[float]:

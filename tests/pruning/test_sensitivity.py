@@ -104,6 +104,16 @@ def test_without_a_metric_it_only_predicts():
     assert result.rows[0].predicted > result.rows[1].predicted > 0
 
 
+def test_whole_filters_go_by_pattern():
+    lost = lambda p: {name: jnp.sum(jnp.all(p[name] == 0, axis=0)) for name in ("one", "two")}
+    result = hj.sensitivity(lost, CENTRE, [0.34, 0.5], pattern=hj.filters())
+    assert [tuple(row.metrics.values()) for row in result.rows] == [(2, 0), (3, 0), (0, 1), (0, 1)]
+    mixed = hj.sensitivity(lost, CENTRE, [0.5], pattern={"two": hj.unstructured(), "*": hj.filters()})
+    assert [tuple(row.metrics.values()) for row in mixed.rows] == [(3, 0), (0, 0)]
+    with pytest.raises(ValueError, match=r"n_of_m\(2, 4.*\) does not fit two of shape \(6, 3\)"):
+        hj.sensitivity(lost, CENTRE, [0.5], pattern=hj.n_of_m(2, 4))
+
+
 def test_the_dense_network_is_measured_once():
     metric = Counting(loss_fn)
     result = hj.sensitivity(metric, CENTRE, LEVELS)
