@@ -63,6 +63,8 @@ from hessjax.pruning.pattern import heads as heads
 from hessjax.pruning.pattern import n_of_m as n_of_m
 from hessjax.pruning.pattern import rows as rows
 from hessjax.pruning.pattern import unstructured as unstructured
+from hessjax.pruning.recipe import Recipe as Recipe
+from hessjax.pruning.recipe import load_recipe as load_recipe
 from hessjax.pruning.saliency import Saliency as Saliency
 from hessjax.pruning.saliency import magnitude as magnitude
 from hessjax.pruning.sensitivity import Sensitivity as Sensitivity
