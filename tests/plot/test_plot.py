@@ -142,10 +142,14 @@ def sensitivity_of(**kwargs):
 def test_sensitivity_draws_a_curve_for_every_leaf_and_the_prediction_of_the_loss():
     result = sensitivity_of()
     ax = plot.sensitivity(result, "loss")
-    assert [line.get_linestyle() for line in ax.lines] == ["-", "--", "-", "--", "--"]
-    for measured, predicted in (ax.lines[:2], ax.lines[2:4]):
+    assert [line.get_linestyle() for line in ax.lines] == ["--", "-", "--", "-", "--"]
+    for predicted, measured in (ax.lines[:2], ax.lines[2:4]):
         np.testing.assert_allclose(measured.get_xydata(), predicted.get_xydata())
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["one", "two", "predicted"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [
+        "one",
+        "two",
+        "predicted",
+    ]  # the highest first
     assert len(plot.sensitivity(result).lines) == 2
     only = plot.sensitivity(sensitivity_of(metric=None))
     assert [line.get_linestyle() for line in only.lines] == ["--", "--"]
