@@ -76,14 +76,19 @@ def test_a_diagonal_predicts_a_diagonal_quadratic(x64):
             np.testing.assert_allclose(row.predicted, row.metrics["metric"], rtol=1e-12)
 
 
-@pytest.mark.parametrize("rule", [hj.obs(damping=1e-3), hj.obd()])
-def test_a_saliency_predicts_what_it_does_to_its_own_quadratic(x64, rule):
-    """The loss is ½ δᵀFδ with the Fisher of the gradients: realised and predicted increase are one."""
+@pytest.mark.parametrize(
+    ("rule", "rows", "damping"),
+    [
+        (hj.obs(damping=1e-3), np.random.default_rng(5).normal(size=(60, 24)), 1e-3),
+        (hj.obd(), 3 * np.eye(24), 0.0),
+    ],
+    ids=["obs", "obd"],
+)
+def test_a_saliency_predicts_what_it_does_to_its_own_quadratic(x64, rule, rows, damping):
+    """The loss is ½ δᵀ(F + λI)δ with the Fisher of the gradients: realised and predicted increase are one."""
     params = {"one": network(1, jnp.float64)["one"]}
-    rng = np.random.default_rng(5)
-    rows = rng.normal(size=(60, 24)) if rule.scores.__qualname__.startswith("_second") else 3 * np.eye(24)
     grads = {"one": jnp.asarray(rows.reshape(-1, 4, 6))}
-    F = rows.T @ rows / len(rows) + (1e-3 * np.eye(24) if len(rows) == 60 else 0)
+    F = rows.T @ rows / len(rows) + damping * np.eye(24)
 
     def exact(p):
         move = (p["one"] - params["one"]).ravel()
