@@ -44,6 +44,7 @@ from hessjax.pruning.compensated import compensated as compensated
 from hessjax.pruning.densities import by_curvature as by_curvature
 from hessjax.pruning.densities import erdos_renyi as erdos_renyi
 from hessjax.pruning.densities import explicit as explicit
+from hessjax.pruning.distillation import distillation as distillation
 from hessjax.pruning.first_order import gradient as gradient
 from hessjax.pruning.first_order import random as random
 from hessjax.pruning.hard_concrete import hard_concrete as hard_concrete
@@ -62,8 +63,12 @@ from hessjax.pruning.pattern import heads as heads
 from hessjax.pruning.pattern import n_of_m as n_of_m
 from hessjax.pruning.pattern import rows as rows
 from hessjax.pruning.pattern import unstructured as unstructured
+from hessjax.pruning.recipe import Recipe as Recipe
+from hessjax.pruning.recipe import load_recipe as load_recipe
 from hessjax.pruning.saliency import Saliency as Saliency
 from hessjax.pruning.saliency import magnitude as magnitude
+from hessjax.pruning.sensitivity import Sensitivity as Sensitivity
+from hessjax.pruning.sensitivity import sensitivity as sensitivity
 from hessjax.pruning.state import mask_of as mask_of
 from hessjax.pruning.summary import summary as summary
 from hessjax.pruning.threshold import threshold as threshold
