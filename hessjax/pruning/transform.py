@@ -160,16 +160,17 @@ def prune(
     def init(params: Params) -> PruneState:
         dense = copy_selected(params, where, dense_dtype)
         check_budget(sparsity, allocation, pattern, dense, some_mask_steps(every, start, stop))
-        scorer, zero, nothing = saliency.init(dense), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
+        scorer = saliency.init(dense)
         if compensates:
             check_first_step(sparsity, start)
         full = jax.tree.map(lambda x: jnp.full_like(x, True, dtype=bool), dense)
-        choice = {"mask": full, "sparsity": nothing, "num_nan": zero}
-        choice |= {"predicted_increase": nothing} if compensates else {}
+        choice = {"mask": full, "sparsity": jnp.zeros((), jnp.float32), "num_nan": jnp.zeros((), jnp.int32)}
+        choice |= {"predicted_increase": jnp.zeros((), jnp.float32)} if compensates else {}
         if start == 0 and not compensates:
             choice = choose(dense, full, scorer, zero, {})
         inner_state = inner.init(params if dense_dtype is None else on_selected(second, params, dense))
-        return PruneState(zero, inner_state, dense if regrow else None, saliency=scorer, **choice)
+        count = jnp.zeros((), jnp.int32)  # no array twice: the state may be donated
+        return PruneState(count, inner_state, dense if regrow else None, saliency=scorer, **choice)
 
     def weights_of(params: Params, state: PruneState) -> Params:
         """What `inner` sees for params."""
