@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import table
 
-BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 SCRIPTS = (
     "product_cost",
     "estimator_cost",
@@ -17,6 +18,7 @@ SCRIPTS = (
     "inverse_fisher_cost",
     "pruning_cost",
     "one_shot_pruning",
+    "pruning_in_training",
     "compilations",
     "startup",
 )
@@ -29,12 +31,13 @@ def run(script: str) -> bool:
     return subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
 
 
-def into_readme(text: str) -> None:
-    """Put the table between the README's two marks."""
+def into_readme(results: Sequence[dict[str, Any]]) -> None:
+    """Put the table between the README's two marks, and every grid between its own, where it has some."""
     readme = Path(__file__).parent.parent / "README.md"
-    before, rest = readme.read_text().split(BEGIN)
-    after = rest.split(END)[1]
-    readme.write_text(f"{before}{BEGIN}\n{text.strip()}\n{END}{after}")
+    text = table.between(readme.read_text(), "benchmarks", table.markdown(results))
+    for script, matrix in table.grids(results).items():
+        text = table.between(text, f"grid {script}", matrix)
+    readme.write_text(text)
 
 
 if __name__ == "__main__":
@@ -42,5 +45,5 @@ if __name__ == "__main__":
     failed = [script for script in SCRIPTS if not run(script)]
     table.show(table.load(quick, SCRIPTS))
     if not quick and not failed:
-        into_readme(table.markdown(table.load(quick, SCRIPTS)))
+        into_readme(table.load(quick, SCRIPTS))
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)

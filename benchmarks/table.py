@@ -7,7 +7,8 @@ import json
 import os
 import platform
 import re
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,8 +44,23 @@ class Figure(NamedTuple):
         return None if self.bar is None else self.value <= self.bar
 
 
-Measured = tuple[list[Figure], dict[str, Any]]
-"""The figures, and the raw timings that they were computed from."""
+class Grid(NamedTuple):
+    """A matrix of one quantity: methods down, settings across.
+
+    Attributes:
+        title: what a cell holds, with its unit.
+        columns: the settings.
+        rows: for each method a list of values, one for each seed, in each column; an empty one where nothing
+            was measured.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Mapping[str, Sequence[Sequence[float]]]
+
+
+Measured = tuple[list[Figure], dict[str, Any]] | tuple[list[Figure], dict[str, Any], Grid]
+"""The figures, the raw timings that they were computed from, and a grid where there is one."""
 
 
 def main(question: str, measure: Callable[[bool], Measured]) -> None:
@@ -54,7 +70,7 @@ def main(question: str, measure: Callable[[bool], Measured]) -> None:
         "--quick", action="store_true", help="tiny sizes: does it run? The figures mean little"
     )
     quick = parser.parse_args().quick
-    figures, raw = measure(quick)
+    figures, raw, *grid = measure(quick)
     result = {
         "script": Path(inspect.getfile(measure)).stem,
         "question": question.strip().splitlines()[0],
@@ -62,6 +78,7 @@ def main(question: str, measure: Callable[[bool], Measured]) -> None:
         "date": datetime.date.today().isoformat(),
         **machine(),
         "figures": [{**figure._asdict(), "met": figure.met} for figure in figures],
+        **({"grid": grid[0]._asdict()} if grid else {}),
         "raw": raw,
     }
     show([result])
@@ -122,6 +139,23 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def grids(results: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """The matrices for the README: by script, one below the other where several devices have one."""
+    found: dict[str, list[str]] = {}
+    for result in results:
+        if "grid" in result:
+            found.setdefault(result["script"], []).append(_matrix(result["grid"], result["device"]))
+    return {script: "\n\n".join(matrices) for script, matrices in found.items()}
+
+
+def between(text: str, name: str, content: str) -> str:
+    """The text with this content between the marks of that name; as it was, if it has no such marks."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, mark, rest = text.partition(begin)
+    _, last, after = rest.partition(end)
+    return f"{before}{mark}\n{content.strip()}\n{last}{after}" if mark and last else text
+
+
 def slug(name: str) -> str:
     """A name fit for a file."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
@@ -131,6 +165,21 @@ def _cells(figure: dict[str, Any]) -> tuple[str, str, str]:
     spread = "–".join(_short(x) for x in figure["spread"]) if figure["spread"] else ""
     bar = "" if figure["bar"] is None else f"{_short(figure['bar'])} {figure['unit']}".strip()
     return f"{_short(figure['value'])} {figure['unit']}".strip(), spread, bar
+
+
+def _matrix(grid: dict[str, Any], device: str) -> str:
+    """Mean ± standard deviation in every cell."""
+    title = f"{grid['title']} ({device})"
+    lines = ["| " + " | ".join([title, *grid["columns"]]) + " |", "|---|" + "---:|" * len(grid["columns"])]
+    lines += ["| " + " | ".join([name, *map(_cell, cells)]) + " |" for name, cells in grid["rows"].items()]
+    return "\n".join(lines)
+
+
+def _cell(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
 
 
 def _short(value: float) -> str:

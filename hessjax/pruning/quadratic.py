@@ -59,7 +59,9 @@ def inverse_diagonal(model: Quadratic) -> Array:
     It is a difference of nearly equal numbers where a weight is well determined. 1 / (F_jj + λ) is never
     more than the truth, and takes over where rounding has gone below it.
     """
-    whitened = solve_triangular(factor(model), model.rows, lower=True)
+    # The small triangle is inverted first: one matrix product is twice as fast as so many substitutions.
+    identity = jnp.eye(len(model.rows), dtype=model.rows.dtype)
+    whitened = dot(solve_triangular(factor(model), identity, lower=True), model.rows)
     return jnp.maximum(1 - jnp.sum(whitened**2, axis=0), _least_diagonal(model))
 
 

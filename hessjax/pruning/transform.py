@@ -160,16 +160,16 @@ def prune(
     def init(params: Params) -> PruneState:
         dense = copy_selected(params, where, dense_dtype)
         check_budget(sparsity, allocation, pattern, dense, some_mask_steps(every, start, stop))
-        scorer = saliency.init(dense)
+        scorer, count = saliency.init(dense), jnp.zeros((), jnp.int32)
         if compensates:
             check_first_step(sparsity, start)
         full = jax.tree.map(lambda x: jnp.full_like(x, True, dtype=bool), dense)
+        # No array stands twice in the state, so that a loop may donate it.
         choice = {"mask": full, "sparsity": jnp.zeros((), jnp.float32), "num_nan": jnp.zeros((), jnp.int32)}
         choice |= {"predicted_increase": jnp.zeros((), jnp.float32)} if compensates else {}
         if start == 0 and not compensates:
-            choice = choose(dense, full, scorer, zero, {})
+            choice = choose(dense, full, scorer, count, {})
         inner_state = inner.init(params if dense_dtype is None else on_selected(second, params, dense))
-        count = jnp.zeros((), jnp.int32)  # no array twice: the state may be donated
         return PruneState(count, inner_state, dense if regrow else None, saliency=scorer, **choice)
 
     def weights_of(params: Params, state: PruneState) -> Params:
