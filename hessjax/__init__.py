@@ -40,6 +40,8 @@ from hessjax.landscape import Landscape as Landscape
 from hessjax.landscape import landscape as landscape
 from hessjax.pruning.allocation import global_threshold as global_threshold
 from hessjax.pruning.allocation import uniform as uniform
+from hessjax.pruning.compact import Compacted as Compacted
+from hessjax.pruning.compact import compact as compact
 from hessjax.pruning.obs import obd as obd
 from hessjax.pruning.obs import obs as obs
 from hessjax.pruning.obs import wood_taylor as wood_taylor

@@ -55,9 +55,7 @@ def trace(fn: Callable[..., Any], params: Any, args: tuple[Any, ...]) -> Program
         *(v.aval for v in closed.jaxpr.invars)
     )
     num_params = len(jax.tree.leaves(params))
-    return Program(
-        flat.jaxpr, list(flat.consts), _alive(flat.jaxpr), num_params, jax.tree.structure(shapes)
-    )
+    return Program(flat.jaxpr, list(flat.consts), _alive(flat.jaxpr), num_params, jax.tree.structure(shapes))
 
 
 def evaluate(
@@ -97,10 +95,7 @@ def _inline(jaxpr: Jaxpr, consts: Any, leaves: Any) -> list[Any]:
 
     for eqn in jaxpr.eqns:
         inputs, inner = [read(v) for v in eqn.invars], _callee(eqn)
-        if inner is not None:
-            outputs = _inline(inner.jaxpr, inner.consts, inputs)
-        else:
-            outputs = bind(eqn, inputs)
+        outputs = bind(eqn, inputs) if inner is None else _inline(inner.jaxpr, inner.consts, inputs)
         values.update(zip(eqn.outvars, outputs, strict=True))
     return [read(v) for v in jaxpr.outvars]
 

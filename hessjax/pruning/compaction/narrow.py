@@ -1,5 +1,6 @@
 """A program run at smaller widths: operations that name a shape are told the new one."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -7,9 +8,9 @@ import jax
 import numpy as np
 from jax.extend.core import Literal
 
-from hessjax.pruning.axes import Axes, Constraints, Kept, Nodes, axes_of, staying, unknown
-from hessjax.pruning.program import Program, bind, evaluate
-from hessjax.pruning.readings import read
+from hessjax.pruning.compaction.axes import Axes, Constraints, Kept, Nodes, axes_of, staying, unknown
+from hessjax.pruning.compaction.program import Program, bind, evaluate
+from hessjax.pruning.compaction.readings import read
 
 Step: TypeAlias = tuple[list[Any], list[Axes]]
 """What is known of the inputs and of the results of one operation."""
@@ -29,6 +30,11 @@ class Narrowing(NamedTuple):
     steps: tuple[Step, ...]
     kept: Kept
     leaves: tuple[Axes, ...]
+
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Those of all inputs: params that are narrow, and the args."""
+        args: list[Any] = [v.aval for v in self.program.jaxpr.invars[len(self.leaves) :]]
+        return [stays(self.kept, axes) for axes in self.leaves] + [x.shape for x in args]
 
     def __call__(self, leaves: list[Any]) -> list[Any]:
         """The outputs, from params that are narrow already, and the args."""
@@ -66,9 +72,28 @@ def analyse(
     return Narrowing(program, tuple(steps), kept, tuple(params))
 
 
-def width(kept: Kept, nodes: Nodes) -> int:
-    """How many indices of an axis stay."""
-    return int(kept[nodes].sum())
+def stays(kept: Kept, axes: Axes) -> tuple[int, ...]:
+    """The shape of what stays of an array."""
+    return tuple(int(kept[nodes].sum()) for nodes in axes.nodes)
+
+
+def multiply_adds(narrowing: Narrowing, kept: Kept) -> int:
+    """In the matrix products and convolutions of the program, at the widths of `kept`."""
+    products = zip(narrowing.program.eqns, narrowing.steps, strict=True)
+    return sum(_multiply_adds(eqn, step, kept) for eqn, step in products)
+
+
+def _multiply_adds(eqn: Any, step: Step, kept: Kept) -> int:
+    inputs, outputs = step
+    if eqn.primitive.name == "dot_general":
+        (summed, _), _ = eqn.params["dimension_numbers"]
+        left = stays(kept, inputs[0])
+        return math.prod(stays(kept, outputs[0])) * math.prod(left[a] for a in summed)
+    if eqn.primitive.name == "conv_general_dilated":
+        _, *rest = eqn.params["dimension_numbers"].rhs_spec
+        kernel = stays(kept, inputs[1])
+        return math.prod(stays(kept, outputs[0])) * math.prod(kernel[a] for a in rest)
+    return 0
 
 
 def _leaf(constraints: Constraints, leaf: Any) -> Axes:
@@ -89,11 +114,11 @@ def _nonzero(value: Any) -> np.ndarray:
 
 def _run(eqn: Any, values: list[Any], step: Step, kept: Kept) -> list[Any]:
     inputs, outputs = step
-    name, shapes = eqn.primitive.name, [tuple(width(kept, n) for n in x.nodes) for x in outputs]
+    name = eqn.primitive.name
     if name == "broadcast_in_dim":
-        return bind(eqn, values, shape=shapes[0])
+        return bind(eqn, values, shape=stays(kept, outputs[0]))
     if name == "reshape":
-        return bind(eqn, values, new_sizes=shapes[0])
+        return bind(eqn, values, new_sizes=stays(kept, outputs[0]))
     if name in FOLLOWING:
         return bind(eqn, values, **FOLLOWING[name](eqn, inputs, outputs, kept))
     if name == "slice":
@@ -102,22 +127,26 @@ def _run(eqn: Any, values: list[Any], step: Step, kept: Kept) -> list[Any]:
 
 
 def _conv(eqn: Any, inputs: list[Any], outputs: list[Axes], kept: Kept) -> dict[str, Any]:
-    groups, features = eqn.params["feature_group_count"], inputs[0].nodes[eqn.params["dimension_numbers"].lhs_spec[1]]
-    return {"feature_group_count": groups * width(kept, features) // len(features) if groups > 1 else 1}
+    features = inputs[0].nodes[eqn.params["dimension_numbers"].lhs_spec[1]]
+    groups = eqn.params["feature_group_count"]  # above 1 and depthwise, or nothing goes
+    return {"feature_group_count": groups * _width(kept, features) // len(features) if groups > 1 else 1}
 
 
 def _split(eqn: Any, inputs: list[Any], outputs: list[Axes], kept: Kept) -> dict[str, Any]:
-    return {"sizes": tuple(width(kept, x.nodes[eqn.params["axis"]]) for x in outputs)}
+    return {"sizes": tuple(_width(kept, x.nodes[eqn.params["axis"]]) for x in outputs)}
 
 
 def _pad(eqn: Any, inputs: list[Any], outputs: list[Axes], kept: Kept) -> dict[str, Any]:
-    ends = zip(eqn.params["padding_config"], outputs[0].nodes, strict=True)
-    return {
-        "padding_config": tuple(
-            (width(kept, nodes[:low]), width(kept, nodes[len(nodes) - high :]), inside) if not inside else (low, high, inside)
-            for (low, high, inside), nodes in ends
-        )
-    }
+    config = eqn.params["padding_config"]
+    if any(low < 0 or high < 0 or inside for low, high, inside in config):
+        return {}
+    ends = zip(config, outputs[0].nodes, strict=True)
+    stay = ((_width(kept, n[:low]), _width(kept, n[len(n) - high :]), 0) for (low, high, _), n in ends)
+    return {"padding_config": tuple(stay)}
+
+
+def _width(kept: Kept, nodes: Nodes) -> int:
+    return int(kept[nodes].sum())
 
 
 def _slice(eqn: Any, value: Any, axes: Axes, kept: Kept) -> Any:
@@ -125,12 +154,12 @@ def _slice(eqn: Any, value: Any, axes: Axes, kept: Kept) -> Any:
     steps = eqn.params["strides"] or (1,) * len(axes.nodes)
     cuts = zip(axes.nodes, eqn.params["start_indices"], eqn.params["limit_indices"], steps, strict=True)
     for axis, (nodes, start, limit, step) in enumerate(cuts):
-        stays = kept[nodes]
-        if stays.all():
+        flags = kept[nodes]
+        if flags.all():
             value = jax.lax.slice_in_dim(value, start, limit, step, axis)
         else:
             chosen = np.arange(start, limit, step)
-            value = jax.numpy.take(value, (stays.cumsum() - 1)[chosen[stays[chosen]]], axis)
+            value = jax.numpy.take(value, (flags.cumsum() - 1)[chosen[flags[chosen]]], axis)
     return value
 
 

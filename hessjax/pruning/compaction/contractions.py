@@ -1,21 +1,22 @@
 """Sums of products, read: which channels must a matrix product or a convolution have?"""
 
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from hessjax.pruning.axes import Axes, Constraints, Kept, Nodes, mark, outer, staying, unknown
+from hessjax.pruning.compaction.axes import Axes, Constraints, Kept, Nodes, mark, outer, staying, unknown
 
 
 class Matrices(NamedTuple):
-    """An operand of a contraction, as a stack of matrices: (batch, free, contracted), each several axes in one.
+    """An operand as a stack of matrices: (batch, free, summed), each of them several axes in one.
 
     Attributes:
         nonzero: as in `Axes`; length 1 on the batch and free axes where all entries are alike.
         varies: the same.
         batch: the nodes of the batch axes.
         free: the nodes of the free axes.
-        summed: the nodes of the contracted axes.
+        summed: the nodes of the axes that the sum runs over.
         batch_shape: the lengths of the batch axes in `nonzero`.
         free_shape: the lengths of the free axes in `nonzero`.
     """
@@ -74,7 +75,7 @@ def contract(constraints: Constraints, left: Matrices, right: Matrices) -> tuple
         # Such as queries times keys: modules scale by the number of terms, a constant that nobody can see.
         constraints.keep(*left.summed, *right.summed)
     needed = terms if constraints.drop_constants and terms else [(left.nonzero, right.nonzero)]
-    constraints.rules.append(lambda kept: [_terms(kept, left, right, a, b) for a, b in needed] and None)
+    constraints.rules += [functools.partial(_terms, left, right, a, b) for a, b in needed]
     nonzero = _product(left, right, left.nonzero, right.nonzero)
     varies = [_product(left, right, a, b) for a, b in terms]
     return nonzero, np.logical_or.reduce(varies) if varies else np.zeros_like(nonzero)
@@ -91,9 +92,10 @@ def matrices(x: Axes, batch: tuple[int, ...], summed: tuple[int, ...]) -> Matric
         int(np.prod(part, initial=1))
         for part in np.split(np.array(shape, int), [len(batch), len(batch + free)])
     ]
-    flags = (f.transpose(order).reshape(sizes) for f in (wide.nonzero, wide.varies))
-    nodes = (tuple(x.nodes[a] for a in part) for part in (batch, free, summed))
-    return Matrices(*flags, *nodes, tuple(shape[: len(batch)]), tuple(shape[len(batch) : len(batch + free)]))
+    nonzero, varies = (f.transpose(order).reshape(sizes) for f in (wide.nonzero, wide.varies))
+    ahead, between, last = (tuple(x.nodes[a] for a in part) for part in (batch, free, summed))
+    lengths, others = shape[: len(batch)], shape[len(batch) : len(batch + free)]
+    return Matrices(nonzero, varies, ahead, between, last, tuple(lengths), tuple(others))
 
 
 def full(x: Axes, axes: Any) -> Axes:
@@ -104,12 +106,11 @@ def full(x: Axes, axes: Any) -> Axes:
 
 def reduced(x: Axes, axes: tuple[int, ...]) -> Axes:
     """The same without these axes' detail: True where any entry along them is."""
-    return x._replace(
-        nonzero=x.nonzero.any(axis=axes, keepdims=True), varies=x.varies.any(axis=axes, keepdims=True)
-    )
+    nonzero, varies = (np.asarray(f.any(axis=axes, keepdims=True)) for f in (x.nonzero, x.varies))
+    return x._replace(nonzero=nonzero, varies=varies)
 
 
-def _terms(kept: Kept, left: Matrices, right: Matrices, a: np.ndarray, b: np.ndarray) -> None:
+def _terms(left: Matrices, right: Matrices, a: np.ndarray, b: np.ndarray, kept: Kept) -> None:
     """Keep the terms that an entry of the product which stays is made of."""
     rows, columns = (
         (flags & _staying(kept, m.free, m.free_shape)[:, None]).any(axis=1)

@@ -1,28 +1,18 @@
 """Every operation, read: how its axes hang together, and where its result is zero for certain."""
 
-import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
 from jax.extend.core import Literal
 
-from hessjax.pruning.axes import Axes, Constraints, Nodes, axes_of, staying, unknown
-from hessjax.pruning.contractions import conv_general_dilated, dot_general, full, reduced
-from hessjax.pruning.program import literal_value
+from hessjax.pruning.compaction.axes import Axes, Constraints, Nodes, axes_of, staying, unknown
+from hessjax.pruning.compaction.contractions import conv_general_dilated, dot_general, full, reduced
+from hessjax.pruning.compaction.elementwise import ELEMENTWISE, common_nodes, elementwise
+from hessjax.pruning.compaction.program import literal_value
 
 Reading: TypeAlias = Callable[[Constraints, Any, list[Axes]], list[Axes]]
-
-ZERO_AT_ZERO = (
-    "neg abs sign sqrt cbrt sin tan tanh asin atan sinh asinh atanh expm1 log1p floor ceil round erf erf_inv real "
-    "imag conj convert_element_type copy copy_p stop_gradient square reduce_precision device_put "
-    "sharding_constraint name optimization_barrier"
-).split()
-ZERO_AT_ZEROS = ["add", "sub", "add_any", "max", "min", "select_n", "clamp"]
-ELEMENTWISE = (
-    "mul div pow integer_pow exp exp2 log logistic rsqrt cos acos cosh acosh lgamma digamma erfc rem atan2 nextafter "
-    "eq ne lt le gt ge and or xor not is_finite"
-).split()
 
 
 def read(constraints: Constraints, eqn: Any, inputs: list[Any]) -> list[Axes]:
@@ -42,51 +32,6 @@ def _any_operation(constraints: Constraints, eqn: Any, inputs: list[Axes]) -> li
     for x in inputs:
         constraints.keep(*x.nodes)
     return [unknown(getattr(v.aval, "shape", ())) for v in eqn.outvars]
-
-
-def _elementwise(constraints: Constraints, eqn: Any, inputs: list[Axes]) -> list[Axes]:
-    if eqn.primitive.multiple_results:  # an optimization barrier
-        return inputs
-    nodes = tuple(_common(constraints, axis, n, inputs) for axis, n in enumerate(eqn.outvars[0].aval.shape))
-    nonzero = _nonzero(eqn, inputs)
-    varies = functools.reduce(np.logical_or, (x.varies for x in inputs))
-    if eqn.primitive.name == "mul":
-        a, b = inputs
-        varies = (a.varies & b.nonzero) | (a.nonzero & b.varies)
-    return [axes_of(nodes, nonzero, varies)]
-
-
-def _common(constraints: Constraints, axis: int, length: int, inputs: list[Axes]) -> Nodes:
-    """The nodes of an axis that several arrays share; scalars and axes of length 1 fit any."""
-    shared = [x.nodes[axis] for x in inputs if len(x.nodes) > axis and len(x.nodes[axis]) == length]
-    if length == 1 or not shared:
-        return staying(length)[0]
-    for nodes in shared[1:]:
-        constraints.tie(shared[0], nodes)
-    return shared[0]
-
-
-def _nonzero(eqn: Any, inputs: list[Axes]) -> np.ndarray:
-    """Where an elementwise operation can give anything but zero."""
-    name, first = eqn.primitive.name, inputs[0].nonzero
-    numbers = [literal_value(v) if isinstance(v, Literal) else None for v in eqn.invars]
-    if name == "mul":
-        return first & inputs[1].nonzero
-    if name == "div" or (name == "integer_pow" and eqn.params["y"] > 0) or name in ZERO_AT_ZERO:
-        return first
-    if name == "pow" and numbers[1] is not None and numbers[1] > 0:
-        return first
-    if name in ("max", "min"):
-        harmless = (lambda c: c <= 0) if name == "max" else (lambda c: c >= 0)
-        inputs = [
-            x for x, c in zip(inputs, numbers, strict=True) if c is None or not harmless(c)
-        ] or inputs
-    if name == "clamp" and None not in (numbers[0], numbers[2]) and numbers[0] <= 0 <= numbers[2]:  # type: ignore[operator]
-        return inputs[1].nonzero
-    if name in ZERO_AT_ZEROS:
-        cases = inputs[1:] if name == "select_n" else inputs
-        return functools.reduce(np.logical_or, (x.nonzero for x in cases))
-    return functools.reduce(np.logical_or, (np.ones_like(x.nonzero) for x in inputs))
 
 
 def _broadcast_in_dim(constraints: Constraints, eqn: Any, inputs: list[Axes]) -> list[Axes]:
@@ -176,7 +121,9 @@ def _window(constraints: Constraints, eqn: Any, inputs: list[Axes]) -> list[Axes
     windows = zip(
         eqn.params["window_dimensions"], eqn.params["window_strides"], eqn.params["padding"], strict=True
     )
-    pooled = tuple(a for a, (n, stride, pad) in enumerate(windows) if (n, stride, tuple(pad)) != (1, 1, (0, 0)))
+    pooled = tuple(
+        a for a, (n, stride, pad) in enumerate(windows) if (n, stride, tuple(pad)) != (1, 1, (0, 0))
+    )
     constraints.keep(*(x.nodes[a] for a in pooled))
     nodes = (staying(n)[0] if a in pooled else x.nodes[a] for a, n in enumerate(shape))
     return [reduced(x, pooled)._replace(nodes=tuple(nodes))]
@@ -185,7 +132,9 @@ def _window(constraints: Constraints, eqn: Any, inputs: list[Axes]) -> list[Axes
 def _concatenate(constraints: Constraints, eqn: Any, inputs: list[Axes]) -> list[Axes]:
     axis, shape = eqn.params["dimension"], eqn.outvars[0].aval.shape
     nodes = [
-        np.concatenate([x.nodes[axis] for x in inputs]) if a == axis else _common(constraints, a, n, inputs)
+        np.concatenate([x.nodes[axis] for x in inputs])
+        if a == axis
+        else common_nodes(constraints, a, n, inputs)
         for a, n in enumerate(shape)
     ]
     axes = {axis} | {a for x in inputs for a in range(len(shape)) if x.nonzero.shape[a] > 1}
@@ -216,9 +165,9 @@ def _slice(constraints: Constraints, eqn: Any, inputs: list[Axes]) -> list[Axes]
 
 
 def _split(constraints: Constraints, eqn: Any, inputs: list[Axes]) -> list[Axes]:
-    x, axis, ends = inputs[0], eqn.params["axis"], np.cumsum([0, *eqn.params["sizes"]])
-    whole = (slice(None),) * axis
-    return [_cut(x, (*whole, slice(a, b))) for a, b in zip(ends, ends[1:], strict=False)]
+    ends = np.cumsum([0, *eqn.params["sizes"]])
+    whole = (slice(None),) * eqn.params["axis"]
+    return [_cut(inputs[0], (*whole, slice(a, b))) for a, b in itertools.pairwise(ends)]
 
 
 def _rev(constraints: Constraints, eqn: Any, inputs: list[Axes]) -> list[Axes]:
@@ -234,7 +183,7 @@ def _cut(x: Axes, cuts: tuple[slice, ...]) -> Axes:
 
 
 READINGS: dict[str, Reading] = {
-    **dict.fromkeys([*ZERO_AT_ZERO, *ZERO_AT_ZEROS, *ELEMENTWISE], _elementwise),
+    **dict.fromkeys(ELEMENTWISE, elementwise),
     **dict.fromkeys(["reduce_sum", "reduce_max", "reduce_min", "reduce_or", "reduce_and"], _reduction),
     **dict.fromkeys(["cumsum", "cummax", "cummin"], _along),
     **dict.fromkeys(["reduce_window_max", "reduce_window_min", "reduce_window_sum"], _window),
