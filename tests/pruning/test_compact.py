@@ -155,8 +155,9 @@ def test_what_is_constant_stays_unless_dropped():
     variables = initial(ConvNet(), x)
     for leaf in ("kernel", "bias"):
         variables = zeroed(variables, f"params/Conv_0/{leaf}", (..., 2))
-    offset = variables["params"]["BatchNorm_0"]["bias"]
-    variables["params"]["BatchNorm_0"]["bias"] = offset.at[2].set(3.0)
+    params = variables["params"]
+    params["BatchNorm_0"]["bias"] = params["BatchNorm_0"]["bias"].at[2].set(3.0)
+    params["Conv_1"]["kernel"] = jnp.abs(params["Conv_1"]["kernel"])
     assert hj.compact(ConvNet().apply, variables, x).kept == {}
     dropped = hj.compact(ConvNet().apply, variables, x, drop_constants=True)
     assert shape_of(dropped, "params/Conv_0/kernel") == (3, 3, 3, 5)
