@@ -155,7 +155,8 @@ def compact(
             `(path, leaf) -> bool`.
         drop_constants: whether a channel that is the same for every input, such as a filter of zeros
             followed by a bias or BatchNorm's offset, goes as well. The function then changes by these
-            constants (`difference` says by how much on the example): `hessjax.flax.recalibrate`, train on.
+            constants (`difference` says by how much on the example): `hessjax.flax.linen_recalibrate`, and
+            train on.
 
     Returns:
         A `Compacted`: the smaller params, what was kept, sizes, and the difference on the example. It prints
