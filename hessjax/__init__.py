@@ -66,6 +66,10 @@ from hessjax.pruning.pattern import rows as rows
 from hessjax.pruning.pattern import unstructured as unstructured
 from hessjax.pruning.saliency import Saliency as Saliency
 from hessjax.pruning.saliency import magnitude as magnitude
+from hessjax.pruning.sparse import Saved as Saved
+from hessjax.pruning.sparse import load_npz as load_npz
+from hessjax.pruning.sparse import save_npz as save_npz
+from hessjax.pruning.sparse import to_sparse as to_sparse
 from hessjax.pruning.state import mask_of as mask_of
 from hessjax.pruning.summary import summary as summary
 from hessjax.pruning.threshold import threshold as threshold

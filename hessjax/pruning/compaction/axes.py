@@ -54,7 +54,7 @@ def unknown(shape: Iterable[int]) -> Axes:
 def axes_of(nodes: tuple[Nodes, ...], nonzero: np.ndarray, varies: np.ndarray) -> Axes:
     """An `Axes`, its flags brought to one shape: what is zero does not vary."""
     nonzero, varies = np.broadcast_arrays(np.reshape(nonzero, nonzero.shape or (1,) * len(nodes)), varies)
-    return Axes(nodes, nonzero, varies & nonzero)
+    return Axes(nodes, nonzero, np.asarray(varies & nonzero))
 
 
 @dataclass

@@ -35,10 +35,10 @@ def elementwise(constraints: Constraints, eqn: Any, inputs: list[Axes]) -> list[
         common_nodes(constraints, axis, n, inputs) for axis, n in enumerate(eqn.outvars[0].aval.shape)
     )
     nonzero = _nonzero(eqn, inputs)
-    varies = functools.reduce(np.logical_or, (x.varies for x in inputs))
+    varies = _either([x.varies for x in inputs])
     if eqn.primitive.name == "mul":
         a, b = inputs
-        varies = (a.varies & b.nonzero) | (a.nonzero & b.varies)
+        varies = _either([a.varies & b.nonzero, a.nonzero & b.varies])
     return [axes_of(nodes, nonzero, varies)]
 
 
@@ -57,7 +57,7 @@ def _nonzero(eqn: Any, inputs: list[Axes]) -> np.ndarray:
     name, first = eqn.primitive.name, inputs[0].nonzero
     numbers = [literal_value(v) if isinstance(v, Literal) else None for v in eqn.invars]
     if name == "mul":
-        return first & inputs[1].nonzero
+        return np.asarray(first & inputs[1].nonzero)
     if name == "div" or (name == "integer_pow" and eqn.params["y"] > 0) or name in ZERO_AT_ZERO:
         return first
     if name == "pow" and numbers[1] is not None and numbers[1] > 0:
@@ -69,5 +69,9 @@ def _nonzero(eqn: Any, inputs: list[Axes]) -> np.ndarray:
         return inputs[1].nonzero
     if name in ZERO_AT_ZEROS:
         cases = inputs[1:] if name == "select_n" else inputs
-        return functools.reduce(np.logical_or, (x.nonzero for x in cases))
-    return functools.reduce(np.logical_or, (np.ones_like(x.nonzero) for x in inputs))
+        return _either([x.nonzero for x in cases])
+    return _either([np.ones_like(x.nonzero) for x in inputs])
+
+
+def _either(flags: list[Any]) -> np.ndarray:
+    return np.asarray(functools.reduce(np.logical_or, flags))

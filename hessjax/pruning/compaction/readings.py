@@ -101,7 +101,7 @@ def _regrouped(constraints: Constraints, factors: tuple[Nodes, ...], lengths: li
 
 def _reduction(constraints: Constraints, eqn: Any, inputs: list[Axes]) -> list[Axes]:
     """A sum or maximum over whole axes. They stay: a mean divides by their length, whatever else it is."""
-    x, axes = inputs[0], tuple(eqn.params["axes"])
+    x, axes = inputs[0], tuple(map(int, eqn.params["axes"]))
     constraints.keep(*(x.nodes[a] for a in axes))
     x = reduced(x, axes)
     nodes = tuple(nodes for axis, nodes in enumerate(x.nodes) if axis not in axes)
@@ -147,7 +147,7 @@ def _pad(constraints: Constraints, eqn: Any, inputs: list[Axes]) -> list[Axes]:
     (x, value), config = inputs, eqn.params["padding_config"]
     if any(low < 0 or high < 0 or inside for low, high, inside in config):
         return _any_operation(constraints, eqn, inputs)
-    widths = [(low, high) for low, high, _ in config]
+    widths = [(int(low), int(high)) for low, high, _ in config]
     nodes = tuple(
         np.concatenate([constraints.fresh(low), n, constraints.fresh(high)])
         for n, (low, high) in zip(x.nodes, widths, strict=True)
