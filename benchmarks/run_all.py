@@ -16,6 +16,7 @@ SCRIPTS = (
     "density_memory",
     "inverse_fisher_cost",
     "pruning_cost",
+    "compact_speed",
     "one_shot_pruning",
     "compilations",
     "startup",

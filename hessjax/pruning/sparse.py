@@ -33,7 +33,7 @@ def has_two_axes(path: str, leaf: Any) -> bool:
     return jnp.ndim(leaf) == 2
 
 
-def to_sparse(params: Params, *, where: Where = has_two_axes, least_sparsity: float = 0.7) -> Params:
+def to_sparse(params: Params, *, where: Where = has_two_axes, least_sparsity: float | int = 0.7) -> Params:
     """The params with their sparse matrices as `BCOO`, which `@` and `jax.experimental.sparse` understand.
 
     Smaller in memory from a sparsity of 2/3 on: an entry of a matrix takes its own bytes and eight for its
@@ -85,9 +85,11 @@ def save_npz(path: str | os.PathLike[str], params: Params) -> Saved:
     """Write arrays to a compressed npz, one bit for every zero.
 
     A leaf with zeros is stored as a bit mask and the rest of its numbers, in the order of the array; a bit
-    mask with few ones compresses well. Nothing is rounded: `load_npz` returns every bit, NaN and -0.0
-    included. The entry `hessjax` of the file is JSON: path, shape and dtype of every leaf, in order; entry
-    `i` holds the numbers of leaf i, entry `i.mask` its mask (`numpy.packbits`), if it has one.
+    mask with few ones compresses well. Nothing is rounded: `load_npz` returns every number exactly, NaN and
+    infinities included; -0.0, which `weights * mask` leaves behind, comes back as 0.0.
+
+    The entry `hessjax` of the file is JSON: path, shape and dtype of every leaf, in order; entry `i` holds
+    the numbers of leaf i as bytes, entry `i.mask` its mask (`numpy.packbits`), if it has one.
 
     Args:
         path: where to write; the name is taken as it is. A file that is there is replaced in one go.
@@ -176,11 +178,10 @@ def _number_array(path: str, leaf: Any) -> np.ndarray:
 
 def _encoded(name: str, value: np.ndarray) -> dict[str, np.ndarray]:
     """The entries of one leaf: as bytes, so that bfloat16 passes through a format that does not know it."""
-    raw = np.frombuffer(value.tobytes(), np.dtype((np.void, value.dtype.itemsize)))
-    there = np.frombuffer(value.tobytes(), np.uint8).reshape(value.size, -1).any(axis=1)
+    there = value != 0
     if there.all():
-        return {name: raw.view(np.uint8)}
-    return {name: raw[there].view(np.uint8), f"{name}.mask": np.packbits(there)}
+        return {name: np.frombuffer(value.tobytes(), np.uint8)}
+    return {name: np.frombuffer(value[there].tobytes(), np.uint8), f"{name}.mask": np.packbits(there)}
 
 
 def _decoded(file: Any, name: str, leaf: dict[str, Any]) -> np.ndarray:
