@@ -484,3 +484,65 @@ def test_args_may_be_bound_and_params_frozen(mlp):
     model_fn = functools.partial(module.apply, capture_intermediates=False)
     small = hj.compact(model_fn, flax.core.freeze(variables), x)
     assert shape_of(small, "params/Dense_0/kernel") == (4, 6)
+
+
+# -- after the patterns of `prune` ----------------------------------------------------------------
+
+
+def test_pruned_channels_go_without_a_trace():
+    """`channels()` clears what reads a channel: all that made it goes too, and the function stays."""
+    x = images(2, 8, 8, 3)
+    variables = initial(Residual(), x)
+    where = ["Conv_1/kernel", "Conv_2/kernel"]
+    pruned = hj.prune_once(
+        variables["params"], hj.magnitude(), 0.5, pattern=hj.channels(), allocation=hj.uniform(), where=where
+    )
+    small = hj.compact(Residual().apply, {**variables, "params": pruned.params}, x)
+    assert shape_of(small, "params/Conv_2/kernel") == (3, 3, 4, 12)
+    assert shape_of(small, "params/Conv_1/kernel") == (3, 3, 6, 4)  # its input is the stream, read elsewhere
+    assert small.check(Residual(inner=4).apply, x) < 1e-6
+
+
+def test_pruned_heads_go():
+    x = images(2, 3, 8)
+    variables = initial(Block(), x)
+    pruned = hj.prune_once(
+        variables["params"],
+        hj.magnitude(),
+        0.5,
+        pattern=hj.heads(),
+        allocation=hj.uniform(),
+        where="Multi*/kernel",
+    )
+    small = hj.compact(Block().apply, {"params": pruned.params}, x)
+    assert shape_of(small, "params/MultiHeadDotProductAttention_0/out/kernel") == (2, 2, 8)
+    assert small.check(Block(2).apply, x) < 1e-6
+
+
+def test_training_goes_on_at_the_smaller_width():
+    """A step of the full pruned network, then cut, is a step of the compact one."""
+    x = images(2, 8, 8, 3)
+    variables = initial(Residual(), x)
+    stats = variables["batch_stats"]
+    where = ["Conv_2/kernel"]
+
+    def tx(sparsity):
+        inner = optax.adam(0.01)
+        return hj.prune(inner, hj.magnitude(), sparsity, pattern=hj.channels(), where=where, stop=0)
+
+    def step(tx, module, params, stats, state):
+        def loss(p):
+            return jnp.mean(module.apply({"params": p, "batch_stats": stats}, x) ** 2)
+
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    params, state = variables["params"], tx(0.5).init(variables["params"])
+    params, state = step(tx(0.5), Residual(), params, stats, state)
+    small = hj.compact(Residual().apply, {"params": params, "batch_stats": stats}, x)
+    fewer, cut = small.params["params"], small.shrink(state, under="params")
+    assert jax.tree.leaves(hj.mask_of(cut)["Conv_2"]["kernel"])[0].all()
+    params, state = step(tx(0.5), Residual(), params, stats, state)
+    fewer, cut = step(tx(0.0), Residual(inner=4), fewer, small.params["batch_stats"], cut)
+    oracles.close(fewer, small.shrink(params, under="params"), rtol=1e-4, atol=1e-5)
+    oracles.close(cut, small.shrink(state, under="params"), rtol=1e-4, atol=1e-5)
