@@ -155,8 +155,8 @@ def compact(
             `(path, leaf) -> bool`.
         drop_constants: whether a channel that is the same for every input, such as a filter of zeros
             followed by a bias or BatchNorm's offset, goes as well. The function then changes by these
-            constants (`difference` says by how much on the example): `hessjax.flax.linen_recalibrate`, and
-            train on.
+            constants (`difference` says by how much on the example). `hessjax.flax.linen_recalibrate` lets a
+            BatchNorm behind take them up, all but at padded borders.
 
     Returns:
         A `Compacted`: the smaller params, what was kept, sizes, and the difference on the example. It prints

@@ -13,6 +13,7 @@ from flax import linen as nn
 from flax import nnx
 
 import hessjax as hj
+from hessjax.flax import linen_recalibrate
 
 
 def random(shapes, seed=0):
@@ -168,6 +169,30 @@ def test_what_is_constant_stays_unless_dropped():
     gone = hj.compact(ConvNet().apply, variables, x)
     assert shape_of(gone, "params/Conv_0/kernel") == (3, 3, 3, 5)
     assert gone.difference < 1e-6
+
+
+class Normalised(nn.Module):
+    """BatchNorm behind every convolution, nothing padded."""
+
+    channels: int = 6
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        for _ in range(2):
+            x = nn.Conv(self.channels if x.shape[-1] == 3 else 4, (3, 3), padding="VALID")(x)
+            x = nn.relu(nn.BatchNorm(not train)(x))
+        return nn.Dense(2)(x.mean(axis=(1, 2)))
+
+
+def test_recalibration_takes_up_what_is_dropped():
+    x = images(4, 8, 8, 3)
+    variables = zeroed(initial(Normalised(), x), "params/Conv_0/kernel", (..., 1))
+    variables["params"]["BatchNorm_0"]["bias"] = jnp.ones(6)
+    small = hj.compact(Normalised().apply, variables, x, drop_constants=True)
+    assert small.difference > 1e-3
+    full = linen_recalibrate(Normalised(), variables, [x], train=True)
+    fewer = linen_recalibrate(Normalised(5), small.params, [x], train=True)
+    oracles.close(Normalised(5).apply(fewer, x), Normalised().apply(full, x), rtol=1e-4, atol=1e-5)
 
 
 class Residual(nn.Module):
@@ -521,28 +546,27 @@ def test_pruned_heads_go():
 
 def test_training_goes_on_at_the_smaller_width():
     """A step of the full pruned network, then cut, is a step of the compact one."""
-    x = images(2, 8, 8, 3)
-    variables = initial(Residual(), x)
-    stats = variables["batch_stats"]
-    where = ["Conv_2/kernel"]
+    x, sparsity = images(5, 4), {8: 0.5, 4: 0.0}
+    params = initial(MLP(), x)["params"]
 
-    def tx(sparsity):
-        inner = optax.adam(0.01)
-        return hj.prune(inner, hj.magnitude(), sparsity, pattern=hj.channels(), where=where, stop=0)
+    def transformation(width):
+        where, pattern = "Dense_1/kernel", hj.channels()
+        return hj.prune(
+            optax.adam(0.01), hj.magnitude(), sparsity[width], pattern=pattern, where=where, stop=0
+        )
 
-    def step(tx, module, params, stats, state):
-        def loss(p):
-            return jnp.mean(module.apply({"params": p, "batch_stats": stats}, x) ** 2)
-
-        updates, state = tx.update(jax.grad(loss)(params), state, params)
+    @functools.partial(jax.jit, static_argnums=0)
+    def step(width, params, state):
+        grads = jax.grad(lambda p: jnp.mean(MLP((width, 6, 3)).apply({"params": p}, x) ** 2))(params)
+        updates, state = transformation(width).update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    params, state = variables["params"], tx(0.5).init(variables["params"])
-    params, state = step(tx(0.5), Residual(), params, stats, state)
-    small = hj.compact(Residual().apply, {"params": params, "batch_stats": stats}, x)
-    fewer, cut = small.params["params"], small.shrink(state, under="params")
-    assert jax.tree.leaves(hj.mask_of(cut)["Conv_2"]["kernel"])[0].all()
-    params, state = step(tx(0.5), Residual(), params, stats, state)
-    fewer, cut = step(tx(0.0), Residual(inner=4), fewer, small.params["batch_stats"], cut)
-    oracles.close(fewer, small.shrink(params, under="params"), rtol=1e-4, atol=1e-5)
-    oracles.close(cut, small.shrink(state, under="params"), rtol=1e-4, atol=1e-5)
+    params, state = step(8, params, transformation(8).init(params))
+    small = hj.compact(lambda p, x: MLP().apply({"params": p}, x), params, x)
+    assert shape_of(small, "Dense_0/kernel") == (4, 4)
+    assert small.shrink(hj.mask_of(state))["Dense_1"]["kernel"].all()
+    full = step(8, params, state)
+    fewer = step(4, small.params, small.shrink(state))
+    params, state = (small.shrink(tree) for tree in full)
+    oracles.close(fewer[0], params, rtol=1e-4, atol=1e-6)
+    oracles.close(fewer[1]._replace(sparsity=0), state._replace(sparsity=0), rtol=1e-4, atol=1e-6)
