@@ -1,5 +1,6 @@
 """Pruning at one go: scores, mask and the move of the kept weights, in one step or in several."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,8 +11,10 @@ from jaxtyping import Array, Float
 
 from hessjax import _tree
 from hessjax._typing import Block, Params, Where
-from hessjax.pruning.allocation import Allocation, check_sparsity, global_threshold
-from hessjax.pruning.saliency import Saliency, drop_others
+from hessjax.pruning.allocation import Allocation, global_threshold
+from hessjax.pruning.counts import check_sparsity
+from hessjax.pruning.pattern import Patterns, unstructured
+from hessjax.pruning.saliency import Saliency, drop_others, is_hole
 from hessjax.pruning.transform import is_matrix
 
 
@@ -40,6 +43,7 @@ def prune_once(
     grads_fn: Callable[[Params], Block] | None = None,
     recomputes: int = 1,
     allocation: Allocation = global_threshold(),  # noqa: B008 (a value, never changed)
+    pattern: Patterns = unstructured(),  # noqa: B008 (a value, never changed)
     where: Where = is_matrix,
     loss_fn: Callable[[Params], Any] | None = None,
 ) -> Pruned:
@@ -57,7 +61,8 @@ def prune_once(
             `lambda p: hj.per_example_grads(loss_fn, p, batch)`; called once per step. Not needed by
             `magnitude()`.
         recomputes: R, the number of steps.
-        allocation: how zeros are spread over the leaves: `global_threshold()` or `uniform()`.
+        allocation: how zeros are spread over the leaves, as in `prune`.
+        pattern: which weights go together, as in `prune`.
         where: which leaves are pruned: a glob over their paths, several, or `(path, leaf) -> bool`. By
             default all with two or more axes.
         loss_fn: `(params) -> scalar`, to hold the predicted increase against, and to choose by.
@@ -101,20 +106,22 @@ def prune_once(
     active = jax.tree.map(lambda x: x != 0, current)
     states, full, predicted = [rule.init(current) for rule in rules], params, jnp.zeros(())
     for target in _targets(active, sparsity, recomputes):
-        extra: dict[str, Any] = {}
+        extra: dict[str, Any] = {"pattern": pattern}
+        choose = functools.partial(allocation, sparsity=target, pattern=pattern)
         if grads_fn is not None:
-            extra, mean = _gradients(grads_fn(full), params, current)
+            block, mean = _gradients(grads_fn(full), params, current)
+            extra["per_example_grads"] = block
             pairs = zip(rules, states, strict=True)
             states = [rule.update(state, mean, current, active, **extra) for rule, state in pairs]
         pairs = zip(rules, states, strict=True)
-        steps = [_step(rule, state, current, active, allocation, target, extra) for rule, state in pairs]
+        steps = [_step(rule, state, current, active, choose, extra) for rule, state in pairs]
         current, mask, rise = steps[0] if loss_fn is None else _best(steps, loss_fn, params)
         active = jax.tree.map(jnp.logical_and, active, mask)
         full = _refill(params, current)
         predicted += rise
     _check_finite(current)
     realised = None if loss_fn is None else loss_fn(full) - loss_fn(params)
-    mask = jax.tree.map(lambda m: jnp.asarray(True) if _is_hole(m) else m, mask, is_leaf=_is_hole)
+    mask = jax.tree.map(lambda m: jnp.asarray(True) if is_hole(m) else m, mask, is_leaf=is_hole)
     return Pruned(full, mask, predicted, realised)
 
 
@@ -131,12 +138,11 @@ def _step(
     state: Any,
     current: Params,
     active: Params,
-    allocation: Allocation,
-    sparsity: Any,
+    choose: Callable[[Params], Params],
     extra: dict[str, Any],
 ) -> _Step:
     scores = saliency.scores(state, current, **extra)
-    mask = allocation(jax.tree.map(lambda s, a: jnp.where(a, s, -jnp.inf), scores, active), sparsity)
+    mask = choose(jax.tree.map(lambda s, a: jnp.where(a, s, -jnp.inf), scores, active))
     moved, rise = current, jnp.asarray(jnp.nan)
     if saliency.compensate is not None:
         moved, rise = saliency.compensate(state, current, mask, **extra)
@@ -153,12 +159,12 @@ def _best(steps: Sequence[_Step], loss_fn: Callable[[Params], Any], params: Para
     return jax.tree.map(lambda *leaves: jnp.stack(leaves)[best], *steps)
 
 
-def _gradients(block: Block, params: Params, current: Params) -> tuple[dict[str, Any], Params]:
-    """What the saliency is handed: the block and its mean, of the selected leaves."""
+def _gradients(block: Block, params: Params, current: Params) -> tuple[Block, Params]:
+    """The block and its mean, of the selected leaves."""
     one = jax.eval_shape(lambda b: jax.tree.map(lambda g: g[0], b), block)
     _tree.check_like(one, params, "grads_fn(params)", "params")
     selected = drop_others(block, current)
-    return {"per_example_grads": selected}, jax.tree.map(lambda g: jnp.mean(g, axis=0), selected)
+    return selected, jax.tree.map(lambda g: jnp.mean(g, axis=0), selected)
 
 
 def _targets(active: Params, sparsity: float | int, recomputes: int) -> list[Any]:
@@ -173,11 +179,7 @@ def _targets(active: Params, sparsity: float | int, recomputes: int) -> list[Any
 
 
 def _refill(params: Params, current: Params) -> Params:
-    return jax.tree.map(lambda p, c: p if _is_hole(c) else c, params, current)
-
-
-def _is_hole(x: Any) -> bool:
-    return isinstance(x, optax.MaskedNode)
+    return jax.tree.map(lambda p, c: p if is_hole(c) else c, params, current)
 
 
 def _check_finite(current: Params) -> None:

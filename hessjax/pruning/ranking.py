@@ -36,14 +36,20 @@ def ordered_keys(scores: Sequence[Float[Array, "..."]]) -> list[UInt[Array, "...
 
 @jax.jit
 def smallest(
-    keys: Sequence[UInt[Array, "..."]], n: int | Int[Array, ""] | Int[Array, " arrays"]
+    keys: Sequence[UInt[Array, "..."]],
+    n: int | Int[Array, ""] | Int[Array, " arrays"],
+    sizes: Int[Array, " arrays"] | None = None,
 ) -> list[Bool[Array, "..."]]:
     """Marks exactly `n` entries: the smallest over all arrays; of equal ones, those that come first.
+
+    With `sizes`, entries count for more than one, and it marks the longest run of the smallest that counts
+    for `n` at most.
 
     Args:
         keys: unsigned integers of one type (`ordered_keys`), any shapes, under 2³¹ entries in all.
         n: how many to mark, between 0 and the number of entries; may be traced. A vector, one number per
             array, ranks every array on its own.
+        sizes: what an entry of each array counts for; None for one each. With a scalar n only.
 
     Returns:
         Booleans in the shapes of the keys; the same as the first `n` of a stable argsort of them all.
@@ -60,7 +66,7 @@ def smallest(
         )
 
     def below(cut: Array) -> Array:
-        return _count([k < c for k, c in zip(keys, _each(cut, keys), strict=True)], n)
+        return _count([k < c for k, c in zip(keys, _each(cut, keys), strict=True)], n, sizes)
 
     cut = _largest(below, n, keys[0].dtype.itemsize * 8, keys[0].dtype)
     missing = n - below(cut)
@@ -72,7 +78,7 @@ def smallest(
         return [(k == c) & (i < x) for k, c, i, x in columns]
 
     bits = jnp.where(jnp.any(missing > 0), total.bit_length(), 0)
-    last = _largest(lambda t: _count(ties_before(t), n), missing, bits, jnp.dtype("uint32"))
+    last = _largest(lambda t: _count(ties_before(t), n, sizes), missing, bits, jnp.dtype("uint32"))
     return [(k < c) | tie for k, c, tie in zip(keys, cuts, ties_before(last), strict=True)]
 
 
@@ -86,9 +92,10 @@ def _largest(count_below: Callable[[Array], Array], n: Array, bits: Any, dtype: 
     return lax.fori_loop(0, bits, body, jnp.zeros(n.shape, dtype))
 
 
-def _count(flags: Sequence[Array], n: Array) -> Array:
-    """How many flags are set: over all arrays for a scalar n, in each for a vector."""
+def _count(flags: Sequence[Array], n: Array, sizes: Array | None) -> Array:
+    """What the set flags count for: over all arrays for a scalar n, in each for a vector."""
     counts = jnp.stack([jnp.sum(flag, dtype=jnp.int32) for flag in flags])
+    counts = counts if sizes is None else counts * sizes
     return counts if n.ndim else jnp.sum(counts, dtype=jnp.int32)
 
 

@@ -24,21 +24,31 @@ class Saliency(NamedTuple):
             it was taken at.
         scores: `(state, dense, /, **extra) -> scores`, called at mask steps only: floating-point arrays in
             the shapes of `dense`. A NaN ranks below every other score, and `PruneState.num_nan` counts it.
+            Among `extra` is the `pattern`: weights that go together are ranked by the mean of their scores.
         compensate: `(state, dense, mask, /, **extra) -> (dense, increase)`, called after the mask is made of
             the scores: the weights moved so that the kept ones make up for those that go, and by how much
             it expects the loss to rise. None: the kept weights stay where they are. A rule with it has to
             see gradients first, so that nothing is pruned at step 0.
+        gates: `(state) -> gates`, arrays in the shapes of `dense` by which the weights are multiplied at
+            every step: the params are mask ⊙ gates ⊙ dense, and the optimizer sees the gradient times the
+            gates. None: the mask alone.
     """
 
     init: Callable[[Params], Any]
     update: Callable[..., Any]
     scores: Callable[..., Params]
     compensate: Callable[..., tuple[Params, Any]] | None = None
+    gates: Callable[[Any], Params] | None = None
+
+
+def is_hole(x: Any) -> bool:
+    """Whether this stands for a leaf that is not pruned."""
+    return isinstance(x, optax.MaskedNode)
 
 
 def drop_others(tree: Params, mask: Params) -> Params:
     """The tree with `optax.MaskedNode()` wherever the mask has one."""
-    return jax.tree.map(lambda x, m: m if isinstance(m, optax.MaskedNode) else x, tree, mask)
+    return jax.tree.map(lambda x, m: m if is_hole(m) else x, tree, mask)
 
 
 def magnitude() -> Saliency:

@@ -1,17 +1,17 @@
 """When masks are made: the mask steps, and what is checked of them before any work."""
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from hessjax._typing import Params
-from hessjax.pruning.allocation import Allocation, check_sparsity
-
-Schedule: TypeAlias = Callable[[Any], Any]
-"""`T -> sparsity`, as optax writes schedules."""
+from hessjax.pruning.allocation import Allocation
+from hessjax.pruning.counts import check_sparsity
+from hessjax.pruning.pattern import Patterns
+from hessjax.pruning.threshold import Threshold
 
 
 def is_mask_step(count: Array, every: int, start: int, stop: int | None) -> Array:
@@ -39,8 +39,13 @@ def check_steps(every: int, start: int, stop: int | None) -> None:
         raise ValueError(f"`stop` must not lie before `start`, which is {start}, got {stop}.")
 
 
-def check_budget(sparsity: Any, allocation: Allocation, dense: Params, steps: list[int]) -> None:
+def check_budget(
+    sparsity: Any, allocation: Allocation, pattern: Patterns, dense: Params, steps: list[int]
+) -> None:
     """Raise now what a mask step inside `jit` could not."""
+    if isinstance(sparsity, Threshold):
+        jax.eval_shape(lambda scores: sparsity.mask(scores, jnp.zeros((), jnp.int32), pattern), dense)
+        return
     values = [sparsity]
     if callable(sparsity):
         with jax.ensure_compile_time_eval():  # known numbers, even where `init` itself is being traced
@@ -48,13 +53,15 @@ def check_budget(sparsity: Any, allocation: Allocation, dense: Params, steps: li
             values = [float(schedule(jnp.asarray(step, jnp.int32))) for step in steps]
         for value, step in zip(values, steps, strict=True):
             check_sparsity(value, f" from the schedule at step {step}")
-    jax.eval_shape(lambda scores: allocation(scores, max(values)), dense)
+    jax.eval_shape(lambda scores: allocation(scores, max(values), pattern), dense)
 
 
 def check_first_step(sparsity: Any, start: int) -> None:
     """Raise a ValueError if zeros are asked for before any gradient has been seen."""
     if start > 0:
         return
+    if isinstance(sparsity, Threshold):
+        sparsity = 1.0  # may be anything
     with jax.ensure_compile_time_eval():
         first = float(jax.jit(sparsity)(jnp.zeros((), jnp.int32))) if callable(sparsity) else sparsity
     if first > 0:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import hessjax as hj
-from hessjax.pruning.allocation import num_zeros
+from hessjax.pruning.counts import num_zeros
 
 GLOBAL, UNIFORM = hj.global_threshold(), hj.uniform()
 JITTED = {f: jax.jit(f) for f in (GLOBAL, UNIFORM)}

@@ -530,9 +530,9 @@ def test_update_checks_what_it_is_given():
         tx.update(short, state, params)
 
 
-def test_mask_of_needs_exactly_one_prune_state():
-    with pytest.raises(ValueError, match="found 0 in tuple"):
+def test_mask_of_needs_one_mask_for_every_leaf():
+    with pytest.raises(ValueError, match="found none in tuple"):
         hj.mask_of(optax.adam(0.1).init(make_params()))
     state = make().init(make_params())
-    with pytest.raises(ValueError, match="found 2 in tuple"):
+    with pytest.raises(ValueError, match="found two for the same"):
         hj.mask_of((state, state))
