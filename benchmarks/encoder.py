@@ -119,8 +119,9 @@ def read_safetensors(data: bytes) -> dict[str, np.ndarray]:
     header = json.loads(data[8:start])
     types = {"F32": np.float32, "I64": np.int64}
     return {
-        name: np.frombuffer(data, types[entry["dtype"]], np.prod(entry["shape"], dtype=int), start + offset)
-        .reshape(entry["shape"])
+        name: np.frombuffer(
+            data, types[entry["dtype"]], np.prod(entry["shape"], dtype=int), start + offset
+        ).reshape(entry["shape"])
         for name, entry in header.items()
         if name != "__metadata__"
         for offset in entry["data_offsets"][:1]

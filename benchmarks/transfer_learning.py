@@ -1,137 +1,263 @@
-"""How much accuracy is left when a pretrained encoder is pruned while it learns a task?"""
+"""How accurate is a pretrained encoder that is pruned while it learns a task?"""
 
 import functools
 import json
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import downloads
 import encoder
 import jax
 import jax.numpy as jnp
+import matplotlib as mpl
 import movie_reviews
 import numpy as np
 import optax
 import table
 
 import hessjax as hj
-from hessjax.pruning.saliency import Saliency
+from hessjax import plot
 
-ENCODER_KERNELS = "encoder/*/kernel"
+mpl.use("Agg")
+
+KERNELS = "encoder/*/kernel"
 TEMPERATURE, ALPHA = 2.0, 0.5
+EVALUATIONS = 6
 
 
 class Settings(NamedTuple):
-    """Of all runs together.
+    """Of all runs.
 
     Attributes:
-        steps: of each run that prunes, and of the dense one.
-        left: the fractions of the encoder's weights that are left.
-        length: of a sentence in tokens.
-        sentences: how many are used, from the first on; None: all.
-        layers: of the encoder, from the first on.
-        every: updates between two masks.
+        steps: of a run that prunes: the first tenth dense, the last three tenths at the final sparsity.
+        dense_steps: of the dense network, which then teaches the others.
+        left: the shares of the encoder's weights that are left, the first run first.
         batch: sentences in a step.
-        rate: of the weights.
+        every: updates between two masks.
+        rate: the highest learning rate of the weights while they are pruned.
+        dense_rate: the same of the dense network.
+        score_rate: the first learning rate of movement's scores; it falls to 0 along a line.
+        sentences: how many of them are used for training, and for testing; None: all.
+        length: tokens of a sentence, longer ones are cut.
+        layers: of the encoder.
     """
 
-    steps: int = 1490
-    dense_steps: int = 596
-    left: tuple[float, ...] = (0.15, 0.03)
-    length: int = 32
-    sentences: int | None = None
-    layers: int = 6
-    every: int = 10
+    steps: int = 1250
+    dense_steps: int = 600
+    left: tuple[float, ...] = (0.03, 0.15)
     batch: int = 32
-    rate: float = 1e-4
+    every: int = 10
+    rate: float = 2e-4
+    dense_rate: float = 5e-5
     score_rate: float = 1e-2
+    sentences: int | None = None
+    length: int = 32
+    layers: int = 6
+
+
+QUICK = Settings(8, 4, left=(0.03,), batch=8, every=2, sentences=200, length=16, layers=1)
 
 
 class Task(NamedTuple):
-    pretrained: encoder.Pretrained
+    """What does not change over the runs."""
+
     module: encoder.Classifier
+    embeddings: encoder.Embeddings
+    params: Any
     train: movie_reviews.Sentences
     test: movie_reviews.Sentences
+
+
+class Trained(NamedTuple):
+    """What a run leaves.
+
+    Attributes:
+        params: masked, if it pruned.
+        curve: updates and the errors after them, in percent of the test sentences.
+        seconds: of the training alone, the first step's compilation included.
+    """
+
+    params: Any
+    curve: list[tuple[int, float]]
+    seconds: float
+
+
+def measure(quick: bool) -> table.Measured:
+    settings = QUICK if quick else Settings()
+    task = problem(settings)
+    raw = unfinished(settings, quick)
+    teacher = dense(task, settings, raw)
+    for name, run in runs(task, settings, teacher):
+        if name not in raw["runs"]:
+            raw["runs"][name] = run()
+            table.keep(__doc__, measure, quick, figures(raw), raw)
+    raw["finished"] = True
+    draw(raw, table.folder(quick) / "transfer_learning.png")
+    return figures(raw), raw
+
+
+def runs(task: Task, settings: Settings, teacher: np.ndarray) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Name and run of every method at every share of weights left."""
+    scores = optax.linear_schedule(settings.score_rate, 0.0, settings.steps)
+    methods = {"magnitude": hj.magnitude(), "movement": hj.movement(optax.adam(scores))}
+    for left in settings.left:
+        for name, saliency in methods.items():
+            tx = pruning(settings, saliency, left)
+            yield f"{name}, {left:.0%} left", functools.partial(row, task, settings, tx, teacher)
+
+
+def row(task: Task, settings: Settings, tx: optax.GradientTransformation, teacher: np.ndarray) -> Any:
+    """What is kept of one run."""
+    found = train(task, settings, tx, settings.steps, teacher)
+    kernels = [
+        layer["kernel"]
+        for part in found.params["encoder"].values()
+        for layer in part.values()
+        if "kernel" in layer
+    ]
+    left = sum(int(jnp.count_nonzero(x)) for x in kernels) / sum(x.size for x in kernels)
+    return {"errors": found.curve[-1][1], "left": left, "curve": found.curve, "seconds": found.seconds}
+
+
+def pruning(settings: Settings, saliency: Any, left: float) -> optax.GradientTransformation:
+    """The same training for every saliency: AdamW, and a cubic schedule between two rests."""
+    begin, end = round(0.1 * settings.steps), round(0.7 * settings.steps)
+    return hj.prune(
+        adamw(settings.rate, settings.steps),
+        saliency,
+        optax.polynomial_schedule(0.0, 1 - left, 3, end - begin, begin),
+        allocation=hj.uniform(),
+        where=KERNELS,
+        every=settings.every,
+        stop=end,
+    )
+
+
+def adamw(rate: float, steps: int) -> optax.GradientTransformation:
+    """Up to the rate over a tenth of the steps, and down to 0 along a cosine."""
+    return optax.adamw(optax.warmup_cosine_decay_schedule(0.0, rate, steps // 10, steps), weight_decay=0.0)
+
+
+# -- the task ------------------------------------------------------------------------------------
 
 
 def problem(settings: Settings) -> Task:
     pretrained = encoder.load(settings.layers)
     sentences, labels = movie_reviews.load()
-    n = settings.sentences
-    encoded = movie_reviews.encode(sentences[:n], labels[:n], pretrained.vocabulary, settings.length)
-    module = encoder.Classifier(encoder.Encoder(settings.layers))
-    return Task(pretrained, module, *movie_reviews.split(encoded))
-
-
-def start(task):
-    width = task.pretrained.embeddings.words.shape[1]
+    encoded = movie_reviews.encode(sentences, labels, pretrained.vocabulary, settings.length)
+    width = pretrained.embeddings.words.shape[1]
     classifier = {"kernel": jnp.zeros((width, 2)), "bias": jnp.zeros(2)}
-    return jax.tree.map(jnp.array, {"encoder": task.pretrained.params, "classifier": classifier})
+    params = {"encoder": pretrained.params, "classifier": classifier}
+    module = encoder.Classifier(encoder.Encoder(settings.layers))
+    parts = (part[: settings.sentences] for part in movie_reviews.split(encoded))
+    return Task(module, pretrained.embeddings, params, *parts)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def logits(module, params, embeddings, tokens):
-    return module.apply({"params": params}, embeddings(tokens), tokens > 0)
+def dense(task: Task, settings: Settings, raw: dict[str, Any]) -> np.ndarray:
+    """The logits of the dense network on the training sentences: what the others learn from, and its row."""
+    path = downloads.CACHE / "transfer_learning_teacher.npy"
+    if "dense" not in raw or not path.exists():
+        found = train(task, settings, adamw(settings.dense_rate, settings.dense_steps), settings.dense_steps)
+        np.save(path, all_logits(task, found.params, task.train))
+        raw["dense"] = {"errors": found.curve[-1][1], "curve": found.curve, "seconds": found.seconds}
+    return np.load(path)
 
 
-def loss_fn(params, module, embeddings, tokens, labels, teacher):
-    z = logits(module, params, embeddings, tokens)
-    ce = optax.softmax_cross_entropy_with_integer_labels(z, labels).mean()
-    if teacher is None:
-        return ce
-    t = TEMPERATURE
-    kl = optax.kl_divergence(jax.nn.log_softmax(z / t), jax.nn.softmax(teacher / t)).mean() * t**2
-    return ALPHA * kl + (1 - ALPHA) * ce
+def train(
+    task: Task,
+    settings: Settings,
+    tx: optax.GradientTransformation,
+    steps: int,
+    teacher: np.ndarray | None = None,
+) -> Trained:
+    """From the pretrained encoder and a classifier of zeros, the embeddings frozen."""
+    params = jax.tree.map(lambda x: jnp.array(x, copy=True), task.params)
+    state, curve, begin = tx.init(params), [], time.perf_counter()
+    chosen = movie_reviews.batches(len(task.train.labels), settings.batch, steps, seed=0)
+    for i, rows in enumerate(chosen, 1):
+        batch = (*task.train[rows], None if teacher is None else teacher[rows])
+        params, state = step(tx, task.module, params, state, task.embeddings, batch)
+        if i == steps or i % -(-steps // EVALUATIONS) == 0:
+            curve.append((i, errors(task, params)))
+            print(f"step {i}: {curve[-1][1]:.1f} % errors, {time.perf_counter() - begin:.0f} s", flush=True)
+    return Trained(params, curve, time.perf_counter() - begin)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
-def step(tx, module, params, state, *args):
-    grads = jax.grad(loss_fn)(params, module, *args)
+def step(
+    tx: optax.GradientTransformation, module: Any, params: Any, state: Any, embeddings: Any, batch: Any
+) -> Any:
+    grads = jax.grad(loss_fn)(params, module, embeddings, batch)
     updates, state = tx.update(grads, state, params)
     return optax.apply_updates(params, updates), state
 
 
-def all_logits(task, params, sentences, size=106):
-    tokens = sentences.tokens
-    parts = [logits(task.module, params, task.pretrained.embeddings, tokens[i:i+size]) for i in range(0, len(tokens), size)]
-    return np.concatenate(parts)
+def loss_fn(params: Any, module: Any, embeddings: Any, batch: Any) -> jax.Array:
+    """Cross-entropy; with a teacher, half of it, and half the softened divergence (arXiv 1503.02531)."""
+    tokens, labels, teacher = batch
+    z = logits(module, params, embeddings, tokens)
+    task_loss = optax.softmax_cross_entropy_with_integer_labels(z, labels).mean()
+    if teacher is None:
+        return task_loss
+    student, soft = jax.nn.log_softmax(z / TEMPERATURE), jax.nn.softmax(teacher / TEMPERATURE)
+    return ALPHA * TEMPERATURE**2 * optax.kl_divergence(student, soft).mean() + (1 - ALPHA) * task_loss
 
 
-def accuracy(task, params):
-    return float(np.mean(np.argmax(all_logits(task, params, task.test), -1) == task.test.labels))
+@functools.partial(jax.jit, static_argnums=0)
+def logits(module: Any, params: Any, embeddings: encoder.Embeddings, tokens: jax.Array) -> jax.Array:
+    return module.apply({"params": params}, embeddings(tokens), tokens > 0)
 
 
-def train(task, settings, tx, steps, teacher=None, evals=5, seed=0):
-    params = start(task)
-    state = tx.init(params)
-    curve = []
-    rows = movie_reviews.batches(len(task.train.labels), settings.batch, steps, seed)
-    for i, row in enumerate(rows, 1):
-        batch = task.train[row]
-        soft = None if teacher is None else teacher[row]
-        params, state = step(tx, task.module, params, state, task.pretrained.embeddings, *batch, soft)
-        if i % max(1, -(-steps // evals)) == 0 or i == steps:
-            curve.append((i, accuracy(task, params)))
-            print(i, curve[-1][1], float(hj.summary(params).total.sparsity) if False else '', time.strftime("%X"), flush=True)
-    return params, state, curve
+def all_logits(task: Task, params: Any, sentences: movie_reviews.Sentences, size: int = 100) -> np.ndarray:
+    parts = np.split(sentences.tokens, range(size, len(sentences.tokens), size))
+    return np.concatenate([logits(task.module, params, task.embeddings, part) for part in parts])
 
 
-def movement(optimizer):
-    def init(dense):
-        z = jax.tree.map(jnp.zeros_like, dense)
-        return z, optimizer.init(z)
-
-    def update(state, grads, dense, mask, /, **extra):
-        s, o = state
-        u, o = optimizer.update(jax.tree.map(jnp.multiply, grads, dense), o, s)
-        return optax.apply_updates(s, u), o
-
-    return Saliency(init, update, lambda state, dense, /, **extra: state[0])
+def errors(task: Task, params: Any) -> float:
+    """In percent of the test sentences."""
+    found = np.argmax(all_logits(task, params, task.test), axis=-1)
+    return 100 * float(np.mean(found != task.test.labels))
 
 
-def pruner(saliency, left, st, rate=None):
-    lr = optax.linear_schedule(rate or st.rate, 0.0, st.steps)
-    warm, cool = round(0.1 * st.steps), round(0.3 * st.steps)
-    sched = optax.polynomial_schedule(0.0, 1 - left, 3, st.steps - warm - cool, warm)
-    return hj.prune(optax.adamw(lr, weight_decay=0.0), saliency, sched, allocation=hj.uniform(), where=ENCODER_KERNELS, every=st.every)
+# -- what is kept and shown ----------------------------------------------------------------------
+
+
+def unfinished(settings: Settings, quick: bool) -> dict[str, Any]:
+    """The rows of a run of the same settings that was cut off; otherwise none."""
+    fresh = {"settings": json.loads(json.dumps(settings._asdict())), "finished": False, "runs": {}}
+    for result in [] if quick else table.load(quick, [Path(__file__).stem]):
+        raw = result["raw"]
+        same = raw["settings"] == fresh["settings"] and result["device"] == table.machine()["device"]
+        if same and not raw["finished"]:
+            return raw
+    return fresh
+
+
+def figures(raw: dict[str, Any]) -> list[table.Figure]:
+    """Errors of every run, and by how much movement is ahead where the bar stands."""
+    found = [table.Figure("dense", raw["dense"]["errors"], "% errors")]
+    found += [table.Figure(name, run["errors"], "% errors") for name, run in raw["runs"].items()]
+    ends = [raw["runs"].get(f"{method}, 3% left") for method in ("movement", "magnitude")]
+    if all(ends):
+        ahead = ends[0]["errors"] - ends[1]["errors"]
+        bar = None if raw["settings"]["layers"] < 6 else -3.0
+        found.append(table.Figure("movement less magnitude, 3% left", ahead, "points of errors", bar))
+    return found
+
+
+def draw(raw: dict[str, Any], path: Path) -> None:
+    """Accuracy against weights left, a line for every method."""
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    for name, run in raw["runs"].items():
+        left, accuracy = curves.setdefault(name.split(",")[0], ([], []))
+        left.append(round(run["left"], 3))
+        accuracy.append(1 - run["errors"] / 100)
+    ax = plot.accuracy_left(curves, 1 - raw["dense"]["errors"] / 100)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ax.figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    table.main(__doc__, measure)
