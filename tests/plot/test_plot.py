@@ -127,3 +127,14 @@ def test_density_of_a_single_zero_eigenvalue_draws(tmp_path):
     A = jax.tree_util.Partial(jnp.multiply, 0.0)
     zero = hj.spectral_density(A, jax.random.key(0), jnp.zeros(3), num_matvecs=2)
     plot.density(zero).figure.savefig(tmp_path / "zero.png")
+
+
+def test_accuracy_left_draws_a_line_for_every_method_from_the_sparsest_on():
+    runs = {"magnitude": ([0.15, 0.03], [0.8, 0.6]), "movement": ([0.15, 0.03], [0.81, 0.75])}
+    ax = plot.accuracy_left(runs, dense_accuracy=0.85)
+    _, magnitude, movement = ax.lines
+    assert ax.get_xscale() == "log"
+    np.testing.assert_allclose(magnitude.get_xydata(), [[0.03, 0.6], [0.15, 0.8]])
+    np.testing.assert_allclose(movement.get_xydata(), [[0.03, 0.75], [0.15, 0.81]])
+    assert magnitude.get_color() != movement.get_color()
+    assert [x.get_text() for x in ax.get_xticklabels()] == ["3%", "15%"]
