@@ -1,6 +1,7 @@
 """How accurate is a pretrained encoder that is pruned while it learns a task?"""
 
 import functools
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ import downloads
 import encoder
 import jax
 import jax.numpy as jnp
-import matplotlib as mpl
+import matplotlib.pyplot as plt
 import movie_reviews
 import numpy as np
 import optax
@@ -20,7 +21,7 @@ import table
 import hessjax as hj
 from hessjax import plot
 
-mpl.use("Agg")
+plt.switch_backend("agg")
 
 KERNELS = "encoder/*/kernel"
 TEMPERATURE, ALPHA = 2.0, 0.5
@@ -91,20 +92,21 @@ def measure(quick: bool) -> table.Measured:
     teacher = dense(task, settings, raw)
     for name, run in runs(task, settings, teacher):
         if name not in raw["runs"]:
+            print(f"{name} ...", flush=True)
             raw["runs"][name] = run()
             table.keep(__doc__, measure, quick, figures(raw), raw)
-    raw["finished"] = True
-    draw(raw, table.folder(quick) / "transfer_learning.png")
-    return figures(raw), raw
+            draw(raw, table.folder(quick) / "transfer_learning.png")
+    return figures(raw), {**raw, "finished": True}
 
 
 def runs(task: Task, settings: Settings, teacher: np.ndarray) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Name and run of every method at every share of weights left."""
-    scores = optax.linear_schedule(settings.score_rate, 0.0, settings.steps)
-    methods = {"magnitude": hj.magnitude(), "movement": hj.movement(optax.adam(scores))}
-    for left in settings.left:
-        for name, saliency in methods.items():
-            tx = pruning(settings, saliency, left)
+    movement = hj.movement(optax.adam(optax.linear_schedule(settings.score_rate, 0.0, settings.steps)))
+    each, whole = hj.uniform(), hj.global_threshold()
+    plain = [("magnitude", hj.magnitude(), each), ("movement", movement, each)]
+    for methods in (plain, [("movement, one ranking", movement, whole)]):
+        for left, (name, saliency, allocation) in itertools.product(settings.left, methods):
+            tx = pruning(settings, saliency, allocation, left)
             yield f"{name}, {left:.0%} left", functools.partial(row, task, settings, tx, teacher)
 
 
@@ -121,14 +123,14 @@ def row(task: Task, settings: Settings, tx: optax.GradientTransformation, teache
     return {"errors": found.curve[-1][1], "left": left, "curve": found.curve, "seconds": found.seconds}
 
 
-def pruning(settings: Settings, saliency: Any, left: float) -> optax.GradientTransformation:
+def pruning(settings: Settings, saliency: Any, allocation: Any, left: float) -> optax.GradientTransformation:
     """The same training for every saliency: AdamW, and a cubic schedule between two rests."""
     begin, end = round(0.1 * settings.steps), round(0.7 * settings.steps)
     return hj.prune(
         adamw(settings.rate, settings.steps),
         saliency,
         optax.polynomial_schedule(0.0, 1 - left, 3, end - begin, begin),
-        allocation=hj.uniform(),
+        allocation=allocation,
         where=KERNELS,
         every=settings.every,
         stop=end,
@@ -136,8 +138,10 @@ def pruning(settings: Settings, saliency: Any, left: float) -> optax.GradientTra
 
 
 def adamw(rate: float, steps: int) -> optax.GradientTransformation:
-    """Up to the rate over a tenth of the steps, and down to 0 along a cosine."""
-    return optax.adamw(optax.warmup_cosine_decay_schedule(0.0, rate, steps // 10, steps), weight_decay=0.0)
+    """Up to the rate over a tenth of the steps, and down to 0 over the others."""
+    up, down = max(1, steps // 10), steps - steps // 10
+    lines = [optax.linear_schedule(0.0, rate, up), optax.linear_schedule(rate, 0.0, down)]
+    return optax.adamw(optax.join_schedules(lines, [up]), weight_decay=0.0)
 
 
 # -- the task ------------------------------------------------------------------------------------
@@ -251,12 +255,13 @@ def draw(raw: dict[str, Any], path: Path) -> None:
     """Accuracy against weights left, a line for every method."""
     curves: dict[str, tuple[list[float], list[float]]] = {}
     for name, run in raw["runs"].items():
-        left, accuracy = curves.setdefault(name.split(",")[0], ([], []))
+        left, accuracy = curves.setdefault(name.rsplit(",", 1)[0], ([], []))
         left.append(round(run["left"], 3))
         accuracy.append(1 - run["errors"] / 100)
     ax = plot.accuracy_left(curves, 1 - raw["dense"]["errors"] / 100)
     path.parent.mkdir(parents=True, exist_ok=True)
     ax.figure.savefig(path, dpi=150)
+    plt.close(ax.figure)
 
 
 if __name__ == "__main__":
