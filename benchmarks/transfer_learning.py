@@ -37,7 +37,8 @@ class Settings(NamedTuple):
         left: the shares of the encoder's weights that are left, the first run first.
         batch: sentences in a step.
         every: updates between two masks.
-        rate: the highest learning rate of the weights while they are pruned.
+        rate: the highest learning rate of the encoder's matrices while they are pruned.
+        small_rate: the same of all else: biases, LayerNorms, the classifier.
         dense_rate: the same of the dense network.
         score_rate: the first learning rate of movement's scores; it falls to 0 along a line.
         sentences: how many of them are used for training, and for testing; None: all.
@@ -51,6 +52,7 @@ class Settings(NamedTuple):
     batch: int = 32
     every: int = 10
     rate: float = 2e-4
+    small_rate: float = 2e-3
     dense_rate: float = 5e-5
     score_rate: float = 1e-2
     sentences: int | None = None
@@ -127,7 +129,7 @@ def pruning(settings: Settings, saliency: Any, allocation: Any, left: float) -> 
     """The same training for every saliency: AdamW, and a cubic schedule between two rests."""
     begin, end = round(0.1 * settings.steps), round(0.7 * settings.steps)
     return hj.prune(
-        adamw(settings.rate, settings.steps),
+        adamw(settings.rate, settings.small_rate, settings.steps),
         saliency,
         optax.polynomial_schedule(0.0, 1 - left, 3, end - begin, begin),
         allocation=allocation,
@@ -137,11 +139,21 @@ def pruning(settings: Settings, saliency: Any, allocation: Any, left: float) -> 
     )
 
 
-def adamw(rate: float, steps: int) -> optax.GradientTransformation:
-    """Up to the rate over a tenth of the steps, and down to 0 over the others."""
-    up, down = max(1, steps // 10), steps - steps // 10
-    lines = [optax.linear_schedule(0.0, rate, up), optax.linear_schedule(rate, 0.0, down)]
-    return optax.adamw(optax.join_schedules(lines, [up]), weight_decay=0.0)
+def adamw(rate: float, small_rate: float, steps: int) -> optax.GradientTransformation:
+    """Up to the rates over a tenth of the steps, and down to 0 over the others."""
+
+    def of(rate: float) -> optax.GradientTransformation:
+        up, down = max(1, steps // 10), steps - steps // 10
+        lines = [optax.linear_schedule(0.0, rate, up), optax.linear_schedule(rate, 0.0, down)]
+        return optax.adamw(optax.join_schedules(lines, [up]), weight_decay=0.0)
+
+    return optax.partition({"large": of(rate), "small": of(small_rate)}, groups)
+
+
+def groups(params: Any) -> Any:
+    """The matrices of the encoder, and what is never pruned: biases, LayerNorms, the classifier."""
+    large = jax.tree.map(lambda x: "large" if x.ndim == 2 else "small", params["encoder"])
+    return {"encoder": large, "classifier": {"kernel": "small", "bias": "small"}}
 
 
 # -- the task ------------------------------------------------------------------------------------
@@ -163,7 +175,8 @@ def dense(task: Task, settings: Settings, raw: dict[str, Any]) -> np.ndarray:
     """The logits of the dense network on the training sentences: what the others learn from, and its row."""
     path = downloads.CACHE / "transfer_learning_teacher.npy"
     if "dense" not in raw or not path.exists():
-        found = train(task, settings, adamw(settings.dense_rate, settings.dense_steps), settings.dense_steps)
+        tx = adamw(settings.dense_rate, 10 * settings.dense_rate, settings.dense_steps)
+        found = train(task, settings, tx, settings.dense_steps)
         np.save(path, all_logits(task, found.params, task.train))
         raw["dense"] = {"errors": found.curve[-1][1], "curve": found.curve, "seconds": found.seconds}
     return np.load(path)
