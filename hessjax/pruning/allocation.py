@@ -113,13 +113,25 @@ def rank_globally(units: Units, sparsity: Sparsity, floor: float | int) -> Param
 
 def rank_each(units: Units, zeros: list[Any], sparsity: Sparsity) -> Params:
     """The mask of a ranking in every leaf, for so many zeros in each."""
-    caps = [min(most, max(count - 1, 0)) for count, most in zip(units.counts, units.most, strict=True)]
+    caps = caps_of(units)
     for number, size, most, path in zip(zeros, units.sizes, units.most, units.paths, strict=True):
         if not isinstance(number, jax.Array) and number // size > most:
             raise ValueError(_too_sparse(sparsity, f"{', '.join(path)} loses at most {most * size} weights"))
     whole = [jnp.minimum(n // size, cap) for n, size, cap in zip(zeros, units.sizes, caps, strict=True)]
     pruned = smallest(units.keys(), jnp.stack([jnp.asarray(n, jnp.int32) for n in whole]))
     return units.spread([~flags for flags in pruned])
+
+
+def caps_of(units: Units) -> list[int]:
+    """How many units of every leaf may go if one at least stays."""
+    return [min(most, max(count - 1, 0)) for count, most in zip(units.counts, units.most, strict=True)]
+
+
+def check_most(units: Units, sparsity: Sparsity) -> None:
+    """Raise a ValueError if the pattern lets fewer weights go than are asked for."""
+    total, most = sum(units.num_weights), sum(map(math.prod, zip(units.most, units.sizes, strict=True)))
+    if not isinstance(sparsity, jax.Array) and num_zeros(sparsity, total) > most:
+        raise ValueError(_too_sparse(sparsity, f"of {total} weights at most {most} go"))
 
 
 def _smaller(a: Any, b: int) -> Any:
@@ -139,9 +151,8 @@ def _least(count: int, floor: float | int, sparsity: Sparsity) -> Any:
 def _check_room(zeros: Any, room: Any, units: Units, sparsity: Sparsity) -> None:
     if isinstance(sparsity, jax.Array) or zeros <= room or max(units.sizes) > zeros - room:
         return
+    check_most(units, sparsity)
     total = sum(units.num_weights)
-    if zeros > sum(most * size for most, size in zip(units.most, units.sizes, strict=True)):
-        raise ValueError(_too_sparse(sparsity, f"of {total} weights at most {room} go"))
     raise ValueError(
         f"`sparsity` must leave the {total - room} weights that the floors of {len(units.counts)} leaves "
         f"need, but {sparsity} leaves {total - zeros} of {total}: lower it, or let leaves lose all "

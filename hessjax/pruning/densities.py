@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from hessjax import _tree
 from hessjax._typing import Params
-from hessjax.pruning.allocation import Allocation, rank_each, rank_globally
+from hessjax.pruning.allocation import Allocation, caps_of, check_most, rank_each, rank_globally
 from hessjax.pruning.counts import Sparsity, check_sparsity, num_zeros
 from hessjax.pruning.pattern import Patterns, unstructured
 from hessjax.pruning.units import Units, units_of
@@ -39,16 +39,19 @@ def erdos_renyi() -> Allocation:
         >>> scores = {"large": jnp.ones((8, 8)), "small": jnp.ones((2, 8))}
         >>> mask = hj.erdos_renyi()(scores, 0.5)
         >>> [int(leaf.sum()) for leaf in mask.values()]
-        [24, 16]
+        [25, 15]
     """
 
     def allocate(scores: Params, sparsity: Sparsity, pattern: Patterns = unstructured()) -> Params:  # noqa: B008
         check_sparsity(sparsity)
         units = units_of(scores, pattern)
+        check_most(units, sparsity)
         sizes = np.asarray(units.num_weights)
         shares = np.array([sum(map(sum, s)) / max(n, 1) for s, n in zip(units.shapes, sizes, strict=True)])
-        zeros = _by_shares(jnp.asarray(shares, jnp.float32), sizes, num_zeros(sparsity, int(sizes.sum())))
-        return rank_each(units, list(zeros), jnp.asarray(sparsity))
+        zeros = num_zeros(sparsity, int(sizes.sum()))
+        each = _by_shares(jnp.asarray(shares, jnp.float32), sizes, zeros)
+        caps = jnp.asarray([cap * size for cap, size in zip(caps_of(units), units.sizes, strict=True)])
+        return rank_each(units, list(_mend(each, caps, zeros)), sparsity)
 
     return allocate
 
@@ -66,18 +69,18 @@ def _by_shares(shares: Float[Array, " leaves"], sizes: np.ndarray, zeros: Any) -
 
     top = 1 / jnp.min(jnp.where(numbers > 0, shares, jnp.inf))
     _, epsilon = jax.lax.fori_loop(0, 40, halve, (jnp.zeros(()), top))
-    each = jnp.round((1 - jnp.minimum(1, epsilon * shares)) * numbers).astype(jnp.int32)
-    return _mend(each, jnp.asarray(sizes, jnp.int32), jnp.asarray(zeros, jnp.int32))
+    return jnp.round((1 - jnp.minimum(1, epsilon * shares)) * numbers).astype(jnp.int32)
 
 
-def _mend(each: Array, sizes: Array, total: Array) -> Array:
-    """Takes what rounding left over out of the leaves with the most room."""
-    order = jnp.argsort(-sizes)
+def _mend(each: Array, caps: Array, total: Any) -> Array:
+    """Within the caps, and adding up: what is missing or over goes to the leaves with the largest caps."""
+    each = jnp.minimum(each, caps)
 
     def one(missing: Array, i: Array) -> tuple[Array, Array]:
-        moved = jnp.clip(each[i] + missing, 0, jnp.maximum(sizes[i] - 1, 0))
+        moved = jnp.clip(each[i] + missing, 0, caps[i])
         return missing - (moved - each[i]), moved
 
+    order = jnp.argsort(-caps)
     _, moved = jax.lax.scan(one, total - jnp.sum(each), order)
     return each.at[order].set(moved)
 

@@ -1,6 +1,7 @@
 """Patterns: which weights of a leaf go together, and how many of a group may go."""
 
 import fnmatch
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
@@ -17,7 +18,8 @@ class Pattern(NamedTuple):
     """A way to cut a leaf into groups of equal size, and what may happen to a group.
 
     Attributes:
-        name: what messages call it.
+        name: what messages call it. Equal settings give the same functions, so that they share what is
+            compiled.
         group: `(leaf) -> (groups, size)`: the weights of each group in a row. It only moves numbers, and
             raises a ValueError for a shape it does not fit.
         ungroup: `(rows, shape) -> leaf`, its inverse.
@@ -39,6 +41,7 @@ Patterns: TypeAlias = Pattern | Mapping[str, Any] | PatternRule
 """A pattern for all leaves; by glob over paths, the first that matches; or by a function of path and leaf."""
 
 
+@functools.lru_cache
 def unstructured() -> Pattern:
     """Every weight on its own.
 
@@ -53,6 +56,7 @@ def unstructured() -> Pattern:
     return Pattern("unstructured()", lambda x: x.reshape(-1, 1), lambda rows, shape: rows.reshape(shape))
 
 
+@functools.lru_cache
 def n_of_m(n: int, m: int, axis: int = 0) -> Pattern:
     """At least n of every m consecutive weights along an axis stay: 2:4 and its relatives.
 
@@ -121,6 +125,11 @@ def blocks(shape: tuple[int, ...]) -> Pattern:
     """
     if not shape or min(shape) < 1:
         raise ValueError(f"`shape` must be sizes of at least 1, of one block, got {shape}.")
+    return _blocks(tuple(shape))
+
+
+@functools.lru_cache
+def _blocks(shape: tuple[int, ...]) -> Pattern:
     k = len(shape)
 
     def cut(full: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -146,6 +155,7 @@ def blocks(shape: tuple[int, ...]) -> Pattern:
     return Pattern(f"blocks({shape})", group, ungroup)
 
 
+@functools.lru_cache
 def channels(axis: int = -2) -> Pattern:
     """All weights with the same index along an axis go as a whole.
 
@@ -233,6 +243,7 @@ def heads(num_heads: int | None = None, out: str = "*out*") -> PatternRule:
     return rule
 
 
+@functools.lru_cache
 def _fused_heads(num_heads: int, axis: int) -> Pattern:
     def split(shape: tuple[int, ...]) -> tuple[int, ...]:
         place = _axis(axis, shape)
