@@ -32,7 +32,7 @@ class Settings(NamedTuple):
     """Of all runs.
 
     Attributes:
-        steps: of a run that prunes: the first tenth dense, the last three tenths at the final sparsity.
+        steps: of a run that prunes: the first tenth dense, the last four tenths at the final sparsity.
         dense_steps: of the dense network, which then teaches the others.
         left: the shares of the encoder's weights that are left, the first run first.
         batch: sentences in a step.
@@ -46,10 +46,10 @@ class Settings(NamedTuple):
         layers: of the encoder.
     """
 
-    steps: int = 1250
-    dense_steps: int = 600
+    steps: int = 1700
+    dense_steps: int = 900
     left: tuple[float, ...] = (0.03, 0.15)
-    batch: int = 32
+    batch: int = 16
     every: int = 10
     rate: float = 2e-4
     small_rate: float = 2e-3
@@ -127,7 +127,7 @@ def row(task: Task, settings: Settings, tx: optax.GradientTransformation, teache
 
 def pruning(settings: Settings, saliency: Any, allocation: Any, left: float) -> optax.GradientTransformation:
     """The same training for every saliency: AdamW, and a cubic schedule between two rests."""
-    begin, end = round(0.1 * settings.steps), round(0.7 * settings.steps)
+    begin, end = round(0.1 * settings.steps), round(0.6 * settings.steps)
     return hj.prune(
         adamw(settings.rate, settings.small_rate, settings.steps),
         saliency,
