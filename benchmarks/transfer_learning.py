@@ -46,13 +46,13 @@ class Settings(NamedTuple):
         layers: of the encoder.
     """
 
-    steps: int = 1700
-    dense_steps: int = 900
+    steps: int = 1600
+    dense_steps: int = 600
     left: tuple[float, ...] = (0.03, 0.15)
     batch: int = 16
     every: int = 10
-    rate: float = 2e-4
-    small_rate: float = 2e-3
+    rate: float = 1e-4
+    small_rate: float = 1e-3
     dense_rate: float = 5e-5
     score_rate: float = 1e-2
     sentences: int | None = None
