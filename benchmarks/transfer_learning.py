@@ -173,7 +173,7 @@ def problem(settings: Settings) -> Task:
 
 def dense(task: Task, settings: Settings, raw: dict[str, Any]) -> np.ndarray:
     """The logits of the dense network on the training sentences: what the others learn from, and its row."""
-    path = downloads.CACHE / "transfer_learning_teacher.npy"
+    path = downloads.CACHE / f"teacher_of_{len(task.train.labels)}.npy"
     if "dense" not in raw or not path.exists():
         tx = adamw(settings.dense_rate, 10 * settings.dense_rate, settings.dense_steps)
         found = train(task, settings, tx, settings.dense_steps)
