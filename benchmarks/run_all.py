@@ -17,6 +17,7 @@ SCRIPTS = (
     "inverse_fisher_cost",
     "pruning_cost",
     "one_shot_pruning",
+    "transfer_learning",
     "compilations",
     "startup",
 )
