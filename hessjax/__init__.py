@@ -59,10 +59,10 @@ from hessjax.pruning.pattern import Pattern as Pattern
 from hessjax.pruning.pattern import blocks as blocks
 from hessjax.pruning.pattern import channels as channels
 from hessjax.pruning.pattern import filters as filters
-from hessjax.pruning.pattern import heads as heads
 from hessjax.pruning.pattern import n_of_m as n_of_m
 from hessjax.pruning.pattern import rows as rows
 from hessjax.pruning.pattern import unstructured as unstructured
+from hessjax.pruning.pattern_by_path import heads as heads
 from hessjax.pruning.recipe import Recipe as Recipe
 from hessjax.pruning.recipe import load_recipe as load_recipe
 from hessjax.pruning.saliency import Saliency as Saliency
