@@ -18,6 +18,7 @@ SCRIPTS = (
     "pruning_cost",
     "compact_speed",
     "one_shot_pruning",
+    "transfer_learning",
     "compilations",
     "startup",
 )

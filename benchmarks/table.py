@@ -54,7 +54,17 @@ def main(question: str, measure: Callable[[bool], Measured]) -> None:
         "--quick", action="store_true", help="tiny sizes: does it run? The figures mean little"
     )
     quick = parser.parse_args().quick
-    figures, raw = measure(quick)
+    show([keep(question, measure, quick, *measure(quick))])
+
+
+def keep(
+    question: str,
+    measure: Callable[[bool], Measured],
+    quick: bool,
+    figures: list[Figure],
+    raw: dict[str, Any],
+) -> dict[str, Any]:
+    """Write down what was measured; a benchmark that takes long does so whenever a part is done."""
     result = {
         "script": Path(inspect.getfile(measure)).stem,
         "question": question.strip().splitlines()[0],
@@ -64,10 +74,10 @@ def main(question: str, measure: Callable[[bool], Measured]) -> None:
         "figures": [{**figure._asdict(), "met": figure.met} for figure in figures],
         "raw": raw,
     }
-    show([result])
     path = folder(quick) / f"{result['script']}.{slug(result['device'])}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(_rounded(result), indent=1) + "\n")
+    return result
 
 
 def machine() -> dict[str, Any]:

@@ -46,6 +46,7 @@ from hessjax.pruning.compensated import compensated as compensated
 from hessjax.pruning.densities import by_curvature as by_curvature
 from hessjax.pruning.densities import erdos_renyi as erdos_renyi
 from hessjax.pruning.densities import explicit as explicit
+from hessjax.pruning.distillation import distillation as distillation
 from hessjax.pruning.first_order import gradient as gradient
 from hessjax.pruning.first_order import random as random
 from hessjax.pruning.hard_concrete import hard_concrete as hard_concrete
@@ -60,12 +61,16 @@ from hessjax.pruning.pattern import Pattern as Pattern
 from hessjax.pruning.pattern import blocks as blocks
 from hessjax.pruning.pattern import channels as channels
 from hessjax.pruning.pattern import filters as filters
-from hessjax.pruning.pattern import heads as heads
 from hessjax.pruning.pattern import n_of_m as n_of_m
 from hessjax.pruning.pattern import rows as rows
 from hessjax.pruning.pattern import unstructured as unstructured
+from hessjax.pruning.pattern_by_path import heads as heads
+from hessjax.pruning.recipe import Recipe as Recipe
+from hessjax.pruning.recipe import load_recipe as load_recipe
 from hessjax.pruning.saliency import Saliency as Saliency
 from hessjax.pruning.saliency import magnitude as magnitude
+from hessjax.pruning.sensitivity import Sensitivity as Sensitivity
+from hessjax.pruning.sensitivity import sensitivity as sensitivity
 from hessjax.pruning.sparse import Saved as Saved
 from hessjax.pruning.sparse import load_npz as load_npz
 from hessjax.pruning.sparse import save_npz as save_npz

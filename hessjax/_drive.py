@@ -161,7 +161,7 @@ def loop_on_host(
     dtypes = tuple(jnp.result_type(leaf) for leaf in jax.tree.leaves(like))
     watched = estimator if tol is not None or callbacks else None
     look_every = max(1, CHECK_EVERY // width)
-    with _entered(callbacks):
+    with entered(callbacks):
         while True:
             if step and (step % look_every == 0 or step >= max_steps):
                 error, target, steps, failed = _look(watched, tol, carry)
@@ -194,7 +194,7 @@ def refuse_tracers(tree: Any) -> None:
 
 
 @contextlib.contextmanager
-def _entered(callbacks: Sequence[Callback]) -> Iterator[None]:
+def entered(callbacks: Sequence[Callback]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for callback in callbacks:
             if isinstance(callback, contextlib.AbstractContextManager):

@@ -11,12 +11,12 @@ from hessjax._drive import Progress as RunProgress
 class _ProgressBar:
     """A callback and a context manager: the bar lives as long as the run."""
 
-    def __init__(self, description: str, transient: bool) -> None:
+    def __init__(self, description: str, transient: bool, unit: str) -> None:
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
-            TextColumn("products{task.fields[status]}"),
+            TextColumn(unit + "{task.fields[status]}"),
             TimeRemainingColumn(compact=True),
             transient=transient,
         )
@@ -48,12 +48,15 @@ def _status(progress: RunProgress) -> str:
     return f", error {progress.error:.2g}{goal}"
 
 
-def progress_bar(description: str = "curvature", *, transient: bool = False) -> _ProgressBar:
+def progress_bar(
+    description: str = "curvature", *, transient: bool = False, unit: str = "products"
+) -> _ProgressBar:
     """A callback for `run` and the one-liners: products done, error against its goal, time left.
 
     Args:
         description: stands before the bar.
         transient: wipe the bar when the run is over.
+        unit: what is counted: `"evaluations"` for `sensitivity`.
 
     Returns:
         A callback; it can serve several runs, one after the other.
@@ -69,4 +72,4 @@ def progress_bar(description: str = "curvature", *, transient: bool = False) -> 
         >>> estimate = hj.trace(A, jax.random.key(0), jnp.zeros(10), num_probes=20, callbacks=[bar])
         trace ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━ 20/20 products, error 0 00:00
     """
-    return _ProgressBar(description, transient)
+    return _ProgressBar(description, transient, unit)

@@ -1,13 +1,20 @@
-"""Figures of pruning: a run over its steps, and what it leaves of every layer."""
+"""Figures of pruning: a run over its steps, what it leaves of every layer, and what each layer can spare."""
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.ticker import PercentFormatter
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
 from hessjax import _tree
 from hessjax._typing import Params
-from hessjax.plot._style import BLUE, GREEN, GREY, ORANGE, Numbers, Pair, axes_of
+from hessjax.plot._style import BLUE, GREEN, GREY, ORANGE, Numbers, Pair, axes_of, number
+from hessjax.pruning.sensitivity import Sensitivity, SensitivityRow
 
 
 def pruning_run(
@@ -58,6 +65,56 @@ def pruning_run(
     return upper, lower
 
 
+def accuracy_left(
+    curves: Mapping[str, tuple[Numbers, Numbers]],
+    dense_accuracy: float | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Accuracy against the share of the weights that is left, a line for every method.
+
+    Args:
+        curves: for every method's name `(left, accuracy)`: (n,) fractions of the weights that are left,
+            positive, and (n,) fractions of right answers.
+        dense_accuracy: accuracy before pruning, drawn as a line to compare with.
+        ax: axes to draw on; a new figure by default.
+
+    Returns:
+        The axes. The share is on a logarithmic axis, the sparsest networks on the left.
+
+    Cost:
+        Draws every point once.
+
+    Example:
+        >>> from hessjax import plot
+        >>> runs = {"magnitude": ([0.03, 0.15], [0.60, 0.80]), "movement": ([0.03, 0.15], [0.75, 0.80])}
+        >>> ax = plot.accuracy_left(runs, dense_accuracy=0.85)
+        >>> [text.get_text() for text in ax.get_legend().get_texts()]
+        ['dense network, 85.0%', 'magnitude', 'movement']
+    """
+    with axes_of(ax, figsize=(7.6, 4.4)) as (ax,):
+        if dense_accuracy is not None:
+            label = f"dense network, {dense_accuracy:.1%}"
+            ax.axhline(dense_accuracy, color=GREY, ls=(0, (5, 3)), lw=1.3, label=label)
+        ticks = set()
+        for i, (name, (left, accuracy)) in enumerate(curves.items()):
+            order = np.argsort(np.asarray(left))
+            x, y = np.asarray(left)[order], np.asarray(accuracy)[order]
+            color, marker = (ORANGE, BLUE, GREEN)[i % 3], "osD^v"[i // 3 % 5]
+            ax.plot(x, y, color=color, marker=marker, lw=1.8, label=name)
+            ticks |= set(x.tolist())
+        ax.set_xscale("log")
+        ax.set_xticks(sorted(ticks))
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{number(100 * x)}%"))
+        ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+        ax.margins(x=0.08)
+        ax.legend(loc="lower right")
+        ax.set_xlabel("weights left")
+        ax.set_ylabel("test accuracy")
+        ax.set_title("What accuracy the weights that are left still give")
+    return ax
+
+
 def kept(params: Params, ax: Axes | None = None) -> Axes:
     """How much of every leaf is left: the fraction of weights that are not zero.
 
@@ -95,3 +152,79 @@ def kept(params: Params, ax: Axes | None = None) -> Axes:
         ax.set_xlabel("weights that are not zero")
         ax.set_title("What is left of every layer")
     return ax
+
+
+def sensitivity(result: Sensitivity, metric: str | None = None, ax: Axes | None = None) -> Axes:
+    """A metric against the sparsity of one leaf, a curve for every leaf; predictions are dashed.
+
+    The prediction is of the loss: it is drawn, on top of the value at sparsity 0, when the metric shown is
+    called `loss`, or when nothing was measured. The legend begins with the leaf that ends highest.
+
+    Args:
+        result: of `sensitivity`.
+        metric: which of its metrics; the first by default.
+        ax: axes to draw on; a new figure by default.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: if there is no such metric.
+
+    Cost:
+        Draws a curve for every leaf, or two.
+
+    Example:
+        >>> import jax.numpy as jnp, hessjax as hj
+        >>> from hessjax import plot
+        >>> params = {"one": jnp.ones((2, 3)), "two": jnp.ones((3, 2))}
+        >>> result = hj.sensitivity(lambda p: p["one"].sum(), params, [0.0, 0.5])
+        >>> ax = plot.sensitivity(result)
+        >>> ax.get_ylabel(), len(ax.lines)
+        ('metric', 2)
+    """
+    names = list(result.rows[0].metrics)
+    if metric is not None and metric not in names:
+        raise ValueError(
+            f"`metric` must be one of {', '.join(names) or '(none was measured)'}, got {metric}."
+        )
+    shown = metric or (names[0] if names else None)
+    curves = {k: list(rows) for k, rows in itertools.groupby(result.rows, key=lambda row: row.parameter)}
+    with axes_of(ax, figsize=(8.8, 0.15 * len(curves) + 4.0)) as (ax,):
+        looks = zip(curves.items(), _colors(len(curves)), itertools.cycle(".sD^v"), strict=False)
+        handles = []
+        for (name, rows), color, marker in looks:
+            look = {"color": color, "marker": marker, "ms": 3.5 if marker != "." else 7}
+            rows = sorted(rows, key=lambda row: row.sparsity)
+            line, is_predicted = _curve(ax, name, rows, shown, look)
+            handles.append(line)
+        handles.sort(key=lambda line: -np.asarray(line.get_ydata())[-1])
+        if is_predicted:
+            handles += ax.plot([], [], color=GREY, ls="--", lw=1.3, label="predicted")
+        ax.set_xlabel("sparsity of that leaf alone")
+        ax.set_ylabel(shown or "predicted rise of the loss")
+        ax.set_title("What every leaf can spare")
+        ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        ax.margins(x=0.01)
+        ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=9)
+    return ax
+
+
+def _curve(
+    ax: Axes, name: str, rows: list[SensitivityRow], metric: str | None, look: dict[str, Any]
+) -> tuple[Line2D, bool]:
+    """One leaf: what was measured; and the prediction where it is of the same kind, and whether it is."""
+    x, predicted = [row.sparsity for row in rows], [row.predicted or 0.0 for row in rows]
+    if metric is None:
+        return ax.plot(x, predicted, ls="--", lw=1.4, label=name, **look)[0], False
+    measured = [row.metrics[metric] for row in rows]
+    has_both = metric == "loss" and rows[0].sparsity == 0 and rows[0].predicted is not None
+    if has_both:
+        ax.plot(x, measured[0] + np.array(predicted), color=look["color"], ls="--", lw=1.3)
+    return ax.plot(x, measured, lw=1.6, label=name, **look)[0], has_both
+
+
+def _colors(number: int) -> list[str]:
+    """Colours that stay apart, in the order of the leaves: from the first layers to the last if many."""
+    few = [BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#E69F00"]
+    return few[:number] if number <= len(few) else list(colormaps["viridis"](np.linspace(0, 0.92, number)))

@@ -13,9 +13,25 @@ from hessjax import _tree
 from hessjax._typing import Block, Params, Where
 from hessjax.pruning.allocation import Allocation, global_threshold
 from hessjax.pruning.counts import check_sparsity
-from hessjax.pruning.pattern import Patterns, unstructured
+from hessjax.pruning.pattern import unstructured
+from hessjax.pruning.pattern_by_path import Patterns
 from hessjax.pruning.saliency import Saliency, drop_others, is_hole
 from hessjax.pruning.transform import is_matrix
+from hessjax.pruning.trial import Point, best_trial, goes_too_far, halfway, loss_of, refill
+
+
+class PruneStep(NamedTuple):
+    """One step of `prune_once`.
+
+    Attributes:
+        sparsity: after it.
+        predicted_increase: how much the saliency expects it to raise the loss; NaN for one that does not say.
+        realised_increase: how much `loss_fn` rose; NaN without it.
+    """
+
+    sparsity: Any
+    predicted_increase: Float[Array, ""]
+    realised_increase: Float[Array, ""]
 
 
 class Pruned(NamedTuple):
@@ -27,12 +43,14 @@ class Pruned(NamedTuple):
         predicted_increase: how much the saliency expects the loss to rise, summed over the steps; NaN for a
             saliency that does not say.
         realised_increase: how much `loss_fn` rose; None without it.
+        steps: the steps it took, more than `recomputes` where `max_ratio` cut some in two.
     """
 
     params: Params
     mask: Params
     predicted_increase: Float[Array, ""]
     realised_increase: Float[Array, ""] | None = None
+    steps: tuple[PruneStep, ...] = ()
 
 
 def prune_once(
@@ -46,6 +64,7 @@ def prune_once(
     pattern: Patterns = unstructured(),  # noqa: B008 (a value, never changed)
     where: Where = is_matrix,
     loss_fn: Callable[[Params], Any] | None = None,
+    max_ratio: float | int | None = None,
 ) -> Pruned:
     """Prune a trained network without training: remove the least salient weights, and move the others.
 
@@ -66,6 +85,9 @@ def prune_once(
         where: which leaves are pruned: a glob over their paths, several, or `(path, leaf) -> bool`. By
             default all with two or more axes.
         loss_fn: `(params) -> scalar`, to hold the predicted increase against, and to choose by.
+        max_ratio: the most that the realised increase of a step may be of its predicted one: a step beyond
+            goes half as far (in the logarithm of the density), again and again, and the gradients are taken
+            anew where it ends. None: no such trust region. Not inside `jit`.
 
     Returns:
         The pruned params, the mask and the predicted increase of the loss. Exactly `round(sparsity · n)`
@@ -73,13 +95,15 @@ def prune_once(
 
     Raises:
         ValueError: for `sparsity` outside [0, 1), `recomputes` < 1, a block of another structure than
-            `params`; several saliencies and no `loss_fn`; if `where` matches no leaf, or the floors of the
+            `params`; several saliencies, or `max_ratio`, and no `loss_fn`;
+            `max_ratio` not above 1; if `where` matches no leaf, or the floors of the
             allocation cannot be met; if the saliency needs gradients and there is no `grads_fn`.
         FloatingPointError: if the pruned weights are not finite, as when F + λI is not positive definite in
             float32: raise the damping. (Not inside `jit`: there the weights show it.)
 
     Cost:
-        R times the gradients, and for each saliency its scores, its move, a ranking and `loss_fn`.
+        R times the gradients, and for each saliency its scores, its move, a ranking and `loss_fn`. A step
+        that is cut in two costs all but the gradients once more.
 
     References:
         Singh and Alistarh, WoodFisher (2020), arXiv 2004.14340. Frantar et al., M-FAC (2021), arXiv
@@ -96,67 +120,51 @@ def prune_once(
     if recomputes < 1:
         raise ValueError(f"`recomputes` must be at least 1, the number of steps, got {recomputes}.")
     rules = [saliency] if isinstance(saliency, Saliency) else list(saliency)
-    if not rules or (len(rules) > 1 and loss_fn is None):
-        raise ValueError(
-            f"`loss_fn` must be given to choose between several saliencies, of which there are {len(rules)}."
-        )
+    _check_loss(rules, loss_fn, max_ratio)
     hits = _tree.match(params, where)
     current = jax.tree.map(lambda x, hit: jnp.asarray(x) if hit else optax.MaskedNode(), params, hits)
     _tree.check_floating(current, "params[where]")
     active = jax.tree.map(lambda x: x != 0, current)
-    states, full, predicted = [rule.init(current) for rule in rules], params, jnp.zeros(())
-    for target in _targets(active, sparsity, recomputes):
+    states, full, steps = [rule.init(current) for rule in rules], params, []
+    start = at = loss_of(loss_fn, params)
+    targets = _targets(active, sparsity, recomputes)
+    while targets:
         extra: dict[str, Any] = {"pattern": pattern}
-        choose = functools.partial(allocation, sparsity=target, pattern=pattern)
         if grads_fn is not None:
             block, mean = _gradients(grads_fn(full), params, current)
             extra["per_example_grads"] = block
             pairs = zip(rules, states, strict=True)
             states = [rule.update(state, mean, current, active, **extra) for rule, state in pairs]
-        pairs = zip(rules, states, strict=True)
-        steps = [_step(rule, state, current, active, choose, extra) for rule, state in pairs]
-        current, mask, rise = steps[0] if loss_fn is None else _best(steps, loss_fn, params)
-        active = jax.tree.map(jnp.logical_and, active, mask)
-        full = _refill(params, current)
-        predicted += rise
+        point = Point(current, active, params, at)
+        while True:
+            choose = functools.partial(allocation, sparsity=targets[0], pattern=pattern)
+            best = best_trial(point, rules, states, choose, loss_fn, extra)
+            if max_ratio is None or not goes_too_far(point, best, max_ratio):
+                break
+            targets.insert(0, halfway(point, best))
+        steps.append(PruneStep(targets.pop(0), best.increase, best.loss - at))
+        current, at = best.weights, best.loss
+        active = jax.tree.map(jnp.logical_and, active, best.mask)
+        full = refill(params, current)
     _check_finite(current)
-    realised = None if loss_fn is None else loss_fn(full) - loss_fn(params)
-    mask = jax.tree.map(lambda m: jnp.asarray(True) if is_hole(m) else m, mask, is_leaf=is_hole)
-    return Pruned(full, mask, predicted, realised)
+    mask = jax.tree.map(lambda m: jnp.asarray(True) if is_hole(m) else m, best.mask, is_leaf=is_hole)
+    predicted = jnp.sum(jnp.stack([step.predicted_increase for step in steps]))
+    return Pruned(full, mask, predicted, None if loss_fn is None else at - start, tuple(steps))
 
 
-class _Step(NamedTuple):
-    """What one step makes of the selected weights."""
-
-    weights: Params
-    mask: Params
-    increase: Array
-
-
-def _step(
-    saliency: Saliency,
-    state: Any,
-    current: Params,
-    active: Params,
-    choose: Callable[[Params], Params],
-    extra: dict[str, Any],
-) -> _Step:
-    scores = saliency.scores(state, current, **extra)
-    mask = choose(jax.tree.map(lambda s, a: jnp.where(a, s, -jnp.inf), scores, active))
-    moved, rise = current, jnp.asarray(jnp.nan)
-    if saliency.compensate is not None:
-        moved, rise = saliency.compensate(state, current, mask, **extra)
-    landed = jax.tree.map(lambda w, a, m: jnp.where(a & m, w, jnp.zeros_like(w)), moved, active, mask)
-    return _Step(landed, mask, rise)
-
-
-def _best(steps: Sequence[_Step], loss_fn: Callable[[Params], Any], params: Params) -> _Step:
-    """The step after which the loss is least."""
-    if len(steps) == 1:
-        return steps[0]
-    losses = jnp.stack([jnp.asarray(loss_fn(_refill(params, step.weights))) for step in steps])
-    best = jnp.argmin(jnp.where(jnp.isnan(losses), jnp.inf, losses))
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves)[best], *steps)
+def _check_loss(rules: Sequence[Saliency], loss_fn: Any, max_ratio: float | int | None) -> None:
+    if not rules or (len(rules) > 1 and loss_fn is None):
+        raise ValueError(
+            f"`loss_fn` must be given to choose between several saliencies, of which there are {len(rules)}."
+        )
+    if max_ratio is None:
+        return
+    if not max_ratio > 1:
+        raise ValueError(f"`max_ratio` must be above 1, of realised to predicted increase, got {max_ratio}.")
+    if loss_fn is None:
+        raise ValueError("`loss_fn` must be given for a `max_ratio`, to measure what a step does.")
+    if any(rule.compensate is None for rule in rules):
+        raise ValueError("`saliency` must predict an increase for a `max_ratio`, as `obs()` and `obd()` do.")
 
 
 def _gradients(block: Block, params: Params, current: Params) -> tuple[Block, Params]:
@@ -176,10 +184,6 @@ def _targets(active: Params, sparsity: float | int, recomputes: int) -> list[Any
     ratio = min((1 - sparsity) / start, 1.0) if start else 1.0
     between = [max(1 - start * ratio ** (i / recomputes), 0.0) for i in range(1, recomputes)]
     return [*(min(s, sparsity) for s in between), sparsity]
-
-
-def _refill(params: Params, current: Params) -> Params:
-    return jax.tree.map(lambda p, c: p if is_hole(c) else c, params, current)
 
 
 def _check_finite(current: Params) -> None:

@@ -43,14 +43,14 @@ class Quadratic(NamedTuple):
 
 def factor(model: Quadratic) -> Array:
     """The Cholesky factor of C = λI + RRᵀ."""
-    gram = _dot(model.rows, model.rows.T)
+    gram = dot(model.rows, model.rows.T)
     return jnp.linalg.cholesky(gram + model.damping * jnp.eye(len(gram), dtype=gram.dtype))
 
 
 def apply_inverse(model: Quadratic, vector: Array) -> Array:
     """(F + λI)⁻¹ v."""
-    inside = cho_solve((factor(model), True), _dot(model.rows, vector))
-    return (vector - _dot(model.rows.T, inside)) / model.damping
+    inside = cho_solve((factor(model), True), dot(model.rows, vector))
+    return (vector - dot(model.rows.T, inside)) / model.damping
 
 
 def inverse_diagonal(model: Quadratic) -> Array:
@@ -92,8 +92,8 @@ def greedy_scores(model: Quadratic, weights: Array, active: Array, steps: Array)
         cost = jnp.where(jnp.isinf(costs), model.damping * weights**2 / (2 * diagonal), jnp.inf)
         index = jnp.argmin(cost)
         so_far = jnp.maximum(so_far, jnp.where(jnp.isposinf(cost[index]), 0, cost[index]))  # none is left
-        pivot, along = diagonal[index], _dot(inverse, model.rows[:, index])
-        column = jnp.where(jnp.isinf(costs), (jnp.arange(size) == index) - _dot(along, model.rows), 0)
+        pivot, along = diagonal[index], dot(inverse, model.rows[:, index])
+        column = jnp.where(jnp.isinf(costs), (jnp.arange(size) == index) - dot(along, model.rows), 0)
         weights = (weights - column * (weights[index] / pivot)).at[index].set(0)
         diagonal = jnp.maximum(diagonal - column**2 / pivot, least)
         return (
@@ -115,9 +115,9 @@ def joint_move(model: Quadratic, weights: Array, pruned: Array, kept: Array) -> 
     gone = jnp.where(pruned, weights, 0)
     free = model._replace(rows=jnp.where(kept, model.rows, 0), slope=jnp.where(kept, model.slope, 0))
     inside = cho_solve(
-        (factor(free), True), _dot(model.rows, gone) + _dot(free.rows, free.slope) / free.damping
+        (factor(free), True), dot(model.rows, gone) + dot(free.rows, free.slope) / free.damping
     )
-    return _dot(inside, free.rows) - free.slope / free.damping - gone
+    return dot(inside, free.rows) - free.slope / free.damping - gone
 
 
 def summed_move(model: Quadratic, weights: Array, pruned: Array, kept: Array) -> Array:
@@ -135,7 +135,7 @@ def no_move(model: Quadratic, weights: Array, pruned: Array, kept: Array) -> Arr
 
 def increase(model: Quadratic, move: Array) -> Array:
     """g·δ + ½ δᵀ(F + λI)δ."""
-    curvature = jnp.sum(_dot(model.rows, move) ** 2) + model.damping * jnp.sum(move**2)
+    curvature = jnp.sum(dot(model.rows, move) ** 2) + model.damping * jnp.sum(move**2)
     return jnp.sum(model.slope * move) + curvature / 2
 
 
@@ -223,4 +223,4 @@ def from_blocks(blocks: Sequence[Array], like: Params) -> Params:
     return jax.tree.unflatten(treedef, joined)
 
 
-_dot = functools.partial(jnp.matmul, precision="highest")
+dot = functools.partial(jnp.matmul, precision="highest")

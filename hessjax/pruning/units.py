@@ -1,6 +1,6 @@
 """What a ranking ranks: the scores of single weights, or of groups that go together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -9,7 +9,8 @@ from jaxtyping import Array, Bool, Float, UInt
 
 from hessjax import _tree
 from hessjax._typing import Params
-from hessjax.pruning.pattern import Pattern, Patterns, patterns_of
+from hessjax.pruning.pattern import Pattern
+from hessjax.pruning.pattern_by_path import Patterns, patterns_of
 from hessjax.pruning.ranking import ordered_keys
 
 
@@ -56,7 +57,7 @@ def units_of(scores: Params, pattern: Patterns) -> Units:
     """The units that a pattern makes of a tree of scores."""
     leaves, treedef = jax.tree.flatten(scores)
     patterns, paths = patterns_of(pattern, scores), _tree.leaf_paths(scores)
-    sets = _sets(patterns)
+    sets = together(patterns)
     made = [_set([leaves[i] for i in members], [patterns[i] for i in members]) for members in sets]
     unit_scores, free, sizes, most = (list(column) for column in zip(*made, strict=True))
 
@@ -72,7 +73,7 @@ def units_of(scores: Params, pattern: Patterns) -> Units:
     return Units(unit_scores, free, sizes, most, set_paths, shapes, spread)
 
 
-def _sets(patterns: list[Pattern]) -> list[list[int]]:
+def together(patterns: Sequence[Pattern]) -> list[list[int]]:
     """Leaves by their tie, in the order of the tree."""
     sets: dict[object, list[int]] = {}
     for i, pattern in enumerate(patterns):

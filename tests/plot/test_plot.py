@@ -127,3 +127,43 @@ def test_density_of_a_single_zero_eigenvalue_draws(tmp_path):
     A = jax.tree_util.Partial(jnp.multiply, 0.0)
     zero = hj.spectral_density(A, jax.random.key(0), jnp.zeros(3), num_matvecs=2)
     plot.density(zero).figure.savefig(tmp_path / "zero.png")
+
+
+def sensitivity_of(**kwargs):
+    centre = {"one": jnp.arange(6.0).reshape(2, 3), "two": jnp.arange(4.0).reshape(2, 2)}
+    diagonal = jax.tree.map(jnp.ones_like, centre)
+
+    def metric(params):
+        return {"accuracy": 1.0, "loss": 1 + sum(jnp.sum((params[k] - centre[k]) ** 2) / 2 for k in centre)}
+
+    return hj.sensitivity(kwargs.get("metric", metric), centre, [0.0, 0.5, 0.75], diagonal=diagonal)
+
+
+def test_sensitivity_draws_a_curve_for_every_leaf_and_the_prediction_of_the_loss():
+    result = sensitivity_of()
+    ax = plot.sensitivity(result, "loss")
+    assert [line.get_linestyle() for line in ax.lines] == ["--", "-", "--", "-", "--"]
+    for predicted, measured in (ax.lines[:2], ax.lines[2:4]):
+        np.testing.assert_allclose(measured.get_xydata(), predicted.get_xydata())
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [
+        "one",
+        "two",
+        "predicted",
+    ]  # the highest first
+    assert len(plot.sensitivity(result).lines) == 2
+    only = plot.sensitivity(sensitivity_of(metric=None))
+    assert [line.get_linestyle() for line in only.lines] == ["--", "--"]
+    assert only.get_ylabel() == "predicted rise of the loss"
+    with pytest.raises(ValueError, match="`metric` must be one of accuracy, loss, got recall"):
+        plot.sensitivity(result, "recall")
+
+
+def test_accuracy_left_draws_a_line_for_every_method_from_the_sparsest_on():
+    runs = {"magnitude": ([0.15, 0.03], [0.8, 0.6]), "movement": ([0.15, 0.03], [0.81, 0.75])}
+    ax = plot.accuracy_left(runs, dense_accuracy=0.85)
+    _, magnitude, movement = ax.lines
+    assert ax.get_xscale() == "log"
+    np.testing.assert_allclose(magnitude.get_xydata(), [[0.03, 0.6], [0.15, 0.8]])
+    np.testing.assert_allclose(movement.get_xydata(), [[0.03, 0.75], [0.15, 0.81]])
+    assert magnitude.get_color() != movement.get_color()
+    assert [x.get_text() for x in ax.get_xticklabels()] == ["3%", "15%"]

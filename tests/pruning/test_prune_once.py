@@ -162,3 +162,63 @@ def test_bad_arguments(arguments, message):
     given = {"sparsity": 0.5, "grads_fn": grads_fn, **arguments}
     with pytest.raises(ValueError, match=re.escape(message)):
         hj.prune_once(network(), hj.obs(), **given)
+
+
+# -- the trust region -----------------------------------------------------------------------------
+
+
+def steep():
+    """A loss that a quadratic model underestimates more, the further one goes."""
+    params = {"w": jnp.linspace(0.2, 2.0, 12).reshape(3, 4)}
+    loss = lambda p: jnp.sum(jnp.cosh(2 * (params["w"] - p["w"])) - 1) / 12
+    roots = jnp.sqrt(4.0) * jnp.eye(12).reshape(12, 3, 4)
+    return params, loss, lambda p: {"w": roots}
+
+
+def test_steps_beyond_their_prediction_are_cut_in_two():
+    params, loss, grads_fn = steep()
+    plain = hj.prune_once(params, hj.obs(damping=1e-6), 0.75, grads_fn=grads_fn, loss_fn=loss)
+    assert len(plain.steps) == 1
+    assert float(plain.realised_increase / plain.predicted_increase) > 1.5
+    cut = hj.prune_once(params, hj.obs(damping=1e-6), 0.75, grads_fn=grads_fn, loss_fn=loss, max_ratio=1.5)
+    assert len(cut.steps) > 2
+    sparsities = [float(step.sparsity) for step in cut.steps]
+    assert sparsities == sorted(sparsities)
+    assert sparsities[-1] == 0.75
+    assert int((cut.params["w"] == 0).sum()) == 9
+    np.testing.assert_allclose(sum(s.realised_increase for s in cut.steps), cut.realised_increase, rtol=1e-4)
+    np.testing.assert_allclose(
+        sum(s.predicted_increase for s in cut.steps), cut.predicted_increase, rtol=1e-5
+    )
+    for step, before in zip(cut.steps, [0.0, *sparsities], strict=False):
+        zeros = round(12 * step.sparsity) - round(12 * before)
+        assert zeros < 2 or step.realised_increase <= 1.5 * step.predicted_increase + 1e-4
+
+
+def test_steps_within_their_prediction_are_left_alone():
+    params, loss, grads_fn = steep()
+    found = hj.prune_once(
+        params, hj.obs(damping=1e-6), 0.25, grads_fn=grads_fn, loss_fn=loss, recomputes=2, max_ratio=50
+    )
+    assert len(found.steps) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_ratio": 1.0}, "`max_ratio` must be above 1"),
+        ({"loss_fn": None}, "`loss_fn` must be given for a `max_ratio`"),
+        ({"saliency": hj.magnitude()}, "`saliency` must predict an increase"),
+    ],
+)
+def test_what_a_trust_region_needs(change, message):
+    params, loss, grads_fn = steep()
+    arguments = {
+        "saliency": hj.obs(),
+        "sparsity": 0.5,
+        "grads_fn": grads_fn,
+        "loss_fn": loss,
+        "max_ratio": 2.0,
+    }
+    with pytest.raises(ValueError, match=message):
+        hj.prune_once(params, **{**arguments, **change})

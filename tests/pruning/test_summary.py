@@ -67,3 +67,36 @@ def test_bad_trees():
         hj.summary({"step": jnp.zeros((), jnp.int32), "w": jnp.ones(2)})
     with pytest.raises(ValueError, match="at least one number"):
         hj.summary({})
+
+
+def count_zero_parts(kernel):
+    """By the definition, one by one: columns, rows, channels, kernels, filters."""
+    if kernel.ndim == 2:
+        return [np.mean([not c.any() for c in kernel.T]), np.mean([not r.any() for r in kernel]), 0, 0, 0]
+    ins, outs = kernel.shape[-2:]
+    channels = np.mean([not kernel[..., i, :].any() for i in range(ins)])
+    filters = np.mean([not kernel[..., o].any() for o in range(outs)])
+    return [0, 0, channels, np.mean(
+        [not kernel[..., i, o].any() for i in range(ins) for o in range(outs)]
+    ), filters]  # fmt: skip
+
+
+def test_structures_are_counted_as_defined():
+    rng = np.random.default_rng(0)
+    params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in
+              {"dense": (6, 5), "line": (3, 4, 5), "plane": (3, 3, 4, 6), "scale": (7,)}.items()}  # fmt: skip
+    params["dense"][[0, 2]] = 0
+    params["dense"][:, 1] = 0
+    params["line"][..., 1, :] = 0
+    params["plane"][..., 2] = 0
+    params["plane"][..., :2, 3] = 0
+    params["plane"][..., 0, 4] = 0
+    params["plane"][1, 1, 0, 0] = 0
+    result = hj.summary(params)
+    for row in result.rows[:3]:
+        np.testing.assert_allclose(row[6:11], count_zero_parts(params[row.path]))
+    assert result.rows[3][6:11] == (0,) * 5
+    np.testing.assert_allclose(result.total[6:11], [1 / 5, 2 / 6, 1 / 8, (4 + 2 + 1 + 5) / 44, 1 / 11])
+    titles = str(result).splitlines()[0]
+    assert "".join(titles.split()).startswith("NameShapeWeightsNonzeroCols%Rows%Ch%2D%3D%Zeros%")
+    assert "%" not in str(hj.summary(jnp.ones((2, 2)))).splitlines()[0].replace("Zeros %", "")
