@@ -377,11 +377,11 @@ def test_operations_that_count_or_are_not_understood_keep_all(between):
 
 def test_a_leaf_without_use_and_one_that_is_no_number(mlp):
     module, variables, x = mlp
-    params = {**variables, "unused": jnp.zeros((3, 3)), "step": jnp.array(7), "key": jax.random.key(0)}
+    params = {**variables, "unused": np.zeros((3, 3)), "step": 7, "scale": 0.5, "key": jax.random.key(0)}
 
     def model(p, x):
         used = {"params": p["params"]}
-        return module.apply(used, x) * (p["step"] > 0) + jax.random.uniform(p["key"])
+        return module.apply(used, x) * p["scale"] * (p["step"] > 0) + jax.random.uniform(p["key"])
 
     small = hj.compact(model, params, x)
     assert shape_of(small, "unused") == (3, 3)

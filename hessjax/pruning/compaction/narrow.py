@@ -107,8 +107,8 @@ def _constant(value: Any) -> Axes:
 
 def _nonzero(value: Any) -> np.ndarray:
     """Where an array is not exactly zero; everywhere, if it is no array of numbers."""
-    if isinstance(value, jax.ShapeDtypeStruct) or jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended):
-        return np.ones((1,) * len(np.shape(value)), bool)
+    if jax.dtypes.issubdtype(getattr(value, "dtype", np.float32), jax.dtypes.extended):
+        return np.ones((1,) * np.ndim(value), bool)
     return np.asarray(np.asarray(value) != 0)
 
 
