@@ -79,31 +79,40 @@ class ResidualBlock(nn.Module):
 
     channels: int
     stride: int = 1
+    inner: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(batch, height, width, channels) to the same, at the stride."""
-        y = nn.relu(_norm()(_conv(self.channels, self.stride)(x)))
+        """(batch, height, width, channels) to the same, at the stride; `inner` channels between the two."""
+        y = nn.relu(_norm()(_conv(self.inner or self.channels, self.stride)(x)))
         y = _norm()(_conv(self.channels)(y))
         shortcut = x[:, :: self.stride, :: self.stride]
         return nn.relu(y + jnp.pad(shortcut, [(0, 0)] * 3 + [(0, self.channels - x.shape[-1])]))
 
 
 class ResNet(nn.Module):
-    """ResNet-(6·blocks + 2) for CIFAR: three stages of residual blocks, BatchNorm on running statistics."""
+    """ResNet-(6·blocks + 2) for CIFAR: three stages of residual blocks, BatchNorm on running statistics.
+
+    The stages are 1, 2 and 4 times `channels` wide, or as `stream` says; so are their blocks inside, or as
+    `inner` says.
+    """
 
     blocks: int = 3
     channels: int = 16
     classes: int = 10
+    stream: tuple[int, ...] | None = None
+    inner: tuple[int, ...] | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Logits of images (batch, height, width, 3)."""
-        x = nn.relu(_norm()(_conv(self.channels)(x)))
+        stream = self.stream or tuple(self.channels * 2**stage for stage in range(3))
+        x = nn.relu(_norm()(_conv(stream[0])(x)))
         for stage in range(3):
             for block in range(self.blocks):
                 stride = 2 if stage > 0 and block == 0 else 1
-                x = ResidualBlock(self.channels * 2**stage, stride)(x)
+                inner = self.inner[stage] if self.inner else None
+                x = ResidualBlock(stream[stage], stride, inner)(x)
         return nn.Dense(self.classes)(x.mean(axis=(1, 2)))
 
 

@@ -17,8 +17,10 @@ SCRIPTS = (
     "density_memory",
     "inverse_fisher_cost",
     "pruning_cost",
+    "compact_speed",
     "one_shot_pruning",
     "pruning_in_training",
+    "transfer_learning",
     "compilations",
     "startup",
 )

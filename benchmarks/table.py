@@ -70,7 +70,18 @@ def main(question: str, measure: Callable[[bool], Measured]) -> None:
         "--quick", action="store_true", help="tiny sizes: does it run? The figures mean little"
     )
     quick = parser.parse_args().quick
-    figures, raw, *grid = measure(quick)
+    show([keep(question, measure, quick, *measure(quick))])
+
+
+def keep(
+    question: str,
+    measure: Callable[[bool], Measured],
+    quick: bool,
+    figures: list[Figure],
+    raw: dict[str, Any],
+    grid: Grid | None = None,
+) -> dict[str, Any]:
+    """Write down what was measured; a benchmark that takes long does so whenever a part is done."""
     result = {
         "script": Path(inspect.getfile(measure)).stem,
         "question": question.strip().splitlines()[0],
@@ -78,13 +89,13 @@ def main(question: str, measure: Callable[[bool], Measured]) -> None:
         "date": datetime.date.today().isoformat(),
         **machine(),
         "figures": [{**figure._asdict(), "met": figure.met} for figure in figures],
-        **({"grid": grid[0]._asdict()} if grid else {}),
+        **({} if grid is None else {"grid": grid._asdict()}),
         "raw": raw,
     }
-    show([result])
     path = folder(quick) / f"{result['script']}.{slug(result['device'])}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(_rounded(result), indent=1) + "\n")
+    return result
 
 
 def machine() -> dict[str, Any]:

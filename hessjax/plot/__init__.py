@@ -6,6 +6,7 @@ new figure only; the global `rcParams` stay as they are.
 
 from hessjax.plot.loss import landscape as landscape
 from hessjax.plot.loss import landscape_surface as landscape_surface
+from hessjax.plot.pruning import accuracy_left as accuracy_left
 from hessjax.plot.pruning import kept as kept
 from hessjax.plot.pruning import pruning_run as pruning_run
 from hessjax.plot.pruning import sensitivity as sensitivity

@@ -1,6 +1,7 @@
 """Figures of pruning: a run over its steps, what it leaves of every layer, and what each layer can spare."""
 
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -8,11 +9,11 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
 from hessjax import _tree
 from hessjax._typing import Params
-from hessjax.plot._style import BLUE, GREEN, GREY, ORANGE, Numbers, Pair, axes_of
+from hessjax.plot._style import BLUE, GREEN, GREY, ORANGE, Numbers, Pair, axes_of, number
 from hessjax.pruning.sensitivity import Sensitivity, SensitivityRow
 
 
@@ -62,6 +63,56 @@ def pruning_run(
         for each in (upper, lower):
             each.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     return upper, lower
+
+
+def accuracy_left(
+    curves: Mapping[str, tuple[Numbers, Numbers]],
+    dense_accuracy: float | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Accuracy against the share of the weights that is left, a line for every method.
+
+    Args:
+        curves: for every method's name `(left, accuracy)`: (n,) fractions of the weights that are left,
+            positive, and (n,) fractions of right answers.
+        dense_accuracy: accuracy before pruning, drawn as a line to compare with.
+        ax: axes to draw on; a new figure by default.
+
+    Returns:
+        The axes. The share is on a logarithmic axis, the sparsest networks on the left.
+
+    Cost:
+        Draws every point once.
+
+    Example:
+        >>> from hessjax import plot
+        >>> runs = {"magnitude": ([0.03, 0.15], [0.60, 0.80]), "movement": ([0.03, 0.15], [0.75, 0.80])}
+        >>> ax = plot.accuracy_left(runs, dense_accuracy=0.85)
+        >>> [text.get_text() for text in ax.get_legend().get_texts()]
+        ['dense network, 85.0%', 'magnitude', 'movement']
+    """
+    with axes_of(ax, figsize=(7.6, 4.4)) as (ax,):
+        if dense_accuracy is not None:
+            label = f"dense network, {dense_accuracy:.1%}"
+            ax.axhline(dense_accuracy, color=GREY, ls=(0, (5, 3)), lw=1.3, label=label)
+        ticks = set()
+        for i, (name, (left, accuracy)) in enumerate(curves.items()):
+            order = np.argsort(np.asarray(left))
+            x, y = np.asarray(left)[order], np.asarray(accuracy)[order]
+            color, marker = (ORANGE, BLUE, GREEN)[i % 3], "osD^v"[i // 3 % 5]
+            ax.plot(x, y, color=color, marker=marker, lw=1.8, label=name)
+            ticks |= set(x.tolist())
+        ax.set_xscale("log")
+        ax.set_xticks(sorted(ticks))
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{number(100 * x)}%"))
+        ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+        ax.margins(x=0.08)
+        ax.legend(loc="lower right")
+        ax.set_xlabel("weights left")
+        ax.set_ylabel("test accuracy")
+        ax.set_title("What accuracy the weights that are left still give")
+    return ax
 
 
 def kept(params: Params, ax: Axes | None = None) -> Axes:

@@ -10,7 +10,8 @@ from jaxtyping import Array, Int
 
 from hessjax._typing import Params
 from hessjax.pruning.counts import Sparsity, check_sparsity, num_zeros
-from hessjax.pruning.pattern import Patterns, unstructured
+from hessjax.pruning.pattern import unstructured
+from hessjax.pruning.pattern_by_path import Patterns
 from hessjax.pruning.ranking import smallest
 from hessjax.pruning.units import Units, units_of
 

@@ -13,7 +13,8 @@ from hessjax import _tree
 from hessjax._typing import Params
 from hessjax.pruning.allocation import Allocation, caps_of, check_most, rank_each, rank_globally
 from hessjax.pruning.counts import Sparsity, check_sparsity, num_zeros
-from hessjax.pruning.pattern import Patterns, unstructured
+from hessjax.pruning.pattern import unstructured
+from hessjax.pruning.pattern_by_path import Patterns
 from hessjax.pruning.units import Units, units_of
 
 

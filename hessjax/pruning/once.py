@@ -13,7 +13,8 @@ from hessjax import _tree
 from hessjax._typing import Block, Params, Where
 from hessjax.pruning.allocation import Allocation, global_threshold
 from hessjax.pruning.counts import check_sparsity
-from hessjax.pruning.pattern import Patterns, unstructured
+from hessjax.pruning.pattern import unstructured
+from hessjax.pruning.pattern_by_path import Patterns
 from hessjax.pruning.saliency import Saliency, drop_others, is_hole
 from hessjax.pruning.transform import is_matrix
 from hessjax.pruning.trial import Point, best_trial, goes_too_far, halfway, loss_of, refill

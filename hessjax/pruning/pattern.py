@@ -1,17 +1,12 @@
 """Patterns: which weights of a leaf go together, and how many of a group may go."""
 
-import fnmatch
 import functools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
-
-from hessjax import _tree
-from hessjax._typing import Params
 
 
 class Pattern(NamedTuple):
@@ -32,13 +27,6 @@ class Pattern(NamedTuple):
     ungroup: Callable[[Any, tuple[int, ...]], Any]
     at_most: int | None = None
     tie: str | None = None
-
-
-PatternRule: TypeAlias = Callable[[str, Any], Pattern]
-"""`(path, leaf) -> pattern`: one that depends on the leaf."""
-
-Patterns: TypeAlias = Pattern | Mapping[str, Any] | PatternRule
-"""A pattern for all leaves; by glob over paths, the first that matches; or by a function of path and leaf."""
 
 
 @functools.lru_cache
@@ -89,12 +77,12 @@ def n_of_m(n: int, m: int, axis: int = 0) -> Pattern:
         raise ValueError(f"`n` must be between 1 and m - 1, how many of `m` stay, got {n} of {m}.")
 
     def group(x: Shaped[Array, "..."]) -> Shaped[Array, "groups m"]:
-        last = jnp.moveaxis(x, _axis(axis, x.shape), -1)
-        _check_divides(m, last.shape[-1], f"axis {axis}")
+        last = jnp.moveaxis(x, axis_of(axis, x.shape), -1)
+        check_divides(m, last.shape[-1], f"axis {axis}")
         return last.reshape(-1, m)
 
     def ungroup(rows: Shaped[Array, "groups m"], shape: tuple[int, ...]) -> Shaped[Array, "..."]:
-        place = _axis(axis, shape)
+        place = axis_of(axis, shape)
         last = (*shape[:place], *shape[place + 1 :], shape[place])
         return jnp.moveaxis(rows.reshape(last), -1, place)
 
@@ -138,7 +126,7 @@ def _blocks(shape: tuple[int, ...]) -> Pattern:
             raise ValueError(f"it needs {k} axes, and there are {len(full)}")
         lead = len(full) - k
         for place, size in enumerate(shape):
-            _check_divides(size, full[lead + place], f"axis {lead + place}")
+            check_divides(size, full[lead + place], f"axis {lead + place}")
         pairs = [part for n, size in zip(full[lead:], shape, strict=True) for part in (n // size, size)]
         outer, inner = range(lead, lead + 2 * k, 2), range(lead + 1, lead + 2 * k, 2)
         return (*full[:lead], *pairs), (*range(lead), *outer, *inner)
@@ -177,11 +165,11 @@ def channels(axis: int = -2) -> Pattern:
     """
 
     def group(x: Shaped[Array, "..."]) -> Shaped[Array, "groups size"]:
-        first = jnp.moveaxis(x, _axis(axis, x.shape), 0)
+        first = jnp.moveaxis(x, axis_of(axis, x.shape), 0)
         return first.reshape(first.shape[0], math.prod(first.shape[1:]))
 
     def ungroup(rows: Shaped[Array, "groups size"], shape: tuple[int, ...]) -> Shaped[Array, "..."]:
-        place = _axis(axis, shape)
+        place = axis_of(axis, shape)
         rest = (*shape[:place], *shape[place + 1 :])
         return jnp.moveaxis(rows.reshape(shape[place], *rest), 0, place)
 
@@ -206,107 +194,14 @@ def rows() -> Pattern:
     return channels(0)._replace(name="rows()")
 
 
-def heads(num_heads: int | None = None, out: str = "*out*") -> PatternRule:
-    """Attention heads go as a whole: the same ones from query, key, value and output.
-
-    Leaves with the same parent's parent belong to one attention: `layer_0/attention/{query,key,value,out}
-    /kernel`. Restrict `where` to them.
-
-    Args:
-        num_heads: None for kernels with an axis of heads, as Flax's attention has them: second to last, and
-            the first of the output's. A number, for kernels that have heads and their entries in one axis:
-            the last, and the output's first.
-        out: a glob over paths, for the output projection.
-
-    Returns:
-        `(path, leaf) -> Pattern`.
-
-    References:
-        Michel et al., Are sixteen heads really better than one? (2019), arXiv 1905.10650.
-
-    Example:
-        >>> import jax.numpy as jnp, hessjax as hj
-        >>> rule = hj.heads()
-        >>> rule("attention/query/kernel", jnp.ones((8, 4, 2))).group(jnp.ones((8, 4, 2))).shape
-        (4, 16)
-        >>> rule("attention/out/kernel", jnp.ones((4, 2, 8))).tie
-        'attention'
-    """
-
-    def rule(path: str, leaf: Any) -> Pattern:
-        tie = path.rsplit("/", 2)[0]
-        is_out = fnmatch.fnmatchcase(path, out)
-        if num_heads is None:
-            return channels(0 if is_out else -2)._replace(name="heads()", tie=tie)
-        return _fused_heads(num_heads, 0 if is_out else -1)._replace(tie=tie)
-
-    return rule
-
-
-@functools.lru_cache
-def _fused_heads(num_heads: int, axis: int) -> Pattern:
-    def split(shape: tuple[int, ...]) -> tuple[int, ...]:
-        place = _axis(axis, shape)
-        _check_divides(num_heads, shape[place], f"axis {axis}")
-        return (*shape[:place], num_heads, shape[place] // num_heads, *shape[place + 1 :])
-
-    whole = channels(0 if axis == 0 else -2)
-    return Pattern(
-        f"heads({num_heads})",
-        lambda x: whole.group(x.reshape(split(x.shape))),
-        lambda rows, shape: whole.ungroup(rows, split(shape)).reshape(shape),
-    )
-
-
-def patterns_of(pattern: Patterns, tree: Params) -> list[Pattern]:
-    """The pattern of every leaf, each fitting it.
-
-    Raises:
-        ValueError: if a glob matches no leaf, a leaf matches none, or a pattern does not fit its leaf.
-    """
-    named = [(_tree.path_name(path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree)]
-    rule = _rule(pattern, [path for path, _ in named])
-    found = [rule(path, leaf) for path, leaf in named]
-    for (path, leaf), each in zip(named, found, strict=True):
-        try:
-            jax.eval_shape(each.group, leaf)
-        except ValueError as error:
-            raise ValueError(
-                f"`pattern` must fit every leaf that is pruned, but {each.name} does not fit {path} of shape "
-                f"{jnp.shape(leaf)}: {error}. Choose the leaves by `where`, or give one pattern per path: "
-                '`{"conv/*": filters(), "*": unstructured()}`.'
-            ) from None
-    return found
-
-
-def _rule(pattern: Patterns, paths: list[str]) -> PatternRule:
-    if isinstance(pattern, Pattern):
-        return lambda path, leaf: pattern
-    if not isinstance(pattern, Mapping):
-        return pattern
-    for glob in pattern:
-        if not any(fnmatch.fnmatchcase(path, glob) for path in paths):
-            raise ValueError(
-                f"`pattern` must match by every path, but `{glob}` matches none of: {', '.join(paths)}."
-            )
-
-    def look_up(path: str, leaf: Any) -> Pattern:
-        for glob, found in pattern.items():
-            if fnmatch.fnmatchcase(path, glob):
-                return _rule(found, paths)(path, leaf)
-        raise ValueError(
-            f"`pattern` must have an entry for every leaf that is pruned, but none matches {path}."
-        )
-
-    return look_up
-
-
-def _axis(axis: int, shape: tuple[int, ...]) -> int:
+def axis_of(axis: int, shape: tuple[int, ...]) -> int:
+    """The axis counted from the front, or a ValueError."""
     if not -len(shape) <= axis < len(shape):
         raise ValueError(f"there is no axis {axis}")
     return axis % len(shape)
 
 
-def _check_divides(size: int, length: int, name: str) -> None:
+def check_divides(size: int, length: int, name: str) -> None:
+    """Raise a ValueError for a length that is no multiple of the size."""
     if length % size:
         raise ValueError(f"{size} does not divide {name}, which has {length}")

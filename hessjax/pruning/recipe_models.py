@@ -15,6 +15,7 @@ from hessjax.pruning import pattern as patterns
 from hessjax.pruning.compensated import compensated
 from hessjax.pruning.hard_concrete import hard_concrete
 from hessjax.pruning.movement import movement, soft_movement
+from hessjax.pruning.pattern_by_path import heads
 from hessjax.pruning.saliency import magnitude
 
 
@@ -161,7 +162,7 @@ PATTERNS = {
     "channels": Kind(patterns.channels, {"axis": int}),
     "filters": Kind(patterns.filters),
     "rows": Kind(patterns.rows),
-    "heads": Kind(patterns.heads, {"num_heads": int | None, "out": str}),
+    "heads": Kind(heads, {"num_heads": int | None, "out": str}),
 }
 _Pattern = _spec(PATTERNS)
 

@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, Int
 from hessjax import _tree
 from hessjax._typing import Block, Params, Relative, Tolerance
 from hessjax.pruning import quadratic
-from hessjax.pruning.pattern import Pattern, Patterns, patterns_of
+from hessjax.pruning.pattern import Pattern
+from hessjax.pruning.pattern_by_path import Patterns, patterns_of
 from hessjax.pruning.saliency import Saliency, drop_others
 from hessjax.pruning.sets import are_single, set_scores
 

@@ -19,7 +19,8 @@ from hessjax.pruning import sensitivity_csv
 from hessjax.pruning.allocation import uniform
 from hessjax.pruning.counts import check_sparsity
 from hessjax.pruning.once import prune_once
-from hessjax.pruning.pattern import Pattern, Patterns, patterns_of, unstructured
+from hessjax.pruning.pattern import Pattern, unstructured
+from hessjax.pruning.pattern_by_path import Patterns, patterns_of
 from hessjax.pruning.saliency import Saliency, magnitude
 from hessjax.pruning.sensitivity_csv import SensitivityRow, level_name
 from hessjax.pruning.transform import is_matrix

@@ -10,7 +10,7 @@ from jaxtyping import Array
 from hessjax._typing import Params
 from hessjax.pruning.allocation import Allocation
 from hessjax.pruning.counts import check_sparsity
-from hessjax.pruning.pattern import Patterns
+from hessjax.pruning.pattern_by_path import Patterns
 from hessjax.pruning.threshold import Threshold
 
 

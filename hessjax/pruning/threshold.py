@@ -8,7 +8,7 @@ from jaxtyping import Array
 
 from hessjax._typing import Params
 from hessjax.pruning.counts import Schedule
-from hessjax.pruning.pattern import Patterns
+from hessjax.pruning.pattern_by_path import Patterns
 from hessjax.pruning.ranking import smallest
 from hessjax.pruning.units import units_of
 

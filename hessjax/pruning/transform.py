@@ -12,7 +12,8 @@ from hessjax._typing import Params, Where
 from hessjax.pruning.allocation import Allocation, global_threshold
 from hessjax.pruning.counts import Schedule, check_sparsity
 from hessjax.pruning.dense import copy_selected, land, masked, on_selected, second, unmask
-from hessjax.pruning.pattern import Patterns, unstructured
+from hessjax.pruning.pattern import unstructured
+from hessjax.pruning.pattern_by_path import Patterns
 from hessjax.pruning.saliency import Saliency, drop_others
 from hessjax.pruning.state import PruneState
 from hessjax.pruning.steps import (

@@ -9,7 +9,8 @@ from jaxtyping import Array, Bool, Float, UInt
 
 from hessjax import _tree
 from hessjax._typing import Params
-from hessjax.pruning.pattern import Pattern, Patterns, patterns_of
+from hessjax.pruning.pattern import Pattern
+from hessjax.pruning.pattern_by_path import Patterns, patterns_of
 from hessjax.pruning.ranking import ordered_keys
 
 

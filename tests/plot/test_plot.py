@@ -156,3 +156,14 @@ def test_sensitivity_draws_a_curve_for_every_leaf_and_the_prediction_of_the_loss
     assert only.get_ylabel() == "predicted rise of the loss"
     with pytest.raises(ValueError, match="`metric` must be one of accuracy, loss, got recall"):
         plot.sensitivity(result, "recall")
+
+
+def test_accuracy_left_draws_a_line_for_every_method_from_the_sparsest_on():
+    runs = {"magnitude": ([0.15, 0.03], [0.8, 0.6]), "movement": ([0.15, 0.03], [0.81, 0.75])}
+    ax = plot.accuracy_left(runs, dense_accuracy=0.85)
+    _, magnitude, movement = ax.lines
+    assert ax.get_xscale() == "log"
+    np.testing.assert_allclose(magnitude.get_xydata(), [[0.03, 0.6], [0.15, 0.8]])
+    np.testing.assert_allclose(movement.get_xydata(), [[0.03, 0.75], [0.15, 0.81]])
+    assert magnitude.get_color() != movement.get_color()
+    assert [x.get_text() for x in ax.get_xticklabels()] == ["3%", "15%"]

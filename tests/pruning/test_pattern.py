@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import hessjax as hj
-from hessjax.pruning.pattern import patterns_of
+from hessjax.pruning.pattern_by_path import patterns_of
 from hessjax.pruning.units import units_of
 
 SHAPES = {

@@ -1,0 +1,17 @@
+"""Loss and model functions from Flax models, linen and nnx: pure, hashable, equal when of equal parts.
+
+What a model mutates or draws (batch statistics, dropout keys) enters the loss through its arguments, so
+the loss is one fixed function of the weights. Two losses made of equal parts compare equal: building one
+again for the next checkpoint hits the compiled code of the last.
+"""
+
+from hessjax.flax.batch_norm import linen_recalibrate as linen_recalibrate
+from hessjax.flax.batch_norm import nnx_recalibrate as nnx_recalibrate
+from hessjax.flax.linen import linen_loss as linen_loss
+from hessjax.flax.linen import linen_model as linen_model
+from hessjax.flax.nnx import NnxLoss as NnxLoss
+from hessjax.flax.nnx import NnxModel as NnxModel
+from hessjax.flax.nnx import nnx_loss as nnx_loss
+from hessjax.flax.nnx import nnx_model as nnx_model
+from hessjax.flax.parts import Inputs as Inputs
+from hessjax.flax.parts import OutputLoss as OutputLoss
