@@ -8,6 +8,7 @@ from typing import Any
 
 import table
 
+README = Path(__file__).parent.parent / "README.md"
 SCRIPTS = (
     "product_cost",
     "estimator_cost",
@@ -35,11 +36,10 @@ def run(script: str) -> bool:
 
 def into_readme(results: Sequence[dict[str, Any]]) -> None:
     """Put the table between the README's two marks, and every grid between its own, where it has some."""
-    readme = Path(__file__).parent.parent / "README.md"
-    text = table.between(readme.read_text(), "benchmarks", table.markdown(results))
+    text = table.between(README.read_text(), "benchmarks", table.markdown(results))
     for script, matrix in table.grids(results).items():
         text = table.between(text, f"grid {script}", matrix)
-    readme.write_text(text)
+    README.write_text(text)
 
 
 if __name__ == "__main__":

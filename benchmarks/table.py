@@ -180,10 +180,12 @@ def _cells(figure: dict[str, Any]) -> tuple[str, str, str]:
 
 def _matrix(grid: dict[str, Any], device: str) -> str:
     """Mean ± standard deviation in every cell."""
-    title = f"{grid['title']} ({device})"
-    lines = ["| " + " | ".join([title, *grid["columns"]]) + " |", "|---|" + "---:|" * len(grid["columns"])]
-    lines += ["| " + " | ".join([name, *map(_cell, cells)]) + " |" for name, cells in grid["rows"].items()]
-    return "\n".join(lines)
+    num = len(grid["columns"])
+    body = [[name, *map(_cell, cells), *[""] * (num - len(cells))] for name, cells in grid["rows"].items()]
+    head, *rest = (
+        f"| {' | '.join(row)} |" for row in [[f"{grid['title']} ({device})", *grid["columns"]], *body]
+    )
+    return "\n".join([head, "|---|" + "---:|" * num, *rest])
 
 
 def _cell(values: Sequence[float]) -> str:

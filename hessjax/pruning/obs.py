@@ -30,7 +30,8 @@ def obs(
             weights of all leaves.
         num_grads: in training, F is made from the last `num_grads` gradients of the loop. None: the
             gradients are handed over at every update, as `tx.update(grads, state, params,
-            per_example_grads=block)`; so it is by `prune_once`.
+            per_example_grads=block)`; so it is by `prune_once`. Only mask steps read the block: between them
+            the last one will do.
         batch_size: b, how many examples each gradient is a mean over; such means make F smaller by b, which
             is made up for.
 
@@ -47,7 +48,8 @@ def obs(
         With m gradients and k = min(m, block size): (m·d·k + d·k²) operations and m·d + d·k numbers (k² for
         one block) of memory; `"greedy"` takes d·(k² + k·block size) in `block_size` steps one after the
         other. Groups of g weights add the eigenvalues of a matrix of min(g, k) for each. `num_grads`
-        gradients are kept in the optimizer's state.
+        gradients are kept in the optimizer's state: let the jitted step donate it (`donate_argnums`), or
+        every update copies them all.
 
     References:
         Hassibi and Stork, Second order derivatives for network pruning: Optimal brain surgeon (1993).

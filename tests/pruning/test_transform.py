@@ -257,8 +257,11 @@ def test_nothing_compiles_after_the_first_step(compilations):
     assert not compilations
 
 
-def test_params_and_state_may_be_donated_together():
-    tx = hj.prune(optax.sgd(0.1), hj.magnitude(), 0.5)
+@pytest.mark.parametrize(
+    "options", [{"saliency": hj.magnitude()}, {"saliency": hj.obs(num_grads=2), "start": 1}]
+)
+def test_params_and_state_may_be_donated_together(options):
+    tx = hj.prune(optax.sgd(0.1), sparsity=0.5, **options)
     params = {"w": jnp.arange(6.0).reshape(2, 3)}
 
     def step(params, state):
