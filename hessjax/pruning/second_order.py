@@ -179,10 +179,13 @@ def _in_turn(models: quadratic.Quadratic, weights: Array, active: Array) -> Arra
 def _moved(
     settings: _Settings, grads: Block, numbers: _Numbers, active: Params, dense: Params, mask: Params
 ) -> tuple[Params, Float[Array, ""]]:
-    models = _models(settings, grads, numbers, active)
-    weights = _blocks(settings, dense, active)
-    pruned = _flags(settings, jax.tree.map(lambda a, m: a & ~m, active, mask))
-    kept = _flags(settings, jax.tree.map(lambda a, m: a & m, active, mask))
+    models = _models(settings, grads, numbers, jax.tree.map(jnp.logical_or, active, mask))
+    # A weight that comes back, as the rule that chose may have it, goes from 0 to its dense copy w: the same
+    # to the others as if one of −w went to 0.
+    signed = jax.tree.map(lambda w, a: jnp.where(a, w, -w), dense, active)
+    weights = _blocks(settings, signed, jax.tree.map(jnp.logical_or, active, mask))
+    pruned = _flags(settings, jax.tree.map(jnp.not_equal, active, mask))
+    kept = _flags(settings, jax.tree.map(jnp.logical_and, active, mask))
     columns = zip(models, weights, pruned, kept, strict=True)
     moves = [quadratic.each(_MOVES[settings.update], *column) for column in columns]
     rises = [jnp.sum(quadratic.each(quadratic.increase, *pair)) for pair in zip(models, moves, strict=True)]

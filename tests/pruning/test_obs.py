@@ -221,6 +221,24 @@ def test_weights_gone_before_do_not_disturb(x64):
         assert np.flatnonzero(np.isneginf(scores)).tolist() == gone
 
 
+@pytest.mark.parametrize("update", ["joint", "none"])
+def test_a_weight_that_comes_back_is_made_up_for_too(x64, update):
+    params, grads = problem()
+    rule, w, live = hj.obs(update, 0.05), vector(params), [i for i in range(SIZE) if i != 1]
+    state = rule.init(params)._replace(mask=flags(params, [1, 8]))
+    moved, rise = rule.compensate(state, params, flags(params, [1, 3, 5]), per_example_grads=grads)
+    A, signed = dense_fisher(grads, 0.05)[np.ix_(live, live)], np.where(np.arange(SIZE) == 8, -w, w)[live]
+    changed = [live.index(i) for i in (3, 5, 8)]
+    want, least = kkt(A, signed, changed)
+    if update == "none":
+        want = np.where(np.isin(np.arange(len(live)), changed), -signed, 0)
+        least = want @ A @ want / 2
+    free = [0, 2, 4, 6, 7, 9]
+    np.testing.assert_allclose((vector(moved) - w)[free], want[[live.index(i) for i in free]], rtol=1e-8)
+    np.testing.assert_allclose(vector(moved)[[1, 3, 5, 8]], w[[1, 3, 5, 8]])
+    np.testing.assert_allclose(rise, least, rtol=1e-8)
+
+
 def test_without_any_gradient_the_scores_rank_by_magnitude():
     params, grads = problem()
     grads = jax.tree.map(jnp.zeros_like, grads)
