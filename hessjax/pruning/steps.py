@@ -59,10 +59,11 @@ def check_budget(
         with jax.ensure_compile_time_eval():  # known numbers, even where `init` itself is being traced
             schedule = jax.jit(sparsity)
             values = [float(schedule(jnp.asarray(step, jnp.int32))) for step in steps]
+            at_end = float(schedule(jnp.asarray(FAR, jnp.int32)))
         for value, step in zip(values, steps, strict=True):
             check_sparsity(value, f" from the schedule at step {step}")
         if stop is not None:
-            _check_target(values[-1], float(schedule(jnp.asarray(FAR, jnp.int32))), stop)
+            _check_target(values[-1], at_end, stop)
     jax.eval_shape(lambda scores: allocation(scores, max(values), pattern), dense)
 
 
