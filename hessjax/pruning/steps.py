@@ -13,6 +13,9 @@ from hessjax.pruning.counts import check_sparsity
 from hessjax.pruning.pattern_by_path import Patterns
 from hessjax.pruning.threshold import Threshold
 
+FAR = 2**31 - 1
+"""The last update there can be."""
+
 
 def is_mask_step(count: Array, every: int, start: int, stop: int | None) -> Array:
     """Whether T = `count` is start, start + every, ... up to `stop`, or `stop` itself."""
@@ -40,7 +43,12 @@ def check_steps(every: int, start: int, stop: int | None) -> None:
 
 
 def check_budget(
-    sparsity: Any, allocation: Allocation, pattern: Patterns, dense: Params, steps: list[int]
+    sparsity: Any,
+    allocation: Allocation,
+    pattern: Patterns,
+    dense: Params,
+    steps: list[int],
+    stop: int | None,
 ) -> None:
     """Raise now what a mask step inside `jit` could not."""
     if isinstance(sparsity, Threshold):
@@ -51,9 +59,20 @@ def check_budget(
         with jax.ensure_compile_time_eval():  # known numbers, even where `init` itself is being traced
             schedule = jax.jit(sparsity)
             values = [float(schedule(jnp.asarray(step, jnp.int32))) for step in steps]
+            at_end = float(schedule(jnp.asarray(FAR, jnp.int32)))
         for value, step in zip(values, steps, strict=True):
             check_sparsity(value, f" from the schedule at step {step}")
+        if stop is not None:
+            _check_target(values[-1], at_end, stop)
     jax.eval_shape(lambda scores: allocation(scores, max(values), pattern), dense)
+
+
+def _check_target(at_stop: float, at_end: float, stop: int) -> None:
+    if at_stop + 1e-6 < at_end < 1:
+        raise ValueError(
+            f"`stop` must not come before the schedule has reached its target, which is {at_end:g}: at step "
+            f"{stop} it gives {at_stop:g}. Stop later, or end the schedule earlier."
+        )
 
 
 def check_first_step(sparsity: Any, start: int) -> None:

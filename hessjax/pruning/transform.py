@@ -99,7 +99,7 @@ def prune(
         ValueError: for `sparsity` outside [0, 1), `every` < 1, `start` < 0, `start` > `stop`, or `regrow` off
             under a saliency with gates or with a `dense_dtype`; by `init`, if `where` matches no leaf, if a
             pattern does not fit its leaf, if the floors of the allocation cannot be met, or if a schedule
-            leaves [0, 1).
+            leaves [0, 1) or has not reached its last value at `stop`.
             A schedule is tried at `start`, at `start + every · 2ᵏ` up to `stop` (or k = 20) and at `stop`;
             what it gives elsewhere cannot raise inside `jit`: it is taken to the nearest end of [0, 1] and
             stands in `PruneState.sparsity`. By `update`, if `params` is missing or `grads` differs from it in
@@ -160,7 +160,7 @@ def prune(
 
     def init(params: Params) -> PruneState:
         dense = copy_selected(params, where, dense_dtype)
-        check_budget(sparsity, allocation, pattern, dense, some_mask_steps(every, start, stop))
+        check_budget(sparsity, allocation, pattern, dense, some_mask_steps(every, start, stop), stop)
         scorer, count = saliency.init(dense), jnp.zeros((), jnp.int32)
         if compensates:
             check_first_step(sparsity, start)
