@@ -29,6 +29,7 @@ class Movement(NamedTuple):
 
 def movement(
     optimizer: optax.GradientTransformation = optax.adam(1e-2),  # noqa: B008 (a value, never changed)
+    start: Callable[[Array], Array] = jnp.zeros_like,
 ) -> Saliency:
     """Movement: scores S trained by the straight-through gradient of the loss with respect to the mask.
 
@@ -38,10 +39,13 @@ def movement(
 
     Args:
         optimizer: of the scores, with its own schedule; without weight decay.
+        start: the first scores of a leaf, from its weights. Zeros, as in the paper, say nothing at first, and
+            short trainings suffer for it: `lambda w: abs(w) / w.std()` begins as `magnitude()` would, and
+            lets the training change its mind.
 
     Returns:
-        A `Saliency` whose scores start at 0, so that `sparsity` should start at 0 too. The paper ranks every
-        matrix on its own, `allocation=uniform()`, at every step, `every=1`.
+        A `Saliency`. `sparsity` should start at 0, as scores have to be learned. The paper ranks every matrix
+        on its own, `allocation=uniform()`, at every step, `every=1`.
 
     Cost:
         A multiplication and the optimizer's step per weight and update. Memory: the scores, and the
@@ -60,7 +64,7 @@ def movement(
         Array([[ 1.1, -2. ,  0. ]], dtype=float32)
     """
     return Saliency(
-        *_trained(optimizer),
+        *_trained(optimizer, start),
         scores=lambda state, dense, /, **extra: state.scores,
     )
 
@@ -103,18 +107,20 @@ def soft_movement(
         return jax.tree.map(lambda s: amount * jax.nn.sigmoid(s) * jax.nn.sigmoid(-s), scores)
 
     return Saliency(
-        *_trained(optimizer, pull),
+        *_trained(optimizer, jnp.zeros_like, pull),
         scores=lambda state, dense, /, **extra: jax.tree.map(jax.nn.sigmoid, state.scores),
     )
 
 
 def _trained(
-    optimizer: optax.GradientTransformation, pull: Callable[[Params, Array], Params] | None = None
+    optimizer: optax.GradientTransformation,
+    start: Callable[[Array], Array],
+    pull: Callable[[Params, Array], Params] | None = None,
 ) -> tuple[Callable[[Params], Movement], Callable[..., Movement]]:
     """`init` and `update` of scores that take G⊙W and the gradient of a penalty."""
 
     def init(dense: Params) -> Movement:
-        scores = jax.tree.map(jnp.zeros_like, _tree.wide(dense))
+        scores = jax.tree.map(start, _tree.wide(dense))
         return Movement(scores, optimizer.init(scores), jnp.zeros((), jnp.int32))
 
     def update(state: Movement, grads: Params, dense: Params, mask: Params, /, **extra: Any) -> Movement:

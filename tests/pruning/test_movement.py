@@ -115,6 +115,17 @@ def test_soft_movement_against_autodiff_of_the_penalty(x64):
     np.testing.assert_allclose(state.sparsity, zeros / count, rtol=1e-6)
 
 
+def test_scores_may_start_at_the_magnitudes():
+    """Without a gradient the ranking is that of magnitude; the training then moves it."""
+    params = {"w": jnp.array([[0.1, -3.0, 2.0, 0.5]])}
+    rule = hj.movement(optax.sgd(1.0), start=jnp.abs)
+    tx = hj.prune(optax.sgd(0.0), rule, 0.5, every=1)
+    state = tx.init(params)
+    np.testing.assert_array_equal(hj.mask_of(state)["w"], [[False, True, True, False]])
+    _, state = tx.update({"w": jnp.array([[-25.0, 0.0, 0.0, 0.0]])}, state, params)
+    np.testing.assert_array_equal(hj.mask_of(state)["w"], [[True, True, False, False]])
+
+
 def test_schedules_of_the_penalty_count_from_zero():
     rule = hj.soft_movement(lambda t: jnp.where(t == 0, 0.0, 1.0), optax.sgd(1.0))
     dense = {"w": jnp.ones((1, 2))}
