@@ -1,5 +1,6 @@
 """How a budget of zeros is spread over the leaves, and which weights they hit: scores to masks."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -23,8 +24,9 @@ def global_threshold(*, floor: float | int = 0.05) -> Allocation:
     """One ranking over all leaves together: the lowest scores go, wherever they are.
 
     Exactly `round(sparsity · n)` of the n weights go (halves round to even, as Python's `round`), whatever
-    the floors; of groups that go as a whole, ranked by their mean score, as many as that number holds. The
-    order is that of a stable argsort: of equal scores the one that comes first in the tree goes first.
+    the floors; of groups that go as a whole, ranked by their mean score, as many as that number holds: where
+    the next one is too large, smaller ones further on take its place. The order is that of a stable argsort:
+    of equal scores the one that comes first in the tree goes first.
 
     A leaf whose scores are small as a whole would lose every weight and cut the network in two, so that each
     leaf keeps its best few: at least one, and at least `floor` times the share it would keep under
@@ -103,12 +105,11 @@ def rank_globally(units: Units, sparsity: Sparsity, floor: float | int) -> Param
     check_sparsity(sparsity)
     zeros = num_zeros(sparsity, sum(units.num_weights))
     kept = [_least(count, floor, sparsity) for count in units.counts]
-    caps = [_smaller(count - k, most) for count, k, most in zip(units.counts, kept, units.most, strict=True)]
+    caps = [smaller(count - k, most) for count, k, most in zip(units.counts, kept, units.most, strict=True)]
     room = sum(cap * size for cap, size in zip(caps, units.sizes, strict=True))
     _check_room(zeros, room, units, sparsity)
     most = jnp.stack([jnp.asarray(cap, jnp.int32) for cap in caps])
-    sizes = None if set(units.sizes) == {1} else jnp.asarray(units.sizes, jnp.int32)
-    pruned = _smallest_under_caps(units.keys(), jnp.minimum(zeros, room), most, sizes)
+    pruned = _smallest_under_caps(units.keys(), jnp.minimum(zeros, room), most, tuple(units.sizes))
     return units.spread([~flags for flags in pruned])
 
 
@@ -135,7 +136,8 @@ def check_most(units: Units, sparsity: Sparsity) -> None:
         raise ValueError(_too_sparse(sparsity, f"of {total} weights at most {most} go"))
 
 
-def _smaller(a: Any, b: int) -> Any:
+def smaller(a: Any, b: float | int) -> Any:
+    """The smaller of a number that may be traced and one that is not."""
     return jnp.minimum(a, b) if isinstance(a, jax.Array) else min(a, b)
 
 
@@ -165,18 +167,38 @@ def _too_sparse(sparsity: Sparsity, what: str) -> str:
     return f"`sparsity` must be within what `pattern` allows, got {sparsity}: under it {what}. Lower it."
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="sizes")
 def _smallest_under_caps(
-    keys: list[Array], n: Array, caps: Int[Array, " leaves"], sizes: Int[Array, " leaves"] | None
+    keys: list[Array], n: Array, caps: Int[Array, " leaves"], sizes: tuple[int, ...]
 ) -> list[Array]:
     """The smallest that count for n at most, taking no more than its cap from any leaf."""
-    free = smallest(keys, n, sizes)
+    free = _smallest_that_fit(keys, n, sizes)
     over = jnp.stack([jnp.sum(leaf, dtype=jnp.int32) for leaf in free]) > caps
 
     def capped() -> list[Array]:
         top = ~jnp.zeros((), keys[0].dtype)  # above every key, so never taken, as n <= sum(caps · sizes)
         open_ = smallest(keys, caps)
-        return smallest([jnp.where(o, key, top) for o, key in zip(open_, keys, strict=True)], n, sizes)
+        return _smallest_that_fit(
+            [jnp.where(o, key, top) for o, key in zip(open_, keys, strict=True)], n, sizes
+        )
 
     # Whatever the floors hold is kept by the free ranking already when no leaf exceeds its cap.
     return jax.lax.cond(jnp.any(over), capped, lambda: free)
+
+
+def _smallest_that_fit(keys: list[Array], n: Array, sizes: tuple[int, ...]) -> list[Array]:
+    """The smallest up to the first that does not fit into n, then smaller units that still do."""
+    if set(sizes) == {1}:
+        return smallest(keys, n)
+    taken = smallest(keys, n, jnp.asarray(sizes, jnp.int32))
+    top = ~jnp.zeros((), keys[0].dtype)
+    for limit in sorted(set(sizes), reverse=True)[1:]:
+        left = n - sum(jnp.sum(t, dtype=jnp.int32) * size for t, size in zip(taken, sizes, strict=True))
+        fitting = [i for i, size in enumerate(sizes) if size <= limit]
+        open_ = [jnp.where(taken[i], top, keys[i]) for i in fitting]
+        small = [sizes[i] for i in fitting]
+        most = sum(jnp.sum(k < top, dtype=jnp.int32) * size for k, size in zip(open_, small, strict=True))
+        more = smallest(open_, jnp.minimum(left, most), jnp.asarray(small, jnp.int32))
+        for i, flags in zip(fitting, more, strict=True):
+            taken[i] |= flags
+    return taken

@@ -17,7 +17,7 @@ def compensated(choose: Saliency, by: Saliency) -> Saliency:
         A `Saliency` whose state is the pair of theirs; its predicted increase is that of `by`.
 
     Raises:
-        ValueError: if `by` moves nothing.
+        ValueError: if `by` is a saliency without `compensate`.
 
     Cost:
         The updates of both; the scores of the first, the move of the second.
@@ -47,5 +47,6 @@ def compensated(choose: Saliency, by: Saliency) -> Saliency:
         update=update,
         scores=lambda state, dense, /, **extra: choose.scores(state[0], dense, **extra),
         compensate=lambda state, dense, mask, /, **extra: compensate(state[1], dense, mask, **extra),
+        needs_grads=choose.needs_grads,
         gates=None if choose.gates is None else lambda state: choose.gates(state[0]),  # type: ignore[misc]
     )

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from hessjax import _tree
 from hessjax._typing import Params
-from hessjax.pruning.allocation import Allocation, caps_of, check_most, rank_each, rank_globally
+from hessjax.pruning.allocation import Allocation, caps_of, check_most, rank_each, rank_globally, smaller
 from hessjax.pruning.counts import Sparsity, check_sparsity, num_zeros
 from hessjax.pruning.pattern import unstructured
 from hessjax.pruning.pattern_by_path import Patterns
@@ -129,14 +129,10 @@ def explicit(sparsities: Mapping[str, float | int]) -> Allocation:
                 f"total, got {sparsity}."
             )
         share = sparsity / total
-        scaled = [_smaller(share * level, level) for level in levels]
+        scaled = [smaller(share * level, level) for level in levels]
         return rank_each(units, [num_zeros(s, n) for s, n in zip(scaled, sizes, strict=True)], sparsity)
 
     return allocate
-
-
-def _smaller(a: Any, b: float) -> Any:
-    return jnp.minimum(a, b) if isinstance(a, jax.Array) else min(a, b)
 
 
 def _levels(sparsities: Mapping[str, float | int], units: Units) -> list[float]:

@@ -68,6 +68,7 @@ def gradient(decay: float | int = 0.9) -> Saliency:
         init,
         update,
         scores=lambda state, dense, /, **extra: jax.tree.map(lambda m, w: jnp.abs(m * w), state.mean, dense),
+        needs_grads=True,
     )
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Int, Key
 from hessjax import _tree
 from hessjax._typing import Params
 from hessjax.pruning.saliency import Saliency
+from hessjax.pruning.steps import cond_now
 
 BETA, LOW, HIGH = 2 / 3, -0.1, 1.1
 """The temperature of the concrete distribution, and the interval it is stretched to before clipping."""
@@ -58,9 +59,11 @@ def hard_concrete(
         start_open: P(z > 0) at the start, in (0, 1).
 
     Returns:
-        A `Saliency` with gates; scores are the resting gates. What ends at 0 is pruned for good by
-        `prune(inner, hard_concrete(..., stop=T), threshold(0.0), start=T, stop=T)`; with a number for the
-        sparsity the lowest log α go, exactly so many. Before T the zeros in the params are those of the draw.
+        A `Saliency` with gates; scores are the resting gates before they are clipped. What ends at 0 is
+        pruned for good by `prune(inner, hard_concrete(..., stop=T), threshold(0.0), start=T, stop=T)`; with a
+        number for the sparsity the lowest log α go, so many at least: a gate that rests at 0 makes a zero of
+        a weight that the mask keeps. Before T the zeros in the params are those of the draw. Gates are for
+        single weights, whatever the pattern.
 
     Raises:
         ValueError: `stop` below 1, or `start_open` outside (0, 1).
@@ -89,7 +92,8 @@ def hard_concrete(
     def init(dense: Params) -> Gates:
         log_alpha = jax.tree.map(lambda w: jnp.full_like(w, at_start), _tree.wide(dense))
         ones = jax.tree.map(jnp.ones_like, log_alpha)
-        return Gates(log_alpha, ones, optimizer.init(log_alpha), jnp.zeros((), jnp.int32), key)
+        own = jax.tree.map(jnp.copy, key)  # the loop may donate the state
+        return Gates(log_alpha, ones, optimizer.init(log_alpha), jnp.zeros((), jnp.int32), own)
 
     def update(state: Gates, grads: Params, dense: Params, mask: Params, /, **extra: Any) -> Gates:
         amount = penalty(state.num_updates) if callable(penalty) else penalty
@@ -113,8 +117,9 @@ def hard_concrete(
     return Saliency(
         init,
         update,
-        scores=lambda state, dense, /, **extra: _resting(state.log_alpha),
+        scores=lambda state, dense, /, **extra: jax.tree.map(_stretch, _shares(state.log_alpha)),
         gates=lambda state: state.open,
+        needs_grads=True,
     )
 
 
@@ -131,16 +136,22 @@ def _gates(log_alpha: Params, key: Array, count: Array, is_random: Array) -> Par
         u = jax.random.uniform(key, x.shape, x.dtype, minval=1e-6, maxval=1 - 1e-6)
         return _stretched(jax.nn.sigmoid((jnp.log(u) - jnp.log1p(-u) + x) / BETA))
 
-    drawn = jax.tree.unflatten(treedef, [leaf(k, x) for k, x in zip(keys, leaves, strict=True)])
-    return jax.tree.map(lambda a, b: jnp.where(is_random, a, b), drawn, _resting(log_alpha))
+    def drawn() -> Params:
+        return jax.tree.unflatten(treedef, [leaf(k, x) for k, x in zip(keys, leaves, strict=True)])
+
+    return cond_now(is_random, drawn, lambda: jax.tree.map(_stretched, _shares(log_alpha)))
 
 
-def _resting(log_alpha: Params) -> Params:
-    return jax.tree.map(lambda x: _stretched(jax.nn.sigmoid(x)), log_alpha)
+def _shares(log_alpha: Params) -> Params:
+    return jax.tree.map(jax.nn.sigmoid, log_alpha)
+
+
+def _stretch(s: Array) -> Array:
+    return s * (HIGH - LOW) + LOW
 
 
 def _stretched(s: Array) -> Array:
-    return jnp.clip(s * (HIGH - LOW) + LOW, 0, 1)
+    return jnp.clip(_stretch(s), 0, 1)
 
 
 def _gate_slope(z: Array) -> Array:

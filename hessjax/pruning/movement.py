@@ -66,6 +66,7 @@ def movement(
     return Saliency(
         *_trained(optimizer, start),
         scores=lambda state, dense, /, **extra: state.scores,
+        needs_grads=start is jnp.zeros_like,
     )
 
 
@@ -109,6 +110,7 @@ def soft_movement(
     return Saliency(
         *_trained(optimizer, jnp.zeros_like, pull),
         scores=lambda state, dense, /, **extra: jax.tree.map(jax.nn.sigmoid, state.scores),
+        needs_grads=True,
     )
 
 
@@ -120,7 +122,7 @@ def _trained(
     """`init` and `update` of scores that take G⊙W and the gradient of a penalty."""
 
     def init(dense: Params) -> Movement:
-        scores = jax.tree.map(start, _tree.wide(dense))
+        scores = jax.tree.map(lambda w: jnp.array(start(w), copy=True), _tree.wide(dense))
         return Movement(scores, optimizer.init(scores), jnp.zeros((), jnp.int32))
 
     def update(state: Movement, grads: Params, dense: Params, mask: Params, /, **extra: Any) -> Movement:

@@ -121,6 +121,8 @@ def prune_once(
         raise ValueError(f"`recomputes` must be at least 1, the number of steps, got {recomputes}.")
     rules = [saliency] if isinstance(saliency, Saliency) else list(saliency)
     _check_loss(rules, loss_fn, max_ratio)
+    if grads_fn is None and any(rule.needs_grads for rule in rules):
+        raise ValueError("`grads_fn` must be given for a saliency that needs gradients, got None.")
     hits = _tree.match(params, where)
     current = jax.tree.map(lambda x, hit: jnp.asarray(x) if hit else optax.MaskedNode(), params, hits)
     _tree.check_floating(current, "params[where]")
@@ -133,8 +135,7 @@ def prune_once(
         if grads_fn is not None:
             block, mean = _gradients(grads_fn(full), params, current)
             extra["per_example_grads"] = block
-            pairs = zip(rules, states, strict=True)
-            states = [rule.update(state, mean, current, active, **extra) for rule, state in pairs]
+            states = [rule.update(rule.init(current), mean, current, active, **extra) for rule in rules]
         point = Point(current, active, params, at)
         while True:
             choose = functools.partial(allocation, sparsity=targets[0], pattern=pattern)

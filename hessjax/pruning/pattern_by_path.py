@@ -47,7 +47,7 @@ def heads(num_heads: int | None = None, out: str = "*out*") -> PatternRule:
     """
 
     def rule(path: str, leaf: Any) -> Pattern:
-        tie = path.rsplit("/", 2)[0]
+        tie = "/".join(path.split("/")[:-2])
         is_out = fnmatch.fnmatchcase(path, out)
         if num_heads is None:
             return channels(0 if is_out else -2)._replace(name="heads()", tie=tie)

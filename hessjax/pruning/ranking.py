@@ -60,10 +60,6 @@ def smallest(
         many arrays.
     """
     total, n = sum(k.size for k in keys), jnp.asarray(n, jnp.int32)
-    if total >= 2**31:
-        raise ValueError(
-            f"One ranking must hold fewer than 2**31 scores, got {total}: split by `optax.partition`."
-        )
 
     def below(cut: Array) -> Array:
         return _count([k < c for k, c in zip(keys, _each(cut, keys), strict=True)], n, sizes)

@@ -32,6 +32,7 @@ class Saliency(NamedTuple):
         gates: `(state) -> gates`, arrays in the shapes of `dense` by which the weights are multiplied at
             every step: the params are mask ⊙ gates ⊙ dense, and the optimizer sees the gradient times the
             gates. None: the mask alone.
+        needs_grads: whether scores mean nothing before the first gradient.
     """
 
     init: Callable[[Params], Any]
@@ -39,6 +40,7 @@ class Saliency(NamedTuple):
     scores: Callable[..., Params]
     compensate: Callable[..., tuple[Params, Any]] | None = None
     gates: Callable[[Any], Params] | None = None
+    needs_grads: bool = False
 
 
 def is_hole(x: Any) -> bool:

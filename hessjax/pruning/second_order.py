@@ -100,7 +100,9 @@ def diagonal_only(num_grads: int | None, batch_size: int) -> Saliency:
     def compensate(
         state: Gradients, dense: Params, mask: Params, /, **extra: Any
     ) -> tuple[Params, Float[Array, ""]]:
-        costs = jax.tree.map(lambda s, m: jnp.sum(jnp.where(m, 0, s)), scores(state, dense, **extra), mask)
+        costs = jax.tree.map(
+            lambda s, a, m: jnp.sum(jnp.where(a & ~m, s, 0)), scores(state, dense, **extra), state.mask, mask
+        )
         return dense, jnp.sum(jnp.stack(jax.tree.leaves(costs)))
 
     return Saliency(*_memory(num_grads), scores, compensate)

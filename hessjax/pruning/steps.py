@@ -75,12 +75,16 @@ def _check_target(at_stop: float, at_end: float, stop: int) -> None:
         )
 
 
-def check_first_step(sparsity: Any, start: int) -> None:
+def check_first_step(sparsity: Any, start: int, compensates: bool) -> None:
     """Raise a ValueError if zeros are asked for before any gradient has been seen."""
     if start > 0:
         return
     if isinstance(sparsity, Threshold):
-        sparsity = 1.0  # may be anything
+        if compensates:
+            raise ValueError(
+                "`start` must be at least 1 for a saliency that needs gradients, got 0 with a threshold."
+            )
+        return
     with jax.ensure_compile_time_eval():
         first = float(jax.jit(sparsity)(jnp.zeros((), jnp.int32))) if callable(sparsity) else sparsity
     if first > 0:

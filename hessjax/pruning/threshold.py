@@ -28,7 +28,10 @@ class Threshold(NamedTuple):
         """The mask at a step, and the sparsity it comes to."""
         level = self.level(count) if callable(self.level) else self.level
         units = units_of(scores, pattern)
-        low = [jnp.sum(~(x > level), dtype=jnp.int32) for x in units.scores]
+        low = [
+            jnp.sum(~(x > level) & (True if free is None else free), dtype=jnp.int32)
+            for x, free in zip(units.scores, units.free, strict=True)
+        ]
         counts = zip(units.counts, units.most, strict=True)
         caps = [min(most, n - math.ceil(self.least * n)) for n, most in counts]
         zeros = [jnp.minimum(number, cap) for number, cap in zip(low, caps, strict=True)]

@@ -28,8 +28,11 @@ from hessjax.pruning.threshold import Threshold
 
 
 def is_matrix(path: str, leaf: Any) -> bool:
-    """Whether a leaf has two or more axes: matrices, kernels, embeddings; no biases, no scales."""
-    return jnp.ndim(leaf) >= 2
+    """Whether a leaf has two or more axes: matrices, kernels, embeddings; no scales, and no biases.
+
+    (Attention has biases of two axes, heads and their entries: they are called `bias` all the same.)
+    """
+    return jnp.ndim(leaf) >= 2 and path.rsplit("/", 1)[-1] != "bias"
 
 
 def prune(
@@ -81,7 +84,7 @@ def prune(
             `channels()`, `filters()`, `rows()`, `heads()`; or several by glob over paths,
             `{"conv/*": filters(), "*": unstructured()}`, the first that matches counting.
         where: which leaves are pruned: a glob over their paths, several, or `(path, leaf) -> bool`. By
-            default all with two or more axes.
+            default all with two or more axes that are not called `bias`.
         every: updates between two mask steps.
         start: the first mask step; until then nothing is pruned.
         stop: the last mask step; afterwards the mask rests. None: never.
@@ -162,8 +165,8 @@ def prune(
         dense = copy_selected(params, where, dense_dtype)
         check_budget(sparsity, allocation, pattern, dense, some_mask_steps(every, start, stop), stop)
         scorer, count = saliency.init(dense), jnp.zeros((), jnp.int32)
-        if compensates:
-            check_first_step(sparsity, start)
+        if compensates or saliency.needs_grads:
+            check_first_step(sparsity, start, compensates)
         full = jax.tree.map(lambda x: jnp.full_like(x, True, dtype=bool), dense)
         # No array stands twice in the state, so that a loop may donate it.
         choice = {"mask": full, "sparsity": jnp.zeros((), jnp.float32), "num_nan": jnp.zeros((), jnp.int32)}
@@ -184,7 +187,7 @@ def prune(
         through = grads if straight_through else on_selected(masked, grads, state.mask)
         if gates is not None:
             through = on_selected(jnp.multiply, through, gates(state.saliency))
-        return through if dense_dtype is None else _tree.cast_like(through, weights)
+        return _tree.cast_like(through, weights) if dense_is_truth else through
 
     def update(
         grads: Params, state: PruneState, params: Params | None = None, **extra: Any

@@ -96,12 +96,23 @@ def _trial(
 ) -> Trial:
     weights, active = point.weights, point.active
     scores = rule.scores(state, weights, **extra)
+    _check_scores(scores, active)
     mask = choose(jax.tree.map(lambda s, a: jnp.where(a, s, -jnp.inf), scores, active))
     moved, rise = weights, jnp.asarray(jnp.nan)
     if rule.compensate is not None:
         moved, rise = rule.compensate(state, weights, mask, **extra)
     landed = jax.tree.map(lambda w, a, m: jnp.where(a & m, w, jnp.zeros_like(w)), moved, active, mask)
     return Trial(landed, mask, rise, loss_of(loss_fn, refill(point.params, landed)))
+
+
+def _check_scores(scores: Params, active: Params) -> None:
+    pairs = list(zip(jax.tree.leaves(scores), jax.tree.leaves(active), strict=True))
+    bad = sum(jnp.sum(jnp.isnan(s) & a) for s, a in pairs)
+    if not isinstance(bad, jax.core.Tracer) and bad > 0:
+        raise FloatingPointError(
+            f"`saliency` must give every weight a score, got NaN for {int(bad)}: weights or gradients are "
+            "not finite, or F + λI is not positive definite in this precision: raise the `damping`."
+        )
 
 
 def _counts(point: Point, trial: Trial) -> tuple[int, int, int]:

@@ -18,8 +18,8 @@ class Units(NamedTuple):
     """Sets of units, one for every leaf, or for leaves that are tied.
 
     Attributes:
-        scores: one for every unit: the mean over its weights. Weights that are gone already (-inf) count for
-            nothing, a unit of nothing else is gone itself.
+        scores: one for every unit: the mean over those of its weights that are not gone already (-inf); a
+            unit of nothing else is gone itself.
         free: units that may go whatever the others do; None where all may.
         sizes: how many weights a unit has.
         most: how many units may go.
@@ -68,9 +68,19 @@ def units_of(scores: Params, pattern: Patterns) -> Units:
                 out[i] = _spread(units, patterns[i], leaves[i].shape)
         return jax.tree.unflatten(treedef, out)
 
+    _check_total(leaves)
     set_paths = [[paths[i] for i in members] for members in sets]
     shapes = [[leaves[i].shape for i in members] for members in sets]
     return Units(unit_scores, free, sizes, most, set_paths, shapes, spread)
+
+
+def _check_total(leaves: list[Array]) -> None:
+    total = sum(leaf.size for leaf in leaves)
+    if total >= 2**31:
+        raise ValueError(
+            f"One ranking must hold fewer than 2**31 weights, got {total}: split by `optax.partition`, or by "
+            "one `prune` inside another."
+        )
 
 
 def together(patterns: Sequence[Pattern]) -> list[list[int]]:
@@ -97,8 +107,8 @@ def _set(leaves: list[Array], patterns: list[Pattern]) -> tuple[Array, Array | N
     grouped = [p.group(x) for p, x in zip(patterns, leaves, strict=True)]
     gone = [jnp.isneginf(rows) for rows in grouped]
     total = sum(jnp.sum(jnp.where(g, 0, rows), axis=1) for g, rows in zip(gone, grouped, strict=True))
-    all_gone = jnp.stack([jnp.all(g, axis=1) for g in gone]).all(axis=0)
-    return jnp.where(all_gone, -jnp.inf, total / size), None, size, shapes[0][0]
+    left = size - sum(jnp.sum(g, axis=1) for g in gone)
+    return jnp.where(left == 0, -jnp.inf, total / jnp.maximum(left, 1)), None, size, shapes[0][0]
 
 
 def _spread(units: Array, pattern: Pattern, shape: tuple[int, ...]) -> Array:

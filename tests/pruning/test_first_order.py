@@ -60,3 +60,20 @@ def test_random_in_training_keeps_its_mask():
         updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
         params = optax.apply_updates(params, updates)
     np.testing.assert_array_equal(hj.mask_of(state)["w"], first)
+
+
+@pytest.mark.parametrize("rule", [hj.gradient(), hj.movement(), hj.soft_movement(1.0)])
+def test_rules_that_need_gradients_say_so(rule):
+    params = {"w": jnp.ones((2, 2))}
+    with pytest.raises(ValueError, match="`grads_fn` must be given for a saliency that needs gradients"):
+        hj.prune_once(params, rule, 0.5)
+    with pytest.raises(ValueError, match="`start` must be at least 1"):
+        hj.prune(optax.sgd(0.1), rule, 0.5).init(params)
+
+
+def test_recomputed_gradients_replace_the_old_ones():
+    """The second step ranks by the gradient where it stands, not by a mean with the first one."""
+    first, second = jnp.array([[[1.0, 5.0, 2.0]]]), jnp.array([[[0.0, 1.0, 3.0]]])
+    grads_fn = lambda p: {"w": jnp.where(jnp.any(p["w"] == 0), second, first)}
+    found = hj.prune_once({"w": jnp.ones((1, 3))}, hj.gradient(), 2 / 3, grads_fn=grads_fn, recomputes=2)
+    np.testing.assert_array_equal(found.params["w"], [[0.0, 0.0, 1.0]])

@@ -111,3 +111,25 @@ def test_bad_input(kwargs, name):
 def test_gates_need_their_dense_weights():
     with pytest.raises(ValueError, match="`regrow` must be True"):
         hj.prune(optax.sgd(0.1), hj.hard_concrete(1.0, KEY, stop=3), 0.5, regrow=False)
+
+
+def test_open_gates_are_ranked_by_log_alpha():
+    rule = hj.hard_concrete(1.0, KEY, stop=5)
+    state = rule.init({"w": jnp.ones((2, 3))})
+    log_alpha = {"w": jnp.array([[9.0, 8.0, 7.0], [6.0, 5.0, 4.0]])}
+    scores = rule.scores(state._replace(log_alpha=log_alpha), None)["w"].ravel()
+    assert (np.diff(scores) < 0).all()
+
+
+def test_narrow_params_under_wide_gates_keep_their_dtype():
+    params = {"w": jnp.ones((4, 4), jnp.bfloat16)}
+    tx = hj.prune(optax.adam(0.1), hj.hard_concrete(1.0, KEY, stop=3), 0.5, start=3, stop=3)
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(params, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    (found, _), _ = jax.lax.scan(step, (params, tx.init(params)), None, length=4)
+    assert found["w"].dtype == jnp.bfloat16
+    assert int((found["w"] == 0).sum()) >= 8

@@ -156,3 +156,24 @@ def test_a_threshold_above_all_scores_keeps_the_best_few():
     assert [int(m.sum()) for m in state.mask.values()] == [2, 1]
     np.testing.assert_array_equal(state.mask["a"][1], [False, False, True, True])
     np.testing.assert_allclose(state.sparsity, 9 / 12)
+
+
+def test_a_threshold_spares_what_is_above_it_under_n_of_m():
+    scores = {"w": jnp.array([[1.0, 1, 1, 1, 9, 9, 9, 9]])}
+    tx = hj.prune(
+        optax.sgd(0.0), hj.magnitude(), hj.threshold(5.0, least=0.0), pattern=hj.n_of_m(2, 4, axis=1)
+    )
+    state = tx.init(scores)
+    np.testing.assert_array_equal(state.mask["w"], [[False, False, True, True, True, True, True, True]])
+    assert float(state.sparsity) == 0.25
+
+
+def test_a_first_state_with_gates_or_scores_may_be_donated():
+    key, params = jax.random.key(3), {"w": jnp.ones((4, 4))}
+    rules = [hj.hard_concrete(1.0, key, stop=5), hj.movement(), hj.movement(start=lambda w: w)]
+    for rule in rules:
+        tx = hj.prune(optax.sgd(0.1), rule, hj.threshold(-9.0), start=1)
+        step = jax.jit(lambda s, p, tx=tx: tx.update(p, s, p)[1], donate_argnums=0)
+        step(tx.init(params), params)
+        step(tx.init(params), params)
+    assert jax.random.uniform(key).shape == ()

@@ -369,3 +369,21 @@ def test_gradients_are_needed():
     params, _ = problem()
     with pytest.raises(ValueError, match="`per_example_grads` must be given"):
         hj.obs().scores(hj.obs().init(params), params)
+
+
+def test_brain_damage_predicts_a_finite_increase_at_every_step(x64):
+    """The sum over what goes at that step, gone weights not counted again."""
+    params, grads = problem(12)
+    found = hj.prune_once(
+        params,
+        hj.obd(),
+        0.7,
+        grads_fn=lambda p: grads,
+        recomputes=3,
+        where=EVERYWHERE,
+        allocation=hj.global_threshold(floor=0.0),
+    )
+    w, squares = vector(params), np.mean(rows(grads) ** 2, axis=0)
+    gone = vector(found.params) == 0
+    np.testing.assert_allclose(found.predicted_increase, np.sum((w**2 * squares / 2)[gone]), rtol=1e-10)
+    assert len(found.steps) == 3

@@ -141,7 +141,7 @@ def test_any_container(wrap):
 def test_a_damping_too_small_for_float32_is_an_error():
     params = {"w": jnp.ones((2, 4))}
     grads = {"w": 1e6 * jnp.ones((3, 2, 4))}
-    with pytest.raises(FloatingPointError, match="Raise the saliency's `damping`"):
+    with pytest.raises(FloatingPointError, match="raise the `damping`"):
         hj.prune_once(params, hj.obs(damping=1e-9), 0.5, grads_fn=lambda p: grads)
 
 
@@ -222,3 +222,14 @@ def test_what_a_trust_region_needs(change, message):
     }
     with pytest.raises(ValueError, match=message):
         hj.prune_once(params, **{**arguments, **change})
+
+
+def test_scores_that_are_not_numbers_are_an_error():
+    with pytest.raises(FloatingPointError, match="must give every weight a score, got NaN for 1"):
+        hj.prune_once({"w": jnp.array([[1.0, jnp.nan]])}, hj.magnitude(), 0.5)
+
+
+def test_biases_of_two_axes_are_left_alone():
+    params = {"query": {"kernel": jnp.ones((4, 2, 2)), "bias": jnp.ones((2, 2))}}
+    mask = hj.prune_once(params, hj.magnitude(), 0.5).mask
+    assert mask["query"]["bias"].shape == ()
