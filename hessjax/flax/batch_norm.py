@@ -1,6 +1,7 @@
 """BatchNorm's running statistics taken anew over a data set, as they are after pruning."""
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -40,9 +41,11 @@ def linen_recalibrate(
 
         m = Σ n_b m_b / N,   v = Σ n_b (v_b + (m_b − m)²) / N,
 
-    whatever the modules' momentum, and nothing is left of the old ones. They are those of the data set,
-    exactly, for every BatchNorm that no other comes before. The inputs of a later one are normalised by the
-    statistics of their own batch, as in training; these too come out exactly with one batch that holds all.
+    whatever the modules' momentum, and nothing is left of the old ones. A BatchNorm that is not in training
+    mode, frozen or not called, keeps its own, and the network runs with them. The new ones are those of the
+    data set, exactly, for every BatchNorm that no other comes before. The inputs of a later one are
+    normalised by the statistics of their own batch, as in training; these too come out exactly with one
+    batch that holds all.
 
     Args:
         module: a `flax.linen.Module`.
@@ -87,6 +90,10 @@ def linen_recalibrate(
     check_hashable(module=identity, inputs=inputs, **apply_kwargs)
     model = LinenModel(module, identity, inputs, tuple(sorted(apply_kwargs.items())))
     pooled = _pool(lambda batch: _linen_moments(model, variables, batch, rngs), batches, inputs)
+    if not pooled:
+        raise ValueError(
+            _NO_NORM.format("`apply_kwargs`", "such as `train=True` or `use_running_average=False`")
+        )
     stats = traverse_util.flatten_dict(core.unfreeze(variables["batch_stats"]), sep="/")
     for path, moments in pooled.items():
         for name, new in zip((_join(path, "mean"), _join(path, "var")), moments, strict=True):
@@ -99,23 +106,25 @@ def linen_recalibrate(
 def nnx_recalibrate(model: Any, batches: Iterable[Any], *, inputs: Inputs = 0, **call_kwargs: Any) -> Any:
     """The running statistics of an nnx model's BatchNorms, taken over `batches`.
 
-    As `linen_recalibrate`, for `nnx.BatchNorm`s. The model itself is left as it is: put them in by
-    `nnx.update(model, statistics)`.
+    As `linen_recalibrate`, for `nnx.BatchNorm`s. The model runs in the mode that it is in, so that those that
+    are frozen (`use_running_average=True`) stay so: after `model.eval()`, call `model.train()` first. The
+    model itself is left as it is: put the statistics in by `nnx.update(model, statistics)`.
 
     Args:
-        model: an `nnx.Module`; a copy runs in training mode, dropout with the keys that it holds.
+        model: an `nnx.Module`; a copy runs, dropout with the keys that it holds.
         batches: the data, gone through once.
         inputs: what the model takes from a batch, as in `nnx_loss`.
-        **call_kwargs: further static arguments of the model's call.
+        **call_kwargs: further static arguments of the model's call, such as `train=True`.
 
     Returns:
-        The `nnx.State` of the `nnx.BatchStat`s.
+        The `nnx.State` of the `nnx.BatchStat`s, new for every BatchNorm in training mode.
 
     Raises:
-        ValueError: if the model has no BatchNorm that training mode changes, or there is no batch.
+        ValueError: if no BatchNorm is in training mode, or there is no batch.
 
     Cost:
-        One forward pass over the data; one compilation for each shape of a batch.
+        One forward pass over the data, and one more over the first batch, which shows who is in training
+        mode; one compilation for each shape of a batch.
 
     Example:
         >>> import jax.numpy as jnp
@@ -128,17 +137,23 @@ def nnx_recalibrate(model: Any, batches: Iterable[Any], *, inputs: Inputs = 0, *
     """
     inputs = tuple(inputs) if isinstance(inputs, list) else inputs
     check_hashable(inputs=inputs, **call_kwargs)
-    copy = nnx.clone(model)
-    copy.train()
+    copy, batches = nnx.clone(model), iter(batches)
     norms = _nnx_norms(copy)
     for norm in norms.values():
         norm.momentum = 0.0  # so that a call leaves the batch's own moments
+    run = functools.partial(_nnx_moments, nnx.graphdef(copy), inputs, tuple(sorted(call_kwargs.items())))
+    first = list(itertools.islice(batches, 1))
+    active = _nnx_active(run, copy, *first) if first else {}
+    for norm in active.values():
         norm.mean[...], norm.var[...] = jnp.zeros_like(norm.mean[...]), jnp.zeros_like(norm.var[...])
-    graphdef, state = nnx.split(copy)
-    kwargs = tuple(sorted(call_kwargs.items()))
-    pooled = _pool(lambda batch: _nnx_moments(graphdef, inputs, kwargs, state, batch), batches, inputs)
-    for path, (mean, var) in pooled.items():
-        norms[path].mean[...], norms[path].var[...] = mean, var
+    state = nnx.state(copy)
+    pooled = _pool(lambda batch: run(state, batch), itertools.chain(first, batches), inputs)
+    if not active:
+        raise ValueError(
+            _NO_NORM.format("`model` or `call_kwargs`", "by `model.train()` or such as `train=True`")
+        )
+    for path, norm in active.items():
+        norm.mean[...], norm.var[...] = pooled[path]
     return nnx.state(copy, nnx.BatchStat)
 
 
@@ -150,12 +165,10 @@ def _pool(moments_of: Callable[[Any], Moments], batches: Iterable[Any], inputs: 
         pooled = new if pooled is None else _merge(pooled, new)
     if pooled is None:
         raise ValueError("`batches` must hold at least one batch, got none: an iterator that is used up?")
-    if not pooled.moments:
-        raise ValueError(
-            "`apply_kwargs` must put BatchNorm into training mode, such as `train=True` or "
-            "`use_running_average=False`: no BatchNorm took the statistics of its batch."
-        )
     return pooled.moments
+
+
+_NO_NORM = "{} must put BatchNorm into training mode, {}: no BatchNorm took the statistics of its batch."
 
 
 @jax.jit
@@ -185,12 +198,15 @@ def _linen_moments(model: LinenModel, variables: Any, batch: Any, rngs: Any) -> 
             given = args[1] if len(args) > 1 else kwargs.get("use_running_average")
             if not (norm.use_running_average if given is None else given):
                 seen.add("/".join(norm.path))
+                for name in ("mean", "var"):  # 0 · NaN would keep a NaN of the old ones
+                    norm.put_variable(
+                        "batch_stats", name, jnp.zeros_like(norm.get_variable("batch_stats", name))
+                    )
         return call(*args, **kwargs)
 
-    stats = jax.tree_util.tree_map_with_path(_blank, variables["batch_stats"])
     with linen.intercept_methods(forget):
         _, state = model.module.apply(
-            {**variables, "batch_stats": stats},
+            variables,
             *arguments(batch, model.inputs),
             rngs=rngs,
             mutable=[name for name in variables if name != "params"],
@@ -198,11 +214,6 @@ def _linen_moments(model: LinenModel, variables: Any, batch: Any, rngs: Any) -> 
         )
     found = traverse_util.flatten_dict(core.unfreeze(state["batch_stats"]), sep="/")
     return {path: (found[_join(path, "mean")], found[_join(path, "var")]) for path in seen}
-
-
-def _blank(path: Any, x: Array) -> Array:
-    """Zeros for means and variances: 0 · NaN would keep a NaN of the old ones."""
-    return jnp.zeros_like(x) if path[-1].key in ("mean", "var") else x
 
 
 def _join(path: str, name: str) -> str:
@@ -213,8 +224,21 @@ def _join(path: str, name: str) -> str:
 def _nnx_moments(graphdef: Any, inputs: Inputs, kwargs: Any, state: Any, batch: Any) -> Moments:
     model = nnx.merge(graphdef, state)
     model(*arguments(batch, inputs), **dict(kwargs))
-    norms = _nnx_norms(model).items()
-    return {path: (x.mean[...], x.var[...]) for path, x in norms if not x.use_running_average}
+    return {path: (x.mean[...], x.var[...]) for path, x in _nnx_norms(model).items()}
+
+
+def _nnx_active(run: Callable[[Any, Any], Moments], model: Any, batch: Any) -> dict[str, nnx.BatchNorm]:
+    """The BatchNorms of which a call changes the variance, set to one that no batch has."""
+    marked = nnx.clone(model)
+    for norm in _nnx_norms(marked).values():
+        norm.var[...] = jnp.full_like(norm.var[...], _mark(norm))  # finite, so that 0 · mark is 0
+    norms, found = _nnx_norms(model), run(nnx.state(marked), batch)
+    changed = jax.device_get({path: jnp.any(found[path][1] != _mark(x)) for path, x in norms.items()})
+    return {path: norm for path, norm in norms.items() if changed[path]}
+
+
+def _mark(norm: nnx.BatchNorm) -> Any:
+    return jnp.finfo(norm.var[...].dtype).max
 
 
 def _nnx_norms(model: Any) -> dict[str, nnx.BatchNorm]:

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any, TypeAlias
 
 import jax
@@ -71,21 +72,32 @@ def _equation(equation: JaxprEqn, ins: list[_Origin], sizes: list[int]) -> _Walk
     inside = _INSIDE.get(equation.primitive.name, _call)(equation.params, ins, sizes)
     if inside is not None:
         return inside
-    leaf = max((i for i in ins if i >= 0), key=lambda i: sizes[i], default=_CONSTANT)
+    leaf = _largest(ins, sizes)
     counts = Counter({leaf: _products(equation)}) if leaf >= 0 else Counter[int]()
     return [_DATA if _DATA in ins else leaf] * len(equation.outvars), counts
 
 
+def _largest(origins: Iterable[_Origin], sizes: list[int]) -> _Origin:
+    return max((i for i in origins if i >= 0), key=lambda i: sizes[i], default=_CONSTANT)
+
+
 def _products(equation: JaxprEqn) -> int:
-    """The multiply-adds of one equation: for every number of the output, those of its sum."""
-    out, params = math.prod(equation.outvars[0].aval.shape), equation.params  # type: ignore[attr-defined]
+    left, right = (*(x.aval.shape for x in equation.invars), (), ())[:2]  # type: ignore[attr-defined]
+    return equation_multiply_adds(equation, left, right, equation.outvars[0].aval.shape)  # type: ignore[attr-defined]
+
+
+def equation_multiply_adds(
+    equation: JaxprEqn, left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...]
+) -> int:
+    """Those of one product or convolution at these widths: outputs times the terms of a sum."""
+    params = equation.params
     if equation.primitive.name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
-        return out * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)  # type: ignore[attr-defined]
+        return math.prod(out) * math.prod(left[axis] for axis in contracted)
     if equation.primitive.name == "conv_general_dilated":
-        kernel, filters = equation.invars[1].aval.shape, params["dimension_numbers"].rhs_spec[0]  # type: ignore[attr-defined]
-        per_output = math.prod(kernel) // max(kernel[filters], 1)
-        return out * per_output // math.prod(params["lhs_dilation"])  # zeros between the inputs are no work
+        _, *summed = params["dimension_numbers"].rhs_spec
+        counted = math.prod(out) * math.prod(right[axis] for axis in summed)
+        return counted // math.prod(params["lhs_dilation"])  # zeros between the inputs are no work
     return 0
 
 
@@ -114,9 +126,8 @@ def _while(params: dict[str, Any], ins: list[_Origin], sizes: list[int]) -> _Wal
 
 def _cond(params: dict[str, Any], ins: list[_Origin], sizes: list[int]) -> _Walked:
     walked = [_walk(branch.jaxpr, ins[1:], sizes) for branch in params["branches"]]
-    outs = [
-        _DATA if _DATA in origins else max(origins) for origins in zip(*(w[0] for w in walked), strict=True)
-    ]
+    ends = zip(*(outs for outs, _ in walked), strict=True)
+    outs = [_DATA if _DATA in origins else _largest(origins, sizes) for origins in ends]
     counts = Counter[int]()
     for _, branch in walked:
         counts |= branch  # the larger of the two, leaf by leaf

@@ -177,18 +177,28 @@ _by_path = dict[str, _Pattern]  # type: ignore[valid-type]
 _Patterns = _either(_by_path, _Pattern, lambda value: isinstance(value, dict) and not _is_spec(value))
 
 
+def _given(value: Any) -> Any:
+    """A field left empty is a slip; None stands here for one that is not there at all."""
+    if value is None:
+        raise ValueError("must have a value, or be left out, got null")
+    return value
+
+
+_Given = BeforeValidator(_given)
+
+
 class _Who(_Strict):
     """What the arguments of every pruner may hold beside those of its saliency."""
 
-    where: str | list[str] | None = None
+    where: Annotated[str | list[str] | None, _Given] = None
     initial_sparsity: _Fraction = 0.0
-    final_sparsity: _Fraction | None = None
+    final_sparsity: Annotated[_Fraction | None, _Given] = None
     initial_threshold: float = 0.0
-    final_threshold: float | None = None
+    final_threshold: Annotated[float | None, _Given] = None
     least: _Fraction = 0.005
     power: Annotated[float, Field(gt=0)] = 3.0
-    allocation: _Allocation | None = None  # type: ignore[valid-type]
-    pattern: _Patterns | None = None  # type: ignore[valid-type]
+    allocation: Annotated[_Allocation | None, _Given] = None  # type: ignore[valid-type]
+    pattern: Annotated[_Patterns | None, _Given] = None  # type: ignore[valid-type]
     regrow: bool = True
     straight_through: bool = False
 
@@ -217,10 +227,10 @@ class Policy(_Strict):
     """When a pruner acts: all in epochs, or all in steps."""
 
     pruner: _Instance
-    starting_epoch: _Count | None = None
-    ending_epoch: _Count | None = None
-    starting_step: _Count | None = None
-    ending_step: _Count | None = None
+    starting_epoch: Annotated[_Count | None, _Given] = None
+    ending_epoch: Annotated[_Count | None, _Given] = None
+    starting_step: Annotated[_Count | None, _Given] = None
+    ending_step: Annotated[_Count | None, _Given] = None
     frequency: Annotated[int, Field(ge=1)] = 1
 
     @property

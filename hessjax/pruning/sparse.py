@@ -55,7 +55,7 @@ def to_sparse(params: Params, *, where: Where = has_two_axes, least_sparsity: fl
         TypeError: if a leaf is not floating-point.
 
     Cost:
-        One pass over the weights on the host.
+        One pass on the host over the leaves that `where` matches, and another over those that become sparse.
 
     Example:
         >>> import jax.numpy as jnp, hessjax as hj
@@ -70,10 +70,12 @@ def to_sparse(params: Params, *, where: Where = has_two_axes, least_sparsity: fl
     _tree.check_floating(params)
 
     def convert(leaf: Any, hit: bool) -> Any:
-        value = np.asarray(leaf)
-        places = np.argwhere(value)
-        if not hit or not value.size or len(places) > (1 - least_sparsity) * value.size:
+        if not hit or not jnp.size(leaf):
             return leaf
+        value = np.asarray(leaf)
+        if np.count_nonzero(value) > (1 - least_sparsity) * value.size:
+            return leaf
+        places = np.argwhere(value)  # eight bytes for every index of a nonzero: not for dense leaves
         data = jnp.asarray(value[tuple(places.T)])
         indices = jnp.asarray(places, jnp.int32)
         return BCOO((data, indices), shape=value.shape, indices_sorted=True, unique_indices=True)
@@ -144,14 +146,15 @@ def load_npz(path: str | os.PathLike[str], like: Params = None) -> Params:
         The arrays, on the default device.
 
     Raises:
-        ValueError: if the file is of another kind, or its leaves do not have the paths, shapes and dtypes of
-            `like`.
+        ValueError: if the file is of another kind, it holds 64-bit numbers and jax has 32, or its leaves do
+            not have the paths, shapes and dtypes of `like`.
     """
     with np.load(path) as file:
         if HEADER not in file:
             raise ValueError(f"`path` must be a file that `save_npz` wrote, but {path} has no header of its.")
         header = json.loads(file[HEADER].tobytes())
         found = {leaf["path"]: _decoded(file, str(i), leaf) for i, leaf in enumerate(header)}
+    _check_width(header)
     if like is None:
         return {name: jnp.asarray(x) for name, x in found.items()}
     paths, wanted = _tree.unique_paths(like, "like"), jax.tree.leaves(like)
@@ -166,6 +169,18 @@ def load_npz(path: str | os.PathLike[str], like: Params = None) -> Params:
             "`like` must have the leaves that the file holds, but in the file\n" + "\n".join(lines)
         )
     return jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(found[name]) for name in paths])
+
+
+def _check_width(header: list[dict[str, Any]]) -> None:
+    """Without x64, jax would round float64, and int64 would wrap around, in silence."""
+    dtypes = {leaf["path"]: jnp.dtype(leaf["dtype"]) for leaf in header}
+    wide = [f"  {name}: {x.name}" for name, x in dtypes.items() if jax.dtypes.canonicalize_dtype(x) != x]
+    if wide:
+        raise ValueError(
+            "`path` must be a file of dtypes that jax can hold as they are, but in the file\n"
+            + "\n".join(wide)
+            + '\nCall `jax.config.update("jax_enable_x64", True)` first, or save them in 32 bits.'
+        )
 
 
 def _number_array(path: str, leaf: Any) -> np.ndarray:

@@ -107,6 +107,65 @@ def test_nnx_is_linen(variables):
         np.testing.assert_allclose(norm.var[...], want[name]["var"], rtol=1e-4, atol=1e-5)
 
 
+class Switched(nnx.Module):
+    """Told its mode on every call; one BatchNorm is frozen, one is never called."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.frozen = nnx.BatchNorm(5, use_running_average=True, rngs=rngs)
+        self.last, self.unused = nnx.BatchNorm(5, rngs=rngs), nnx.BatchNorm(5, rngs=rngs)
+        for norm in (self.frozen, self.unused):
+            norm.mean[...], norm.var[...] = jnp.full(5, 0.7), jnp.full(5, 0.25)
+
+    def __call__(self, x, train=False):
+        return self.last(self.frozen(x), use_running_average=not train)
+
+
+class FrozenLinen(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.BatchNorm(use_running_average=True, name="frozen", epsilon=0.0)(x)
+        return nn.BatchNorm(not train, name="last")(x)
+
+
+def test_nnx_changes_only_those_in_training_mode():
+    old = nnx.state(Switched(), nnx.BatchStat)
+    new = nnx_recalibrate(Switched(), cut(4, 8), train=True)
+    for name in ("frozen", "unused"):
+        oracles.close(nnx.to_pure_dict(new)[name], nnx.to_pure_dict(old)[name], rtol=0, atol=0)
+    seen = (DATA - 0.7) / np.sqrt(0.25 + 1e-5)  # the frozen one works with its own statistics meanwhile
+    np.testing.assert_allclose(new["last"]["mean"][...], seen.mean((0, 1)), rtol=1e-5)
+    np.testing.assert_allclose(new["last"]["var"][...], seen.var((0, 1)), rtol=1e-5)
+
+
+def test_nnx_without_training_mode_is_refused():
+    evaluated = Nnx()
+    evaluated.eval()
+    for model in (Switched(), evaluated):
+        with pytest.raises(
+            ValueError, match=r"into training mode, by `model.train\(\)` or such as `train=True`"
+        ):
+            nnx_recalibrate(model, [DATA])
+    with pytest.raises(ValueError, match="`batches` must hold at least one batch"):
+        nnx_recalibrate(Nnx(), [])
+
+
+def test_nnx_forgets_a_nan():
+    model = Nnx()
+    model.first.mean[...] = model.first.var[...] = jnp.full(5, jnp.nan)
+    new = nnx_recalibrate(model, iter(cut(4, 8)))
+    np.testing.assert_allclose(new["first"]["mean"][...], DATA.mean((0, 1)), rtol=1e-5)
+
+
+def test_linen_keeps_and_uses_a_frozen_one():
+    variables = FrozenLinen().init(jax.random.key(0), DATA)
+    variables["batch_stats"]["frozen"] = {"mean": jnp.full(5, 0.7), "var": jnp.full(5, 0.25)}
+    new = linen_recalibrate(FrozenLinen(), variables, cut(4, 8), train=True)["batch_stats"]
+    oracles.close(new["frozen"], variables["batch_stats"]["frozen"], rtol=0, atol=0)
+    np.testing.assert_allclose(new["last"]["mean"], ((DATA - 0.7) / 0.5).mean((0, 1)), rtol=1e-5)
+    np.testing.assert_allclose(new["last"]["var"], (DATA / 0.5).var((0, 1)), rtol=1e-5)
+
+
 def test_nothing_compiles_for_other_weights(variables, compilations):
     linen_recalibrate(Linen(), variables, cut(4, 8), train=True)
     others = jax.tree.map(lambda x: 2 * x, variables)

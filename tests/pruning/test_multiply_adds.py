@@ -89,6 +89,24 @@ def test_a_product_of_weights_counts_for_the_largest():
     assert counts == {"down": 8 * 2 * 5 + 3 * 8 * 5, "up": 0}
 
 
+def test_of_the_weights_that_a_branch_chooses_the_largest_counts():
+    params = {"a_large": jnp.ones((3, 3)), "b_small": jnp.ones(3)}
+
+    def model(p, x):
+        chosen = jax.lax.cond(True, lambda: p["a_large"], lambda: jnp.diag(p["b_small"]))
+        return x @ chosen
+
+    assert multiply_adds(model, params, X) == {"a_large": 18, "b_small": 0}
+
+
+def test_compact_and_summary_count_alike():
+    module, x = nn.ConvTranspose(5, (2, 2), strides=(2, 2)), jnp.ones((2, 8, 6, 3))
+    variables = module.init(jax.random.key(0), x)
+    want = hj.summary(variables, module.apply, x).total.multiply_adds
+    assert want == 2 * 16 * 12 * 5 * 4 * 3 // 4
+    assert hj.compact(module.apply, variables, x).before.multiply_adds == want
+
+
 def test_summary_multiplies_by_the_density():
     params = {"kernel": jnp.ones((4, 5)).at[:3].set(0), "bias": jnp.ones(5)}
     result = hj.summary(params, lambda p, x: x @ p["kernel"] + p["bias"], jnp.ones((2, 4)))

@@ -199,6 +199,30 @@ def test_what_is_wrong_is_said_with_line_and_field(load, text, message):
         load(text)
 
 
+@pytest.mark.parametrize("name", ["where", "allocation", "pattern", "final_threshold"])
+def test_a_field_left_empty_is_refused(load, name):
+    with pytest.raises(
+        ValueError, match=f"line 5, pruners.all.args.{name}: must have a value, or be left out"
+    ):
+        load(with_args(f"{name}: null"))
+
+
+@pytest.mark.parametrize("name", ["starting_epoch", "ending_epoch", "starting_step", "ending_step"])
+def test_a_time_left_empty_is_refused(load, name):
+    times = {"starting_step": 1, "ending_step": 9} | {name: "null"}
+    shown = ", ".join(f"{key}: {value}" for key, value in times.items())
+    with pytest.raises(ValueError, match=f"line 7, policies.0.{name}: must have a value, or be left out"):
+        load(GOOD.replace("starting_step: 1, ending_step: 9", shown))
+
+
+def test_null_is_a_value_where_none_is_one(load):
+    parts = (
+        load(with_args("block_size: null", "obs")),
+        load(with_args("pattern: {class: heads, args: {num_heads: null}}")),
+    )
+    assert all(recipe.rules for recipe in parts)
+
+
 def test_all_that_is_wrong_is_said_at_once(load):
     text = GOOD.replace("0.5", "90, where: 3").replace("frequency: 2", "frequency: 0")
     with pytest.raises(ValueError, match="line 5") as caught:

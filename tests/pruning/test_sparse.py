@@ -67,6 +67,28 @@ def test_every_number_comes_back(tmp_path, x64):
         np.testing.assert_array_equal(*(np.asarray(a).astype(float) for a in (back[name], x)), err_msg=name)
 
 
+def test_what_jax_would_round_is_refused(tmp_path):
+    tree = {"third": np.array([1 / 3, 0.0]), "count": np.array([2**40]), "fine": jnp.ones(2)}
+    hj.save_npz(tmp_path / "x", tree)
+    for like in (None, tree, jax.tree.map(jnp.asarray, {**tree, "count": np.zeros(1, np.int32)})):
+        with pytest.raises(
+            ValueError, match="as they are, but in the file\n  count: int64\n  third: float64\n.*x64"
+        ):
+            hj.load_npz(tmp_path / "x", like)
+    with jax.enable_x64(True):
+        back = hj.load_npz(tmp_path / "x", tree)
+        assert (back["third"][0], back["count"][0]) == (1 / 3, 2**40)
+
+
+def test_only_what_becomes_sparse_is_searched(monkeypatch):
+    searched, argwhere = [], np.argwhere
+    monkeypatch.setattr(np, "argwhere", lambda x: searched.append(x.shape) or argwhere(x))
+    tree = {"dense": jnp.ones((5, 4)), "other": jnp.zeros((7, 6)), "kernel": jnp.eye(8)}
+    sparse = hj.to_sparse(tree, where=["dense", "kernel"])
+    assert searched == [(8, 8)]
+    assert sparse["other"] is tree["other"]
+
+
 @pytest.mark.parametrize(("sparsity", "most"), [(0.0, 1.0), (0.9, 0.16), (0.99, 0.02)])
 def test_the_sizes(sparsity, most, tmp_path):
     tree = {"kernel": sparse_array((300, 300), sparsity)}

@@ -1,6 +1,5 @@
 """A program run at smaller widths: operations that name a shape are told the new one."""
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -11,6 +10,7 @@ from jax.extend.core import Literal
 from hessjax.pruning.compaction.axes import Axes, Constraints, Kept, Nodes, axes_of, staying, unknown
 from hessjax.pruning.compaction.program import Program, bind, evaluate
 from hessjax.pruning.compaction.readings import read
+from hessjax.pruning.multiply_adds import equation_multiply_adds
 
 Step: TypeAlias = tuple[list[Any], list[Axes]]
 """What is known of the inputs and of the results of one operation."""
@@ -79,21 +79,12 @@ def stays(kept: Kept, axes: Axes) -> tuple[int, ...]:
 
 def multiply_adds(narrowing: Narrowing, kept: Kept) -> int:
     """In the matrix products and convolutions of the program, at the widths of `kept`."""
-    products = zip(narrowing.program.eqns, narrowing.steps, strict=True)
-    return sum(_multiply_adds(eqn, step, kept) for eqn, step in products)
-
-
-def _multiply_adds(eqn: Any, step: Step, kept: Kept) -> int:
-    inputs, outputs = step
-    if eqn.primitive.name == "dot_general":
-        (summed, _), _ = eqn.params["dimension_numbers"]
-        left = stays(kept, inputs[0])
-        return math.prod(stays(kept, outputs[0])) * math.prod(left[a] for a in summed)
-    if eqn.primitive.name == "conv_general_dilated":
-        _, *rest = eqn.params["dimension_numbers"].rhs_spec
-        kernel = stays(kept, inputs[1])
-        return math.prod(stays(kept, outputs[0])) * math.prod(kernel[a] for a in rest)
-    return 0
+    total = 0
+    for eqn, (inputs, outputs) in zip(narrowing.program.eqns, narrowing.steps, strict=True):
+        if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
+            shapes = (stays(kept, axes) for axes in (*inputs[:2], outputs[0]))
+            total += equation_multiply_adds(eqn, *shapes)
+    return total
 
 
 def _leaf(constraints: Constraints, leaf: Any) -> Axes:
