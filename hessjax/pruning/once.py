@@ -17,7 +17,7 @@ from hessjax.pruning.pattern import unstructured
 from hessjax.pruning.pattern_by_path import Patterns
 from hessjax.pruning.saliency import Saliency, drop_others, is_hole
 from hessjax.pruning.transform import is_matrix
-from hessjax.pruning.trial import Point, best_trial, goes_too_far, halfway, loss_of, refill
+from hessjax.pruning.trial import Point, Trial, bearable, best_trial, loss_of, refill
 
 
 class PruneStep(NamedTuple):
@@ -137,12 +137,12 @@ def prune_once(
             extra["per_example_grads"] = block
             states = [rule.update(rule.init(current), mean, current, active, **extra) for rule in rules]
         point = Point(current, active, params, at)
-        while True:
-            choose = functools.partial(allocation, sparsity=targets[0], pattern=pattern)
-            best = best_trial(point, rules, states, choose, loss_fn, extra)
-            if max_ratio is None or not goes_too_far(point, best, max_ratio):
-                break
-            targets.insert(0, halfway(point, best))
+
+        def attempt(target: Any, point: Point = point, states: Any = states, extra: Any = extra) -> Trial:
+            choose = functools.partial(allocation, sparsity=target, pattern=pattern)
+            return best_trial(point, rules, states, choose, loss_fn, extra)
+
+        best = attempt(targets[0]) if max_ratio is None else bearable(point, targets, attempt, max_ratio)
         steps.append(PruneStep(targets.pop(0), best.increase, best.loss - at))
         current, at = best.weights, best.loss
         active = jax.tree.map(jnp.logical_and, active, best.mask)

@@ -62,7 +62,26 @@ def best_trial(
     return jax.tree.map(lambda *leaves: jnp.stack(leaves)[best], *trials)
 
 
-def goes_too_far(point: Point, trial: Trial, max_ratio: float | int) -> bool:
+def bearable(
+    point: Point, targets: list[Any], attempt: Callable[[Any], Trial], max_ratio: float | int
+) -> Trial:
+    """The step to the first target, or half as far, again and again, until the loss bears it.
+
+    The targets it stops at on the way are put in front of the others. Where half as far would remove
+    nothing, groups being as large as they are, the shortest step there is has to do.
+    """
+    trial = attempt(targets[0])
+    while _goes_too_far(point, trial, max_ratio):
+        nearer = attempt(_halfway(point, trial))
+        before, after, _ = _counts(point, nearer)
+        if before == after:
+            break
+        targets.insert(0, _halfway(point, trial))
+        trial = nearer
+    return trial
+
+
+def _goes_too_far(point: Point, trial: Trial, max_ratio: float | int) -> bool:
     """Whether the loss rises by more than so many times the prediction, and a shorter step is possible."""
     rounding = 1e-5 * (1 + abs(float(point.loss)))
     allowed = max_ratio * max(float(trial.increase), 0.0) + rounding
@@ -70,7 +89,7 @@ def goes_too_far(point: Point, trial: Trial, max_ratio: float | int) -> bool:
     return not float(trial.loss - point.loss) <= allowed and before - after > 1 and after > 0
 
 
-def halfway(point: Point, trial: Trial) -> float:
+def _halfway(point: Point, trial: Trial) -> float:
     """The sparsity between, where the density is the geometric mean of those at both ends."""
     before, after, total = _counts(point, trial)
     return 1 - math.sqrt(before * after) / total

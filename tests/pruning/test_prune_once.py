@@ -233,3 +233,20 @@ def test_biases_of_two_axes_are_left_alone():
     params = {"query": {"kernel": jnp.ones((4, 2, 2)), "bias": jnp.ones((2, 2))}}
     mask = hj.prune_once(params, hj.magnitude(), 0.5).mask
     assert mask["query"]["bias"].shape == ()
+
+
+def test_a_group_that_cannot_be_halved_goes_as_it_is():
+    """Rows of four, each beyond its prediction: one a step is as short as steps get."""
+    params, loss, grads_fn = steep()
+    found = hj.prune_once(
+        params,
+        hj.obs(damping=1e-6),
+        2 / 3,
+        grads_fn=grads_fn,
+        loss_fn=loss,
+        max_ratio=1.01,
+        pattern=hj.rows(),
+        allocation=hj.global_threshold(floor=0.0),
+    )
+    assert len(found.steps) == 2
+    np.testing.assert_array_equal(np.asarray(found.params["w"] == 0).sum(axis=1), [4, 4, 0])
