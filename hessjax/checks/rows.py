@@ -1,16 +1,15 @@
 """What a check found: rows to compute with, a table to read."""
 
-import io
 import math
 from collections import Counter
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
 from rich.table import Table
 
 from hessjax import _tree
+from hessjax._text import plain
 from hessjax._typing import Params
 
 
@@ -58,9 +57,7 @@ class Check(NamedTuple):
         return table
 
     def __str__(self) -> str:
-        text = io.StringIO()
-        Console(file=text, width=1000, color_system=None).print(self)
-        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+        return plain(self)
 
     def __repr__(self) -> str:  # a notebook's last line shows the table
         return str(self)

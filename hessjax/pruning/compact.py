@@ -1,16 +1,15 @@
 """Pruned channels removed for good: smaller arrays, the same function."""
 
 import functools
-import io
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from hessjax import _tree
+from hessjax._text import plain
 from hessjax._typing import ModelFn, Params, Where
 from hessjax.pruning.compaction.narrow import Narrowing, analyse, multiply_adds
 from hessjax.pruning.compaction.program import trace
@@ -122,9 +121,7 @@ class Compacted(NamedTuple):
         return table
 
     def __str__(self) -> str:
-        text = io.StringIO()
-        Console(file=text, width=1000, color_system=None).print(self)
-        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+        return plain(self)
 
     def __repr__(self) -> str:  # a notebook's last line shows the table
         return str(self)

@@ -1,6 +1,5 @@
 """What every leaf can spare: one at a time, at one sparsity at a time, measured and predicted."""
 
-import io
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -10,10 +9,10 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
-from rich.console import Console
 from rich.table import Table
 
 from hessjax import _drive, _tree
+from hessjax._text import plain
 from hessjax._typing import Block, Params, Where
 from hessjax.pruning import sensitivity_csv
 from hessjax.pruning.allocation import uniform
@@ -56,9 +55,7 @@ class Sensitivity(NamedTuple):
         return table
 
     def __str__(self) -> str:
-        text = io.StringIO()
-        Console(file=text, width=1000, color_system=None).print(self)
-        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+        return plain(self)
 
     def __repr__(self) -> str:  # a notebook's last line shows the table
         return str(self)

@@ -1,6 +1,5 @@
 """How sparse a network is: one row per leaf, as data and as a table."""
 
-import io
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -9,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
-from rich.console import Console
 from rich.table import Table
 
 from hessjax import _tree
+from hessjax._text import plain
 from hessjax._typing import ModelFn, Params
 from hessjax.pruning.multiply_adds import multiply_adds
 
@@ -90,9 +89,7 @@ class Summary(NamedTuple):
         return table
 
     def __str__(self) -> str:
-        text = io.StringIO()
-        Console(file=text, width=1000, color_system=None).print(self)
-        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+        return plain(self)
 
     def __repr__(self) -> str:  # a notebook's last line shows the table
         return str(self)
