@@ -76,7 +76,8 @@ def prune(
         inner: the optimizer. Its state may hold anything; its weight decay sees the dense weights.
         saliency: what a weight is worth, for example `magnitude()`.
         sparsity: the fraction of zeros among the selected weights, in [0, 1): a number, or a schedule
-            `T -> sparsity` such as `optax.polynomial_schedule(0.0, 0.9, 3, 1000)`. Or `threshold(...)`:
+            `T -> sparsity` such as `optax.polynomial_schedule(0.0, 0.9, 3, 1000)` (a float32: of 25 million
+            weights its 0.9 leaves one more than the number 0.9 does). Or `threshold(...)`:
             whatever scores no more than that goes, and `allocation` has no part in it.
         allocation: how zeros are spread over the leaves: `global_threshold()`, `uniform()`, `explicit(...)`,
             `erdos_renyi()`, `by_curvature(...)`.
