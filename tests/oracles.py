@@ -25,10 +25,13 @@ class Leaves:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class PlainLeaves:
+    """With a field more than `Leaves`: jax takes different dataclasses with as many fields for the same."""
+
     a_bias: Any
     b_empty: Any
     c_scale: Any
     d_kernel: Any
+    e_nothing: Any = None
 
 
 CONTAINERS: dict[str, Callable[[dict], Any]] = {
