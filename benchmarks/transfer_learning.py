@@ -117,11 +117,10 @@ def measure(quick: bool) -> table.Measured:
 def runs(task: Task, settings: Settings) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Name and run of every method at every share of weights left."""
     fall = optax.linear_schedule(settings.score_rate, 0.0, settings.steps)
-    # A leaf's scores move by `fall` of their own size, the weights in proportion to their slopes.
-    by_leaf = optax.chain(optax.scale_by_trust_ratio(), optax.scale_by_learning_rate(fall))
+    by_leaf = optax.lars(fall, trust_coefficient=1.0, momentum=0.0)  # a share of a leaf's own size
     methods = {
         "magnitude": hj.magnitude(),
-        "movement from magnitudes": hj.movement(by_leaf, start=lambda w: jnp.abs(w) / jnp.std(w)),
+        "movement from magnitudes": hj.movement(by_leaf, start=hj.from_magnitudes),
         "movement as published": hj.movement(optax.adam(fall)),
     }
     for left, (name, saliency) in itertools.product(settings.left, methods.items()):

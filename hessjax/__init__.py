@@ -50,6 +50,7 @@ from hessjax.pruning.distillation import distillation as distillation
 from hessjax.pruning.first_order import gradient as gradient
 from hessjax.pruning.first_order import random as random
 from hessjax.pruning.hard_concrete import hard_concrete as hard_concrete
+from hessjax.pruning.movement import from_magnitudes as from_magnitudes
 from hessjax.pruning.movement import movement as movement
 from hessjax.pruning.movement import soft_movement as soft_movement
 from hessjax.pruning.obs import obd as obd

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from hessjax import _tree
 from hessjax._typing import Params
@@ -40,15 +40,12 @@ def movement(
     The slopes hold for a small change of the mask, and a mask step is a large one. Scores from zero that take
     Adam's steps, equal for all weights, as in the paper, first follow what all weights have in common: a
     network can so lose its signal for good, unless trainings are very long. In short ones, let a network
-    that has learned its task begin at its magnitudes, in units of a leaf's standard deviation; move a leaf's
-    scores in proportion to their slopes, by a share of their own size; and make masks often:
-
-        by_leaf = optax.chain(optax.scale_by_trust_ratio(), optax.scale_by_learning_rate(schedule))
-        movement(by_leaf, start=lambda w: abs(w) / w.std())        # schedule from about 0.01 to 0, every=1 or 2
+    that has learned its task begin at its magnitudes, move a leaf's scores in proportion to their slopes, by
+    a share of their own size, and make masks often: the second example.
 
     Args:
         optimizer: of the scores, with its own schedule; without weight decay.
-        start: the first scores of a leaf, from its weights.
+        start: the first scores of a leaf, from its weights: zeros, or `from_magnitudes`.
 
     Returns:
         A `Saliency`. `sparsity` should start at 0, as scores have to be learned. The paper ranks every matrix
@@ -70,12 +67,35 @@ def movement(
         >>> updates, state = tx.update(grads, tx.init(params), params)
         >>> optax.apply_updates(params, updates)["kernel"]
         Array([[ 1.1, -2. ,  0. ]], dtype=float32)
+
+        For short trainings, with a mask at every update or every other one:
+
+        >>> steps = optax.lars(optax.linear_schedule(1e-2, 0.0, 1000), trust_coefficient=1.0, momentum=0.0)
+        >>> rule = hj.movement(steps, start=hj.from_magnitudes)
     """
     return Saliency(
         *_trained(optimizer, start),
         scores=lambda state, dense, /, **extra: state.scores,
         needs_grads=start is jnp.zeros_like,
     )
+
+
+def from_magnitudes(weights: Float[Array, "..."]) -> Float[Array, "..."]:
+    """First scores for `movement`: |w| in units of the leaf's standard deviation.
+
+    Args:
+        weights: of one leaf.
+
+    Returns:
+        |w| / std(w), in the shape of the weights; |w| where all are equal.
+
+    Example:
+        >>> import jax.numpy as jnp, hessjax as hj
+        >>> hj.from_magnitudes(jnp.array([-1.0, 3.0]))
+        Array([0.5, 1.5], dtype=float32)
+    """
+    spread = jnp.std(weights)
+    return jnp.abs(weights) / jnp.where(spread > 0, spread, jnp.ones_like(spread))
 
 
 def soft_movement(

@@ -13,7 +13,7 @@ from hessjax.pruning import allocation, densities, first_order, obs
 from hessjax.pruning import pattern as patterns
 from hessjax.pruning.compensated import compensated
 from hessjax.pruning.hard_concrete import hard_concrete
-from hessjax.pruning.movement import movement, soft_movement
+from hessjax.pruning.movement import from_magnitudes, movement, soft_movement
 from hessjax.pruning.pattern_by_path import heads
 from hessjax.pruning.saliency import magnitude
 
@@ -118,7 +118,10 @@ OPTIMIZERS = {
     "sgd": Kind(optax.sgd, {"learning_rate": _Scheduled, "momentum": float, "nesterov": bool}),
     "adam": Kind(optax.adam, _ADAM),
     "adamw": Kind(optax.adamw, _ADAM | {"weight_decay": float}),
+    "lars": Kind(optax.lars, {"learning_rate": _Scheduled, "trust_coefficient": float, "momentum": float}),
 }
+
+STARTS = {"from_magnitudes": Kind(lambda: from_magnitudes)}
 
 
 class _RelativeTo(Strict):
@@ -137,7 +140,7 @@ _SINGLE_SALIENCIES = {
     "magnitude": Kind(magnitude),
     "random": Kind(first_order.random, {_SEED: int}),
     "gradient": Kind(first_order.gradient, {"decay": float}),
-    "movement": Kind(movement, _OPTIMIZER),
+    "movement": Kind(movement, {"start": spec(STARTS), **_OPTIMIZER}),
     "soft_movement": Kind(soft_movement, {"penalty": _Scheduled, **_OPTIMIZER}),
     "hard_concrete": Kind(
         hard_concrete, {"penalty": _Scheduled, _SEED: int, "start_open": float, **_OPTIMIZER}
@@ -167,4 +170,4 @@ PATTERNS = {
     "heads": Kind(heads, {"num_heads": int | None, "out": str}),
 }
 
-KINDS = SCHEDULES | OPTIMIZERS | SALIENCIES | ALLOCATIONS | PATTERNS
+KINDS = SCHEDULES | OPTIMIZERS | STARTS | SALIENCIES | ALLOCATIONS | PATTERNS

@@ -126,6 +126,30 @@ def test_scores_may_start_at_the_magnitudes():
     np.testing.assert_array_equal(hj.mask_of(state)["w"], [[True, True, False, False]])
 
 
+def test_from_magnitudes_every_leaf_counts_in_its_own_spread():
+    rng = np.random.default_rng(0)
+    w = jnp.asarray(rng.normal(1.0, 0.02, size=(30, 20)))
+    scores = hj.from_magnitudes(w)
+    np.testing.assert_allclose(scores, np.abs(w) / np.std(np.asarray(w)), rtol=1e-6)
+    np.testing.assert_allclose(hj.from_magnitudes(1e3 * w), scores, rtol=1e-5)
+    for flat in (jnp.full((2, 3), -2.0), jnp.asarray(-2.0), jnp.zeros((0, 3))):  # no spread to divide by
+        np.testing.assert_array_equal(hj.from_magnitudes(flat), jnp.abs(flat))
+
+
+def test_scores_under_lars_move_by_a_share_of_their_own_size():
+    """The step of a leaf is lr · ‖S‖ · x/‖x‖ with x = G⊙W, whatever the scale of the gradient."""
+    rng = np.random.default_rng(0)
+    dense = {"a": jnp.asarray(rng.normal(size=(5, 4))), "b": jnp.asarray(10 * rng.normal(size=(3, 3)))}
+    grads = {"a": jnp.asarray(1e-6 * rng.normal(size=(5, 4))), "b": jnp.asarray(rng.normal(size=(3, 3)))}
+    rule = hj.movement(optax.lars(0.01, trust_coefficient=1.0, momentum=0.0), start=hj.from_magnitudes)
+    state = rule.init(dense)
+    after = rule.update(state, grads, dense, None).scores
+    for name, before in state.scores.items():
+        slope = grads[name] * dense[name]
+        step = -0.01 * jnp.linalg.norm(before) * slope / jnp.linalg.norm(slope)
+        np.testing.assert_allclose(after[name] - before, step, rtol=1e-3, atol=1e-7)
+
+
 def test_schedules_of_the_penalty_count_from_zero():
     rule = hj.soft_movement(lambda t: jnp.where(t == 0, 0.0, 1.0), optax.sgd(1.0))
     dense = {"w": jnp.ones((1, 2))}

@@ -112,6 +112,8 @@ def recipe(args, name="magnitude"):
          "{learning_rate: 0.1}}}"),
         ("soft_movement", "{final_sparsity: 0.4, penalty: {class: linear_schedule, args: "
          "{init_value: 0, end_value: 400, transition_steps: 9}}}"),
+        ("movement", "{final_sparsity: 0.4, start: from_magnitudes, optimizer: {class: lars, args: "
+         "{learning_rate: 0.01, trust_coefficient: 1, momentum: 0}}}"),
         ("hard_concrete", "{final_threshold: 0, penalty: 2, seed: 1}"),
         ("obd", "{final_sparsity: 0.4, num_grads: 3}"),
         ("obs", "{final_sparsity: 0.4, num_grads: 3, damping: {relative: 0.1}, block_size: null, "
