@@ -41,13 +41,15 @@ class Settings(NamedTuple):
         rate: the highest learning rate of the encoder's matrices while they are pruned.
         small_rate: the same of all else: biases, LayerNorms, the classifier.
         dense_rate: the same of the dense network.
-        score_rate: the first learning rate of movement's scores; it falls to 0 along a line.
+        score_rate: the first learning rate of movement's scores, a share of their size in a leaf; it falls to
+            0 along a line.
+        published_rate: the same of the scores that begin at zero, in Adam's steps (arXiv 2005.07683).
         sentences: how many of them are used for training, and for testing; None: all.
         length: tokens of a sentence, longer ones are cut.
         layers: of the encoder.
     """
 
-    steps: int = 1200
+    steps: int = 800
     dense_steps: int = 450
     left: tuple[float, ...] = (0.03, 0.15)
     batch: int = 16
@@ -55,7 +57,8 @@ class Settings(NamedTuple):
     rate: float = 1e-4
     small_rate: float = 1e-3
     dense_rate: float = 5e-5
-    score_rate: float = 1e-2
+    score_rate: float = 5e-3
+    published_rate: float = 1e-2
     sentences: int | None = None
     length: int = 32
     layers: int = 6
@@ -116,12 +119,14 @@ def measure(quick: bool) -> table.Measured:
 
 def runs(task: Task, settings: Settings) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Name and run of every method at every share of weights left."""
-    fall = optax.linear_schedule(settings.score_rate, 0.0, settings.steps)
-    by_leaf = optax.lars(fall, trust_coefficient=1.0, momentum=0.0)  # a share of a leaf's own size
+    rate, published = (
+        optax.linear_schedule(x, 0.0, settings.steps) for x in (settings.score_rate, settings.published_rate)
+    )
+    by_leaf = optax.lars(rate, trust_coefficient=1.0, momentum=0.0)
     methods = {
         "magnitude": hj.magnitude(),
         "movement from magnitudes": hj.movement(by_leaf, start=hj.from_magnitudes),
-        "movement as published": hj.movement(optax.adam(fall)),
+        "movement as published": hj.movement(optax.adam(published)),
     }
     for left, (name, saliency) in itertools.product(settings.left, methods.items()):
         yield f"{name}, {left:.0%} left", functools.partial(row, task, settings, saliency, left)
