@@ -33,16 +33,14 @@ def static(scores: Any) -> Saliency:
 
     Args:
         scores: a pytree of numbers or bools with a leaf of the same path and shape for every pruned leaf;
-            others are ignored, so that a tree of all params will do, or the `mask_of` another training (of a
-            lottery ticket, arXiv 1803.03635). A mask comes out as it is if `sparsity` and `allocation` ask
-            for its number of zeros; of equal scores the one that comes first goes first.
+            others are ignored, so that a tree of all params will do, or the `mask_of` another training (a
+            lottery ticket, arXiv 1803.03635). Of a mask every zero goes first.
 
     Returns:
         A `Saliency`; at a constant sparsity the mask never changes.
 
     Raises:
-        ValueError, TypeError: by `prune(...).init`, naming leaves that are missing, have another shape, or
-            hold no real numbers.
+        ValueError, TypeError: by `prune(...).init`, naming leaves missing, of another shape, or not real.
 
     Cost:
         Nothing between mask steps. Memory: the scores, in their own dtype.
@@ -60,7 +58,8 @@ def static(scores: Any) -> Saliency:
         found = {path: given[path] for path in wanted if path in given}
         _tree.check_like(found, wanted, "scores", "params[where]")
         _tree.check_floating(jax.eval_shape(_tree.wide, found), "scores")
-        return jax.tree.structure(dense).unflatten([jnp.array(found[p], copy=True) for p in wanted])
+        copies = [jnp.array(found[path], copy=True) for path in wanted]
+        return jax.tree.unflatten(jax.tree.structure(dense), copies)
 
     return Saliency(
         init,
@@ -113,7 +112,7 @@ def sparse_evolution(fraction: float | int | Schedule, key: Any) -> Saliency:
         now, ends = jax.random.fold_in(key, state.num_updates), itertools.accumulate(x.size for x in leaves)
         numbers = jax.random.uniform(now, (_tree.size(dense),), jnp.float32)  # one draw: each compiles slowly
         parts = zip(jnp.split(numbers, list(ends)[:-1]), leaves, strict=True)
-        return treedef.unflatten([part.reshape(x.shape) for part, x in parts])
+        return jax.tree.unflatten(treedef, [part.reshape(x.shape) for part, x in parts])
 
     return _rewiring(fraction, lambda grads, dense: (), chances)
 
@@ -167,16 +166,15 @@ def _rewiring(fraction: Any, remember: Callable[..., Params], growth: Callable[.
         return Rewired(full, remember(jax.tree.map(jnp.zeros_like, dense), dense), jnp.zeros((), jnp.int32))
 
     def update(state: Rewired, grads: Params, dense: Params, mask: Params, /, **extra: Any) -> Rewired:
-        kept = jax.tree.map(lambda m: jnp.array(m, copy=True), mask)  # no array twice in a state to donate
-        return Rewired(kept, remember(grads, dense), state.num_updates + 1)
+        return Rewired(jax.tree.map(jnp.copy, mask), remember(grads, dense), state.num_updates + 1)
 
     def scores(state: Rewired, dense: Params, /, **extra: Any) -> Params:
         share = fraction(state.num_updates) if callable(fraction) else fraction
         worth, fresh = jax.tree.map(jnp.abs, _tree.wide(dense)), growth(state, dense)
         bands = _bands(state.kept, worth, fresh, share, extra.get("pattern", unstructured()))
-        near, far = _relative(worth), _relative(fresh)
-        inside = jax.tree.map(lambda b, n, f: jnp.where(b == GONE, n, f) / 2, bands, near, far)
-        return jax.tree.map(lambda b, w, x: jnp.where(b == 0, w, b + x), bands, worth, inside)
+        shares = _relative(worth), _relative(fresh)
+        below = jax.tree.map(lambda b, w, f: b + jnp.where(b == GONE, w, f) / 2, bands, *shares)
+        return jax.tree.map(lambda b, w, x: jnp.where(b == 0, w, x), bands, worth, below)
 
     return Saliency(init, update, scores)
 
@@ -191,8 +189,8 @@ def _bands(mask: Params, worth: Params, fresh: Params, share: Any, pattern: Patt
     low, high = ordered_keys(units.scores), ordered_keys(units_of(fresh, pattern).scores)
     gone = smallest([jnp.where(k, x, ~(x & 0)) for k, x in zip(kept, low, strict=True)], number)
     back = smallest([~jnp.where(k, x & 0, x) for k, x in zip(kept, high, strict=True)], number)
-    stay, come = [jnp.where(g, GONE, 0.0) for g in gone], [jnp.where(b, BACK, AWAY) for b in back]
-    return units.spread(list(map(jnp.where, kept, stay, come)))
+    old, new = [jnp.where(g, GONE, 0.0) for g in gone], [jnp.where(b, BACK, AWAY) for b in back]
+    return units.spread(list(map(jnp.where, kept, old, new)))
 
 
 def _relative(tree: Params) -> Params:
