@@ -57,7 +57,7 @@ def static(scores: Any) -> Saliency:
         wanted = dict(zip(_tree.leaf_paths(dense), jax.tree.leaves(dense), strict=True))
         found = {path: given[path] for path in wanted if path in given}
         _tree.check_like(found, wanted, "scores", "params[where]")
-        _tree.check_floating(jax.eval_shape(_tree.wide, found), "scores")
+        _tree.check_floating(_tree.wide(found), "scores")
         copies = [jnp.array(found[path], copy=True) for path in wanted]
         return jax.tree.unflatten(jax.tree.structure(dense), copies)
 
