@@ -68,8 +68,7 @@ def oracle(mask, worth, fresh, leaf, fraction, zeros):
     return result
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "global"])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("rule", "allocation"), [("set", "global"), ("rigl", "global"), ("rigl", "uniform")])
 def test_every_mask_step_is_the_oracle(rule, allocation):
     """At a constant sparsity, a rising and a falling one, and under a schedule of fractions."""
     fraction = lambda t: jnp.where(t < 8, 0.4, 0.15)
@@ -129,7 +128,7 @@ def test_jit_is_eager(rule):
     np.testing.assert_allclose(flat(found), flat(rule.scores(eager, params)), rtol=1e-6)
 
 
-@pytest.mark.parametrize("fraction", [0, 1, 1.0])
+@pytest.mark.parametrize("fraction", [0, 1])
 def test_nothing_and_everything_is_replaced(fraction):
     """As much as there are zeros: of 6 kept and 2 zeros no more than 2 may go."""
     params = {"a": jnp.array([[8.0, 7.0, 6.0, 5.0], [4.0, 3.0, 2.0, 1.0]])}
@@ -141,19 +140,16 @@ def test_nothing_and_everything_is_replaced(fraction):
 
 
 def test_what_comes_back_at_random_is_uniform():
-    params = {"a": jnp.arange(10.0, 0.0, -1.0)[None]}
-    mask = {"a": jnp.arange(10)[None] < 6}
-
-    def returns(key):
-        rule = hj.sparse_evolution(1 / 3, key)
-        state = rule.update(rule.init(params), params, params, mask)
-        return hj.uniform()(rule.scores(state, params), 0.4)["a"][0]
-
-    found = np.asarray(jax.vmap(returns)(jax.random.split(jax.random.key(0), 2000)))
-    np.testing.assert_array_equal(found[:, :6], np.tile(np.arange(6) < 4, (2000, 1)))
-    assert (found[:, 6:].sum(axis=1) == 2).all()
-    shares = found[:, 6:].mean(axis=0)
-    np.testing.assert_allclose(shares, 0.5, atol=5 * np.sqrt(0.25 / 2000))
+    """Whatever the weight, and wherever it lies."""
+    dense = {"a": jnp.linspace(1.0, 2.0, 12000).reshape(4, 3000)}
+    mask = {"a": jnp.arange(12000).reshape(4, 3000) % 3 == 0}
+    rule = hj.sparse_evolution(0.5, KEY)
+    scores = np.asarray(rule.scores(rule.update(rule.init(dense), dense, dense, mask), dense)["a"]).ravel()
+    back = (scores >= -1) & (scores < 0)
+    assert back.sum() == 2000
+    assert not back[::3].any()
+    shares = back.reshape(8, 500, 3)[..., 1:].mean(axis=1)
+    np.testing.assert_allclose(shares, 0.25, atol=4 * np.sqrt(0.25 * 0.75 / 500))
 
 
 def test_the_key_decides_and_every_step_draws_anew():
@@ -167,51 +163,35 @@ def test_the_key_decides_and_every_step_draws_anew():
     assert not np.array_equal(scores, flat(rule.scores(rule.update(state, dense, dense, mask), dense)))
 
 
-def test_two_of_four_stay_and_move():
-    """In every group, the gradient deciding between what may come back there."""
-    params = {"a": jnp.asarray(np.random.default_rng(1).normal(size=(8, 3)), jnp.float32)}
-    pattern = hj.n_of_m(2, 4)
-    tx = hj.prune(optax.sgd(0.3), hj.rigl(0.3), 0.5, pattern=pattern, every=1)
+def test_patterns_stay_and_move():
+    """Rows by their mean |w| and gradient; two of every four by what the gradient is there."""
+    rng = np.random.default_rng(1)
+    params = {k: jnp.asarray(rng.normal(size=(8, 3)), jnp.float32) for k in ("four", "rows")}
+    four = hj.n_of_m(2, 4)
+    pattern, chosen = {"four": four, "rows": hj.rows()}, hj.uniform()
+    tx = hj.prune(optax.sgd(0.3), hj.rigl(0.3), 0.5, pattern=pattern, allocation=chosen, every=1)
     for _, grads, before, after, _ in train(tx, params, 3):
-        old, new, worth, fresh = (
-            np.asarray(pattern.group(jnp.asarray(x["a"])))
-            for x in (before.mask, after.mask, after.dense, grads)
-        )
+        trees = before.mask, after.mask, after.dense, grads
+        old, new, worth, fresh = (np.asarray(x["rows"]) for x in trees)
+        assert (new == new[:, :1]).all()
+        means = abs(worth).mean(axis=1), abs(fresh).mean(axis=1)
+        np.testing.assert_array_equal(new[:, 0], oracle(old[:, 0], *means, np.zeros(8, int), 0.3, 4))
+        old, new, worth, fresh = (np.asarray(four.group(jnp.asarray(x["four"]))) for x in trees)
         gone = np.zeros(old.shape, bool)
         gone.flat[np.argsort(np.where(old, abs(worth), np.inf), axis=None)[:4]] = True
-        for i in range(len(old)):
-            back = np.argsort(np.where(old[i], np.inf, -abs(fresh[i])))[: gone[i].sum()]
-            expected = old[i] & ~gone[i]
-            expected[back] = True
-            np.testing.assert_array_equal(new[i], expected)
-
-
-def test_whole_rows_move():
-    """Rows rank by their mean |w|, and come back by their mean gradient."""
-    params = {"a": jnp.asarray(np.random.default_rng(2).normal(size=(8, 5)), jnp.float32)}
-    tx = hj.prune(optax.sgd(0.1), hj.rigl(0.5), 0.5, pattern=hj.rows(), every=1)
-    for _, grads, before, after, _ in train(tx, params, 4):
-        old, new = (np.asarray(state.mask["a"]) for state in (before, after))
-        assert (new == new[:, :1]).all()
-        worth, fresh = (np.abs(np.asarray(x["a"])).mean(axis=1) for x in (after.dense, grads))
-        zeros = np.zeros(8, int)
-        np.testing.assert_array_equal(new[:, 0], oracle(old[:, 0], worth, fresh, zeros, 0.5, 4))
-
-
-def test_without_regrowth_masks_are_nested():
-    schedule = lambda t: 0.2 * jnp.minimum(t, 3)
-    tx = hj.prune(optax.sgd(0.1), hj.rigl(0.5), schedule, every=1, regrow=False)
-    for t, _, before, after, _ in train(tx, make_params(), 4):
-        assert not (masks(after) & ~masks(before)).any()
-        assert (~masks(after)).sum() == round(0.2 * min(t, 3) * 54)
+        order = np.argsort(np.where(old, np.inf, -abs(fresh)), axis=1)
+        for group, went, first, found in zip(old, gone, order, new, strict=True):
+            expected = group & ~went
+            expected[first[: went.sum()]] = True
+            np.testing.assert_array_equal(found, expected)
 
 
 def test_gradients_that_are_not_numbers_are_counted_and_bring_nothing_back():
-    params = {"a": jnp.array([[4.0, 3.0, 2.0, 1.0]])}
-    tx = hj.prune(optax.sgd(0.1), hj.rigl(0.5), 0.5, every=1)
-    _, state = tx.update({"a": jnp.array([[0.0, 0.0, jnp.nan, 0.5]])}, tx.init(params), params)
-    np.testing.assert_array_equal(state.mask["a"], [[True, False, False, True]])
-    assert int(state.num_nan) == 1
+    dense = {"a": jnp.array([[4.0, 3.0, 2.0, 1.0]])}
+    grads, mask = {"a": jnp.array([[0.0, 0.0, jnp.nan, 0.5]])}, {"a": jnp.array([[True, True, False, False]])}
+    rule = hj.rigl(0.5)
+    scores = rule.scores(rule.update(rule.init(dense), grads, dense, mask), dense)["a"]
+    np.testing.assert_allclose(scores, [[4.0, -3 + 0.375, jnp.nan, -0.5]])
 
 
 @pytest.mark.parametrize("container", oracles.CONTAINERS)
@@ -239,12 +219,13 @@ def test_no_array_stands_twice(rule):
 
 def test_memory_beside_that_of_magnitude():
     params = {"w": jnp.ones((8, 4), jnp.bfloat16), "bias": jnp.ones(4)}
-    mask = {"w": jnp.ones((8, 4), bool)}
-    held = lambda rule: sum(
-        x.nbytes for x in jax.tree.leaves(hj.prune(optax.sgd(0.1), rule, 0.5).init(params))
-    )
+
+    def held(rule):
+        state = jax.eval_shape(hj.prune(optax.sgd(0.1), rule, 0.5).init, params)
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+
     base = held(hj.magnitude())
-    assert held(hj.static(mask)) == base + 32
+    assert held(hj.static({"w": jnp.ones((8, 4), bool)})) == base + 32
     assert held(RULES["set"](0.5)) == base + 32 + 4
     assert held(hj.rigl(0.5)) == base + 32 * (1 + 2) + 4
 
@@ -255,7 +236,7 @@ def test_memory_beside_that_of_magnitude():
 def test_a_mask_found_elsewhere_never_changes():
     """A lottery ticket: the mask of one training on the weights another begins with."""
     params = make_params()
-    *_, (_, _, _, state, _) = train(hj.prune(optax.sgd(0.5), hj.magnitude(), 0.6, every=1), params, 3)
+    state = hj.prune(optax.sgd(0.5), hj.magnitude(), 0.6).init(make_params(1))
     ticket = hj.mask_of(state)
     tx = hj.prune(optax.sgd(0.5, momentum=0.9), hj.static(ticket), 0.6, every=1)
     for *_, after, now in train(tx, params, 4):
