@@ -128,15 +128,16 @@ def test_jit_is_eager(rule):
     np.testing.assert_allclose(flat(found), flat(rule.scores(eager, params)), rtol=1e-6)
 
 
-@pytest.mark.parametrize("fraction", [0, 1])
-def test_nothing_and_everything_is_replaced(fraction):
+@pytest.mark.parametrize(
+    ("fraction", "moves"), [(0, False), (1, True), (lambda t: -1.0, False), (lambda t: 7.0, True)]
+)
+def test_nothing_and_everything_is_replaced(fraction, moves):
     """As much as there are zeros: of 6 kept and 2 zeros no more than 2 may go."""
     params = {"a": jnp.array([[8.0, 7.0, 6.0, 5.0], [4.0, 3.0, 2.0, 1.0]])}
     for sparsity, kept in [(0.25, [1, 1, 1, 1, 0, 0, 1, 1]), (0.5, [0, 0, 0, 0, 1, 1, 1, 1])]:
         tx = hj.prune(optax.sgd(0.0), hj.rigl(fraction), sparsity, every=1)
         ((_, _, before, after, _),) = train(tx, params, 1, jit=False)
-        expected = np.array(kept, bool) if fraction else masks(before)
-        np.testing.assert_array_equal(masks(after), expected)
+        np.testing.assert_array_equal(masks(after), np.array(kept, bool) if moves else masks(before))
 
 
 def test_what_comes_back_at_random_is_uniform():
