@@ -31,11 +31,11 @@ from hessjax.estimator import NonFiniteProductError as NonFiniteProductError
 from hessjax.estimator import relative as relative
 from hessjax.estimator import run as run
 from hessjax.inverse.conjugate_gradient import conjugate_gradient as conjugate_gradient
+from hessjax.inverse.inverse_fisher import inverse_fisher as inverse_fisher
 from hessjax.inverse.minres import minres as minres
 from hessjax.inverse.solution import Solution as Solution
 from hessjax.inverse.solve import solve as solve
 from hessjax.inverse.woodbury import InverseFisher as InverseFisher
-from hessjax.inverse.woodbury import inverse_fisher as inverse_fisher
 from hessjax.landscape import Landscape as Landscape
 from hessjax.landscape import landscape as landscape
 from hessjax.pruning.allocation import global_threshold as global_threshold

@@ -12,8 +12,8 @@ from jax.tree_util import Partial
 from hessjax import _tree
 from hessjax._typing import Block, LossFn, Matvec, Params, Vector
 from hessjax.curvature.batches import add, divide, leading_axis, zero
-from hessjax.curvature.gauss_newton import sandwich
 from hessjax.curvature.product import as_pytree, at_precision, scalar
+from hessjax.curvature.sandwich import sandwich
 
 
 def per_example_grads(

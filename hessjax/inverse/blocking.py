@@ -59,6 +59,12 @@ class Blocking:
         return tuple(groups)
 
     @property
+    def like(self) -> Params:
+        """Shapes and dtypes of the vectors, in their container."""
+        leaves = map(jax.ShapeDtypeStruct, self.packing.shapes, self.packing.dtypes)
+        return jax.tree.unflatten(self.packing.structure, leaves)
+
+    @property
     def widest(self) -> int:
         """The number of weights in the widest block."""
         return max(group.width for group in self.groups)

@@ -64,18 +64,19 @@ class Dual(NamedTuple):
         """(A + κI)⁻¹v."""
         coefficients = jnp.einsum("gbi,bi->bg", self.rows, v, precision="highest")
         coefficients = each(_cholesky_solve, self.cholesky, coefficients)
-        return (v - jnp.einsum("gbi,bg->bi", self.rows, coefficients, precision="highest")) / shift
+        solution = v - jnp.einsum("gbi,bg->bi", self.rows, coefficients, precision="highest")
+        return solution / shift.astype(v.dtype)
 
     def diagonal(self, shift: Scalar) -> Cut:
         """The diagonal of (A + κI)⁻¹."""
         half = each(_half_solve, self.cholesky, self.rows.swapaxes(0, 1))
-        return (1 - jnp.sum(half**2, axis=1)) / shift
+        return (1 - jnp.sum(half**2, axis=1)) / shift.astype(half.dtype)
 
     def dense(self, which: slice, shift: Scalar) -> Float[Array, "_ _ _"]:
         """Some of its blocks, with all their entries."""
         half = each(_half_solve, self.cholesky[which], self.rows[:, which].swapaxes(0, 1))
         products = jnp.einsum("bgi,bgj->bij", half, half, precision="highest")
-        return (jnp.eye(products.shape[-1], dtype=products.dtype) - products) / shift
+        return (jnp.eye(products.shape[-1], dtype=products.dtype) - products) / shift.astype(products.dtype)
 
 
 class Whole(NamedTuple):
@@ -103,11 +104,11 @@ class Whole(NamedTuple):
 
     def diagonal(self, shift: Scalar) -> tuple[Cut, ...]:
         """The diagonal of (A + κI)⁻¹."""
-        return tuple(self._leaf(i).diagonal(shift.astype(x.dtype)) for i, x in enumerate(self.rows))
+        return tuple(self._leaf(i).diagonal(shift) for i in range(len(self.rows)))
 
     def dense(self, index: int, shift: Scalar) -> Float[Array, "_ _ _"]:
         """Some of its blocks, with all their entries."""
-        return self._leaf(index).dense(slice(None), shift.astype(self.rows[index].dtype))
+        return self._leaf(index).dense(slice(None), shift)
 
     def _leaf(self, index: int) -> Dual:
         return Dual(self.rows[index], self.cholesky[None].astype(self.rows[index].dtype))
@@ -135,7 +136,7 @@ def whole_of(rows: tuple[Rows, ...], shift: Scalar) -> Whole:
 def root_of(rows: Rows, shift: Scalar, chunk_size: int) -> Root:
     """The root from nothing but these gradients."""
     _, blocks, width = rows.shape
-    eye = jnp.eye(width, dtype=rows.dtype) / jnp.sqrt(shift).astype(rows.dtype)
+    eye = jnp.eye(width, dtype=rows.dtype) / jnp.sqrt(shift.astype(rows.dtype))
     start = Root(jnp.broadcast_to(eye, (blocks, width, width)), jnp.zeros((blocks, width), rows.dtype))
     return absorbed(start, rows, chunk_size)
 

@@ -37,15 +37,23 @@ def movement(
     included, so that S grows where a weight moves away from zero, and a pruned weight can come back. The
     highest scores stay. With plain gradient descent S is −Σ lr·G⊙W over the training.
 
+    The slopes hold for a small change of the mask, and a mask step is a large one. Scores from zero that take
+    Adam's steps, equal for all weights, as in the paper, first follow what all weights have in common: a
+    network can so lose its signal for good, unless trainings are very long. In short ones, let a network
+    that has learned its task begin at its magnitudes, in units of a leaf's standard deviation; move a leaf's
+    scores in proportion to their slopes, by a share of their own size; and make masks often:
+
+        by_leaf = optax.chain(optax.scale_by_trust_ratio(), optax.scale_by_learning_rate(schedule))
+        movement(by_leaf, start=lambda w: abs(w) / w.std())        # schedule from about 0.01 to 0, every=1 or 2
+
     Args:
         optimizer: of the scores, with its own schedule; without weight decay.
-        start: the first scores of a leaf, from its weights. Zeros, as in the paper, say nothing at first, and
-            short trainings suffer for it: `lambda w: abs(w) / w.std()` begins as `magnitude()` would, and
-            lets the training change its mind.
+        start: the first scores of a leaf, from its weights.
 
     Returns:
         A `Saliency`. `sparsity` should start at 0, as scores have to be learned. The paper ranks every matrix
-        on its own, `allocation=uniform()`, at every step, `every=1`.
+        on its own, `allocation=uniform()`, at every step, `every=1`: with `every=10` the gradient answers to
+        a mask that is out of date, and the scores may run away.
 
     Cost:
         A multiplication and the optimizer's step per weight and update. Memory: the scores, and the

@@ -172,7 +172,7 @@ def _read(path: str) -> tuple[Any, _Place]:
 
 
 def _rule(name: str, place: str, pruner: Any, policy: Any, steps_per_epoch: int | None) -> Rule:
-    from hessjax.pruning.recipe_models import build
+    from hessjax.pruning.recipe_kinds import build
 
     unit = (steps_per_epoch or 1) if policy.in_epochs else 1
     start, stop = (t * unit for t in policy.span)

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -14,7 +14,7 @@ from rich.table import Table
 from hessjax import _drive, _tree
 from hessjax._text import plain
 from hessjax._typing import Block, Params, Where
-from hessjax.pruning import sensitivity_csv
+from hessjax.pruning import metric_values, sensitivity_csv
 from hessjax.pruning.allocation import uniform
 from hessjax.pruning.counts import check_sparsity
 from hessjax.pruning.once import prune_once
@@ -179,9 +179,9 @@ def _answer(
     metrics: dict[str, float] = {}
     if metric is not None:
         dense = [row.metrics for row in earlier if row.sparsity == 0 == float(question[1])]
-        metrics = dense[0] if dense else _named(metric(params))
-        metrics = _in_order(metrics, earlier, file)
-        _check_numbers(metrics, question, file)
+        metrics = dense[0] if dense else metric_values.named(metric(params))
+        metrics = metric_values.in_order(metrics, earlier, file)
+        metric_values.check_numbers(metrics, question, file)
     row = SensitivityRow(question[0], float(question[1]), metrics, predicted)
     if file is not None:
         sensitivity_csv.append(file, row)
@@ -244,41 +244,3 @@ def _checked_levels(levels: Any) -> list[float]:
     for level in listed:
         check_sparsity(level)
     return listed
-
-
-def _named(value: Any) -> dict[str, float]:
-    """The metric's values by name."""
-    values = dict(value) if isinstance(value, Mapping) else {"metric": value}
-    for name, x in values.items():
-        if jnp.ndim(x) or not jnp.issubdtype(jnp.result_type(x), jnp.number):
-            raise TypeError(
-                f"`metric` must return a scalar or a dict of scalars, got {jnp.result_type(x)}"
-                f"{list(jnp.shape(x))} for `{name}`."
-            )
-    return {str(name): float(x) for name, x in values.items()}
-
-
-def _in_order(
-    metrics: dict[str, float], earlier: Sequence[SensitivityRow], file: Path | None
-) -> dict[str, float]:
-    """The metrics in the order of the rows before, which must have the same names."""
-    if reserved := metrics.keys() & sensitivity_csv.COLUMNS:
-        raise ValueError(f"`metric` must not name a value `{min(reserved)}`: that is a column already.")
-    before = list(earlier[0].metrics) if earlier else list(metrics)
-    if metrics.keys() == set(before):
-        return {name: metrics[name] for name in before}
-    reason = f"the metrics are {', '.join(before) or 'none'}, and `metric` returned {', '.join(metrics)}"
-    if file is not None:
-        raise sensitivity_csv.refusal(file, 1, reason)
-    raise ValueError(f"`metric` must return the same names every time: before, {reason}.")
-
-
-def _check_numbers(metrics: dict[str, float], question: _Question, file: Path | None) -> None:
-    name = next((name for name, x in metrics.items() if math.isnan(x)), None)
-    if name is None:
-        return
-    kept = "" if file is None else f" The rows before it are in `{file}`, to go on from."
-    raise FloatingPointError(
-        f"`metric` must return numbers, got NaN for `{name}` with `{question[0]}` pruned to sparsity "
-        f"{question[1]}: leave that level or leaf out, or evaluate in a wider dtype.{kept}"
-    )

@@ -228,12 +228,11 @@ class SpectralDensity(NamedTuple):
             `(grid, density)`; the density integrates to 1.
         """
         low, high = ends(self.nodes, self.weights)
-        width = (
-            bulk(self.nodes, self.weights) / self.nodes.shape[1]
-            if bandwidth is None
-            else jnp.asarray(bandwidth)
-        )
-        width = jnp.maximum(width, (high - low) / 2000) if bandwidth is None else width
+        if bandwidth is None:
+            share = bulk(self.nodes, self.weights) / self.nodes.shape[1]
+            width = jnp.maximum(share, (high - low) / 2000)
+        else:
+            width = jnp.asarray(bandwidth)
         width = jnp.where(width > 0, width, jnp.maximum(jnp.abs(high), 1) * 1e-3)  # a single eigenvalue
         grid = jnp.linspace(low - 4 * width, high + 4 * width, num_points)
         return grid, self._mean(bumps(grid, self.nodes, self.weights, width))

@@ -47,3 +47,11 @@ def test_the_number_may_be_traced_and_nothing_compiles_anew(compilations):
 
 def test_nan_is_the_smallest():
     np.testing.assert_array_equal(select([jnp.array([-jnp.inf, jnp.nan, 0.0, -jnp.nan])], 2)[0], [0, 1, 0, 1])
+
+
+@pytest.mark.parametrize("shape", [(70_000,), (70_000, 2), (2, 70_000), (65_535,), (65_536,)])
+def test_long_axes_are_counted_in_full(shape):
+    scores = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+    for n in (scores.size - 1, scores.size):
+        (got,) = select([scores], n)
+        np.testing.assert_array_equal(np.ravel(got), reference([scores], n)[0])

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import hessjax as hj
-from hessjax.pruning import recipe_models
+from hessjax.pruning import recipe_kinds
 
 SAMPLE = pathlib.Path(__file__).parent / "recipe.yaml"
 
@@ -145,7 +145,7 @@ def test_arguments_arrive(load):
 def test_the_tables_name_arguments_that_exist():
     import inspect
 
-    for name, kind in recipe_models._KINDS.items():
+    for name, kind in recipe_kinds.KINDS.items():
         parameters = inspect.signature(kind.function).parameters
         assert kind.fields.keys() - {"seed"} <= parameters.keys(), name
         needed = {k for k, p in parameters.items() if p.default is p.empty} - {"key", "stop"}

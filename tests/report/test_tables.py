@@ -1,11 +1,6 @@
-"""Records, tables and JSON."""
-
-import json
-import os
+"""Rows and tables."""
 
 import jax.numpy as jnp
-import numpy as np
-import pytest
 from rich.console import Console
 
 import hessjax as hj
@@ -50,36 +45,6 @@ def test_tables_show_the_doubt():
     assert "inf" in text
     assert "total" in text
     assert "90.00" in printed(report.accuracy_table({"sparse": (0.9, 0.97)}))
-
-
-def test_json_is_strict_and_round_trips(tmp_path):
-    record = {"a": TRACES.leaves, "b": (np.float32(0.5), jnp.arange(3), float("nan")), "c": None, "d": True}
-    report.write_json(tmp_path / "report.json", record)
-    back = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
-    assert back["a"]["kernel"] == {"mean": 6.0, "stderr": "inf", "num_samples": 5, "data_stderr": None}
-    assert back["b"] == [0.5, [0, 1, 2], "nan"]
-    assert (back["c"], back["d"]) == (None, True)
-
-
-def test_json_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "report.json"
-    report.write_json(path, {"a": 1})
-    with pytest.raises(TypeError):
-        report.write_json(path, {"a": object()})
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert os.listdir(tmp_path) == ["report.json"]
-
-
-def test_prepare_refuses_a_file_in_the_way(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="file"):
-        report.prepare(tmp_path / "file")
-
-
-def test_environment_names_versions_and_device():
-    found = report.environment()
-    assert {"jax", "flax", "optax"} <= set(found["versions"])
-    assert found["device"]
 
 
 def test_the_table_says_when_the_matvec_is_not_symmetric():
