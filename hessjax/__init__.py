@@ -68,6 +68,9 @@ from hessjax.pruning.pattern import unstructured as unstructured
 from hessjax.pruning.pattern_by_path import heads as heads
 from hessjax.pruning.recipe import Recipe as Recipe
 from hessjax.pruning.recipe import load_recipe as load_recipe
+from hessjax.pruning.rewiring import rigl as rigl
+from hessjax.pruning.rewiring import sparse_evolution as sparse_evolution
+from hessjax.pruning.rewiring import static as static
 from hessjax.pruning.saliency import Saliency as Saliency
 from hessjax.pruning.saliency import magnitude as magnitude
 from hessjax.pruning.sensitivity import Sensitivity as Sensitivity

@@ -16,6 +16,9 @@ SALIENCIES = {
     "random": lambda: hj.random(jax.random.key(7)),
     "obd": lambda: hj.obd(num_grads=4),
     "obs": lambda: hj.obs(num_grads=4),
+    "static": lambda: hj.static(make_params()),
+    "sparse_evolution": lambda: hj.sparse_evolution(0.3, jax.random.key(7)),
+    "rigl": lambda: hj.rigl(0.3),
 }
 PATTERNS = {
     "unstructured": hj.unstructured(),
