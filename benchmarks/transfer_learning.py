@@ -24,7 +24,6 @@ from hessjax import plot
 plt.switch_backend("agg")
 
 KERNELS = "encoder/*/kernel"
-TEMPERATURE, ALPHA = 2.0, 0.5
 EVALUATIONS = 6
 
 
@@ -236,14 +235,15 @@ def step(
 
 
 def loss_fn(params: Any, module: Any, embeddings: Any, batch: Any) -> jax.Array:
-    """Cross-entropy; with a teacher, half of it, and half the softened divergence (arXiv 1503.02531)."""
+    """Cross-entropy; with a teacher, half of it, and half the softened divergence at a temperature of 2."""
     tokens, labels, teacher = batch
-    z = logits(module, params, embeddings, tokens)
-    task_loss = optax.softmax_cross_entropy_with_integer_labels(z, labels).mean()
-    if teacher is None:
-        return task_loss
-    student, soft = jax.nn.log_softmax(z / TEMPERATURE), jax.nn.softmax(teacher / TEMPERATURE)
-    return ALPHA * TEMPERATURE**2 * optax.kl_divergence(student, soft).mean() + (1 - ALPHA) * task_loss
+    loss = hj.distillation(
+        functools.partial(logits, module),
+        lambda *_: teacher,
+        lambda z, *_: optax.softmax_cross_entropy_with_integer_labels(z, labels).mean(),
+        alpha=0.0 if teacher is None else 0.5,
+    )
+    return loss(params, embeddings, tokens)
 
 
 @functools.partial(jax.jit, static_argnums=0)
