@@ -15,6 +15,7 @@ from hessjax.pruning.compensated import compensated
 from hessjax.pruning.hard_concrete import hard_concrete
 from hessjax.pruning.movement import from_magnitudes, movement, soft_movement
 from hessjax.pruning.pattern_by_path import heads
+from hessjax.pruning.rewiring import rigl, sparse_evolution
 from hessjax.pruning.saliency import magnitude
 
 
@@ -145,6 +146,8 @@ _SINGLE_SALIENCIES = {
     "hard_concrete": Kind(
         hard_concrete, {"penalty": _Scheduled, _SEED: int, "start_open": float, **_OPTIMIZER}
     ),
+    "sparse_evolution": Kind(sparse_evolution, {"fraction": _Scheduled, _SEED: int}),
+    "rigl": Kind(rigl, {"fraction": _Scheduled}),
     "obd": Kind(obs.obd, _GRADS),
     "obs": Kind(obs.obs, _FISHER),
     "wood_taylor": Kind(obs.wood_taylor, _FISHER),

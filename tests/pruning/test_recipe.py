@@ -115,6 +115,9 @@ def recipe(args, name="magnitude"):
         ("movement", "{final_sparsity: 0.4, start: from_magnitudes, optimizer: {class: lars, args: "
          "{learning_rate: 0.01, trust_coefficient: 1, momentum: 0}}}"),
         ("hard_concrete", "{final_threshold: 0, penalty: 2, seed: 1}"),
+        ("sparse_evolution", "{final_sparsity: 0.5, fraction: 0.3, seed: 1, allocation: uniform}"),
+        ("rigl", "{final_sparsity: 0.5, fraction: {class: cosine_decay_schedule, args: "
+         "{init_value: 0.3, decay_steps: 9}}}"),
         ("obd", "{final_sparsity: 0.4, num_grads: 3}"),
         ("obs", "{final_sparsity: 0.4, num_grads: 3, damping: {relative: 0.1}, block_size: null, "
          "update: summed}"),
