@@ -57,7 +57,8 @@ def match(tree: Any, where: Where, argument: str = "where") -> Any:
 
 def _matcher(pattern: str | Callable[[str, Any], bool]) -> Callable[[Any, Any], bool]:
     if isinstance(pattern, str):
-        return lambda path, _: fnmatch.fnmatchcase(path_name(path), pattern)
+        # A path itself matches, even one that reads otherwise as a glob: `w[a]`.
+        return lambda path, _: path_name(path) == pattern or fnmatch.fnmatchcase(path_name(path), pattern)
     return lambda path, leaf: bool(pattern(path_name(path), leaf))
 
 

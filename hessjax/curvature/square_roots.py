@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from hessjax import _tree
+from hessjax._numbers import checked_count
 from hessjax._typing import Block, Key, ModelFn, Params
 from hessjax.curvature.gradients import num_examples, of_each
 from hessjax.curvature.likelihoods import Likelihood, categorical_likelihood
@@ -105,8 +106,7 @@ def sampled_grads(
         [[[1.0, 1.0]], [[1.0, 1.0]], [[1.0, 1.0]]]
     """
     _tree.check_floating(params)
-    if num_samples < 1:
-        raise ValueError(f"`num_samples` must be at least 1, got {num_samples}.")
+    num_samples = checked_count("num_samples", num_samples)
     keys = jax.random.split(key, num_examples(args))
     score = as_pytree(likelihood.score)
     return _sampled_grads(precision, num_samples, as_pytree(model_fn), score, params, args, keys)

@@ -1,13 +1,13 @@
 """From gradients, in one block or a stream of blocks, to the inverse of their damped Fisher."""
 
 import itertools
-import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from hessjax import _tree
+from hessjax._numbers import checked_count
 from hessjax._typing import Relative
 from hessjax.inverse.blocking import Blocking
 from hessjax.inverse.damping import Damping
@@ -76,8 +76,8 @@ def inverse_fisher(
         >>> inverse.update({"w": jnp.zeros((2, 2))}).diagonal()["w"].round(4).tolist()  # F = I + λI
         [0.3333, 0.3333]
     """
-    block_size = None if block_size is None else _checked_size("block_size", block_size)
-    chunk_size = _checked_size("chunk_size", chunk_size)
+    block_size = None if block_size is None else checked_count("block_size", block_size)
+    chunk_size = checked_count("chunk_size", chunk_size)
     if not isinstance(batch_size, jax.core.Tracer) and not batch_size >= 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
     blocks = stream(grads)
@@ -87,13 +87,3 @@ def inverse_fisher(
     setting = Damping.of(damping, dtype)
     first = gathered(itertools.chain([first], blocks), blocking.widest if block_size else None)
     return streamed(built(blocking, chunk_size, first, setting, jnp.asarray(batch_size, dtype)), blocks)
-
-
-def _checked_size(name: str, size: Any) -> int:
-    try:
-        number = operator.index(size)
-    except TypeError:
-        raise TypeError(f"`{name}` must be an integer, got {size}.") from None
-    if number < 1:
-        raise ValueError(f"`{name}` must be at least 1, got {number}.")
-    return number

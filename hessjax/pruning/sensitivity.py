@@ -111,8 +111,8 @@ def sensitivity(
 
     Raises:
         ValueError: a level outside [0, 1) or twice; no metric and nothing to predict from; a metric whose
-            names change, or are names of other columns; if `where` matches no leaf, or only empty ones; if `path` holds something
-            else (it names the line).
+            names change, or are names of other columns; if `where` matches no leaf, or only empty
+            ones; if `path` holds something else (it names the line).
         TypeError: a metric that is not a scalar.
         FloatingPointError: if the metric is NaN: it names leaf and level. Rows before it stay in the file.
 

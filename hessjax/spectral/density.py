@@ -219,8 +219,8 @@ class SpectralDensity(NamedTuple):
 
         Args:
             num_points: length of the grid.
-            bandwidth: standard deviation of the Gaussians, positive. By default the width of the bulk (from the 5 %
-                to the 95 % quantile) over the number of nodes, at least 1/2000 of the whole range: it
+            bandwidth: standard deviation of the Gaussians, positive. By default the width of the bulk (from
+                the 5 % to the 95 % quantile) over the number of nodes, at least 1/2000 of the whole range: it
                 follows a rescaling of the loss, and outliers do not blur the bulk.
 
         Returns:
@@ -249,8 +249,8 @@ class SpectralDensity(NamedTuple):
             num_points: length of the grid.
             threshold: positive; eigenvalues well below it are shown linearly, those above it logarithmically.
                 By default a thousandth of the largest absolute node.
-            bandwidth: standard deviation of the Gaussians, positive, in units of u = asinh(λ / threshold), that is
-                about the relative width of a far outlier.
+            bandwidth: standard deviation of the Gaussians, positive, in units of u = asinh(λ / threshold),
+                that is about the relative width of a far outlier.
 
         Returns:
             `(grid, density)`: eigenvalues λ, evenly spaced in u, and the share of eigenvalues per unit of u.

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from hessjax import _tree
+from hessjax._numbers import checked_count
 from hessjax._packing import Packing
 from hessjax._typing import Block, Eigenpairs, Estimator, Key, Params, Relative, Scalar, Tolerance
 from hessjax.spectral.krylov import orthonormal
@@ -69,8 +70,7 @@ def power_iteration(k: int = 1, *, tol: Tolerance = Relative(1e-3)) -> Estimator
         >>> pairs.values.round(3).tolist(), pairs.converged.tolist()
         ([9.0, -4.0], [True, True])
     """
-    if k < 1:
-        raise ValueError(f"`k` must be at least 1, got {k}.")
+    k = checked_count("k", k)
 
     def init(key: Key, like: Params) -> PowerState:
         packing = Packing.of(like)
