@@ -1,6 +1,7 @@
 """Vectors r with 1/m Σ rrᵀ = GGN or Fisher: what an inverse Fisher is built from, beside gradients."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -36,7 +37,7 @@ def ggn_roots(
         params: pytree of real floating-point arrays.
         *args: first the batch, which alone is cut into examples: see `per_example_grads`.
         likelihood: what the outputs mean, as in `fisher`.
-        temperature: T.
+        temperature: T, positive.
         precision: of matrix products and convolutions, as in `hessian`.
 
     Returns:
@@ -44,7 +45,8 @@ def ggn_roots(
 
     Raises:
         TypeError: `params` has leaves that are not floating point; the outputs are not one array.
-        ValueError: no batch, an empty one, or arrays in it that disagree.
+        ValueError: no batch, an empty one, or arrays in it that disagree; `temperature` is not positive and
+            finite.
 
     Cost:
         A forward pass and c backward passes for each example, an eigendecomposition of c × c for each, and
@@ -63,6 +65,8 @@ def ggn_roots(
     """
     _tree.check_floating(params)
     num_examples(args)
+    if not isinstance(temperature, jax.core.Tracer) and not 0 < temperature < math.inf:
+        raise ValueError(f"`temperature` must be positive and finite, got {temperature}.")
     return _ggn_roots(
         precision, as_pytree(model_fn), as_pytree(likelihood.information), params, args, temperature
     )

@@ -133,6 +133,8 @@ class _Begin:
         keys = jax.random.split(key, self.block_size)
         block = jax.vmap(lambda key: packing.pack(gaussian(key, like)))(keys)
         if near is not None:
+            if any(jnp.shape(leaf)[:1] in ((), (0,)) for leaf in jax.tree.leaves(near)):
+                raise ValueError("`start` must be a block of at least one vector, got none.")
             _tree.check_like(_tree.row(near, 0), like, "start[0]", "like")
             block = jax.vmap(_near)(_dealt(jax.vmap(packing.pack)(near), self.block_size), block)
         return LanczosState(start_space(block, capacity), packing, jnp.int32(0))

@@ -250,6 +250,7 @@ def test_nan_gradients_name_the_leaf(block_size):
     [
         ({"damping": 0.0}, "`damping` must be a positive"),
         ({"damping": -1.0}, "`damping` must be a positive"),
+        ({"damping": None}, "`damping` must be a positive"),
         ({"damping": float("nan")}, "`damping` must be a positive"),
         ({"block_size": 0}, "`block_size` must be at least 1, got 0"),
         ({"chunk_size": 0}, "`chunk_size` must be at least 1, got 0"),
