@@ -158,7 +158,7 @@ def _extended(grads: Block, inverse: InverseFisher) -> InverseFisher:
 def _with_more(grads: Block, inverse: InverseFisher) -> InverseFisher:
     """With more gradients, in the memory of the roots; before them κ follows if it is to double."""
     rows, totals, target = _more(inverse, grads)
-    parts, shift = factored.followed(inverse.parts, inverse.shift, target, 2)
+    parts, shift = factored.followed(inverse.parts, inverse.shift, target, 2.0)
     parts = factored.all_absorbed(parts, rows, inverse.chunk_size)
     return dataclasses.replace(inverse, parts=parts, shift=shift, totals=totals)
 
@@ -167,7 +167,7 @@ def _with_more(grads: Block, inverse: InverseFisher) -> InverseFisher:
 def _settled(inverse: InverseFisher) -> InverseFisher:
     """With κ = mλ again."""
     shift = inverse.totals.shift(inverse.setting, inverse.blocking.packing.size)
-    parts, shift = factored.followed(inverse.parts, inverse.shift, shift, 1)
+    parts, shift = factored.followed(inverse.parts, inverse.shift, shift, 1.0)
     return dataclasses.replace(inverse, parts=parts, shift=shift)
 
 
