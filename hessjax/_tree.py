@@ -57,7 +57,8 @@ def match(tree: Any, where: Where, argument: str = "where") -> Any:
 
 def _matcher(pattern: str | Callable[[str, Any], bool]) -> Callable[[Any, Any], bool]:
     if isinstance(pattern, str):
-        return lambda path, _: fnmatch.fnmatchcase(path_name(path), pattern)
+        # A path itself matches, even one that reads otherwise as a glob: `w[a]`.
+        return lambda path, _: path_name(path) == pattern or fnmatch.fnmatchcase(path_name(path), pattern)
     return lambda path, leaf: bool(pattern(path_name(path), leaf))
 
 
@@ -82,7 +83,13 @@ def check_floating(params: Params, argument: str = "params") -> None:
 
 
 def check_like(tree: Any, like: Any, argument: str, reference: str) -> None:
-    """Raise a ValueError listing every leaf whose path or shape differs from `like`'s."""
+    """Raise a ValueError listing every leaf whose path or shape differs from `like`'s.
+
+    A TypeError if any leaf is complex: a cast would take the imaginary part away in silence.
+    """
+    if any(_is_complex(leaf) for leaf in jax.tree.leaves(tree)):
+        kinds = ", ".join(sorted({_describe(leaf) for leaf in jax.tree.leaves(tree) if _is_complex(leaf)}))
+        raise TypeError(f"`{argument}` must be real, got {kinds}.")
     same_structure: bool = jax.tree.structure(tree) == jax.tree.structure(like)  # type: ignore[operator]
     if same_structure:
         shapes = zip(jax.tree.leaves(tree), jax.tree.leaves(like), strict=True)
@@ -108,6 +115,10 @@ def check_like(tree: Any, like: Any, argument: str, reference: str) -> None:
 def _is_floating(leaf: Any) -> bool:
     is_number = isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic, float))
     return is_number and bool(jnp.issubdtype(jnp.result_type(leaf), jnp.floating))
+
+
+def _is_complex(leaf: Any) -> bool:
+    return isinstance(leaf, complex) or getattr(getattr(leaf, "dtype", None), "kind", None) == "c"
 
 
 def _describe(leaf: Any) -> str:

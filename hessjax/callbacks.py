@@ -13,10 +13,10 @@ class _ProgressBar:
 
     def __init__(self, description: str, transient: bool, unit: str) -> None:
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
-            TextColumn(unit + "{task.fields[status]}"),
+            TextColumn(unit + "{task.fields[status]}", markup=False),
             TimeRemainingColumn(compact=True),
             transient=transient,
         )

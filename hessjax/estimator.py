@@ -19,6 +19,7 @@ from hessjax._drive import (
     resume,
     start,
 )
+from hessjax._numbers import checked_count
 from hessjax._typing import Estimator, Key, Matvec, Params, Relative, Tolerance
 
 
@@ -101,7 +102,8 @@ def run(
     Raises:
         NonFiniteProductError: a product held NaN or infinity: says which, and keeps the result so far.
             (Traced code cannot raise: inside `jit` the run stops there, and fewer products are counted.)
-        TypeError: `like` has leaves that are not floating point; traced values without `on_device`.
+        TypeError: `like` has leaves that are not floating point; traced values without `on_device`;
+            `max_matvecs` is not an integer.
         ValueError: `max_matvecs` is below one step's need; a product is not like `like`.
 
     Cost:
@@ -131,8 +133,7 @@ def run(
     width = jax.tree.leaves(block)[0].shape[0]
     row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), block)
     _tree.check_like(row, like, "state" if state is not None else "estimator.query", "like")
-    if max_matvecs < width:
-        raise ValueError(f"`max_matvecs` must be at least {width}, one step's need, got {max_matvecs}.")
+    max_matvecs = checked_count("max_matvecs", max_matvecs, width, ", one step's need")
     if on_device:
         if callbacks:
             raise ValueError("`callbacks` must be empty with `on_device=True`: they run on the host.")

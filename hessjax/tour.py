@@ -218,7 +218,9 @@ def tour(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
     }
     record["seconds"]["all"] = time.perf_counter() - start
     report.write_json(out / "report.json", record)
-    console.print(f"\nWritten to {out}: report.json, {', '.join(record['figures'])}", highlight=False)
+    console.print(
+        f"\nWritten to {out}: report.json, {', '.join(record['figures'])}", highlight=False, markup=False
+    )
     return report.to_json(record)
 
 

@@ -23,6 +23,14 @@ def test_the_bar_shows_products_error_and_goal(capsys):
     assert "(goal 0.1)" in shown
 
 
+def test_the_description_is_shown_as_it_is(capsys):
+    bar = hj.progress_bar("trace [of a] [/b]", unit="products [c]")
+    hj.trace(A, jax.random.key(0), jnp.zeros(10), 2, callbacks=[bar])
+    shown = capsys.readouterr().out
+    assert "trace [of a] [/b]" in shown
+    assert "products [c]" in shown
+
+
 def test_one_bar_serves_several_runs_and_an_early_stop_fills_it(capsys):
     bar = hj.progress_bar()
     for _ in range(2):

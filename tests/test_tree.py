@@ -38,3 +38,16 @@ def test_paths_are_readable_in_every_container(container):
 
 def test_size_counts_scalars_and_empty_leaves():
     assert _tree.size(oracles.tree_like(11)) == 11
+
+
+def test_complex_vectors_are_refused():
+    for leaf in (1j, jnp.ones(2) * 1j, np.ones(2) * 1j):
+        like = jnp.zeros(np.shape(leaf))
+        with pytest.raises(TypeError, match=r"`vector` must be real, got .*complex"):
+            _tree.check_like(leaf, like, "vector", "params")
+
+
+def test_a_path_matches_itself_even_where_it_reads_otherwise_as_a_glob():
+    tree = {"w[a]": 1, "wa": 2}
+    assert _tree.match(tree, "w[a]") == {"w[a]": True, "wa": True}
+    assert _tree.match(tree, "w[[]a]") == {"w[a]": True, "wa": False}

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from rich.table import Table
+from rich.text import Text
 
 from hessjax import _tree
 from hessjax._text import plain
@@ -63,10 +64,10 @@ class Check(NamedTuple):
         return str(self)
 
 
-def _cells(row: CheckRow) -> tuple[str, ...]:
+def _cells(row: CheckRow) -> tuple[str | Text, ...]:
     note = math.isinf(row.limit)
     result = "FAILED" if not row.passed else "note" if note else "ok"
-    return row.name, result, f"{row.measured:.3g}", "" if note else f"{row.limit:.3g}", row.detail
+    return row.name, result, f"{row.measured:.3g}", "" if note else f"{row.limit:.3g}", Text(row.detail)
 
 
 def named(params: Params, flags: Any) -> str:

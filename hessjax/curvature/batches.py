@@ -55,9 +55,9 @@ def check_reiterable(batches: Any) -> None:
 def count_examples(num_examples: Callable[[Any], int], batch: Any, index: int) -> int:
     """The number of examples in batch `index`, at least one."""
     counted = num_examples(batch)
-    if (weight := int(counted)) != counted:
+    if not counted % 1 == 0:  # nor NaN
         raise ValueError(f"`num_examples` must give a whole number, got {counted} for batch {index}.")
-    if weight < 1:
+    if (weight := int(counted)) < 1:
         raise ValueError(f"every batch must hold at least one example, but batch {index} has {weight}.")
     return weight
 

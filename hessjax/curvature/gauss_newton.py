@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from hessjax import _tree
+from hessjax._numbers import checked_count
 from hessjax._typing import Key, LossFn, Matvec, ModelFn, Params
 from hessjax.curvature.likelihoods import Likelihood
 from hessjax.curvature.product import as_pytree, described, pull_back, scalar
@@ -136,9 +137,7 @@ def fisher(
             )
         curvature = Partial(_exact_fisher, as_pytree(likelihood.information))
     else:
-        num_samples = 1 if num_samples is None else num_samples
-        if num_samples < 1:
-            raise ValueError(f"`num_samples` must be at least 1, got {num_samples}.")
+        num_samples = 1 if num_samples is None else checked_count("num_samples", num_samples)
         curvature = Partial(_SampledFisher(num_samples), as_pytree(likelihood.score), key)
     return sandwich(model_fn, curvature, params, args, linearize, precision)
 

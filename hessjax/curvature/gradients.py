@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from hessjax import _tree
+from hessjax._numbers import checked_count
 from hessjax._typing import Block, LossFn, Matvec, Params, Vector
 from hessjax.curvature.batches import add, divide, leading_axis, zero
 from hessjax.curvature.product import as_pytree, at_precision, scalar
@@ -146,8 +147,7 @@ def num_examples(args: tuple[Any, ...]) -> int:
 
 def _cuts(count: int, microbatch: int) -> list[tuple[int, int]]:
     """(start, size) of every microbatch; the last may be short."""
-    if microbatch < 1:
-        raise ValueError(f"`microbatch` must be at least 1, got {microbatch}.")
+    microbatch = checked_count("microbatch", microbatch)
     return [(start, min(microbatch, count - start)) for start in range(0, count, microbatch)]
 
 

@@ -1,6 +1,7 @@
 """Vectors r with 1/m Σ rrᵀ = GGN or Fisher: what an inverse Fisher is built from, beside gradients."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from hessjax import _tree
+from hessjax._numbers import checked_count
 from hessjax._typing import Block, Key, ModelFn, Params
 from hessjax.curvature.gradients import num_examples, of_each
 from hessjax.curvature.likelihoods import Likelihood, categorical_likelihood
@@ -35,7 +37,7 @@ def ggn_roots(
         params: pytree of real floating-point arrays.
         *args: first the batch, which alone is cut into examples: see `per_example_grads`.
         likelihood: what the outputs mean, as in `fisher`.
-        temperature: T.
+        temperature: T, positive.
         precision: of matrix products and convolutions, as in `hessian`.
 
     Returns:
@@ -43,7 +45,8 @@ def ggn_roots(
 
     Raises:
         TypeError: `params` has leaves that are not floating point; the outputs are not one array.
-        ValueError: no batch, an empty one, or arrays in it that disagree.
+        ValueError: no batch, an empty one, or arrays in it that disagree; `temperature` is not positive and
+            finite.
 
     Cost:
         A forward pass and c backward passes for each example, an eigendecomposition of c × c for each, and
@@ -62,6 +65,8 @@ def ggn_roots(
     """
     _tree.check_floating(params)
     num_examples(args)
+    if not isinstance(temperature, jax.core.Tracer) and not 0 < temperature < math.inf:
+        raise ValueError(f"`temperature` must be positive and finite, got {temperature}.")
     return _ggn_roots(
         precision, as_pytree(model_fn), as_pytree(likelihood.information), params, args, temperature
     )
@@ -105,8 +110,7 @@ def sampled_grads(
         [[[1.0, 1.0]], [[1.0, 1.0]], [[1.0, 1.0]]]
     """
     _tree.check_floating(params)
-    if num_samples < 1:
-        raise ValueError(f"`num_samples` must be at least 1, got {num_samples}.")
+    num_samples = checked_count("num_samples", num_samples)
     keys = jax.random.split(key, num_examples(args))
     score = as_pytree(likelihood.score)
     return _sampled_grads(precision, num_samples, as_pytree(model_fn), score, params, args, keys)

@@ -1,5 +1,7 @@
 """How far an inverse Fisher is off, block by block, and the error where that is too much."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -20,6 +22,7 @@ Residuals = tuple[Float[Array, " _"], ...]
 """How far every block is off; see `InverseFisher`."""
 
 
+@functools.partial(jax.jit, donate_argnums=0)
 def measured(parts: Factored, shift: Scalar, count: Count) -> tuple[Factored, Residuals]:
     """The factors, with NaN for what the residuals show to be no inverse, and the residuals."""
     Az = images(parts)

@@ -21,13 +21,17 @@ class Damping(NamedTuple):
         """Checked, as arrays."""
         is_relative = isinstance(damping, Relative)
         value = damping.factor if is_relative else damping
-        if jnp.ndim(value) or (not isinstance(value, jax.core.Tracer) and not 0 < value < math.inf):
+        if value is None or jnp.ndim(value) or not (_is_traced(value) or 0 < value < math.inf):
             raise ValueError(
                 f"`damping` must be a positive finite number or `relative(r)`, got {damping}: without it the "
                 f"Fisher of fewer gradients than weights has no inverse."
             )
         value, zero = jnp.asarray(value, dtype), jnp.zeros((), dtype)
         return cls(zero, value) if is_relative else cls(value, zero)
+
+
+def _is_traced(value: Any) -> bool:
+    return isinstance(value, jax.core.Tracer)
 
 
 class Totals(NamedTuple):

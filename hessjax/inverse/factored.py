@@ -2,6 +2,7 @@
 
 from typing import TypeAlias
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -28,7 +29,7 @@ def extended(parts: Factored, rows: tuple[Rows, ...], old: Scalar, new: Scalar, 
     return tuple(
         _part_of(_stacked(part.rows, more), new, chunk_size)
         if isinstance(part, Dual)
-        else shifted(absorbed(part, more, chunk_size), old, new)
+        else absorbed(shifted(part, old, new), more, chunk_size)
         for part, more in zip(parts, rows, strict=True)
     )
 
@@ -38,9 +39,14 @@ def all_absorbed(parts: Factored, rows: tuple[Rows, ...], chunk_size: int) -> Fa
     return tuple(absorbed(part, more, chunk_size) for part, more in zip(_roots(parts), rows, strict=True))
 
 
-def all_shifted(parts: Factored, old: Scalar, new: Scalar) -> Factored:
-    """Roots at another κ."""
-    return tuple(shifted(part, old, new) for part in _roots(parts))
+def followed(parts: Factored, old: Scalar, new: Scalar, factor: float) -> tuple[Factored, Scalar]:
+    """Roots at a κ that has grown by more than a factor, or as they are; and the κ they are at."""
+    # A loop of one turn or none: the branches of a condition would copy the roots.
+    return jax.lax.while_loop(
+        lambda state: factor * state[1] < new,
+        lambda state: (tuple(shifted(part, state[1], new) for part in state[0]), new),
+        (tuple(_roots(parts)), old),
+    )
 
 
 def solved(parts: Factored, vector: Parts, shift: Scalar, count: Count) -> Parts:

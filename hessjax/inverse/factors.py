@@ -136,8 +136,8 @@ def whole_of(rows: tuple[Rows, ...], shift: Scalar) -> Whole:
 def root_of(rows: Rows, shift: Scalar, chunk_size: int) -> Root:
     """The root from nothing but these gradients."""
     _, blocks, width = rows.shape
-    eye = jnp.eye(width, dtype=rows.dtype) / jnp.sqrt(shift.astype(rows.dtype))
-    start = Root(jnp.broadcast_to(eye, (blocks, width, width)), jnp.zeros((blocks, width), rows.dtype))
+    eye = jnp.broadcast_to(jnp.eye(width, dtype=rows.dtype), (blocks, width, width))
+    start = Root(_diagonal_root(eye, shift), jnp.zeros((blocks, width), rows.dtype))
     return absorbed(start, rows, chunk_size)
 
 
@@ -151,18 +151,27 @@ def absorbed(part: Root, rows: Rows, chunk_size: int) -> Root:
 
 
 def shifted(part: Root, old: Scalar, new: Scalar) -> Root:
-    """The root at another κ: S L⁻ᵀ with LLᵀ = I + (κ' − κ)SᵀS, as well conditioned as κ'/κ is near 1."""
-    gram = jnp.einsum("bij,bik->bjk", part.root, part.root, precision="highest")
-    eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
-    lower = each(jnp.linalg.cholesky, eye + (new - old).astype(gram.dtype) * gram)
-    root = each(_half_solve, lower, part.root.mT).mT
-    return part._replace(root=root)
+    """The root at a larger κ: S L⁻ᵀ with LLᵀ = I + (κ' − κ)SᵀS.
+
+    L is as well conditioned as A + κI, or better where κ'/κ is near 1. So κ must grow before gradients come
+    that are larger than all before: they leave too few digits in S for what a small κ is to a large one.
+    """
+    scaled = jnp.sqrt(new - old).astype(part.root.dtype) * part.root  # SᵀS itself may overflow
+    gram = jnp.einsum("bij,bik->bjk", scaled, scaled, precision="highest")
+    eye = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
+    root = each(_half_solve, each(jnp.linalg.cholesky, eye + gram), part.root.mT).mT
+    return part._replace(root=jnp.where(old > 0, root, _diagonal_root(eye, new)))
 
 
 def dual_of(rows: Rows, shift: Scalar) -> Dual:
     """The dual, block by block."""
     gram = jnp.einsum("gbi,hbi->bgh", rows, rows, precision="highest")
     return Dual(rows, _cholesky(gram, shift))
+
+
+def _diagonal_root(eye: Float[Array, "_ _ _"], shift: Scalar) -> Array:
+    """S without gradients; I for κ = 0, relative to gradients that were all zero, which has no inverse."""
+    return eye / jnp.sqrt(jnp.where(shift > 0, shift, 1)).astype(eye.dtype)
 
 
 def _absorb(part: Root, chunk: Rows) -> Root:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from hessjax import _tree
+from hessjax._numbers import checked_count
 from hessjax._typing import Relative
 from hessjax.inverse.blocking import Blocking
 from hessjax.inverse.damping import Damping
@@ -35,8 +36,10 @@ def inverse_fisher(
             `per_example_grads` returns; or a stream of blocks, any iterable that is not itself a tree of
             arrays: an iterator, a generator, a data loader. (A list is a tree: pass `iter(blocks)`.) A stream
             is read once, and no more of it is kept than makes up B gradients (all, if `block_size=None`).
+            Inside `jit` it is unrolled.
         damping: λ, in the units of F, or `relative(r)`: r times the mean of F's undamped diagonal over all
-            parameters, of all leaves. A stream's λ is that of all its gradients.
+            parameters, of all leaves. A stream's λ is that of all its gradients, however small the first
+            ones are; and only all of them must have an accurate inverse.
         block_size: the most weights in a block, B; a smaller leaf is one block. None: one block in all.
         chunk_size: how many gradients enter a root at once. More are faster on an accelerator; in float32
             fewer are more accurate.
@@ -46,7 +49,7 @@ def inverse_fisher(
         An `InverseFisher`, a pytree, computed and kept in at least float32.
 
     Raises:
-        TypeError: gradients that are not floating point.
+        TypeError: gradients that are not floating point; a size that is not an integer.
         ValueError: no gradient; leaves, or blocks of a stream, that disagree; NaN or infinity among the
             gradients (names the leaf); `damping` not positive, or relative to gradients that are all zero;
             λ too small for the precision (names the block, and a damping that should do). Traced code cannot
@@ -55,7 +58,7 @@ def inverse_fisher(
     Cost:
         Root: 6·m·B operations for each weight, memory B numbers for each weight. Dual: 2·m·min(m, B)
         operations and m numbers for each weight, and m² for each block. A stream costs 5·B² operations more
-        for each weight whenever m has doubled, for κ = mλ grows with it.
+        for each weight whenever κ = mλ has doubled, and once at the end.
 
         In float32 the relative error is about 1e-7·√(λmax/λ) times a modest factor, at worst 1e-7·λmax/λ.
 
@@ -73,9 +76,10 @@ def inverse_fisher(
         >>> inverse.update({"w": jnp.zeros((2, 2))}).diagonal()["w"].round(4).tolist()  # F = I + λI
         [0.3333, 0.3333]
     """
-    for name, value in {"block_size": block_size, "chunk_size": chunk_size, "batch_size": batch_size}.items():
-        if value is not None and not isinstance(value, jax.core.Tracer) and not value >= 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    block_size = None if block_size is None else checked_count("block_size", block_size)
+    chunk_size = checked_count("chunk_size", chunk_size)
+    if not isinstance(batch_size, jax.core.Tracer) and not batch_size >= 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
     blocks = stream(grads)
     first = next(blocks)
     like = row(first)

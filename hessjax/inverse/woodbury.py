@@ -122,18 +122,14 @@ class InverseFisher:
 
 
 def streamed(inverse: InverseFisher, blocks: Iterator[Block]) -> InverseFisher:
-    """With the blocks that are left; κ follows m when that has doubled, and at the end."""
-    settled = total = None
+    """With the blocks that are left; only then is it known how accurate the inverse is."""
+    more = False
     for block in blocks:
-        total = int(inverse.num_grads) if total is None else total
-        settled = total if settled is None else settled
-        inverse = _with_more(block, inverse)
-        total += num_grads(block)
-        if total >= 2 * settled:
-            inverse, settled = _settled(inverse), total
-    inverse = inverse if settled in (None, total) else _settled(inverse)
-    accuracy.check(inverse.parts, inverse.residuals, inverse.blocking, inverse.shift, inverse.num_grads)
-    return inverse
+        inverse, more = _with_more(block, inverse), True
+    inverse = _settled(inverse) if more else inverse
+    parts, residuals = accuracy.measured(inverse.parts, inverse.shift, inverse.num_grads)
+    accuracy.check(parts, residuals, inverse.blocking, inverse.shift, inverse.num_grads)
+    return dataclasses.replace(inverse, parts=parts, residuals=residuals)
 
 
 # -- what is compiled ----------------------------------------------------------------------------
@@ -143,43 +139,43 @@ def streamed(inverse: InverseFisher, blocks: Iterator[Block]) -> InverseFisher:
 def built(
     blocking: Blocking, chunk_size: int, grads: Block, setting: Damping, scale: Scalar
 ) -> InverseFisher:
-    """From one block of gradients."""
+    """From one block of gradients; not measured yet."""
     rows, totals = _read(blocking, grads, scale)
     shift = totals.shift(setting, blocking.packing.size)
     parts = factored.built(rows, shift, chunk_size, as_one=blocking.block_size is None)
-    parts, residuals = accuracy.measured(parts, shift, totals.num_grads)
-    return InverseFisher(parts, shift, totals, setting, scale, residuals, blocking, chunk_size)
+    return InverseFisher(parts, shift, totals, setting, scale, (), blocking, chunk_size)
 
 
 @jax.jit
 def _extended(grads: Block, inverse: InverseFisher) -> InverseFisher:
-    """With more gradients, and κ = mλ."""
-    rows, new = _read(inverse.blocking, grads, inverse.scale)
-    totals = jax.tree.map(jnp.add, inverse.totals, new)
-    shift = totals.shift(inverse.setting, inverse.blocking.packing.size)
+    """With more gradients, and κ = mλ; not measured yet."""
+    rows, totals, shift = _more(inverse, grads)
     parts = factored.extended(inverse.parts, rows, inverse.shift, shift, inverse.chunk_size)
-    return _measured(dataclasses.replace(inverse, parts=parts, shift=shift, totals=totals))
+    return dataclasses.replace(inverse, parts=parts, shift=shift, totals=totals)
 
 
 @functools.partial(jax.jit, donate_argnums=1)
 def _with_more(grads: Block, inverse: InverseFisher) -> InverseFisher:
-    """With more gradients, in the memory of the roots; κ is left behind."""
-    rows, new = _read(inverse.blocking, grads, inverse.scale)
-    parts = factored.all_absorbed(inverse.parts, rows, inverse.chunk_size)
-    return dataclasses.replace(inverse, parts=parts, totals=jax.tree.map(jnp.add, inverse.totals, new))
+    """With more gradients, in the memory of the roots; before them κ follows if it is to double."""
+    rows, totals, target = _more(inverse, grads)
+    parts, shift = factored.followed(inverse.parts, inverse.shift, target, 2.0)
+    parts = factored.all_absorbed(parts, rows, inverse.chunk_size)
+    return dataclasses.replace(inverse, parts=parts, shift=shift, totals=totals)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _settled(inverse: InverseFisher) -> InverseFisher:
     """With κ = mλ again."""
     shift = inverse.totals.shift(inverse.setting, inverse.blocking.packing.size)
-    parts = factored.all_shifted(inverse.parts, inverse.shift, shift)
-    return _measured(dataclasses.replace(inverse, parts=parts, shift=shift))
+    parts, shift = factored.followed(inverse.parts, inverse.shift, shift, 1.0)
+    return dataclasses.replace(inverse, parts=parts, shift=shift)
 
 
-def _measured(inverse: InverseFisher) -> InverseFisher:
-    parts, residuals = accuracy.measured(inverse.parts, inverse.shift, inverse.num_grads)
-    return dataclasses.replace(inverse, parts=parts, residuals=residuals)
+def _more(inverse: InverseFisher, grads: Block) -> tuple[tuple[Array, ...], Totals, Scalar]:
+    """More gradients, what all of them add up to, and their κ."""
+    rows, new = _read(inverse.blocking, grads, inverse.scale)
+    totals = jax.tree.map(jnp.add, inverse.totals, new)
+    return rows, totals, totals.shift(inverse.setting, inverse.blocking.packing.size)
 
 
 def _read(blocking: Blocking, grads: Block, scale: Scalar) -> tuple[tuple[Array, ...], Totals]:

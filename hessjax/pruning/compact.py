@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from hessjax import _tree
 from hessjax._text import plain
@@ -114,7 +115,7 @@ class Compacted(NamedTuple):
         for title in ("Name", "Shape", "Compact"):
             table.add_column(title, no_wrap=True)
         for path in self.kept:
-            table.add_row(path, *("×".join(map(str, shape)) for shape in self.shapes[path]))
+            table.add_row(Text(path), *("×".join(map(str, shape)) for shape in self.shapes[path]))
         table.add_section()
         for name, before, after in zip(Size._fields, self.before, self.after, strict=True):
             table.add_row(name.replace("_", "-"), f"{before:,}", f"{after:,}", style="bold")

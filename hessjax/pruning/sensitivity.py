@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 from rich.table import Table
+from rich.text import Text
 
 from hessjax import _drive, _tree
 from hessjax._text import plain
@@ -46,12 +47,12 @@ class Sensitivity(NamedTuple):
         has_model = any(row.predicted is not None for row in self.rows)
         titles = [*self.rows[0].metrics, *(["predicted rise"] if has_model else [])]
         for title in ("parameter", "sparsity", *titles):
-            table.add_column(title, justify="left" if title == "parameter" else "right", no_wrap=True)
+            table.add_column(Text(title), justify="left" if title == "parameter" else "right", no_wrap=True)
         last = ""
         for row in self.rows:
             numbers = [*row.metrics.values(), *([row.predicted] if has_model else [])]
             name, last = "" if row.parameter == last else row.parameter, row.parameter
-            table.add_row(name, level_name(row.sparsity), *(f"{x:.4g}" for x in numbers))
+            table.add_row(Text(name), level_name(row.sparsity), *(f"{x:.4g}" for x in numbers))
         return table
 
     def __str__(self) -> str:
@@ -110,8 +111,8 @@ def sensitivity(
 
     Raises:
         ValueError: a level outside [0, 1) or twice; no metric and nothing to predict from; a metric whose
-            names change, or are names of other columns; if `where` matches no leaf; if `path` holds something
-            else (it names the line).
+            names change, or are names of other columns; if `where` matches no leaf, or only empty
+            ones; if `path` holds something else (it names the line).
         TypeError: a metric that is not a scalar.
         FloatingPointError: if the metric is NaN: it names leaf and level. Rows before it stay in the file.
 
@@ -232,6 +233,9 @@ def _patterns_by_leaf(params: Params, where: Where, pattern: Patterns) -> dict[s
     paths = _tree.unique_paths(params, "params")
     hits, leaves = jax.tree.leaves(_tree.match(params, where)), jax.tree.leaves(params)
     chosen = {path: x for path, hit, x in zip(paths, hits, leaves, strict=True) if hit and jnp.size(x)}
+    if not chosen:
+        empty = ", ".join(path for path, hit in zip(paths, hits, strict=True) if hit)
+        raise ValueError(f"`where` must match at least one leaf with weights, got only empty ones: {empty}.")
     found = dict(zip(_tree.leaf_paths(chosen), patterns_of(pattern, chosen), strict=True))
     return {path: found[path] for path in chosen}
 

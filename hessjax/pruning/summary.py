@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 from rich.table import Table
+from rich.text import Text
 
 from hessjax import _tree
 from hessjax._text import plain
@@ -98,7 +99,7 @@ class Summary(NamedTuple):
 class _Column(NamedTuple):
     title: str
     value: Callable[[SummaryRow], Any]
-    form: Callable[[Any], str]
+    form: Callable[[Any], str | Text]
     always: bool = True
 
 
@@ -107,7 +108,7 @@ def _percent(fraction: float) -> str:
 
 
 _COLUMNS = (
-    _Column("Name", lambda row: row.path, str),
+    _Column("Name", lambda row: row.path, Text),
     _Column("Shape", lambda row: "×".join(map(str, row.shape)), str),
     _Column("Weights", lambda row: row.number, "{:,}".format),
     _Column("Nonzero", lambda row: row.nonzeros, "{:,}".format),

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from hessjax import _tree
 from hessjax._typing import Eigenpairs, Params
@@ -128,7 +129,7 @@ def layer_table(traces: TraceByLeaf, params: Params) -> Table:
             f"{100 * row.share:.1f}",
             f"{row.per_parameter:.1e}",
         )
-        table.add_row(row.path, shape, f"{row.parameters:,}", *numbers)
+        table.add_row(Text(row.path), shape, f"{row.parameters:,}", *numbers)
     total, size = traces.total, _tree.size(params)
     mean = float(total.mean)
     table.add_section()
@@ -149,7 +150,7 @@ def accuracy_table(rows: Mapping[str, tuple[float, float]]) -> Table:
     """
     table = _table("Dense against sparse", "Network", "Zeros %", "Test accuracy %")
     for name, (sparsity, accuracy) in rows.items():
-        table.add_row(name, f"{100 * sparsity:.2f}", f"{100 * accuracy:.2f}")
+        table.add_row(Text(name), f"{100 * sparsity:.2f}", f"{100 * accuracy:.2f}")
     return table
 
 

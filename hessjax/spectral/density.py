@@ -1,5 +1,6 @@
 """A spectral density as nodes and weights, and what follows from them: curves, bounds, sums over it."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -36,7 +37,7 @@ class SpectralDensity(NamedTuple):
 
     def moment(self, power: int = 1) -> Float[Array, ""]:
         """The mean of λ^power over the spectrum: tr(A^power)/d."""
-        return self._mean(jnp.sum(self.weights * self.nodes**power, axis=1))
+        return self._mean(jnp.sum(jnp.where(self.weights > 0, self.weights * self.nodes**power, 0), axis=1))
 
     def cumulative(self, grid: Grid) -> Float[Array, " n"]:
         """The share of eigenvalues at or below each grid point; a staircase."""
@@ -156,7 +157,8 @@ class SpectralDensity(NamedTuple):
         Cost:
             No products.
         """
-        _check_at_least("damping", damping, 0)
+        if not isinstance(damping, jax.core.Tracer) and not damping >= 0:
+            raise ValueError(f"`damping` must be at least 0, got {damping}.")
         return self.trace_of(lambda x: jnp.log(jnp.abs(x + damping)))
 
     def schatten_norm(self, p: Number = 2.0) -> Estimate:
@@ -176,8 +178,7 @@ class SpectralDensity(NamedTuple):
         Cost:
             No products.
         """
-        if not isinstance(p, jax.core.Tracer) and not 0 < p < jnp.inf:
-            raise ValueError(f"`p` must be positive and finite, got {p}: for the limit see `eigenpairs`.")
+        _check_positive("p", p, ": for the limit see `eigenpairs`")
         top = jnp.max(jnp.abs(self.nodes))  # powers of λ itself may leave the range of float32
         unit = jnp.where(top > 0, top, 1)
         total = self.trace_of(lambda x: (jnp.abs(x) / unit) ** p)
@@ -206,9 +207,7 @@ class SpectralDensity(NamedTuple):
         References:
             MacKay (1992), Bayesian interpolation: γ, the number of well-determined parameters.
         """
-        _check_at_least("damping", damping, 0)
-        if not isinstance(damping, jax.core.Tracer) and damping == 0:
-            raise ValueError("`damping` must be positive, got 0: with it every eigenvalue counts as 1.")
+        _check_positive("damping", damping, ": with 0 every eigenvalue would count as 1")
         return self.trace_of(lambda x: x / (x + damping))
 
     # -- curves -----------------------------------------------------------------------------------
@@ -220,20 +219,24 @@ class SpectralDensity(NamedTuple):
 
         Args:
             num_points: length of the grid.
-            bandwidth: standard deviation of the Gaussians. By default the width of the bulk (from the 5 %
-                to the 95 % quantile) over the number of nodes, at least 1/2000 of the whole range: it
+            bandwidth: standard deviation of the Gaussians, positive. By default the width of the bulk (from
+                the 5 % to the 95 % quantile) over the number of nodes, at least 1/2000 of the whole range: it
                 follows a rescaling of the loss, and outliers do not blur the bulk.
 
         Returns:
             `(grid, density)`; the density integrates to 1.
+
+        Raises:
+            ValueError: `bandwidth` is not positive and finite.
         """
         low, high = ends(self.nodes, self.weights)
         if bandwidth is None:
             share = bulk(self.nodes, self.weights) / self.nodes.shape[1]
             width = jnp.maximum(share, (high - low) / 2000)
+            width = jnp.where(width > 0, width, jnp.maximum(jnp.abs(high), 1) * 1e-3)  # a single eigenvalue
         else:
+            _check_positive("bandwidth", bandwidth)
             width = jnp.asarray(bandwidth)
-        width = jnp.where(width > 0, width, jnp.maximum(jnp.abs(high), 1) * 1e-3)  # a single eigenvalue
         grid = jnp.linspace(low - 4 * width, high + 4 * width, num_points)
         return grid, self._mean(bumps(grid, self.nodes, self.weights, width))
 
@@ -244,14 +247,20 @@ class SpectralDensity(NamedTuple):
 
         Args:
             num_points: length of the grid.
-            threshold: eigenvalues well below it are shown linearly, those above it logarithmically. By
-                default a thousandth of the largest absolute node.
-            bandwidth: standard deviation of the Gaussians in units of u = asinh(λ / threshold), that is
-                about the relative width of a far outlier.
+            threshold: positive; eigenvalues well below it are shown linearly, those above it logarithmically.
+                By default a thousandth of the largest absolute node.
+            bandwidth: standard deviation of the Gaussians, positive, in units of u = asinh(λ / threshold),
+                that is about the relative width of a far outlier.
 
         Returns:
             `(grid, density)`: eigenvalues λ, evenly spaced in u, and the share of eigenvalues per unit of u.
+
+        Raises:
+            ValueError: `threshold` or `bandwidth` is not positive and finite.
         """
+        for name, number in {"threshold": threshold, "bandwidth": bandwidth}.items():
+            if number is not None:
+                _check_positive(name, number)
         low, high = ends(self.nodes, self.weights)
         top = jnp.maximum(jnp.abs(low), jnp.abs(high))
         unit = 1e-3 * jnp.where(top > 0, top, 1) if threshold is None else jnp.asarray(threshold)
@@ -267,6 +276,6 @@ class SpectralDensity(NamedTuple):
         return jnp.sum(jnp.where(took_place, values, 0), axis=0) / self.num_probes
 
 
-def _check_at_least(argument: str, number: Any, least: int) -> None:
-    if not isinstance(number, jax.core.Tracer) and not number >= least:
-        raise ValueError(f"`{argument}` must be at least {least}, got {number}.")
+def _check_positive(argument: str, number: Any, why: str = "") -> None:
+    if not isinstance(number, jax.core.Tracer) and not 0 < number < math.inf:
+        raise ValueError(f"`{argument}` must be positive and finite, got {number}{why}.")

@@ -10,10 +10,10 @@ from jaxtyping import Array, Int
 
 from hessjax import _tree
 from hessjax._drive import Callback
+from hessjax._numbers import checked_count
 from hessjax._typing import Block, Estimate, Estimator, Key, Matvec, Params, Scalar, Tolerance
 from hessjax.estimator import run
 from hessjax.spectral import moments
-from hessjax.spectral.hutchinson import check_num_probes
 from hessjax.spectral.probes import Probe, rademacher
 
 
@@ -151,7 +151,7 @@ def diagonal(
         >>> jax.tree.map(lambda x: x.tolist(), hj.diagonal(A, jax.random.key(0), like, num_probes=2).mean)
         {'bias': [2.0, 2.0], 'scale': -1.0}
     """
-    check_num_probes(num_probes)
+    num_probes = checked_count("num_probes", num_probes)
     return run(
         hutchinson_diagonal(probe),
         matvec,

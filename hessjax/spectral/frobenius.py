@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 from hessjax import _tree
 from hessjax._drive import Callback
+from hessjax._numbers import checked_count
 from hessjax._typing import Block, Estimate, Estimator, Key, Matvec, Params, Scalar, Tolerance
 from hessjax.estimator import run
 from hessjax.spectral import moments
-from hessjax.spectral.hutchinson import check_num_probes
 from hessjax.spectral.probes import Probe, rademacher
 
 
@@ -134,7 +134,7 @@ def frobenius_norm(
         >>> float(hj.frobenius_norm(A, jax.random.key(0), jnp.zeros(2), num_probes=2).mean)
         5.0
     """
-    check_num_probes(num_probes)
+    num_probes = checked_count("num_probes", num_probes)
     return run(
         hutchinson_frobenius(probe),
         matvec,

@@ -124,9 +124,3 @@ def _hutchinson(probe: Probe, groups: tuple[tuple[int, ...], ...] | None) -> Est
         return jnp.abs(state.samples.mean[0])
 
     return Estimator(init, query, update, result, error, scale)
-
-
-def check_num_probes(num_probes: int) -> None:
-    """Raise a ValueError if there is none."""
-    if num_probes < 1:
-        raise ValueError(f"`num_probes` must be at least 1, got {num_probes}.")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from hessjax import _tree
+from hessjax._numbers import checked_count
 from hessjax._packing import Packed, Packing
 from hessjax._typing import Block, Estimate, Estimator, Key, Params, Scalar
 from hessjax.spectral import krylov, moments
@@ -80,8 +81,7 @@ def hutchpp(num_matvecs: int = 100, *, probe: Probe = rademacher) -> Estimator:
         >>> round(float(estimate.mean), 4)
         5.0
     """
-    if num_matvecs < 3:
-        raise ValueError(f"`num_matvecs` must be at least 3, got {num_matvecs}.")
+    num_matvecs = checked_count("num_matvecs", num_matvecs, 3)
     rank = num_matvecs // 3
 
     def init(key: Key, like: Params) -> HutchppState:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Int
 
 from hessjax import _tree
+from hessjax._numbers import checked_count
 from hessjax._packing import Packing
 from hessjax._typing import Block, Eigenpairs, Estimator, Key, Params, Relative, Scalar, Tolerance, Vector
 from hessjax.estimator import checked_tolerance
@@ -109,8 +109,7 @@ def lanczos(
     if which not in _PRIORITY:
         raise ValueError(f"`which` must be one of {', '.join(map(repr, _PRIORITY))}, got {which!r}.")
     for name, number in (("k", k), ("block_size", block_size)):
-        if operator.index(number) < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {number}.")
+        checked_count(name, number)
     if (checked := checked_tolerance(tol)) is None:
         raise ValueError("`tol` must be a number or `relative(r)`: it decides what counts as converged.")
     wanted = num_wanted(k, which)
@@ -134,6 +133,8 @@ class _Begin:
         keys = jax.random.split(key, self.block_size)
         block = jax.vmap(lambda key: packing.pack(gaussian(key, like)))(keys)
         if near is not None:
+            if any(jnp.shape(leaf)[:1] in ((), (0,)) for leaf in jax.tree.leaves(near)):
+                raise ValueError("`start` must be a block of at least one vector, got none.")
             _tree.check_like(_tree.row(near, 0), like, "start[0]", "like")
             block = jax.vmap(_near)(_dealt(jax.vmap(packing.pack)(near), self.block_size), block)
         return LanczosState(start_space(block, capacity), packing, jnp.int32(0))

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from hessjax import _tree
+from hessjax._numbers import checked_count
 from hessjax._packing import Packing
 from hessjax._typing import Block, Eigenpairs, Estimator, Key, Params, Relative, Scalar, Tolerance
+from hessjax.estimator import checked_tolerance
 from hessjax.spectral.krylov import orthonormal
 from hessjax.spectral.probes import gaussian
 
@@ -52,7 +54,8 @@ def power_iteration(k: int = 1, *, tol: Tolerance = Relative(1e-3)) -> Estimator
         An `Estimator` with result `Eigenpairs` (largest value first) and error the largest residual.
 
     Raises:
-        ValueError: `k` below 1, or above the number of parameters.
+        TypeError: `k` is not an integer.
+        ValueError: `k` below 1, or above the number of parameters; `tol` negative or None.
 
     Cost:
         k products a step, (|λ_k+1| / |λ_k|) less error each; 6k²d operations; memory 3k·d.
@@ -69,8 +72,9 @@ def power_iteration(k: int = 1, *, tol: Tolerance = Relative(1e-3)) -> Estimator
         >>> pairs.values.round(3).tolist(), pairs.converged.tolist()
         ([9.0, -4.0], [True, True])
     """
-    if k < 1:
-        raise ValueError(f"`k` must be at least 1, got {k}.")
+    k = checked_count("k", k)
+    if (checked := checked_tolerance(tol)) is None:
+        raise ValueError("`tol` must be a number or `relative(r)`: it decides what counts as converged.")
 
     def init(key: Key, like: Params) -> PowerState:
         packing = Packing.of(like)
@@ -101,7 +105,7 @@ def power_iteration(k: int = 1, *, tol: Tolerance = Relative(1e-3)) -> Estimator
         return PowerState(iterate, vectors, values, residuals, state.packing, state.num_matvecs + k)
 
     def result(state: PowerState) -> Eigenpairs:
-        limit = tol.factor * scale(state) if isinstance(tol, Relative) else tol
+        limit = checked.factor * scale(state) if isinstance(checked, Relative) else checked
         vectors = state.packing.unpack_block(state.vectors)
         return Eigenpairs(state.values, vectors, state.residuals, state.residuals <= limit, state.num_matvecs)
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from hessjax import _tree
 from hessjax._drive import Callback
+from hessjax._numbers import checked_count
 from hessjax._packing import Packing
 from hessjax._typing import Block, Estimator, Key, Matvec, Params, Scalar
 from hessjax.estimator import run
@@ -164,8 +165,7 @@ def slq(
 def _check(num_probes: int, num_matvecs: int, reorthogonalise: bool, at_once: int) -> None:
     numbers = (("num_probes", num_probes), ("num_matvecs", num_matvecs), ("at_once", at_once))
     for name, number in numbers:
-        if number < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {number}.")
+        checked_count(name, number)
     if num_probes % at_once:
         raise ValueError(f"`at_once` must divide `num_probes`, {num_probes}, got {at_once}.")
     if at_once > 1 and reorthogonalise:

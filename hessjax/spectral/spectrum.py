@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from hessjax import _tree
 from hessjax._drive import Callback
+from hessjax._numbers import checked_count
 from hessjax._typing import Eigenpairs, Estimate, Key, Matvec, Params, Relative, Tolerance
 from hessjax.estimator import run
 from hessjax.spectral.density import SpectralDensity
@@ -80,10 +81,8 @@ def spectrum(
         >>> round(float(pairs.values[0]), 4), abs(float(trace.mean) - 508.5) < 3 * float(trace.stderr)
         (9.0, True)
     """
-    if num_matvecs < 2 * k + 1:
-        raise ValueError(
-            f"`num_matvecs` must be at least {2 * k + 1}, one more than the pairs wanted, got {num_matvecs}."
-        )
+    k = checked_count("k", k)
+    num_matvecs = checked_count("num_matvecs", num_matvecs, 2 * k + 1, ", one more than the pairs wanted")
     if num_matvecs > (size := _tree.size(like)):
         raise ValueError(
             f"`num_matvecs` must be at most {size}, the number of parameters, got {num_matvecs}."

@@ -10,9 +10,10 @@ from jaxtyping import Array
 
 from hessjax import _tree
 from hessjax._drive import Callback
+from hessjax._numbers import checked_count
 from hessjax._typing import BatchMatvec, Estimate, Estimator, Forms, Key, Matvec, Params, Tolerance, Where
 from hessjax.estimator import run
-from hessjax.spectral.hutchinson import check_num_probes, hutchinson, hutchinson_by_leaf
+from hessjax.spectral.hutchinson import hutchinson, hutchinson_by_leaf
 from hessjax.spectral.probes import Probe, rademacher
 from hessjax.spectral.sampling import Watched, sampling_error
 
@@ -84,7 +85,7 @@ def trace(
         return trace_by_leaf(
             matvec, key, like, num_probes, tol=tol, probe=probe, callbacks=callbacks, on_device=on_device
         ).total
-    check_num_probes(num_probes)
+    num_probes = checked_count("num_probes", num_probes)
     if estimator is not None and probe is not rademacher:
         raise ValueError(
             "`probe` must be left out with `estimator`: where the estimator takes one, bind it, as in "
@@ -153,7 +154,7 @@ def trace_by_leaf(
         >>> float(parts.groups["both"].mean)
         16.0
     """
-    check_num_probes(num_probes)
+    num_probes = checked_count("num_probes", num_probes)
     paths = _tree.unique_paths(like, "like")
     groups = groups or {}
     members = tuple(_members(like, name, where) for name, where in groups.items())

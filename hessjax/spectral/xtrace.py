@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from hessjax import _tree
+from hessjax._numbers import checked_count
 from hessjax._packing import Packed, Packing
 from hessjax._typing import Block, Estimate, Estimator, Key, Params, Scalar
 from hessjax.spectral import krylov, moments
@@ -89,8 +90,7 @@ def xtrace(num_matvecs: int = 100) -> Estimator:
         >>> round(float(estimate.mean), 4)
         2.0
     """
-    if num_matvecs < 2:
-        raise ValueError(f"`num_matvecs` must be at least 2, got {num_matvecs}.")
+    num_matvecs = checked_count("num_matvecs", num_matvecs, 2)
     num_tests = num_matvecs // 2
 
     def init(key: Key, like: Params) -> XtraceState:

@@ -162,12 +162,12 @@ def test_numbers_that_are_not_finite_are_named_and_end_the_check():
 
 
 def test_the_table_shows_every_row():
-    params = {"a": jnp.array([1.0, jnp.nan])}
-    result = hj.check(lambda p: jnp.sum(p["a"]), params)
+    params = {"a[x]": jnp.array([1.0, jnp.nan])}
+    result = hj.check(lambda p: jnp.sum(p["a[x]"]), params)
     assert str(result) == repr(result)
     header, line = str(result).splitlines()
     assert header.split() == ["Check", "Result", "Measured", "Limit", "Detail"]
-    assert line.split() == ["finite", "params", "FAILED", "1", "0", "NaN", "or", "infinite", "in:", "a"]
+    assert line.split() == ["finite", "params", "FAILED", "1", "0", "NaN", "or", "infinite", "in:", "a[x]"]
     out = io.StringIO()
     rich.console.Console(file=out, force_terminal=True, width=80).print(result)
     assert "\x1b[1;31m" in out.getvalue()

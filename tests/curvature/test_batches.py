@@ -96,6 +96,9 @@ def test_data_that_cannot_be_used():
         hj.over_batches(make, 3)
     with pytest.raises(TypeError, match="got dict; put one batch into a list"):
         hj.over_batches(make, {"x": oracles.batch()})
+    nan = hj.over_batches(lambda b: lambda v: v, [jnp.ones(3)], num_examples=lambda b: float("nan"))
+    with pytest.raises(ValueError, match="`num_examples` must give a whole number, got nan for batch 0"):
+        nan(jnp.ones(2))
     with pytest.raises(ValueError, match="`num_examples` must give a whole number, got 2.5 for batch 0"):
         hj.over_batches(make, [oracles.batch()], num_examples=lambda b: 2.5)(oracles.leaves())
     with pytest.raises(ValueError, match="at least one batch, got none"):

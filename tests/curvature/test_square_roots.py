@@ -70,6 +70,9 @@ def test_bad_input():
     params, x = example(2)
     with pytest.raises(ValueError, match="`num_samples` must be at least 1"):
         hj.sampled_grads(model_fn, params, x, key=jax.random.key(0), num_samples=0)
+    for temperature in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="`temperature` must be positive and finite, got"):
+            hj.ggn_roots(lambda w, x: x @ w, jnp.ones((2, 2)), jnp.ones((3, 2)), temperature=temperature)
     with pytest.raises(TypeError, match="`model_fn` must return one array"):
         hj.ggn_roots(lambda p, x: {"out": x}, params, x)
     with pytest.raises(ValueError, match="no arguments"):

@@ -128,6 +128,45 @@ def test_works_inside_jit(x64, block_size):
     assert accurate
 
 
+def test_streams_work_inside_jit(x64):
+    block = grads(20)
+    parts = [cut(block, i, i + 4) for i in range(0, 20, 4)]
+
+    @jax.jit
+    def traced(parts):
+        stream = hj.inverse_fisher(iter(parts), 0.1, 4)
+        return stream, hj.inverse_fisher(parts[0], 0.1, 4).update(iter(parts[1:]))
+
+    for inverse in traced(parts):
+        check(inverse, block, 4)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 1e-12])
+def test_streams_that_begin_small_are_as_accurate_as_all_at_once(scale):
+    """Under relative damping κ then grows by far."""
+    rows = np.random.default_rng(0).normal(size=(96, 64))
+    rows[:32] *= scale
+    blocks = [jnp.asarray(rows[i : i + 32], jnp.float32) for i in (0, 32, 64)]
+    inverse = hj.inverse_fisher(iter(blocks), hj.relative(0.01), 16)
+    expected = dense_inverse({"w": jnp.concatenate(blocks)}, inverse.damping, 16)
+    matrix = np.asarray(jax.vmap(inverse.apply)(jnp.eye(64)))
+    assert np.linalg.norm(matrix - expected) <= 1e-5 * np.linalg.norm(expected)
+    if scale:
+        updated = hj.inverse_fisher(blocks[0], hj.relative(0.01), 16).update(iter(blocks[1:]))
+        assert max(map(jnp.max, updated.residuals)) < 1e-5
+
+
+def test_streams_may_begin_with_gradients_that_have_no_accurate_inverse():
+    """Only the inverse of all of them counts."""
+    rows = np.random.default_rng(0).normal(size=(96, 64))
+    rows[:32] *= 1e-3
+    rows[:32, 1:] = 0
+    blocks = [jnp.asarray(rows[i : i + 32], jnp.float32) for i in (0, 32, 64)]
+    with pytest.raises(ValueError, match="`damping` must be about"):
+        hj.inverse_fisher(blocks[0], hj.relative(1e-5), 16)
+    assert bool(hj.inverse_fisher(iter(blocks), hj.relative(1e-5), 16).accurate)
+
+
 @pytest.mark.parametrize("container", oracles.CONTAINERS.values(), ids=oracles.CONTAINERS)
 def test_any_container(container):
     block = grads(3)
@@ -211,6 +250,7 @@ def test_nan_gradients_name_the_leaf(block_size):
     [
         ({"damping": 0.0}, "`damping` must be a positive"),
         ({"damping": -1.0}, "`damping` must be a positive"),
+        ({"damping": None}, "`damping` must be a positive"),
         ({"damping": float("nan")}, "`damping` must be a positive"),
         ({"block_size": 0}, "`block_size` must be at least 1, got 0"),
         ({"chunk_size": 0}, "`chunk_size` must be at least 1, got 0"),
@@ -225,6 +265,12 @@ def test_nan_gradients_name_the_leaf(block_size):
 def test_bad_input(arguments, message):
     with pytest.raises(ValueError, match=message):
         hj.inverse_fisher(**({"grads": grads(2)} | arguments))
+
+
+@pytest.mark.parametrize("name", ["block_size", "chunk_size"])
+def test_sizes_are_integers(name):
+    with pytest.raises(TypeError, match=name):
+        hj.inverse_fisher(grads(2), 0.1, **{name: 2.5})
 
 
 def test_bad_input_of_the_methods():

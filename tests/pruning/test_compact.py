@@ -75,6 +75,8 @@ def test_a_perceptron(mlp):
     assert small.before[0] == 8 * 5 + 6 * 9 + 3 * 7
     assert small.after == (6 * 5 + 5 * 7 + 3 * 6, 4 * small.after.weights, 5 * (4 * 6 + 6 * 5 + 5 * 3))
     assert "params/Dense_0/kernel  4×8    4×6" in str(small)
+    renamed = small._replace(kept={"w[a]": {}}, shapes={"w[a]": ((4, 8), (4, 6))})
+    assert "w[a]           4×8    4×6" in str(renamed)
 
 
 def test_float64_to_rounding(x64, mlp):

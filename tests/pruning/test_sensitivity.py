@@ -153,6 +153,12 @@ def test_table():
     assert "\x1b[1m" in out.getvalue()
 
 
+def test_names_are_shown_as_they_are():
+    params = {"w[a]": jnp.ones((2, 2)), "x[/a]": jnp.ones((2, 2))}
+    text = str(hj.sensitivity(lambda p: {"loss[b]": 1.0}, params, [0.5]))
+    assert all(name in text for name in ("w[a]", "x[/a]", "loss[b]"))
+
+
 def test_callbacks_hear_of_every_evaluation():
     seen = []
     hj.sensitivity(loss_fn, CENTRE, LEVELS, callbacks=[seen.append])
@@ -261,6 +267,8 @@ def test_bad_levels_leaves_and_diagonals():
     for levels in ([], [0.5, 0.5]):
         with pytest.raises(ValueError, match="`levels` must be one or more different sparsities"):
             hj.sensitivity(loss_fn, CENTRE, levels)
+    with pytest.raises(ValueError, match="`where` must match at least one leaf with weights, got .*: a, b."):
+        hj.sensitivity(loss_fn, {"a": jnp.zeros((0, 3)), "b": jnp.zeros((3, 0)), "c": jnp.ones(2)}, [0.5])
     with pytest.raises(ValueError, match="`where` must match at least one leaf"):
         hj.sensitivity(loss_fn, CENTRE, LEVELS, where="three")
     with pytest.raises(ValueError, match="`diagonal` must have the structure of `params`"):

@@ -55,6 +55,12 @@ def test_rich_prints_it_with_style():
     assert "\x1b[1m" in out.getvalue()
 
 
+def test_names_are_shown_as_they_are():
+    text = str(hj.summary({"w[a]": jnp.ones(2), "x[/a]": jnp.ones(2)}))
+    assert "w[a]" in text
+    assert "x[/a]" in text
+
+
 def test_empty_leaves():
     result = hj.summary({"a": jnp.ones((2,)), "e": jnp.ones((0, 3))})
     assert result.rows[1].sparsity == 0.0

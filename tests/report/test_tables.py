@@ -47,6 +47,15 @@ def test_tables_show_the_doubt():
     assert "90.00" in printed(report.accuracy_table({"sparse": (0.9, 0.97)}))
 
 
+def test_names_are_shown_as_they_are():
+    leaf = estimate(2.0, 0.5)
+    names = ("w[a]", "x[/a]", "y:smile:\\")
+    traces, params = hj.TraceByLeaf(leaf, dict.fromkeys(names, leaf)), dict.fromkeys(names, jnp.ones(2))
+    text = printed(report.layer_table(traces, params))
+    text += printed(report.accuracy_table(dict.fromkeys(names, (0.9, 0.97))))
+    assert all(text.count(name) == 2 for name in names)
+
+
 def test_the_table_says_when_the_matvec_is_not_symmetric():
     pairs = hj.Eigenpairs(jnp.array([2.0]), None, jnp.array([1e-6]), jnp.array([True]), jnp.int32(9))
     assert "not symmetric" not in printed(

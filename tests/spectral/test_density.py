@@ -129,6 +129,7 @@ def test_nodes_without_weight_and_probes_that_did_not_take_place_do_not_count(x6
     assert float(half.log_determinant().mean) == 0
     assert float(half.trace_of(jnp.exp).mean) == pytest.approx(200 * np.e)
     assert float(half.trace_of(jnp.exp).stderr) == 0
+    assert float(half.moment(-1)) == 1
     lower, upper = half.bounds(jnp.array([0.5, 1.5]))
     assert float(upper[0]) == 1
     assert float(lower[0]) == 0
@@ -153,8 +154,14 @@ def test_powers_of_small_eigenvalues_stay_in_range():
 def test_bad_input():
     for call, message in [
         (lambda: outliers().log_determinant(-1.0), "`damping` must be at least 0, got -1.0"),
-        (lambda: outliers().effective_dimension(0.0), "`damping` must be positive, got 0"),
+        (lambda: outliers().effective_dimension(0.0), "`damping` must be positive and finite, got 0.0"),
         (lambda: outliers().schatten_norm(0.0), "`p` must be positive and finite, got 0.0"),
+        (lambda: outliers().curve(bandwidth=0.0), "`bandwidth` must be positive and finite, got 0.0."),
+        (lambda: outliers().curve(bandwidth=-1.0), "`bandwidth` must be positive and finite, got -1.0."),
+        (lambda: outliers().signed_log_curve(bandwidth=0.0), "`bandwidth` must be positive and finite"),
+        (lambda: outliers().signed_log_curve(bandwidth=-0.1), "`bandwidth` must be positive and finite"),
+        (lambda: outliers().signed_log_curve(threshold=0.0), "`threshold` must be positive and finite"),
+        (lambda: outliers().signed_log_curve(threshold=np.nan), "`threshold` must be positive and finite"),
     ]:
         with pytest.raises(ValueError, match=message):
             call()

@@ -127,6 +127,8 @@ def test_bad_input():
         hj.lanczos(block_size=0)
     with pytest.raises(ValueError, match="`block_size` must be at most 9, .* got 12"):
         hj.eigenpairs(identity, KEY, like, k=2, block_size=12)
+    with pytest.raises(ValueError, match="`start` must be a block of at least one vector, got none"):
+        hj.eigenpairs(lambda v: v, KEY, jnp.zeros(9), k=1, start=jnp.zeros((0, 9)))
     with pytest.raises(ValueError, match="`start\\[0\\]` must have the structure of `like`"):
         hj.eigenpairs(identity, KEY, like, k=2, start=jnp.ones((2, 9)))
 

@@ -115,6 +115,9 @@ def test_a_network_in_float32_is_near_float64():
 
 
 def test_bad_input():
+    for number in (2.5, float("nan")):  # the one was cut to 2, the other never came to an end
+        with pytest.raises(TypeError, match="num_probes"):
+            hj.trace(lambda v: v, KEY, jnp.zeros(3), number)
     with pytest.raises(ValueError, match="`num_probes` must be at least 1, got 0"):
         hj.trace(lambda v: v, KEY, jnp.zeros(3), 0)
     twice = {"a/b": jnp.zeros(2), "a": {"b": jnp.zeros(3)}}
