@@ -3,17 +3,14 @@
 import functools
 import itertools
 import json
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import downloads
-import encoder
-import jax
+import fine_tuning
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
-import movie_reviews
 import numpy as np
 import optax
 import table
@@ -24,7 +21,6 @@ from hessjax import plot
 plt.switch_backend("agg")
 
 KERNELS = "encoder/*/kernel"
-EVALUATIONS = 6
 
 
 class Settings(NamedTuple):
@@ -66,46 +62,11 @@ class Settings(NamedTuple):
 QUICK = Settings(8, 4, left=(0.03,), batch=8, sentences=200, length=16, layers=1)
 
 
-class Task(NamedTuple):
-    """What does not change over the runs.
-
-    Attributes:
-        module: what is applied.
-        embeddings: frozen.
-        params: from which a training begins.
-        train: sentences.
-        test: others.
-        teacher: logits on the training sentences to learn from, or None.
-    """
-
-    module: encoder.Classifier
-    embeddings: encoder.Embeddings
-    params: Any
-    train: movie_reviews.Sentences
-    test: movie_reviews.Sentences
-    teacher: np.ndarray | None = None
-
-
-class Trained(NamedTuple):
-    """What a run leaves.
-
-    Attributes:
-        params: masked, if it pruned.
-        wrong: rows of the test sentences that it gets wrong in the end.
-        curve: updates and the errors after them, in percent of the test sentences.
-        seconds: of the training alone, the first step's compilation included.
-    """
-
-    params: Any
-    wrong: list[int]
-    curve: list[tuple[int, float]]
-    seconds: float
-
-
 def measure(quick: bool) -> table.Measured:
     settings = QUICK if quick else Settings()
-    raw, task = unfinished(settings, quick), problem(settings)
-    raw["num_test"] = len(task.test.labels)
+    raw = unfinished(settings, quick)
+    task = fine_tuning.problem(settings.layers, settings.length, settings.sentences)
+    raw |= {"num_test": len(task.test.labels), "no encoder": fine_tuning.errors_without_encoder(task)}
     task = fine_tuned(task, settings, raw)
     for name, run in runs(task, settings):
         if name not in raw["runs"]:
@@ -116,7 +77,7 @@ def measure(quick: bool) -> table.Measured:
     return figures(raw), {**raw, "finished": True}, grid(raw)
 
 
-def runs(task: Task, settings: Settings) -> Iterator[tuple[str, Callable[[], Any]]]:
+def runs(task: fine_tuning.Task, settings: Settings) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Name and run of every method at every share of weights left."""
     rate, published = (
         optax.linear_schedule(x, 0.0, settings.steps) for x in (settings.score_rate, settings.published_rate)
@@ -131,9 +92,9 @@ def runs(task: Task, settings: Settings) -> Iterator[tuple[str, Callable[[], Any
         yield f"{name}, {left:.0%} left", functools.partial(row, task, settings, saliency, left)
 
 
-def row(task: Task, settings: Settings, saliency: hj.Saliency, left: float) -> Any:
+def row(task: fine_tuning.Task, settings: Settings, saliency: hj.Saliency, left: float) -> Any:
     """What is kept of one run."""
-    found = train(task, settings, pruning(settings, saliency, left), settings.steps)
+    found = fine_tuning.train(task, pruning(settings, saliency, left), settings.steps, settings.batch)
     kernels = [
         layer["kernel"]
         for part in found.params["encoder"].values()
@@ -144,7 +105,7 @@ def row(task: Task, settings: Settings, saliency: hj.Saliency, left: float) -> A
     return {"left": left, **kept(found)}
 
 
-def kept(found: Trained) -> dict[str, Any]:
+def kept(found: fine_tuning.Trained) -> dict[str, Any]:
     """All but the params; the rows in one line, not one line each."""
     wrong = " ".join(map(str, found.wrong))
     return {"errors": found.curve[-1][1], "wrong": wrong, "curve": found.curve, "seconds": found.seconds}
@@ -157,7 +118,7 @@ def pruning(settings: Settings, saliency: hj.Saliency, left: float) -> optax.Gra
     """
     begin, end = round(0.02 * settings.steps), round(0.6 * settings.steps)
     return hj.prune(
-        adamw(settings.rate, settings.small_rate, settings.steps),
+        fine_tuning.adamw(settings.rate, settings.small_rate, settings.steps),
         saliency,
         optax.polynomial_schedule(0.0, 1 - left, 3, end - begin, begin),
         allocation=hj.uniform(),
@@ -166,100 +127,16 @@ def pruning(settings: Settings, saliency: hj.Saliency, left: float) -> optax.Gra
     )
 
 
-def adamw(rate: float, small_rate: float, steps: int) -> optax.GradientTransformation:
-    """Up to the rates over a tenth of the steps, and down to 0 over the others."""
-
-    def of(rate: float) -> optax.GradientTransformation:
-        up, down = max(1, steps // 10), steps - steps // 10
-        lines = [optax.linear_schedule(0.0, rate, up), optax.linear_schedule(rate, 0.0, down)]
-        return optax.adamw(optax.join_schedules(lines, [up]), weight_decay=0.0)
-
-    return optax.partition({"large": of(rate), "small": of(small_rate)}, groups)
-
-
-def groups(params: Any) -> Any:
-    """The matrices of the encoder, and what is never pruned: biases, LayerNorms, the classifier."""
-    large = jax.tree.map(lambda x: "large" if x.ndim == 2 else "small", params["encoder"])
-    return {"encoder": large, "classifier": {"kernel": "small", "bias": "small"}}
-
-
-# -- the task ------------------------------------------------------------------------------------
-
-
-def problem(settings: Settings) -> Task:
-    pretrained = encoder.load(settings.layers)
-    sentences, labels = movie_reviews.load()
-    encoded = movie_reviews.encode(sentences, labels, pretrained.vocabulary, settings.length)
-    width = pretrained.embeddings.words.shape[1]
-    classifier = {"kernel": jnp.zeros((width, 2)), "bias": jnp.zeros(2)}
-    params = {"encoder": pretrained.params, "classifier": classifier}
-    module = encoder.Classifier(encoder.Encoder(settings.layers))
-    parts = (part[: settings.sentences] for part in movie_reviews.split(encoded))
-    return Task(module, pretrained.embeddings, params, *parts)
-
-
-def fine_tuned(task: Task, settings: Settings, raw: dict[str, Any]) -> Task:
+def fine_tuned(task: fine_tuning.Task, settings: Settings, raw: dict[str, Any]) -> fine_tuning.Task:
     """From the dense network, which has learned the task, and taught by it; it also writes its row."""
     path = downloads.CACHE / f"fine_tuned_{settings.layers}_layers_{len(task.train.labels)}_sentences.npz"
     if "dense" not in raw or not path.exists():
-        tx = adamw(settings.dense_rate, 10 * settings.dense_rate, settings.dense_steps)
-        found = train(task, settings, tx, settings.dense_steps)
+        tx = fine_tuning.adamw(settings.dense_rate, 10 * settings.dense_rate, settings.dense_steps)
+        found = fine_tuning.train(task, tx, settings.dense_steps, settings.batch)
         hj.save_npz(path, found.params)
         raw["dense"] = kept(found)
     params = hj.load_npz(path, like=task.params)
-    return task._replace(params=params, teacher=all_logits(task, params, task.train))
-
-
-def train(task: Task, settings: Settings, tx: optax.GradientTransformation, steps: int) -> Trained:
-    """The encoder and the classifier, the embeddings frozen."""
-    params = jax.tree.map(lambda x: jnp.array(x, copy=True), task.params)
-    state, curve, begin = tx.init(params), [], time.perf_counter()
-    chosen = movie_reviews.batches(len(task.train.labels), settings.batch, steps, seed=0)
-    for i, rows in enumerate(chosen, 1):
-        batch = (*task.train[rows], None if task.teacher is None else task.teacher[rows])
-        params, state = step(tx, task.module, params, state, task.embeddings, batch)
-        if i == steps or i % -(-steps // EVALUATIONS) == 0:
-            wrong = mistakes(task, params)
-            curve.append((i, 100 * len(wrong) / len(task.test.labels)))
-            print(f"step {i}: {curve[-1][1]:.1f} % errors, {time.perf_counter() - begin:.0f} s", flush=True)
-    return Trained(params, wrong, curve, time.perf_counter() - begin)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
-def step(
-    tx: optax.GradientTransformation, module: Any, params: Any, state: Any, embeddings: Any, batch: Any
-) -> Any:
-    grads = jax.grad(loss_fn)(params, module, embeddings, batch)
-    updates, state = tx.update(grads, state, params)
-    return optax.apply_updates(params, updates), state
-
-
-def loss_fn(params: Any, module: Any, embeddings: Any, batch: Any) -> jax.Array:
-    """Cross-entropy; with a teacher, half of it, and half the softened divergence at a temperature of 2."""
-    tokens, labels, teacher = batch
-    loss = hj.distillation(
-        functools.partial(logits, module),
-        lambda *_: teacher,
-        lambda z, *_: optax.softmax_cross_entropy_with_integer_labels(z, labels).mean(),
-        alpha=0.0 if teacher is None else 0.5,
-    )
-    return loss(params, embeddings, tokens)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def logits(module: Any, params: Any, embeddings: encoder.Embeddings, tokens: jax.Array) -> jax.Array:
-    return module.apply({"params": params}, embeddings(tokens), tokens > 0)
-
-
-def all_logits(task: Task, params: Any, sentences: movie_reviews.Sentences, size: int = 100) -> np.ndarray:
-    parts = np.split(sentences.tokens, range(size, len(sentences.tokens), size))
-    return np.concatenate([logits(task.module, params, task.embeddings, part) for part in parts])
-
-
-def mistakes(task: Task, params: Any) -> list[int]:
-    """The rows of the test sentences that it gets wrong."""
-    found = np.argmax(all_logits(task, params, task.test), axis=-1)
-    return np.flatnonzero(found != task.test.labels).tolist()
+    return task._replace(params=params, teacher=fine_tuning.all_logits(task, params, task.train))
 
 
 # -- what is kept and shown ----------------------------------------------------------------------
@@ -278,7 +155,8 @@ def unfinished(settings: Settings, quick: bool) -> dict[str, Any]:
 
 def figures(raw: dict[str, Any]) -> list[table.Figure]:
     """Errors of every run, and by how much movement is ahead of magnitude."""
-    found = [table.Figure("dense", raw["dense"]["errors"], "% errors")]
+    found = [table.Figure("no encoder, mean word vectors", raw["no encoder"], "% errors")]
+    found += [table.Figure("dense", raw["dense"]["errors"], "% errors")]
     found += [table.Figure(name, run["errors"], "% errors") for name, run in raw["runs"].items()]
     for left in raw["settings"]["left"]:
         names = [f"{method}, {left:.0%} left" for method in ("movement from magnitudes", "magnitude")]
@@ -300,7 +178,8 @@ def ahead(raw: dict[str, Any], name: str, other: str) -> table.Figure:
 def grid(raw: dict[str, Any]) -> table.Grid:
     """Accuracy by method and share of weights left."""
     shares = [f"{left:.0%} left" for left in sorted(raw["settings"]["left"], reverse=True)]
-    rows: dict[str, list[list[float]]] = {"dense": [[100 - raw["dense"]["errors"]] for _ in shares]}
+    whole = {"dense": raw["dense"]["errors"], "no encoder, mean word vectors": raw["no encoder"]}
+    rows = {name: [[100 - errors] for _ in shares] for name, errors in whole.items()}
     for name, run in raw["runs"].items():
         method, share = name.rsplit(", ", 1)
         rows.setdefault(method, [[] for _ in shares])[shares.index(share)] = [100 - run["errors"]]
