@@ -108,7 +108,7 @@ def accuracy_left(
         ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{number(100 * x)}%"))
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
         ax.margins(x=0.08)
-        ax.legend(loc="lower right")
+        ax.legend(loc="best")
         ax.set_xlabel("weights left")
         ax.set_ylabel("test accuracy")
         ax.set_title("What accuracy the weights that are left still give")
