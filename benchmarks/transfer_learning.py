@@ -32,7 +32,7 @@ class Settings(NamedTuple):
         left: the shares of the encoder's weights that are left, the first run first.
         batch: sentences in a step.
         every: updates between two masks. Where scores learn it has to be few: the gradient then answers to a
-            mask that is out of date, and with 10 the scores run away.
+            mask that is out of date, and with 10 the scores may run away.
         rate: the highest learning rate of the encoder's matrices while they are pruned.
         small_rate: the same of all else: biases, LayerNorms, the classifier.
         dense_rate: the same of the dense network.
