@@ -88,7 +88,7 @@ def compacted(
 def unstructured(quick: bool) -> table.Measured:
     """90 % zeros anywhere: what BCOO costs and a file saves."""
     problem = models.mlp(quick, batch=16 if quick else 512)
-    params = hj.prune_once(problem.params, hj.magnitude(), SPARSITY).params
+    params = hj.prune_once(problem.params, hj.saliencies.magnitude(), SPARSITY).params
     sparse, inputs = hj.to_sparse(params, least_sparsity=0.5), problem.args[0][0]
     calls = {"dense": call(perceptron, params, inputs), "BCOO": call(perceptron, sparse, inputs)}
     timing.first_calls(calls)

@@ -32,7 +32,7 @@ def measure(quick: bool) -> table.Measured:
     product = peak(matvec, problem.params) - nbytes(problem.params)  # its vector is counted by the run
     figures, raw = [], {"copy": copy, "gradient": gradient, "product": product}
     for name, options in (("two vectors", {"reorthogonalise": False}), ("a basis of 80", {})):
-        phases = run_phases(hj.slq(2, 80, **options), matvec, problem, product)
+        phases = run_phases(hj.estimators.slq(2, 80, **options), matvec, problem, product)
         raw[name] = phases
         bar = 4.0 if options else None
         note = ", ".join(f"{phase} {bytes_ / copy:.1f}" for phase, bytes_ in phases.items())

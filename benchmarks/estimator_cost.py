@@ -35,9 +35,9 @@ def measure(quick: bool) -> table.Measured:
     batches = [models.images(BATCH, (784,), seed) for seed in range(num_batches)]
     matvec = hj.over_batches(lambda batch: hj.hessian(problem.loss_fn, problem.params, batch), batches)
     estimators = {
-        f"slq(1, {num_matvecs})": hj.slq(1, num_matvecs),
-        f"lanczos(3, basis_size={num_matvecs})": hj.lanczos(3, basis_size=num_matvecs),
-        "hutchinson_by_leaf()": hj.hutchinson_by_leaf(),
+        f"slq(1, {num_matvecs})": hj.estimators.slq(1, num_matvecs),
+        f"lanczos(3, basis_size={num_matvecs})": hj.estimators.lanczos(3, basis_size=num_matvecs),
+        "hutchinson_by_leaf()": hj.estimators.hutchinson_by_leaf(),
     }
     raw = {name: timed_run(x, matvec, problem.params, num_matvecs) for name, x in estimators.items()}
     return [figure_of(name, times, num_batches) for name, times in raw.items()], raw

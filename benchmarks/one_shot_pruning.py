@@ -12,7 +12,7 @@ import optax
 import table
 
 import hessjax as hj
-from hessjax import digits
+from hessjax.cli import _digits
 
 SPARSITIES = (0.8, 0.9, 0.95)
 SEEDS = 3
@@ -74,15 +74,19 @@ def methods(number: int) -> dict[str, Method]:
     plain = functools.partial(example_grads, number=number)
     soft = functools.partial(softened_roots, number=number, temperature=4.0)
     return {
-        "magnitude": Method(hj.magnitude()),
-        "OBS, summed, λ = 1e-5": Method(hj.obs("summed", 1e-5), plain),
-        "OBS, joint, λ = 1e-5": Method(hj.obs("joint", 1e-5), plain),
-        "joint, 10 recomputes": Method(hj.obs("joint", r(0.01)), plain, (10, 10, 10)),
+        "magnitude": Method(hj.saliencies.magnitude()),
+        "OBS, summed, λ = 1e-5": Method(hj.saliencies.obs("summed", 1e-5), plain),
+        "OBS, joint, λ = 1e-5": Method(hj.saliencies.obs("joint", 1e-5), plain),
+        "joint, 10 recomputes": Method(hj.saliencies.obs("joint", r(0.01)), plain, (10, 10, 10)),
         "OBS greedy in blocks of 128, 10 recomputes": Method(
-            hj.obs("greedy", r(0.1), 128), soft, (10, 5, 5), onward=True
+            hj.saliencies.obs("greedy", r(0.1), 128), soft, (10, 5, 5), onward=True
         ),
-        "GGN at temperature 4, 64 steps": Method(hj.obs("joint", r(0.1)), soft, (32, 16, 16), onward=True),
-        BEST: Method([hj.obs("joint", r(x)) for x in (0.03, 0.1, 0.3)], soft, (32, 16, 16), onward=True),
+        "GGN at temperature 4, 64 steps": Method(
+            hj.saliencies.obs("joint", r(0.1)), soft, (32, 16, 16), onward=True
+        ),
+        BEST: Method(
+            [hj.saliencies.obs("joint", r(x)) for x in (0.03, 0.1, 0.3)], soft, (32, 16, 16), onward=True
+        ),
     }
 
 
@@ -127,7 +131,7 @@ def training_loss(params: Params) -> jax.Array:
 def data() -> tuple[Any, Any]:
     """Training and test images as vectors, with their digits."""
     with jax.ensure_compile_time_eval():
-        return tuple((jnp.asarray(x.reshape(-1, 64)), jnp.asarray(y)) for x, y in digits.load())
+        return tuple((jnp.asarray(x.reshape(-1, 64)), jnp.asarray(y)) for x, y in _digits.load())
 
 
 @functools.partial(jax.jit, static_argnames="number")

@@ -32,8 +32,8 @@ def optimizers() -> dict[str, optax.GradientTransformation]:
     adam, schedule = optax.adam(1e-4), optax.polynomial_schedule(0.0, 0.9, 3, 1000)
     return {
         "bare": adam,
-        "between": hj.prune(adam, hj.magnitude(), schedule, every=1000),
-        "mask step": hj.prune(adam, hj.magnitude(), schedule, every=1),
+        "between": hj.prune(adam, hj.saliencies.magnitude(), schedule, every=1000),
+        "mask step": hj.prune(adam, hj.saliencies.magnitude(), schedule, every=1),
     }
 
 

@@ -29,15 +29,15 @@ class Setting(NamedTuple):
     """How many weights go, in which pattern."""
 
     sparsity: float
-    pattern: hj.Pattern = hj.unstructured()
+    pattern: hj.patterns.Pattern = hj.patterns.unstructured()
 
     @property
     def label(self) -> str:
         """In words."""
-        return f"{self.sparsity:.0%} zeros{'' if self.pattern == hj.unstructured() else ', 2:4'}"
+        return f"{self.sparsity:.0%} zeros{'' if self.pattern == hj.patterns.unstructured() else ', 2:4'}"
 
 
-SETTINGS = (Setting(0.9), Setting(0.95), Setting(0.98), Setting(0.5, hj.n_of_m(2, 4)))
+SETTINGS = (Setting(0.9), Setting(0.95), Setting(0.98), Setting(0.5, hj.patterns.n_of_m(2, 4)))
 
 
 class Plan(NamedTuple):
@@ -67,7 +67,7 @@ class Method(NamedTuple):
         settings: where it is tried.
     """
 
-    rule: hj.Saliency
+    rule: hj.saliencies.Saliency
     takes_images: bool = False
     settings: tuple[Setting, ...] = SETTINGS[:3]
 
@@ -109,16 +109,18 @@ def accuracy(rows: dict[str, list[list[float]]]) -> table.Grid:
 @functools.cache
 def methods() -> dict[str, Method]:
     """Their damping, learning rates and so on are not tuned, but for movement's optimizer."""
-    ring = hj.obs(num_grads=NUM_GRADS, batch_size=BATCH)
-    movement = hj.movement(optax.sgd(1.0))  # −Σ G⊙W; adam, the default, normalises the vanishing gradients
+    ring = hj.saliencies.obs(num_grads=NUM_GRADS, batch_size=BATCH)
+    movement = hj.saliencies.movement(
+        optax.sgd(1.0)
+    )  # −Σ G⊙W; adam, the default, normalises the vanishing gradients
     return {
-        "random": Method(hj.random(jax.random.key(0))),
-        "gradient": Method(hj.gradient()),
+        "random": Method(hj.saliencies.random(jax.random.key(0))),
+        "gradient": Method(hj.saliencies.gradient()),
         "movement": Method(movement),
-        "movement, OBS moves": Method(hj.compensated(movement, by=ring)),
-        "magnitude": Method(hj.magnitude(), settings=SETTINGS),
+        "movement, OBS moves": Method(hj.saliencies.compensated(movement, by=ring)),
+        "magnitude": Method(hj.saliencies.magnitude(), settings=SETTINGS),
         RING: Method(ring, settings=SETTINGS),
-        "OBS, 128 images": Method(hj.obs(), takes_images=True),
+        "OBS, 128 images": Method(hj.saliencies.obs(), takes_images=True),
     }
 
 

@@ -12,7 +12,7 @@ from jax.tree_util import Partial
 import hessjax as hj
 
 BUDGETS = (60, 120, 240)
-METHODS = {"Hutchinson": None, "Hutch++": hj.hutchpp, "XTrace": hj.xtrace}
+METHODS = {"Hutchinson": None, "Hutch++": hj.estimators.hutchpp, "XTrace": hj.estimators.xtrace}
 
 PUBLISHED = {
     ("flat", "Hutchinson"): (1.2e-3, 1.1e-3, 6.2e-4),

@@ -84,15 +84,15 @@ def runs(task: fine_tuning.Task, settings: Settings) -> Iterator[tuple[str, Call
     )
     by_leaf = optax.lars(rate, trust_coefficient=1.0, momentum=0.0)
     methods = {
-        "magnitude": hj.magnitude(),
-        "movement from magnitudes": hj.movement(by_leaf, start=hj.from_magnitudes),
-        "movement as published": hj.movement(optax.adam(published)),
+        "magnitude": hj.saliencies.magnitude(),
+        "movement from magnitudes": hj.saliencies.movement(by_leaf, start=hj.saliencies.from_magnitudes),
+        "movement as published": hj.saliencies.movement(optax.adam(published)),
     }
     for left, (name, saliency) in itertools.product(settings.left, methods.items()):
         yield f"{name}, {left:.0%} left", functools.partial(row, task, settings, saliency, left)
 
 
-def row(task: fine_tuning.Task, settings: Settings, saliency: hj.Saliency, left: float) -> Any:
+def row(task: fine_tuning.Task, settings: Settings, saliency: hj.saliencies.Saliency, left: float) -> Any:
     """What is kept of one run."""
     found = fine_tuning.train(task, pruning(settings, saliency, left), settings.steps, settings.batch)
     kernels = [
@@ -111,7 +111,9 @@ def kept(found: fine_tuning.Trained) -> dict[str, Any]:
     return {"errors": found.curve[-1][1], "wrong": wrong, "curve": found.curve, "seconds": found.seconds}
 
 
-def pruning(settings: Settings, saliency: hj.Saliency, left: float) -> optax.GradientTransformation:
+def pruning(
+    settings: Settings, saliency: hj.saliencies.Saliency, left: float
+) -> optax.GradientTransformation:
     """The same training for every saliency: AdamW, and a cubic schedule between two rests.
 
     In the second the number of zeros rests, not where they are.
@@ -121,7 +123,7 @@ def pruning(settings: Settings, saliency: hj.Saliency, left: float) -> optax.Gra
         fine_tuning.adamw(settings.rate, settings.small_rate, settings.steps),
         saliency,
         optax.polynomial_schedule(0.0, 1 - left, 3, end - begin, begin),
-        allocation=hj.uniform(),
+        allocation=hj.allocations.uniform(),
         where=KERNELS,
         every=settings.every,
     )

@@ -1,1 +1,1 @@
-"""From a loss, params and data to a matvec."""
+"""From a loss to a matvec: Hessians, Gauss–Newton and Fisher matrices, batches, parts of the params."""

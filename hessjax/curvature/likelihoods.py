@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from hessjax._typing import Key
+from hessjax._core._types import Key
 
 
 class Likelihood(NamedTuple):
@@ -30,7 +30,7 @@ class Likelihood(NamedTuple):
         >>> def score(key, logits):
         ...     p = jax.nn.sigmoid(logits)
         ...     return jax.random.bernoulli(key, p) - p
-        >>> bernoulli = hj.Likelihood(information, score)
+        >>> bernoulli = hj.likelihoods.Likelihood(information, score)
         >>> A = hj.fisher(lambda w, x: x * w, jnp.zeros(1), jnp.ones((5, 1)), likelihood=bernoulli)
         >>> A(jnp.ones(1)).tolist()
         [0.25]
@@ -61,8 +61,8 @@ def _normal_score(key: Key, means: Float[Array, "... c"]) -> Array:
     return jax.random.normal(key, means.shape, means.dtype)
 
 
-categorical_likelihood = Likelihood(_softmax_information, _softmax_score)
+categorical = Likelihood(_softmax_information, _softmax_score)
 """Classes, given logits in the last axis: the Fisher of softmax cross-entropy, mean over the examples."""
 
-gaussian_likelihood = Likelihood(_unit_information, _normal_score)
+gaussian = Likelihood(_unit_information, _normal_score)
 """Normal with the outputs as means and variance 1: the Fisher of ½‖outputs − y‖², mean over the examples."""

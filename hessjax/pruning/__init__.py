@@ -1,1 +1,1 @@
-"""Pruning: scores, masks, and training under a mask."""
+"""Which weights can go, when, and what the others do about it."""

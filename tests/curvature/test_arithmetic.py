@@ -150,7 +150,10 @@ NESTS = {
     "injected": lambda: optax.inject_hyperparams(optax.adam)(0.1, b2=0.99, eps=1e-3, eps_root=1e-4),
     "MultiSteps": lambda: optax.MultiSteps(optax.adam(0.1, b2=0.99, eps=1e-3, eps_root=1e-4), 1),
     "pruned": lambda: hj.prune(
-        optax.adam(0.1, b2=0.99, eps=1e-3, eps_root=1e-4), hj.magnitude(), sparsity=0.5, where="d_*"
+        optax.adam(0.1, b2=0.99, eps=1e-3, eps_root=1e-4),
+        hj.saliencies.magnitude(),
+        sparsity=0.5,
+        where="d_*",
     ),
 }
 

@@ -327,7 +327,7 @@ def test_their_ggn_is_their_fisher_and_compiles_once(batch, compilations):
         vector = jax.tree.map(jnp.cos, params)
         del compilations[:]
         ggn = hj.ggn(model_fn, cross_entropy_of_all, params, batch, state)(vector)
-        fisher = hj.fisher(model_fn, params, batch, state, likelihood=hj.categorical_likelihood)(vector)
+        fisher = hj.fisher(model_fn, params, batch, state, likelihood=hj.likelihoods.categorical)(vector)
         assert i % 2 == 0 or not compilations
         assert_same(ggn, fisher)
 

@@ -38,7 +38,15 @@ def kernels(params):
 
 
 @pytest.mark.parametrize("recomputes", [1, 3])
-@pytest.mark.parametrize("rule", [hj.magnitude(), hj.obd(), hj.obs(), hj.obs("greedy", block_size=8)])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        hj.saliencies.magnitude(),
+        hj.saliencies.obd(),
+        hj.saliencies.obs(),
+        hj.saliencies.obs("greedy", block_size=8),
+    ],
+)
 def test_counts_are_exact(rule, recomputes):
     for sparsity in (0.0, 0.5, 0.9):
         pruned = hj.prune_once(network(), rule, sparsity, grads_fn=grads_fn, recomputes=recomputes)
@@ -51,8 +59,10 @@ def test_counts_are_exact(rule, recomputes):
 
 
 def test_one_step_of_magnitude_is_its_mask():
-    pruned = hj.prune_once(network(), hj.magnitude(), 0.5)
-    want = hj.global_threshold()({"one": jnp.abs(network()["one"]), "two": jnp.abs(network()["two"])}, 0.5)
+    pruned = hj.prune_once(network(), hj.saliencies.magnitude(), 0.5)
+    want = hj.allocations.global_threshold()(
+        {"one": jnp.abs(network()["one"]), "two": jnp.abs(network()["two"])}, 0.5
+    )
     np.testing.assert_array_equal(kernels(pruned.mask), kernels(want))
     np.testing.assert_array_equal(kernels(pruned.params), np.where(kernels(want), kernels(network()), 0))
     assert np.isnan(pruned.predicted_increase)
@@ -60,7 +70,7 @@ def test_one_step_of_magnitude_is_its_mask():
 
 def test_recomputing_is_pruning_step_by_step():
     """Densities in geometric progression, each step from the params of the one before."""
-    rule = hj.obs("joint", hj.relative(0.1))
+    rule = hj.saliencies.obs("joint", hj.relative(0.1))
     together = hj.prune_once(network(), rule, 0.75, grads_fn=grads_fn, recomputes=2)
     first = hj.prune_once(network(), rule, 0.5, grads_fn=grads_fn)
     second = hj.prune_once(first.params, rule, 0.75, grads_fn=grads_fn)
@@ -70,11 +80,11 @@ def test_recomputing_is_pruning_step_by_step():
 
 
 def test_what_is_zero_stays_zero():
-    sparse = hj.prune_once(network(), hj.magnitude(), 0.5).params
-    pruned = hj.prune_once(sparse, hj.obs(), 0.8, grads_fn=grads_fn, recomputes=2).params
+    sparse = hj.prune_once(network(), hj.saliencies.magnitude(), 0.5).params
+    pruned = hj.prune_once(sparse, hj.saliencies.obs(), 0.8, grads_fn=grads_fn, recomputes=2).params
     assert (kernels(pruned)[kernels(sparse) == 0] == 0).all()
     assert (kernels(pruned) == 0).sum() == round(0.8 * 48)
-    rested = hj.prune_once(sparse, hj.obs(), 0.3, grads_fn=grads_fn).params
+    rested = hj.prune_once(sparse, hj.saliencies.obs(), 0.3, grads_fn=grads_fn).params
     np.testing.assert_array_equal(kernels(rested) == 0, kernels(sparse) == 0)
 
 
@@ -86,7 +96,7 @@ def test_compensation_pays():
     squares = lambda p: jnp.mean((x @ (p["w"] - w)) ** 2)
     rises = {}
     for update in ("joint", "summed", "none"):
-        rule = hj.obs(update, hj.relative(1e-4))
+        rule = hj.saliencies.obs(update, hj.relative(1e-4))
         pruned = hj.prune_once({"w": w}, rule, 0.5, grads_fn=lambda p: gauss_newton, loss_fn=squares)
         np.testing.assert_allclose(pruned.predicted_increase, pruned.realised_increase, rtol=0.02)
         rises[update] = float(pruned.realised_increase)
@@ -95,7 +105,11 @@ def test_compensation_pays():
 
 def test_of_several_rules_the_one_with_the_least_loss_takes_the_step():
     loss = jax.jit(lambda p: loss_fn(p, (X, TARGET)))
-    rules = [hj.magnitude(), hj.obs("joint", hj.relative(1e-4)), hj.obs("joint", hj.relative(1.0))]
+    rules = [
+        hj.saliencies.magnitude(),
+        hj.saliencies.obs("joint", hj.relative(1e-4)),
+        hj.saliencies.obs("joint", hj.relative(1.0)),
+    ]
     alone = [hj.prune_once(network(), rule, 0.5, grads_fn=grads_fn, loss_fn=loss) for rule in rules]
     together = hj.prune_once(network(), rules, 0.5, grads_fn=grads_fn, loss_fn=loss)
     want = min(alone, key=lambda pruned: float(pruned.realised_increase))
@@ -105,21 +119,23 @@ def test_of_several_rules_the_one_with_the_least_loss_takes_the_step():
 
 
 def test_allocation_and_where_are_heard():
-    pruned = hj.prune_once(network(), hj.obs(), 0.5, grads_fn=grads_fn, allocation=hj.uniform()).params
+    pruned = hj.prune_once(
+        network(), hj.saliencies.obs(), 0.5, grads_fn=grads_fn, allocation=hj.allocations.uniform()
+    ).params
     assert [(pruned[k] == 0).sum() for k in ("one", "two")] == [15, 9]
-    pruned = hj.prune_once(network(), hj.obs(), 0.5, grads_fn=grads_fn, where="two").params
+    pruned = hj.prune_once(network(), hj.saliencies.obs(), 0.5, grads_fn=grads_fn, where="two").params
     assert [(pruned[k] == 0).sum() for k in ("one", "two")] == [0, 9]
 
 
 def test_inside_jit():
-    f = lambda p: hj.prune_once(p, hj.obs(), 0.5, grads_fn=grads_fn, recomputes=2)
+    f = lambda p: hj.prune_once(p, hj.saliencies.obs(), 0.5, grads_fn=grads_fn, recomputes=2)
     got, want = jax.jit(f)(network()), f(network())
     np.testing.assert_array_equal(kernels(got.mask), kernels(want.mask))
     np.testing.assert_allclose(kernels(got.params), kernels(want.params), rtol=1e-3, atol=1e-4)
 
 
 def test_other_params_compile_nothing(compilations):
-    rule = hj.obs()
+    rule = hj.saliencies.obs()
     f = lambda seed: hj.prune_once(network(seed), rule, 0.5, grads_fn=grads_fn, recomputes=3)
     f(0)
     network(1)
@@ -133,7 +149,7 @@ def test_any_container(wrap):
     params = wrap(leaves(dtype=jnp.float32))
     grads = jax.tree.map(lambda x: jnp.stack([x + 1.0, x - 2.0]), params)
     where = lambda path, leaf: jnp.ndim(leaf) == 2 and leaf.size > 0
-    pruned = hj.prune_once(params, hj.obs(), 0.5, grads_fn=lambda p: grads, where=where)
+    pruned = hj.prune_once(params, hj.saliencies.obs(), 0.5, grads_fn=lambda p: grads, where=where)
     assert jax.tree.structure(pruned.params) == jax.tree.structure(params)
     assert sum(int((x == 0).sum()) for x in jax.tree.leaves(pruned.params)) == 3
 
@@ -142,7 +158,7 @@ def test_a_damping_too_small_for_float32_is_an_error():
     params = {"w": jnp.ones((2, 4))}
     grads = {"w": 1e6 * jnp.ones((3, 2, 4))}
     with pytest.raises(FloatingPointError, match="raise the `damping`"):
-        hj.prune_once(params, hj.obs(damping=1e-9), 0.5, grads_fn=lambda p: grads)
+        hj.prune_once(params, hj.saliencies.obs(damping=1e-9), 0.5, grads_fn=lambda p: grads)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +177,7 @@ def test_a_damping_too_small_for_float32_is_an_error():
 def test_bad_arguments(arguments, message):
     given = {"sparsity": 0.5, "grads_fn": grads_fn, **arguments}
     with pytest.raises(ValueError, match=re.escape(message)):
-        hj.prune_once(network(), hj.obs(), **given)
+        hj.prune_once(network(), hj.saliencies.obs(), **given)
 
 
 # -- the trust region -----------------------------------------------------------------------------
@@ -177,10 +193,12 @@ def steep():
 
 def test_steps_beyond_their_prediction_are_cut_in_two():
     params, loss, grads_fn = steep()
-    plain = hj.prune_once(params, hj.obs(damping=1e-6), 0.75, grads_fn=grads_fn, loss_fn=loss)
+    plain = hj.prune_once(params, hj.saliencies.obs(damping=1e-6), 0.75, grads_fn=grads_fn, loss_fn=loss)
     assert len(plain.steps) == 1
     assert float(plain.realised_increase / plain.predicted_increase) > 1.5
-    cut = hj.prune_once(params, hj.obs(damping=1e-6), 0.75, grads_fn=grads_fn, loss_fn=loss, max_ratio=1.5)
+    cut = hj.prune_once(
+        params, hj.saliencies.obs(damping=1e-6), 0.75, grads_fn=grads_fn, loss_fn=loss, max_ratio=1.5
+    )
     assert len(cut.steps) > 2
     sparsities = [float(step.sparsity) for step in cut.steps]
     assert sparsities == sorted(sparsities)
@@ -198,7 +216,13 @@ def test_steps_beyond_their_prediction_are_cut_in_two():
 def test_steps_within_their_prediction_are_left_alone():
     params, loss, grads_fn = steep()
     found = hj.prune_once(
-        params, hj.obs(damping=1e-6), 0.25, grads_fn=grads_fn, loss_fn=loss, recomputes=2, max_ratio=50
+        params,
+        hj.saliencies.obs(damping=1e-6),
+        0.25,
+        grads_fn=grads_fn,
+        loss_fn=loss,
+        recomputes=2,
+        max_ratio=50,
     )
     assert len(found.steps) == 2
 
@@ -208,13 +232,13 @@ def test_steps_within_their_prediction_are_left_alone():
     [
         ({"max_ratio": 1.0}, "`max_ratio` must be above 1"),
         ({"loss_fn": None}, "`loss_fn` must be given for a `max_ratio`"),
-        ({"saliency": hj.magnitude()}, "`saliency` must predict an increase"),
+        ({"saliency": hj.saliencies.magnitude()}, "`saliency` must predict an increase"),
     ],
 )
 def test_what_a_trust_region_needs(change, message):
     params, loss, grads_fn = steep()
     arguments = {
-        "saliency": hj.obs(),
+        "saliency": hj.saliencies.obs(),
         "sparsity": 0.5,
         "grads_fn": grads_fn,
         "loss_fn": loss,
@@ -226,12 +250,12 @@ def test_what_a_trust_region_needs(change, message):
 
 def test_scores_that_are_not_numbers_are_an_error():
     with pytest.raises(FloatingPointError, match="must give every weight a score, got NaN for 1"):
-        hj.prune_once({"w": jnp.array([[1.0, jnp.nan]])}, hj.magnitude(), 0.5)
+        hj.prune_once({"w": jnp.array([[1.0, jnp.nan]])}, hj.saliencies.magnitude(), 0.5)
 
 
 def test_biases_of_two_axes_are_left_alone():
     params = {"query": {"kernel": jnp.ones((4, 2, 2)), "bias": jnp.ones((2, 2))}}
-    mask = hj.prune_once(params, hj.magnitude(), 0.5).mask
+    mask = hj.prune_once(params, hj.saliencies.magnitude(), 0.5).mask
     assert mask["query"]["bias"].shape == ()
 
 
@@ -240,13 +264,13 @@ def test_a_group_that_cannot_be_halved_goes_as_it_is():
     params, loss, grads_fn = steep()
     found = hj.prune_once(
         params,
-        hj.obs(damping=1e-6),
+        hj.saliencies.obs(damping=1e-6),
         2 / 3,
         grads_fn=grads_fn,
         loss_fn=loss,
         max_ratio=1.01,
-        pattern=hj.rows(),
-        allocation=hj.global_threshold(floor=0.0),
+        pattern=hj.patterns.rows(),
+        allocation=hj.allocations.global_threshold(floor=0.0),
     )
     assert len(found.steps) == 2
     np.testing.assert_array_equal(np.asarray(found.params["w"] == 0).sum(axis=1), [4, 4, 0])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hessjax.pruning.ranking import ordered_keys, smallest
+from hessjax.pruning._ranking import ordered_keys, smallest
 
 
 def reference(arrays, n):

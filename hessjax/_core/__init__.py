@@ -1,0 +1,1 @@
+"""Types, tree algebra, packing, counts and messages: what every package stands on."""

@@ -1,0 +1,222 @@
+"""The pytree algebra that `optax.tree` lacks: paths, checks, inner products, blocks of vectors."""
+
+import fnmatch
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from hessjax._core._types import Block, Params, Scalar, Vector, Where
+
+# -- paths ---------------------------------------------------------------------------------------
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """The path of a leaf as people write it: `Conv_0/kernel`; `.` for a tree that is one leaf."""
+    if path and path[-1] == jax.tree_util.GetAttrKey("value"):  # the inside of an nnx Variable
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator="/") or "."
+
+
+def leaf_paths(tree: Any) -> list[str]:
+    """The path of every leaf, in the order of `jax.tree.leaves`."""
+    return [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def unique_paths(tree: Any, argument: str) -> list[str]:
+    """`leaf_paths`, each different from all others, or a ValueError."""
+    paths = leaf_paths(tree)
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"`{argument}` must have a path of its own for every leaf, got {', '.join(paths)}.")
+    return paths
+
+
+def match(tree: Any, where: Where, argument: str = "where") -> Any:
+    """A tree of bools like `tree`: True where a leaf's path (and the leaf) satisfy `where`.
+
+    Raises:
+        ValueError: if `where`, or any one of several patterns, matches no leaf at all.
+    """
+    patterns = [where] if isinstance(where, str) or callable(where) else list(where)
+    if not patterns:
+        raise ValueError(f"`{argument}` must name at least one pattern, got an empty {type(where).__name__}.")
+    hits = [jax.tree_util.tree_map_with_path(_matcher(pattern), tree) for pattern in patterns]
+    for pattern, hit in zip(patterns, hits, strict=True):
+        if not any(jax.tree.leaves(hit)):
+            shown = f"`{pattern}`" if isinstance(pattern, str) else "its predicate"
+            raise ValueError(
+                f"`{argument}` must match at least one leaf, but {shown} matches none of: "
+                f"{', '.join(leaf_paths(tree)) or '(no leaves)'}."
+            )
+    return jax.tree.map(lambda *flags: any(flags), *hits)
+
+
+def _matcher(pattern: str | Callable[[str, Any], bool]) -> Callable[[Any, Any], bool]:
+    if isinstance(pattern, str):
+        # A path itself matches, even one that reads otherwise as a glob: `w[a]`.
+        return lambda path, _: path_name(path) == pattern or fnmatch.fnmatchcase(path_name(path), pattern)
+    return lambda path, leaf: bool(pattern(path_name(path), leaf))
+
+
+# -- checks --------------------------------------------------------------------------------------
+
+
+def check_floating(params: Params, argument: str = "params") -> None:
+    """Raise a TypeError naming every leaf that is not a real floating-point array."""
+    bad = [
+        f"  {path_name(path)}: {_describe(leaf)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if not _is_floating(leaf)
+    ]
+    if bad:
+        raise TypeError(
+            f"`{argument}` must have real floating-point leaves only, got\n"
+            + "\n".join(bad)
+            + "\nKeep counters and other state out of it: `hessjax.select` splits a tree by path."
+        )
+    if not any(jnp.size(leaf) for leaf in jax.tree.leaves(params)):
+        raise ValueError(f"`{argument}` must hold at least one number, got a tree without any.")
+
+
+def check_like(tree: Any, like: Any, argument: str, reference: str) -> None:
+    """Raise a ValueError listing every leaf whose path or shape differs from `like`'s.
+
+    A TypeError if any leaf is complex: a cast would take the imaginary part away in silence.
+    """
+    if any(_is_complex(leaf) for leaf in jax.tree.leaves(tree)):
+        kinds = ", ".join(sorted({_describe(leaf) for leaf in jax.tree.leaves(tree) if _is_complex(leaf)}))
+        raise TypeError(f"`{argument}` must be real, got {kinds}.")
+    same_structure: bool = jax.tree.structure(tree) == jax.tree.structure(like)  # type: ignore[operator]
+    if same_structure:
+        shapes = zip(jax.tree.leaves(tree), jax.tree.leaves(like), strict=True)
+        if all(jnp.shape(x) == jnp.shape(y) for x, y in shapes):
+            return
+    got = {path_name(p): jnp.shape(x) for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+    want = {path_name(p): jnp.shape(x) for p, x in jax.tree_util.tree_leaves_with_path(like)}
+    lines = [f"  {path}: missing" for path in want if path not in got]
+    lines += [f"  {path}: not in `{reference}`" for path in got if path not in want]
+    lines += [
+        f"  {path}: shape {got[path]}, must be {want[path]}"
+        for path in want
+        if path in got and got[path] != want[path]
+    ]
+    if lines:
+        raise ValueError(f"`{argument}` must have the structure of `{reference}`, but\n" + "\n".join(lines))
+    raise ValueError(
+        f"`{argument}` must have the structure of `{reference}`: the leaves agree, the containers do not.\n"
+        f"  got  {jax.tree.structure(tree)}\n  need {jax.tree.structure(like)}"
+    )
+
+
+def _is_floating(leaf: Any) -> bool:
+    is_number = isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic, float))
+    return is_number and bool(jnp.issubdtype(jnp.result_type(leaf), jnp.floating))
+
+
+def _is_complex(leaf: Any) -> bool:
+    return isinstance(leaf, complex) or getattr(getattr(leaf, "dtype", None), "kind", None) == "c"
+
+
+def _describe(leaf: Any) -> str:
+    if isinstance(leaf, str) or not hasattr(leaf, "dtype"):
+        return f"a {type(leaf).__name__}"
+    return f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}"
+
+
+# -- vectors -------------------------------------------------------------------------------------
+
+
+def size(tree: Any) -> int:
+    """The number of scalars in `tree`."""
+    return sum(jnp.size(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def accumulator_dtype(tree: Any) -> jnp.dtype:
+    """The dtype sums over `tree` are taken in: float64 if any leaf is, float32 otherwise."""
+    return jnp.result_type(jnp.float32, *(jnp.result_type(leaf) for leaf in jax.tree.leaves(tree)))
+
+
+def wide(tree: Any) -> Any:
+    """Every leaf in at least float32, so that long sums and orthogonality survive bfloat16 params."""
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32)), tree)
+
+
+def cast_like(tree: Any, like: Any) -> Any:
+    """Every leaf in the dtype of the leaf of `like` in its place."""
+    return jax.tree.map(lambda x, y: x.astype(jnp.result_type(y)), tree, like)
+
+
+def inner(a: Vector, b: Vector) -> Scalar:
+    """⟨a, b⟩ over all leaves, accumulated in at least float32."""
+    return sum(inner_by_leaf(a, b), jnp.zeros((), accumulator_dtype(a)))
+
+
+def inner_by_leaf(a: Vector, b: Vector) -> list[Scalar]:
+    """⟨a_l, b_l⟩ for every leaf l, each accumulated in at least float32."""
+    dtype = accumulator_dtype(a)
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return [jnp.vdot(x.astype(dtype), y.astype(dtype), precision="highest") for x, y in pairs]
+
+
+def norm(a: Vector) -> Scalar:
+    """‖a‖₂ over all leaves, for entries of any magnitude: squares alone leave float32 at 1e-19 and 1e19."""
+    largest = [jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(a)]
+    top = functools.reduce(jnp.maximum, largest).astype(accumulator_dtype(a))
+    unit = jnp.where((top > 0) & jnp.isfinite(top), top, 1)
+    scaled = jax.tree.map(lambda x: x / unit.astype(x.dtype), a)
+    return unit * jnp.sqrt(inner(scaled, scaled))
+
+
+def scale(factor: Any, a: Vector) -> Vector:
+    """`factor · a`, every leaf in its own dtype."""
+    return jax.tree.map(lambda x: (factor * x).astype(x.dtype), a)
+
+
+def add_scaled(a: Vector, factor: Any, b: Vector) -> Vector:
+    """`a + factor · b`, every leaf in the dtype of `a`'s."""
+    return jax.tree.map(lambda x, y: (x + factor * y).astype(x.dtype), a, b)
+
+
+# -- blocks of vectors ---------------------------------------------------------------------------
+
+
+def block_inner(block: Block, vector: Vector) -> Float[Array, " k"]:
+    """The k inner products of the block's rows with one vector."""
+    dtype = accumulator_dtype(vector)
+
+    def leaf(rows: Array, x: Array) -> Array:
+        return jnp.tensordot(rows.astype(dtype), x.astype(dtype), axes=x.ndim, precision="highest")
+
+    parts: list[Array] = jax.tree.leaves(jax.tree.map(leaf, block, vector))
+    return sum(parts[1:], parts[0])
+
+
+def gram(a: Block, b: Block) -> Float[Array, "j k"]:
+    """All inner products of the rows of `a` (j) with the rows of `b` (k)."""
+    return jax.vmap(lambda row: block_inner(b, row))(a)
+
+
+def combine(coefficients: Float[Array, "... k"], block: Block) -> Any:
+    """Σᵢ cᵢ · rowᵢ, in the block's dtypes; with an (n, k) matrix of coefficients, n of them."""
+    return jax.tree.map(
+        lambda rows: jnp.tensordot(coefficients.astype(rows.dtype), rows, axes=1, precision="highest"), block
+    )
+
+
+def row(block: Block, index: Any) -> Vector:
+    """One vector of a block."""
+    return jax.tree.map(lambda rows: rows[index], block)
+
+
+def rows(block: Block) -> list[Vector]:
+    """The vectors of a block, one by one."""
+    return [row(block, index) for index in range(jax.tree.leaves(block)[0].shape[0])]
+
+
+def block_of(*vectors: Vector) -> Block:
+    """The block of these vectors."""
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *vectors)

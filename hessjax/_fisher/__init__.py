@@ -1,0 +1,1 @@
+"""From gradients to the damped inverse of the Fisher matrix."""

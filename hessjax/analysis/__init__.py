@@ -1,0 +1,1 @@
+"""What people look at: landscapes, sensitivities, summaries, self-tests."""

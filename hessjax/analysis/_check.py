@@ -1,0 +1,274 @@
+"""A self-test of a loss and its matvec: what is wrong, by how much, and in which leaves."""
+
+import functools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from hessjax._core import _tree
+from hessjax._core._types import Key, LossFn, Matvec, Params, Vector
+from hessjax.analysis._comparisons import (
+    Check,
+    CheckRow,
+    Comparison,
+    compare_gradient,
+    compare_passes,
+    compare_product,
+    dtypes,
+    loss_and_gradient,
+    named,
+)
+from hessjax.curvature._batches import check_reiterable
+from hessjax.curvature._hessian import hessian
+from hessjax.curvature._product import at_precision, scalar
+from hessjax.estimators.probes import gaussian
+
+CAUTION = 5
+"""An error counts beyond this many times its doubt: the two can differ by chance."""
+
+
+def check(
+    loss_fn: LossFn,
+    params: Params,
+    *args: Any,
+    batches: Iterable[Any] | None = None,
+    matvec: Matvec | None = None,
+    key: Key | None = None,
+) -> Check:
+    """A self-test of a loss and its matvec, to be run before its curvature is believed.
+
+    With eps the spacing of the coarsest dtype among params and loss, the rows are:
+
+    - *finite params*, *finite loss*: numbers that are NaN or infinite. If there are any, nothing else runs.
+    - *same data* (with `batches`): batches that differ between two passes.
+    - *same loss*, *same loss retraced*, *same products*: relative change when computed a second time,
+      from the same compiled program or from a fresh trace. Fails for randomness that does not enter
+      through the arguments.
+    - *symmetric*: |uᵀAv − vᵀAu| / max(‖Au‖, ‖Av‖) for random u and v.
+    - *linear*: ‖A(2u − 3v) − 2Au + 3Av‖, relative, in the worst leaf.
+    - *gradient*, *Hessian*: relative disagreement with central differences of the loss and of the gradient
+      in the worst leaf. The limit is √eps and five times the doubt of the differences themselves, which
+      three steps show: at kinks (ReLU), and where rounding drowns them, they cannot tell much.
+    - *precision*, *unused leaves*: notes. What the device's default precision changes in a product;
+      leaves whose gradient and product are exactly zero.
+
+    Args:
+        loss_fn: `loss_fn(params, *args) -> scalar`.
+        params: pytree of real floating-point arrays.
+        *args: what else the loss takes; with `batches`, what it takes after the batch.
+        batches: an iterable of batches that starts afresh each time. The data are compared in full,
+            everything else runs on the first batch, `loss_fn(params, batch, *args)`.
+        matvec: the matvec to test for repetition, symmetry and linearity; by default the Hessian.
+        key: random key for the test vectors; `jax.random.key(0)` by default.
+
+    Returns:
+        A `Check`: `.passed` for all, `.rows` with the numbers; `print` shows the table.
+
+    Raises:
+        TypeError: `params` has leaves that are not floating point, or `loss_fn` does not return one real
+            number.
+        ValueError: `batches` is empty.
+
+    Cost:
+        About 20 gradients, and six losses for each leaf (or each of 16 groups); two passes over
+        `batches`. Compiles the loss three times on purpose, gradient and product once.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import hessjax as hj
+        >>> def loss_fn(params, x):
+        ...     return jnp.mean(jnp.tanh(x * params["scale"]) ** 2)
+        >>> params = {"scale": jnp.array(0.5), "spare": jnp.ones(3)}
+        >>> result = hj.check(loss_fn, params, jnp.linspace(-1.0, 2.0, 7))
+        >>> result.passed
+        True
+        >>> result.rows[-1].detail
+        'gradient and product are exactly zero in: spare'
+    """
+    _tree.check_floating(params)
+    key = jax.random.key(0) if key is None else key
+    rows = []
+    if batches is not None:
+        check_reiterable(batches)
+        changed, detail = compare_passes(batches)
+        rows.append(CheckRow("same data", changed == 0, changed, 0, detail))
+        args = (_first(batches), *args)
+    rows += _finite(loss_fn, params, args)
+    if all(row.passed for row in rows if row.name.startswith("finite")):
+        rows += _derivatives(loss_fn, params, args, matvec, key)
+    return Check(tuple(rows))
+
+
+def _first(batches: Iterable[Any]) -> Any:
+    for batch in batches:
+        return batch
+    raise ValueError("`batches` must hold at least one batch when iterated anew, got none.")
+
+
+def _finite(loss_fn: LossFn, params: Params, args: tuple[Any, ...]) -> list[CheckRow]:
+    counts = [int(jnp.size(leaf) - jnp.sum(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(params)]
+    at_fault = named(params, [number > 0 for number in counts])
+    detail = f"NaN or infinite in: {at_fault}" if at_fault else dtypes(params)
+    rows = [CheckRow("finite params", not at_fault, sum(counts), 0, detail)]
+    if at_fault:
+        return rows
+    value = float(_fresh(loss_fn)(params, args))
+    finite = math.isfinite(value)
+    return [*rows, CheckRow("finite loss", finite, float(not finite), 0, f"the loss is {value:.6g}")]
+
+
+def _derivatives(
+    loss_fn: LossFn, params: Params, args: tuple[Any, ...], matvec: Matvec | None, key: Key
+) -> Iterator[CheckRow]:
+    value, grads = loss_and_gradient(Partial(loss_fn), params, args)
+    eps = max(float(jnp.finfo(jnp.result_type(leaf)).eps) for leaf in [*jax.tree.leaves(params), value])
+    keys = jax.random.split(key, 4)
+    yield from _repeated_losses(loss_fn, params, args, eps)
+    own = hessian(loss_fn, params, *args, mode=_mode(loss_fn, params, args))
+    A = own if matvec is None else matvec
+    u, v = (_tree.cast_like(gaussian(k, params), params) for k in keys[:2])
+    Au, Av = A(u), A(v)
+    yield _same_products(A, u, Au, eps)
+    yield _symmetric(A, params, (u, v), (Au, Av), eps)
+    yield _linear(A, params, (u, v), (Au, Av), eps)
+    loss = Partial(loss_fn)
+    yield _agreement("gradient", compare_gradient(loss, params, args, keys[2], eps), params, eps)
+    yield _agreement("Hessian", compare_product(own, loss, params, args, keys[3], eps), params, eps)
+    yield _device_precision(loss_fn, params, args, u, own(u))
+    dead = [not (jnp.any(g) or jnp.any(x)) for g, x in zip(*map(jax.tree.leaves, (grads, Au)), strict=True)]
+    unused = named(params, dead)
+    detail = f"gradient and product are exactly zero in: {unused}" if unused else "every leaf matters"
+    yield CheckRow("unused leaves", True, sum(dead), math.inf, detail)
+
+
+# -- repetition ------------------------------------------------------------------------------------
+
+
+def _fresh(loss_fn: LossFn) -> Any:
+    """The loss compiled anew at every call of this: what a trace freezes (`np.random`, a clock) shows."""
+
+    def loss(loss_fn: LossFn, params: Params, args: tuple[Any, ...]) -> Any:
+        with at_precision("highest"):
+            return scalar(loss_fn, args)(params)
+
+    return functools.partial(jax.jit(loss), Partial(loss_fn))
+
+
+def _repeated_losses(
+    loss_fn: LossFn, params: Params, args: tuple[Any, ...], eps: float
+) -> Iterator[CheckRow]:
+    one, other = _fresh(loss_fn), _fresh(loss_fn)
+    first, again, retraced = (float(f(params, args)) for f in (one, one, other))
+    cause = "pass keys as arguments; on a GPU, additions in any order change the last digits"
+    yield _same("same loss", abs(first - again) / (abs(first) or 1), eps, cause)
+    cause = "tracing freezes Python's randomness, clocks and counters: pass such values as arguments"
+    yield _same("same loss retraced", abs(first - retraced) / (abs(first) or 1), eps, cause)
+
+
+def _same_products(A: Matvec, u: Vector, Au: Vector, eps: float) -> CheckRow:
+    change = _relative(_tree.add_scaled(A(u), -1.0, Au), [Au])
+    cause = f"changes in: {named(u, change > 16 * eps)}; data, keys or the order of additions change"
+    return _same("same products", float(change.max()), eps, cause)
+
+
+def _same(name: str, change: float, eps: float, cause: str) -> CheckRow:
+    limit = 16 * eps
+    detail = "to the last bit" if change == 0 else "up to rounding" if change <= limit else cause
+    return CheckRow(name, change <= limit, change, limit, detail)
+
+
+# -- a symmetric linear map ------------------------------------------------------------------------
+
+
+def _symmetric(
+    A: Matvec, params: Params, vectors: tuple[Vector, Vector], products: tuple[Vector, Vector], eps: float
+) -> CheckRow:
+    (u, v), (Au, Av) = vectors, products
+    size = max(float(_tree.norm(Au)), float(_tree.norm(Av))) or 1.0
+    measured, limit = abs(float(_tree.inner(u, Av)) - float(_tree.inner(v, Au))) / size, eps**0.5
+    if measured <= limit:
+        return CheckRow("symmetric", True, measured, limit, "uᵀAv = vᵀAu up to rounding")
+    structure: Any = jax.tree.structure(params)
+    errors = []
+    for i in range(structure.num_leaves):  # only now, for one more product each: whose rows are not columns
+        part = jax.tree.unflatten(structure, [x * (i == j) for j, x in enumerate(jax.tree.leaves(u))])
+        errors.append(abs(float(_tree.inner(part, Av)) - float(_tree.inner(v, A(part)))) / size)
+    at_fault = named(params, np.array(errors) > limit)
+    return CheckRow(
+        "symmetric", False, measured, limit, f"rows differ from columns in: {at_fault or 'no one leaf'}"
+    )
+
+
+def _linear(
+    A: Matvec, params: Params, vectors: tuple[Vector, Vector], products: tuple[Vector, Vector], eps: float
+) -> CheckRow:
+    together = _combined(*vectors)
+    change = _relative(_tree.add_scaled(A(together), -1.0, _combined(*products)), products)
+    limit = eps**0.5
+    at_fault = named(params, change > limit)
+    detail = f"not linear in: {at_fault}" if at_fault else "A(2u − 3v) = 2Au − 3Av up to rounding"
+    return CheckRow("linear", not at_fault, float(change.max()), limit, detail)
+
+
+def _combined(u: Vector, v: Vector) -> Vector:
+    return jax.tree.map(lambda x, y: (2 * x - 3 * y).astype(x.dtype), u, v)
+
+
+def _relative(change: Vector, products: Sequence[Vector]) -> np.ndarray:
+    """‖change‖ of every leaf, relative to that of the products plus a hundredth of the whole."""
+    norms = np.array(
+        [[float(_tree.norm(x)) for x in jax.tree.leaves(_tree.wide(t))] for t in (change, *products)]
+    )
+    size = norms[1:].max(axis=0)
+    scale = size + 0.01 * np.linalg.norm(size)
+    return norms[0] / np.where(scale > 0, scale, 1)
+
+
+# -- derivatives -----------------------------------------------------------------------------------
+
+
+def _mode(loss_fn: LossFn, params: Params, args: tuple[Any, ...]) -> str:
+    """The cheapest nesting of derivatives that the loss admits."""
+    try:
+        jax.eval_shape(hessian(loss_fn, params, *args), params)
+    except TypeError:
+        return "reverse-over-reverse"
+    return "forward-over-reverse"
+
+
+def _agreement(name: str, comparison: Comparison, params: Params, eps: float) -> CheckRow:
+    error, doubt = comparison.error, CAUTION * comparison.doubt
+    limits = eps**0.5 + doubt
+    wrong, unclear = ~(error <= limits), doubt > 0.5
+    worst = int(np.argmax(np.where(np.isfinite(error), error / limits, np.inf)))
+    paths = _tree.leaf_paths(params)
+
+    def where(flags: Any) -> str:
+        chosen = [group for group, flag in zip(comparison.leaves, flags, strict=True) if flag]
+        return ", ".join(paths[i] for group in chosen for i in group)
+
+    detail = "agrees with finite differences"
+    if wrong.any():
+        detail = f"disagrees with finite differences in: {where(wrong)}"
+    elif unclear.any():
+        detail = f"agrees, but the differences cannot tell (rounding or kinks) in: {where(unclear)}"
+    return CheckRow(name, not wrong.any(), float(error[worst]), float(limits[worst]), detail)
+
+
+def _device_precision(
+    loss_fn: LossFn, params: Params, args: tuple[Any, ...], u: Vector, product: Vector
+) -> CheckRow:
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return CheckRow(
+            "precision", True, 0.0, math.inf, "a CPU computes in the full precision of the dtypes"
+        )
+    lower = hessian(loss_fn, params, *args, mode=_mode(loss_fn, params, args), precision=None)(u)
+    change = float(_relative(_tree.add_scaled(lower, -1.0, product), [product]).max())
+    detail = f"change of a product under the default precision of {device.device_kind}; hessjax asks for full"
+    return CheckRow("precision", True, change, math.inf, detail)

@@ -1,0 +1,254 @@
+"""The loss along one direction or across the plane of two, on one batch or exactly over a data set."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+from jaxtyping import Array, ArrayLike, Float
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from hessjax._core import _tree
+from hessjax._core._types import Block, LossFn, Params, Vector
+from hessjax.curvature._batches import check_batches, count_examples, leading_axis
+from hessjax.curvature._product import at_precision, scalar
+from hessjax.estimators._samples import sampling_error
+
+
+class Landscape(NamedTuple):
+    """The loss on a grid around the params, with its doubt.
+
+    Attributes:
+        distances: for each direction, how far to go: an array in units of that direction's length.
+        losses: (n,) or (n₁, n₂), the loss at params + Σ tᵢ·dᵢ, first axis for the first direction. What is
+            not finite stays as it came.
+        stderr: like `losses`, the standard error of the mean as an estimate over more such data, from the
+            scatter between batches; infinite with a single batch. All points saw the same data, so
+            their errors go together, and differences between points are known better than this.
+        norms: (1,) or (2,) lengths ‖dᵢ‖: multiply distances by them for distances in weight space.
+        num_batches: how many batches were averaged.
+    """
+
+    distances: tuple[Float[Array, " n"], ...]
+    losses: Float[Array, "..."]
+    stderr: Float[Array, "..."]
+    norms: Float[Array, " k"]
+    num_batches: int
+
+
+def landscape(
+    loss_fn: LossFn,
+    params: Params,
+    *args: Any,
+    directions: Vector | Sequence[Vector] | Block,
+    distances: ArrayLike | Sequence[Any] | None = None,
+    batches: Iterable[Any] | None = None,
+    num_examples: Callable[[Any], int] = leading_axis,
+    points_at_once: int = 1,
+    precision: str | None = "highest",
+    progress: bool = False,
+) -> Landscape:
+    """The loss at params + Σ tᵢ·dᵢ, on a grid of distances t along one direction d₁ or two.
+
+    Without `batches` it is `loss_fn(params, *args)` that is drawn. With them it is the mean of
+    `loss_fn(params, batch, *args)` over the data set, every example counting once; the data are passed
+    over once, each batch being evaluated at every point of the grid.
+
+    Args:
+        loss_fn: `loss_fn(params, *args) -> scalar`, the mean over the examples of its batch. Whatever is
+            random or mutable enters through the arguments, as in `hessjax.flax.linen_loss` and `nnx_loss`:
+            BatchNorm statistics and dropout keys are then the same at every point.
+        params: the centre, a pytree of real floating-point arrays.
+        *args: what else the loss takes; with `batches`, what it takes after the batch.
+        directions: one vector like `params` for a curve, two in a list for a plane; or a block of one or
+            two, such as the eigenvectors of `eigenpairs(..., k=1)`: largest first, then smallest.
+            `hj.directions` makes others.
+        distances: an increasing array for all directions, or one for each. By default 51 points from -1
+            to 1 on a curve, 25 in each direction of a plane.
+        batches: any iterable of batches; a generator will do.
+        num_examples: `batch -> int`; by default the common length of the leading axes.
+        points_at_once: how many points one call evaluates side by side. More than 1 fills an accelerator;
+            on a CPU it only costs (convolutions with weights of their own for every point run about ten
+            times slower).
+        precision: of matrix products and convolutions, as in `hessian`.
+        progress: show a progress bar; the host then waits for each call.
+
+    Returns:
+        A `Landscape(distances, losses, stderr, norms, num_batches)`, in units of the loss.
+
+    Raises:
+        TypeError: `params` or a direction have leaves that are not floating point, `batches` cannot be
+            iterated, or `loss_fn` does not return one real number.
+        ValueError: a direction is not like `params` (every leaf is listed), there are more than two,
+            distances do not increase or do not fit the directions, a batch has no examples.
+
+    Cost:
+        One forward pass for every point and batch; `points_at_once` times the memory of one, and the
+        directions. Compiles once for each shape of batch; other params, directions, distances and grids
+        compile nothing anew.
+
+    References:
+        Goodfellow, Vinyals and Saxe (2015), Qualitatively characterizing neural network optimization
+        problems. Li, Xu, Taylor, Studer and Goldstein (2018), Visualizing the loss landscape of neural
+        nets, §4.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import hessjax as hj
+        >>> def loss_fn(w, x):
+        ...     return jnp.mean(x) * jnp.sum(w**2)
+        >>> w, x = jnp.array([1.0, 0.0]), jnp.array([1.0, 3.0])
+        >>> curve = hj.landscape(loss_fn, w, x, directions=w, distances=[-1.0, 0.0, 1.0])
+        >>> curve.losses.tolist()
+        [0.0, 2.0, 8.0]
+        >>> plane = hj.landscape(loss_fn, w, batches=[x, 2 * x], directions=jnp.eye(2))
+        >>> plane.losses.shape, float(plane.losses[12, 12])
+        ((25, 25), 3.0)
+    """
+    _tree.check_floating(params)
+    rows = _rows(directions, params)
+    axes = _axes(distances, len(rows))
+    if points_at_once < 1:
+        raise ValueError(f"`points_at_once` must be at least 1, got {points_at_once}.")
+    loss_fn = loss_fn if isinstance(loss_fn, Partial) else Partial(loss_fn)
+    dtype = _tree.accumulator_dtype(params)
+    points = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).astype(dtype)
+    chunks = _chunks(points.reshape(-1, len(axes)), points_at_once)
+    evaluate = functools.partial(_losses, precision, loss_fn, params, rows)
+    weights, losses = [], []
+    with _bar(progress, batches, len(chunks)) as advance:
+        for weight, arguments in _sources(args, batches, num_examples):
+            parts = [advance(evaluate(chunk, arguments)) for chunk in chunks]
+            weights.append(weight)
+            losses.append(np.concatenate(jax.device_get(parts))[: points[..., 0].size])
+    moments = _mean_and_stderr(np.array(weights), np.array(losses))
+    mean, stderr = (jax.device_put(x.reshape(points.shape[:-1]).astype(dtype)) for x in moments)
+    norms = jnp.stack([_norm(row) for row in rows])
+    return Landscape(
+        tuple(jax.device_put(axis.astype(dtype)) for axis in axes), mean, stderr, norms, len(weights)
+    )
+
+
+# -- what is asked for -----------------------------------------------------------------------------
+
+
+def _rows(directions: Any, params: Params) -> tuple[Vector, ...]:
+    """The directions one by one, from a vector, a block, or a list of vectors."""
+    same: bool = jax.tree.structure(directions) == jax.tree.structure(params)  # type: ignore[operator]
+    rows = [directions]
+    if same and (length := _block_length(directions, params)) is not None:
+        rows = [_tree.row(directions, i) for i in range(length)]
+    elif not same and type(directions) in (list, tuple):
+        rows = list(directions)
+    if not 1 <= len(rows) <= 2:
+        raise ValueError(
+            f"`directions` must be one or two, got {len(rows)}. Of a block keep two rows: "
+            "`jax.tree.map(lambda rows: rows[:2], block)`."
+        )
+    for i, row in enumerate(rows):
+        name = "directions" if len(rows) == 1 else f"directions[{i}]"
+        _tree.check_like(row, params, name, "params")
+        _tree.check_floating(row, name)
+    return tuple(rows)
+
+
+def _block_length(block: Block, params: Params) -> int | None:
+    """How many vectors like `params` the block holds; None if it is no block of them."""
+    pairs = zip(jax.tree.leaves(block), jax.tree.leaves(params), strict=True)
+    lengths = {jnp.shape(x)[0] if jnp.shape(x)[1:] == jnp.shape(y) and jnp.ndim(x) > jnp.ndim(y) else None
+               for x, y in pairs}  # fmt: skip
+    return lengths.pop() if len(lengths) == 1 else None
+
+
+def _axes(distances: Any, number: int) -> list[np.ndarray]:
+    """The grid's distances, one array for each direction."""
+    if distances is None:
+        distances = np.linspace(-1, 1, 51 if number == 1 else 25)
+    shared = all(np.ndim(distance) == 0 for distance in distances)
+    axes = [np.asarray(axis, float) for axis in ([distances] * number if shared else distances)]
+    if len(axes) != number:
+        raise ValueError(
+            f"`distances` must be one array, or one for each of the {number} directions, got {len(axes)}."
+        )
+    for axis in axes:
+        if axis.ndim != 1 or not len(axis) or not np.all(np.isfinite(axis)) or np.any(np.diff(axis) <= 0):
+            raise ValueError(f"`distances` must be increasing, finite numbers, at least one, got {axis}.")
+    return axes
+
+
+def _chunks(points: np.ndarray, at_once: int) -> list[np.ndarray]:
+    """The points, `at_once` at a time; the last chunk is filled up with its last point."""
+    at_once = min(at_once, len(points))
+    short = -len(points) % at_once
+    points = np.concatenate([points, np.repeat(points[-1:], short, axis=0)])
+    return list(points.reshape(-1, at_once, points.shape[1]))
+
+
+def _sources(args: tuple[Any, ...], batches: Any, num_examples: Any) -> Iterator[tuple[int, tuple[Any, ...]]]:
+    """Each batch's weight, and the arguments of the loss."""
+    if batches is None:
+        yield 1, args
+        return
+    check_batches(batches)
+    index = -1
+    for index, batch in enumerate(batches):
+        weight = count_examples(num_examples, batch, index)
+        yield weight, (jax.device_put(batch), *args)
+    if index < 0:
+        raise ValueError("`batches` must hold at least one batch, got none.")
+
+
+# -- computing it ----------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _losses(
+    precision: str | None,
+    loss_fn: LossFn,
+    params: Params,
+    directions: tuple[Vector, ...],
+    points: Float[Array, "n k"],
+    args: tuple[Any, ...],
+) -> Float[Array, " n"]:
+    loss = scalar(loss_fn, args)
+
+    def at(point: Array) -> Array:
+        there = _tree.wide(params)
+        for t, direction in zip(point, directions, strict=True):
+            there = _tree.add_scaled(there, t, direction)
+        return loss(_tree.cast_like(there, params))
+
+    with at_precision(precision):
+        return at(points[0])[None] if len(points) == 1 else jax.vmap(at)(points)
+
+
+def _mean_and_stderr(weights: np.ndarray, losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The mean over batches (first axis) by weight, and its standard error."""
+    weights, losses = weights.astype(float), losses.astype(float)
+    with np.errstate(invalid="ignore", over="ignore"):  # infinite losses are data
+        return weights @ losses / weights.sum(), sampling_error(losses, weights)
+
+
+_norm = jax.jit(_tree.norm)
+
+
+@contextlib.contextmanager
+def _bar(shown: bool, batches: Any, calls: int) -> Iterator[Callable[[Array], Array]]:
+    """A progress bar, and the function that moves it on when a result is there."""
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(),
+               TextColumn("evaluations"), TimeRemainingColumn(compact=True))  # fmt: skip
+    number = 1 if batches is None else len(batches) if isinstance(batches, Sized) else None
+    with Progress(*columns, disable=not shown) as bar:
+        task = bar.add_task("landscape", total=number and number * calls)
+
+        def advance(result: Array) -> Array:
+            if shown:
+                jax.block_until_ready(result)
+                bar.advance(task)
+            return result
+
+        yield advance

@@ -1,0 +1,251 @@
+"""What every leaf can spare: one at a time, at one sparsity at a time, measured and predicted."""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+from rich.table import Table
+from rich.text import Text
+
+from hessjax._core import _tree
+from hessjax._core._messages import plain
+from hessjax._core._types import Block, Params, Where
+from hessjax._run import _drivers
+from hessjax.analysis import _sensitivity_csv
+from hessjax.analysis._sensitivity_csv import SensitivityRow, level_name
+from hessjax.pruning._once import prune_once
+from hessjax.pruning._sparsity import check_sparsity
+from hessjax.pruning.allocations._allocation import uniform
+from hessjax.pruning.patterns._by_path import Patterns, patterns_of
+from hessjax.pruning.patterns._pattern import Pattern, unstructured
+from hessjax.pruning.saliencies._saliency import Saliency, magnitude
+from hessjax.pruning.training._prune import is_matrix
+
+_Question: TypeAlias = tuple[str, str]
+"""A leaf, and a level as the file has it."""
+
+
+class Sensitivity(NamedTuple):
+    """What `sensitivity` returns: rows to compute with, and a table when printed.
+
+    Attributes:
+        rows: leaf by leaf, and for each the levels in the order given.
+    """
+
+    rows: tuple[SensitivityRow, ...]
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write `parameter,sparsity,<metrics>`, and `predicted` if there is a prediction."""
+        _sensitivity_csv.write(Path(path), self.rows)
+
+    def __rich__(self) -> Table:
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        has_model = any(row.predicted is not None for row in self.rows)
+        titles = [*self.rows[0].metrics, *(["predicted rise"] if has_model else [])]
+        for title in ("parameter", "sparsity", *titles):
+            table.add_column(Text(title), justify="left" if title == "parameter" else "right", no_wrap=True)
+        last = ""
+        for row in self.rows:
+            numbers = [*row.metrics.values(), *([row.predicted] if has_model else [])]
+            name, last = "" if row.parameter == last else row.parameter, row.parameter
+            table.add_row(Text(name), level_name(row.sparsity), *(f"{x:.4g}" for x in numbers))
+        return table
+
+    def __str__(self) -> str:
+        return plain(self)
+
+    def __repr__(self) -> str:  # a notebook's last line shows the table
+        return str(self)
+
+
+def sensitivity(
+    metric: Callable[[Params], Any] | None,
+    params: Params,
+    levels: Sequence[float | int] | Any,
+    saliency: Saliency = magnitude(),  # noqa: B008 (a value, never changed)
+    *,
+    grads_fn: Callable[[Params], Block] | None = None,
+    diagonal: Params | None = None,
+    pattern: Patterns = unstructured(),  # noqa: B008 (a value, never changed)
+    where: Where = is_matrix,
+    path: str | os.PathLike[str] | None = None,
+    callbacks: Sequence[_drivers.Callback] = (),
+) -> Sensitivity:
+    """Prune one leaf at a time to every level, the others left as they are, and see what it does to a metric.
+
+    Beside the measured metric stands what a quadratic model of the loss predicts, which takes no evaluation:
+    the increase that the saliency itself expects (`obs`, `wood_taylor`, `obd`), or with `diagonal` h
+
+        ½ Σᵢ hᵢ δᵢ²,
+
+    δ being the change of the weights: −w where they are pruned. Both hold for small changes: where much goes
+    at once, the loss of a network can rise by far more.
+
+    Args:
+        metric: `(params) -> scalar`, or a dict of scalars by name, over a whole data set as you like; called
+            for every leaf and level, once for all leaves at level 0. None: only predict.
+        params: pytree of real floating-point arrays, trained.
+        levels: sparsities in [0, 1), each a fraction of the zeros of one leaf.
+        saliency: what a weight is worth. One that moves the kept weights does so within the leaf.
+        grads_fn: `(params) -> block` of gradients, as for `prune_once`; called once.
+        diagonal: like `params`: the diagonal of the Hessian in loss per squared parameter,
+            `hj.diagonal(matvec, key, params, ...).mean`. It takes precedence over the saliency's own
+            prediction.
+        pattern: which weights go together, as in `prune`: `filters()` for whole filters.
+        where: which leaves: a glob over their paths, several, or `(path, leaf) -> bool`. By default all with
+            two or more axes; empty ones are left out.
+        path: a CSV file to which every row is added as soon as it is measured. Rows that are in it already
+            are not measured again. It does not know what `params`, `metric` and `saliency` were: take one
+            file for one question.
+        callbacks: told of the evaluations as `run` tells them of products:
+            `hj.progress_bar("sensitivity", unit="evaluations")`.
+
+    Returns:
+        The rows `(parameter, sparsity, metrics, predicted)`, with the metrics in their own units and the
+        prediction in those of the loss; a scalar metric is called `metric`. `print` shows a table, `to_csv`
+        writes a file that Distiller's users know, `hessjax.plot.sensitivity` draws it.
+
+    Raises:
+        ValueError: a level outside [0, 1) or twice; no metric and nothing to predict from; a metric whose
+            names change, or are names of other columns; if `where` matches no leaf, or only empty
+            ones; if `path` holds something else (it names the line).
+        TypeError: a metric that is not a scalar.
+        FloatingPointError: if the metric is NaN: it names leaf and level. Rows before it stay in the file.
+
+    Cost:
+        For every leaf and level one evaluation of the metric, one scoring of the leaf and a ranking.
+
+    References:
+        Li et al., Pruning filters for efficient convnets (2016), arXiv 1608.08710: sensitivity by layer.
+        LeCun et al., Optimal brain damage (1990): the diagonal model.
+
+    Example:
+        >>> import jax.numpy as jnp, hessjax as hj
+        >>> params = {"one": jnp.array([[3.0, 1.0]]), "two": jnp.array([[2.0, 4.0]])}
+        >>> hessian = {"one": jnp.array([[1.0, 1.0]]), "two": jnp.array([[1.0, 1.0]])}
+        >>> def loss_fn(p):
+        ...     return {"loss": sum(jnp.sum((p[k] - params[k]) ** 2) / 2 for k in p)}
+        >>> hj.sensitivity(loss_fn, params, [0.0, 0.5], diagonal=hessian)
+        parameter  sparsity  loss  predicted rise
+        one               0     0               0
+                        0.5   0.5             0.5
+        two               0     0               0
+                        0.5     2               2
+    """
+    patterns, chosen = _patterns_by_leaf(params, where, pattern), _checked_levels(levels)
+    has_model = diagonal is not None or saliency.compensate is not None
+    if metric is None and not has_model:
+        raise ValueError(
+            "`metric` must be given, or something to predict from: a `diagonal`, or a saliency like `obd()`."
+        )
+    if diagonal is not None:
+        _tree.check_like(diagonal, params, "diagonal", "params")
+    file = None if path is None else Path(path)
+    rows = [] if file is None else _sensitivity_csv.read(file, _tree.leaf_paths(params), has_model)
+    known = {(row.parameter, level_name(row.sparsity)): row for row in rows}
+    questions = [(name, level_name(level)) for name in patterns for level in chosen]
+    grads = None if grads_fn is None or known.keys() >= set(questions) else grads_fn(params)
+    network = _Network(params, saliency, patterns, grads, diagonal, has_model)
+    with _drivers.entered(callbacks):
+        for number, question in enumerate(questions, start=1):
+            if question not in known:
+                known[question] = _answer(metric, network, question, list(known.values()), file)
+            _tell(callbacks, number, len(questions))
+    return Sensitivity(tuple(known[question] for question in questions))
+
+
+class _Network(NamedTuple):
+    """What is asked about, and what its loss is predicted from."""
+
+    params: Params
+    saliency: Saliency
+    patterns: dict[str, Pattern]
+    grads: Block | None
+    diagonal: Params | None
+    has_model: bool
+
+
+def _answer(
+    metric: Callable[[Params], Any] | None,
+    network: _Network,
+    question: _Question,
+    earlier: Sequence[SensitivityRow],
+    file: Path | None,
+) -> SensitivityRow:
+    params, predicted = _pruned(network, question)
+    metrics: dict[str, float] = {}
+    if metric is not None:
+        dense = [row.metrics for row in earlier if row.sparsity == 0 == float(question[1])]
+        metrics = dense[0] if dense else _sensitivity_csv.named(metric(params))
+        metrics = _sensitivity_csv.in_order(metrics, earlier, file)
+        _sensitivity_csv.check_numbers(metrics, question, file)
+    row = SensitivityRow(question[0], float(question[1]), metrics, predicted)
+    if file is not None:
+        _sensitivity_csv.append(file, row)
+    return row
+
+
+def _pruned(network: _Network, question: _Question) -> tuple[Params, float | None]:
+    """The params with one leaf pruned, and the rise of the loss that is expected of it."""
+    params, saliency, patterns, grads, diagonal, has_model = network
+    name, level = question[0], float(question[1])
+    if level == 0:  # even for a saliency that would move the weights without pruning any
+        return params, 0.0 if has_model else None
+    pruned = prune_once(
+        params,
+        saliency,
+        level,
+        grads_fn=None if grads is None else lambda _: grads,
+        allocation=uniform(),
+        pattern=patterns[name],
+        where=lambda path, _: path == name,
+    )
+    rise = pruned.predicted_increase
+    if diagonal is not None:
+        rise = _diagonal_increase(*(_leaf(tree, name) for tree in (diagonal, params, pruned.params)))
+    return pruned.params, float(rise) if has_model else None
+
+
+def _leaf(tree: Params, name: str) -> Any:
+    return jax.tree.leaves(tree)[_tree.leaf_paths(tree).index(name)]
+
+
+@jax.jit
+def _diagonal_increase(diagonal: Any, before: Any, after: Any) -> Array:
+    """½ Σ hᵢ δᵢ² of the one leaf that changes."""
+    return jnp.sum(_tree.wide(diagonal) * (_tree.wide(after) - _tree.wide(before)) ** 2) / 2
+
+
+def _tell(callbacks: Sequence[_drivers.Callback], number: int, total: int) -> None:
+    for callback in callbacks:
+        callback(_drivers.Progress(number, total, math.inf, -math.inf, None, number == total))
+
+
+# -- checks --------------------------------------------------------------------------------------
+
+
+def _patterns_by_leaf(params: Params, where: Where, pattern: Patterns) -> dict[str, Pattern]:
+    """The leaves that are asked about, each with its pattern, in the order of the tree."""
+    paths = _tree.unique_paths(params, "params")
+    hits, leaves = jax.tree.leaves(_tree.match(params, where)), jax.tree.leaves(params)
+    chosen = {path: x for path, hit, x in zip(paths, hits, leaves, strict=True) if hit and jnp.size(x)}
+    if not chosen:
+        empty = ", ".join(path for path, hit in zip(paths, hits, strict=True) if hit)
+        raise ValueError(f"`where` must match at least one leaf with weights, got only empty ones: {empty}.")
+    found = dict(zip(_tree.leaf_paths(chosen), patterns_of(pattern, chosen), strict=True))
+    return {path: found[path] for path in chosen}
+
+
+def _checked_levels(levels: Any) -> list[float]:
+    listed = [float(level) for level in levels]
+    names = [level_name(level) for level in listed]
+    if not listed or len(set(names)) < len(names):
+        raise ValueError(f"`levels` must be one or more different sparsities, got [{', '.join(names)}].")
+    for level in listed:
+        check_sparsity(level)
+    return listed

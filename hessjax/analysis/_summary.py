@@ -1,0 +1,267 @@
+"""How sparse a network is: one row per leaf, as data and as a table."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from rich.table import Table
+from rich.text import Text
+
+from hessjax._core import _tree
+from hessjax._core._messages import plain
+from hessjax._core._types import ModelFn, Params
+from hessjax.program._multiply_adds import multiply_adds
+
+
+class SummaryRow(NamedTuple):
+    """One leaf, or all of them together.
+
+    A leaf of two axes is read as the kernel of a Dense layer, (in, out): a row is one input, a column one
+    output. A leaf of three or more is read as the kernel of a Conv layer, (..., in, out): a channel is one
+    input, a filter one output, a kernel the weights between one input and one output. Rows and columns are
+    those of matrices only, the other three those of convolutions only; where a leaf has none, the fraction is
+    0. In the total they are fractions of all that the leaves have.
+
+    Attributes:
+        path: where the leaf is, `Conv_0/kernel`.
+        shape: its shape; `()` for the total.
+        number: how many weights it has.
+        nonzeros: how many of them are not 0.0.
+        multiply_adds: how many one call of the model spends on it; None without a model.
+        multiply_adds_left: the same times the fraction of nonzeros: what hardware that skips every zero
+            would spend.
+        zero_columns: the fraction of columns that are zero throughout.
+        zero_rows: of rows.
+        zero_channels: of channels.
+        zero_kernels: of kernels (Distiller's 2D).
+        zero_filters: of filters (Distiller's 3D).
+        sparsity: the fraction of zeros; 0 for an empty leaf.
+        std: standard deviation of all weights, zeros included (population, `ddof=0`), in the units of the
+            weights.
+        mean: their mean.
+        abs_mean: the mean of their absolute values. These three are NaN for an empty leaf.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    number: int
+    nonzeros: int
+    multiply_adds: int | None
+    multiply_adds_left: float | None
+    zero_columns: float
+    zero_rows: float
+    zero_channels: float
+    zero_kernels: float
+    zero_filters: float
+    sparsity: float
+    std: float
+    mean: float
+    abs_mean: float
+
+
+class Summary(NamedTuple):
+    """What `summary` returns: numbers to compute with, and a table when printed.
+
+    The table leaves out what says nothing: multiply-adds without a model, and structures (columns, rows,
+    channels, 2D kernels, 3D filters) of which no leaf has lost any. `rows` and `total` hold all.
+
+    Attributes:
+        rows: one per leaf, in the order of the tree.
+        total: all leaves together; its `std`, `mean`, `abs_mean` are those of all weights in one bag.
+    """
+
+    rows: tuple[SummaryRow, ...]
+    total: SummaryRow
+
+    def __rich__(self) -> Table:
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        columns = [column for column in _COLUMNS if column.always or column.value(self.total)]
+        for title, *_ in columns:
+            table.add_column(title, justify="left" if title in ("Name", "Shape") else "right", no_wrap=True)
+        for row in (*self.rows, self.total):
+            if row is self.total:
+                table.add_section()
+            cells = (column.form(column.value(row)) for column in columns)
+            table.add_row(*cells, style="bold" if row is self.total else None)
+        return table
+
+    def __str__(self) -> str:
+        return plain(self)
+
+    def __repr__(self) -> str:  # a notebook's last line shows the table
+        return str(self)
+
+
+class _Column(NamedTuple):
+    title: str
+    value: Callable[[SummaryRow], Any]
+    form: Callable[[Any], str | Text]
+    always: bool = True
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.2f}"
+
+
+_COLUMNS = (
+    _Column("Name", lambda row: row.path, Text),
+    _Column("Shape", lambda row: "×".join(map(str, row.shape)), str),
+    _Column("Weights", lambda row: row.number, "{:,}".format),
+    _Column("Nonzero", lambda row: row.nonzeros, "{:,}".format),
+    _Column("Mult-adds", lambda row: row.multiply_adds, "{:,}".format, False),
+    _Column("Left", lambda row: row.multiply_adds_left, "{:,.0f}".format, False),
+    _Column("Cols %", lambda row: row.zero_columns, _percent, False),
+    _Column("Rows %", lambda row: row.zero_rows, _percent, False),
+    _Column("Ch %", lambda row: row.zero_channels, _percent, False),
+    _Column("2D %", lambda row: row.zero_kernels, _percent, False),
+    _Column("3D %", lambda row: row.zero_filters, _percent, False),
+    _Column("Zeros %", lambda row: row.sparsity, _percent),
+    _Column("Std", lambda row: row.std, "{:.4f}".format),
+    _Column("Mean", lambda row: row.mean, "{:.4f}".format),
+    _Column("Abs-mean", lambda row: row.abs_mean, "{:.4f}".format),
+)
+
+
+def summary(params: Params, model_fn: ModelFn | None = None, *args: Any) -> Summary:
+    """Count the zeros of every leaf, and describe what is left.
+
+    Zeros are counted one by one, and by rows, columns, channels, kernels and filters (`SummaryRow` says which
+    axes those are): whole ones can be cut out of the network. With a model, so are its multiply-adds:
+    those of matrix products and convolutions with a leaf, dense, and times the leaf's fraction of nonzeros.
+
+    Args:
+        params: any pytree of floating-point arrays: a linen dict, an `nnx.State`, ...
+        model_fn: `model_fn(params, *args) -> outputs`, to count the multiply-adds of one call.
+        *args: its batch, as arrays or `jax.ShapeDtypeStruct`s; hand over one example for the count per
+            example.
+
+    Returns:
+        A `Summary`: `.rows` and `.total` hold the numbers, `print` shows them as a table, `rich.print` with
+        style.
+
+    Raises:
+        TypeError: if a leaf is not floating-point (a counter, a random key): pass the weights only.
+        ValueError: if there is no weight at all.
+
+    Cost:
+        A few passes over the weights, summed in float32 at least; one transfer of at most nine numbers per
+        leaf; with a model one trace of it.
+
+    Example:
+        >>> import jax.numpy as jnp, hessjax as hj
+        >>> params = {"kernel": jnp.array([[0.0, 2.0], [0.0, 0.0]]), "bias": jnp.array([1.0, 1.0])}
+        >>> result = hj.summary(params)
+        >>> print(result)
+        Name    Shape  Weights  Nonzero  Cols %  Rows %  Zeros %     Std    Mean  Abs-mean
+        bias    2            2        2    0.00    0.00     0.00  0.0000  1.0000    1.0000
+        kernel  2×2          4        1   50.00   50.00    75.00  0.8660  0.5000    0.5000
+        total                6        3   50.00   50.00    50.00  0.7454  0.6667    0.6667
+        >>> result.total.sparsity
+        0.5
+        >>> hj.summary(params, lambda p, x: x @ p["kernel"] + p["bias"], jnp.ones((1, 2))).total.multiply_adds
+        4
+    """
+    _tree.check_floating(params)
+    work = {} if model_fn is None else multiply_adds(model_fn, params, *args)
+    paths, leaves = _tree.leaf_paths(params), jax.tree.leaves(params)
+    counted = jax.device_get([(_moments(leaf), _zero_parts(leaf)) for leaf in leaves])
+    named = zip(paths, leaves, counted, strict=True)
+    facts = [_facts(path, jnp.shape(x), work.get(path), *numbers) for path, x, numbers in named]
+    return Summary(tuple(map(_row, facts)), _row(_total(facts)))
+
+
+class _Facts(NamedTuple):
+    """Counts and moments of a leaf, or of all.
+
+    Attributes:
+        parts: how many columns, rows, channels, kernels and filters there are.
+        zero_parts: how many of them are zero throughout.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    number: int
+    nonzeros: int
+    multiply_adds: int | None
+    multiply_adds_left: float | None
+    parts: np.ndarray
+    zero_parts: np.ndarray
+    mean: float
+    variance: float
+    abs_mean: float
+
+
+@jax.jit
+def _moments(x: Array) -> tuple[Array, Array, Array, Array]:
+    """Nonzeros, mean, mean of squared deviations, mean of absolute values."""
+    wide = _tree.wide(x)
+    mean = jnp.mean(wide)
+    return jnp.sum(x != 0, dtype=jnp.int32), mean, jnp.mean((wide - mean) ** 2), jnp.mean(jnp.abs(wide))
+
+
+@jax.jit
+def _zero_parts(x: Array) -> dict[int, Array]:
+    """How many columns (0), rows (1), channels (2), kernels (3) and filters (4) are zero throughout."""
+    if x.ndim < 2 or not x.size:
+        return {}
+    lines = jnp.all(x == 0, axis=tuple(range(x.ndim - 2)))  # (in, out)
+    by_output, by_input = jnp.sum(jnp.all(lines, axis=0)), jnp.sum(jnp.all(lines, axis=1))
+    if x.ndim == 2:
+        return {0: by_output, 1: by_input}
+    return {2: by_input, 3: jnp.sum(lines), 4: by_output}
+
+
+def _num_parts(shape: tuple[int, ...]) -> list[int]:
+    if len(shape) < 2 or 0 in shape:
+        return [0] * 5
+    ins, outs = shape[-2:]
+    return [outs, ins, 0, 0, 0] if len(shape) == 2 else [0, 0, ins, ins * outs, outs]
+
+
+def _facts(
+    path: str, shape: tuple[int, ...], work: int | None, moments: tuple[Any, ...], zeros: dict[int, Any]
+) -> _Facts:
+    nonzeros, mean, variance, abs_mean = (x.item() for x in moments)
+    number = math.prod(shape)
+    left = None if work is None else work * nonzeros / max(number, 1)
+    zero_parts = np.array([int(zeros.get(i, 0)) for i in range(5)])
+    parts = np.array(_num_parts(shape))
+    return _Facts(path, shape, number, nonzeros, work, left, parts, zero_parts, mean, variance, abs_mean)
+
+
+def _total(facts: list[_Facts]) -> _Facts:
+    full = [x for x in facts if x.number]
+    number = sum(x.number for x in full)
+    mean = sum(x.number * x.mean for x in full) / number
+    # Deviations from the common mean: within each leaf, and of the leaf's own mean.
+    variance = sum(x.number * (x.variance + (x.mean - mean) ** 2) for x in full) / number
+    return _Facts(
+        path="total",
+        shape=(),
+        number=number,
+        nonzeros=sum(x.nonzeros for x in full),
+        multiply_adds=_sum(x.multiply_adds for x in full),
+        multiply_adds_left=_sum(x.multiply_adds_left for x in full),
+        parts=np.sum([x.parts for x in full], axis=0),
+        zero_parts=np.sum([x.zero_parts for x in full], axis=0),
+        mean=mean,
+        variance=variance,
+        abs_mean=sum(x.number * x.abs_mean for x in full) / number,
+    )
+
+
+def _sum(numbers: Iterable[Any]) -> Any:
+    """Their sum; None if any is."""
+    listed = list(numbers)
+    return None if None in listed else sum(listed)
+
+
+def _row(facts: _Facts) -> SummaryRow:
+    fractions: list[Any] = (facts.zero_parts / np.maximum(facts.parts, 1)).tolist()
+    sparsity = 1 - facts.nonzeros / facts.number if facts.number else 0.0
+    values = (*facts[:6], *fractions, sparsity, facts.variance**0.5, facts.mean, facts.abs_mean)
+    return SummaryRow(*values)

@@ -1,0 +1,110 @@
+"""Directions in weight space worth looking along: random ones in the network's own scale, and lines."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from hessjax._core import _tree
+from hessjax._core._types import Key, Params, Vector
+from hessjax.estimators.probes import gaussian
+
+
+def random(key: Key, params: Params, *, filter_axis: int | None = -1) -> Vector:
+    """A Gaussian direction, each filter rescaled to the norm of the params' filter in its place.
+
+    Weights that follow a normalisation or precede a ReLU can be scaled without changing the network, so
+    that a step of fixed length means little to a network with large weights; in these units a distance
+    of 1 is as far as the weights themselves. As in the paper, leaves with fewer than two axes (biases,
+    scales) get zeros: they stay where they are.
+
+    Args:
+        key: random key.
+        params: pytree of real floating-point arrays.
+        filter_axis: a filter is a slice of a leaf along this axis; the last counts the outputs in Flax,
+            kernels being (in, out) and (height, width, in, out). `None` rescales leaves as a whole.
+
+    Returns:
+        A vector like `params`, in at least float32. Where a filter of the params is zero, so is its own.
+
+    Raises:
+        TypeError: `params` has leaves that are not floating point.
+        ValueError: no leaf has two axes, or one has no such axis.
+
+    Cost:
+        One random vector.
+
+    References:
+        Li et al. (2018), Visualizing the loss landscape of neural nets, §4.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import hessjax as hj
+        >>> params = {"kernel": jnp.array([[3.0, 0.0], [4.0, 1.0]]), "bias": jnp.ones(2)}
+        >>> d = hj.directions.random(jax.random.key(0), params)
+        >>> jnp.linalg.norm(d["kernel"], axis=0).round(4).tolist(), d["bias"].tolist()
+        ([5.0, 1.0], [0.0, 0.0])
+    """
+    _tree.check_floating(params)
+    deep = [jnp.ndim(leaf) for leaf in jax.tree.leaves(params) if jnp.ndim(leaf) > 1]
+    if not deep:
+        raise ValueError(
+            "`params` must have a leaf with two or more axes, got none; `hessjax.gaussian` gives a "
+            "direction with every entry random."
+        )
+    if filter_axis is not None and not all(-n <= filter_axis < n for n in deep):
+        raise ValueError(
+            f"`filter_axis` must be an axis of every leaf with two or more, which have {sorted(set(deep))} "
+            f"axes, got {filter_axis}."
+        )
+    return _rescaled(filter_axis, gaussian(key, params), params)
+
+
+def line(params: Params, other: Params) -> Vector:
+    """The direction from `params` to `other`: distance 0 is the one, distance 1 the other.
+
+    Args:
+        params: pytree of real floating-point arrays, where `landscape` starts.
+        other: another like it: a later checkpoint, a pruned network, a second solution.
+
+    Returns:
+        other − params, a vector in at least float32.
+
+    Raises:
+        TypeError: either has leaves that are not floating point.
+        ValueError: `other` is not like `params` (every leaf is listed).
+
+    Cost:
+        One subtraction.
+
+    References:
+        Goodfellow, Vinyals and Saxe (2015), Qualitatively characterizing neural network optimization
+        problems, §3.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import hessjax as hj
+        >>> a, b = jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])
+        >>> def loss_fn(w):
+        ...     return jnp.sum(w**2)
+        >>> hj.landscape(loss_fn, a, directions=hj.directions.line(a, b), distances=[0.0, 0.5,
+        ...                                                        1.0]).losses.tolist()
+        [1.0, 0.5, 1.0]
+    """
+    _tree.check_floating(params)
+    _tree.check_floating(other, "other")
+    _tree.check_like(other, params, "other", "params")
+    return jax.tree.map(lambda x, y: x - y, _tree.wide(other), _tree.wide(params))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _rescaled(axis: int | None, direction: Vector, params: Params) -> Vector:
+    def leaf(d: Array, w: Array) -> Array:
+        if w.ndim < 2:
+            return jnp.zeros_like(d)
+        others = tuple(i for i in range(w.ndim) if axis is None or i != axis % w.ndim)
+        norms = [jnp.sqrt(jnp.sum(x.astype(d.dtype) ** 2, axis=others, keepdims=True)) for x in (d, w)]
+        return d * norms[1] / jnp.where(norms[0] > 0, norms[0], 1)
+
+    return jax.tree.map(leaf, direction, params)

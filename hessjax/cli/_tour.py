@@ -1,0 +1,265 @@
+"""The tour: a network for handwritten digits, trained, measured, and pruned to 90 % zeros."""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+from rich import get_console
+from rich.progress import track
+
+import hessjax as hj
+from hessjax import plot, report
+from hessjax._core._types import Eigenpairs, Key, Params
+from hessjax.cli import _digits
+from hessjax.cli._digits import NETWORK, Digits, Quality, loss_fn, quality
+from hessjax.estimators._density import SpectralDensity
+from hessjax.estimators._hutchinson import TraceByLeaf
+
+SPARSITY = 0.9
+DIRECTIONS = ("the eigenvector of λ₁", "the eigenvector of λ₂")
+BATCH = 128
+
+
+class Settings(NamedTuple):
+    """How much work each part of the tour does."""
+
+    train_steps: int
+    measured_examples: int
+    num_eigenvalues: int
+    num_probes: int
+    num_lanczos: int
+    num_points: int
+    tune_steps: int
+
+
+FULL = Settings(
+    train_steps=500,
+    measured_examples=1437,
+    num_eigenvalues=5,
+    num_probes=100,
+    num_lanczos=120,
+    num_points=21,
+    tune_steps=800,
+)
+QUICK = Settings(
+    train_steps=300,
+    measured_examples=256,
+    num_eigenvalues=2,
+    num_probes=20,
+    num_lanczos=80,
+    num_points=11,
+    tune_steps=400,
+)
+
+
+# -- training ------------------------------------------------------------------------------------
+
+
+class History(NamedTuple):
+    """The quality on the test set every ten steps of a loop."""
+
+    steps: list[int]
+    quality: list[Quality]
+    seconds: float
+
+
+def fit(
+    tx: optax.GradientTransformation,
+    params: Params,
+    data: Digits,
+    num_steps: int,
+    seed: int,
+    description: str,
+) -> tuple[Params, History]:
+    """A plain optax loop over shuffled batches of 128."""
+
+    @jax.jit
+    def step(params: Params, state: Any, batch: Any) -> tuple[Params, Any]:
+        updates, state = tx.update(jax.grad(loss_fn)(params, batch), state, params)
+        return optax.apply_updates(params, updates), state
+
+    start, state, seen = time.perf_counter(), tx.init(params), {}
+    batches = minibatches(data.train, np.random.default_rng(seed))
+    for count in track(range(num_steps + 1), description):
+        if count % 10 == 0:
+            seen[count] = jax.tree.map(float, quality(params, data.test))
+        if count < num_steps:
+            params, state = step(params, state, next(batches))
+    return params, History(list(seen), list(seen.values()), time.perf_counter() - start)
+
+
+def minibatches(data: tuple[Any, Any], rng: np.random.Generator) -> Iterator[tuple[Any, Any]]:
+    """Shuffled batches without end; the rest of every pass is dropped."""
+    while True:
+        order = rng.permutation(len(data[1]))
+        for start in range(0, len(order) - BATCH + 1, BATCH):
+            chosen = order[start : start + BATCH]
+            yield data[0][chosen], data[1][chosen]
+
+
+def train(data: Digits, settings: Settings, seed: int) -> tuple[Params, History]:
+    """The dense network, by AdamW with a cosine schedule."""
+    params = jax.jit(NETWORK.init)(jax.random.key(seed), data.train[0][:1])["params"]
+    tx = optax.adamw(optax.cosine_decay_schedule(3e-3, settings.train_steps), weight_decay=1e-2)
+    return fit(tx, params, data, settings.train_steps, seed, "training")
+
+
+# -- curvature -----------------------------------------------------------------------------------
+
+
+class Curvature(NamedTuple):
+    """The measurements, each with its doubt, and the seconds each took."""
+
+    eigenpairs: Eigenpairs
+    density: SpectralDensity
+    traces: TraceByLeaf
+    landscape: hj.Landscape
+    seconds: dict[str, float]
+
+
+def measure(params: Params, data: Digits, settings: Settings, key: Key) -> Curvature:
+    """Spectrum and traces of the Hessian of the training loss, and the loss around the weights."""
+    images, labels = (part[: settings.measured_examples] for part in data.train)
+    batches = [(images[i : i + BATCH], labels[i : i + BATCH]) for i in range(0, len(labels), BATCH)]
+    matvec = hj.over_batches(lambda batch: hj.hessian(loss_fn, params, batch), batches)
+    keys, seconds = jax.random.split(key), {}
+
+    def timed(name: str, measurement: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        start = time.perf_counter()
+        result = jax.block_until_ready(measurement(*args, **options))
+        seconds[name] = time.perf_counter() - start
+        return result
+
+    def estimated(name: str, estimate: Callable[..., Any], key: Key, *args: Any) -> Any:
+        return timed(name, estimate, matvec, key, params, *args, callbacks=[hj.progress_bar(name)])
+
+    pairs, density, _ = estimated(
+        "spectrum", hj.spectrum, keys[0], settings.num_eigenvalues, settings.num_lanczos
+    )
+    traces = estimated("trace", hj.trace_by_leaf, keys[1], settings.num_probes)
+    steepest = jax.tree.map(lambda rows: rows[:2], pairs.vectors)
+    plane = timed("landscape", hj.landscape, loss_fn, params, batches[0], directions=steepest,
+                  distances=np.linspace(-2, 2, settings.num_points), progress=True)  # fmt: skip
+    return Curvature(pairs, density, traces, plane, seconds)
+
+
+# -- pruning -------------------------------------------------------------------------------------
+
+
+def prune_and_tune(params: Params, data: Digits, settings: Settings, seed: int) -> tuple[Params, History]:
+    """Fine-tuning while the sparsity rises along the cubic schedule to 90 %, then rests."""
+    last = settings.tune_steps // 2
+    schedule = optax.polynomial_schedule(0.0, SPARSITY, 3, last)
+    inner = optax.adamw(optax.cosine_decay_schedule(4e-3, settings.tune_steps), weight_decay=1e-2)
+    tx = hj.prune(inner, hj.saliencies.magnitude(), schedule, every=10, stop=last)
+    return fit(tx, params, data, settings.tune_steps, seed, "pruning")
+
+
+def prune_at_once(params: Params) -> Params:
+    """The same number of zeros in one step, without any training: what fine-tuning has to beat."""
+    tx = hj.prune(optax.sgd(0.0), hj.saliencies.magnitude(), SPARSITY)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    return optax.apply_updates(params, updates)
+
+
+# -- the whole -----------------------------------------------------------------------------------
+
+
+def tour(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
+    """Train, measure, prune; print tables, write `report.json` and the figures.
+
+    Args:
+        out: folder for the results; made if it does not exist.
+        quick: a short form with fewer examples, products and steps, for CI.
+        seed: of the weights, the batches and the probes.
+
+    Returns:
+        The record that `report.json` holds.
+
+    Raises:
+        OSError: if `out` cannot be written to, before any work.
+
+    Cost:
+        About a minute on two cores; `quick` less.
+    """
+    report.prepare(out)
+    start, console, settings = time.perf_counter(), get_console(), QUICK if quick else FULL
+    data = _digits.load()
+    params, training = train(data, settings, seed)
+    curvature = measure(params, data, settings, jax.random.key(seed))
+    sparse, tuning = prune_and_tune(params, data, settings, seed)
+    outcome = {
+        "dense": training.quality[-1],
+        "pruned at once": jax.tree.map(float, quality(prune_at_once(params), data.test)),
+        "pruned while fine-tuning": tuning.quality[-1],
+    }
+    show(curvature, params, outcome, sparse)
+    record: dict[str, Any] = {
+        "seed": seed,
+        "quick": quick,
+        "settings": settings,
+        "environment": report.environment(),
+        "training": training,
+        "eigenvalues": curvature.eigenpairs._replace(vectors=None),
+        "trace": curvature.traces.total,
+        "layers": report.layer_rows(curvature.traces, params),
+        "density": curvature.density,
+        "landscape": curvature.landscape,
+        "pruning": tuning,
+        "outcome": outcome,
+        "summary": hj.summary(sparse),
+        "figures": draw(out, curvature, params, tuning, outcome["dense"].accuracy, sparse),
+        "seconds": {**curvature.seconds, "training": training.seconds, "pruning": tuning.seconds},
+    }
+    record["seconds"]["all"] = time.perf_counter() - start
+    report.write_json(out / "report.json", record)
+    console.print(
+        f"\nWritten to {out}: report.json, {', '.join(record['figures'])}", highlight=False, markup=False
+    )
+    return report.to_json(record)
+
+
+def show(curvature: Curvature, params: Params, outcome: dict[str, Quality], sparse: Params) -> None:
+    """Print the tables."""
+    total, pairs = curvature.traces.total, curvature.eigenpairs
+    count, size = len(pairs.values) // 2, hj.summary(params).total.number
+    share = float(pairs.values[:count].sum() / total.mean)
+    get_console().print(
+        "",
+        report.eigenvalue_table(pairs),
+        "",
+        report.layer_table(curvature.traces, params),
+        f"\nThe {count} largest of {size:,} eigenvalues carry {share:.0%} of the trace.\n",
+        report.accuracy_table({name: (q.sparsity, q.accuracy) for name, q in outcome.items()}),
+        "",
+        hj.summary(sparse),
+        sep="\n",
+    )
+
+
+def draw(
+    out: Path, curvature: Curvature, params: Params, tuning: History, dense_accuracy: float, sparse: Params
+) -> list[str]:
+    """Write the figures; their names."""
+    accuracy = [seen.accuracy for seen in tuning.quality]
+    zeros = [seen.sparsity for seen in tuning.quality]
+    axes = {
+        "density.png": plot.density(curvature.density, curvature.eigenpairs),
+        "cumulative.png": plot.cumulative(curvature.density),
+        "landscape.png": plot.landscape(curvature.landscape, labels=DIRECTIONS, log=True),
+        "layers.png": plot.layers(curvature.traces, params)[0],
+        "pruning.png": plot.pruning_run(tuning.steps, accuracy, zeros, dense_accuracy)[0],
+        "kept.png": plot.kept(sparse),
+    }
+    for name, ax in axes.items():
+        figure = ax.get_figure(root=True)
+        assert figure is not None
+        figure.savefig(out / name, dpi=160)
+        plt.close(figure)
+    return list(axes)

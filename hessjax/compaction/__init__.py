@@ -1,0 +1,1 @@
+"""Physically smaller networks, and sparse files."""

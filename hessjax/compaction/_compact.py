@@ -1,0 +1,244 @@
+"""Pruned channels removed for good: smaller arrays, the same function."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from hessjax._core import _tree
+from hessjax._core._messages import plain
+from hessjax._core._types import ModelFn, Params, Where
+from hessjax.compaction._narrow import Narrowing, analyse, multiply_adds, shrink_leaf, take
+from hessjax.program._program import trace
+
+
+class Size(NamedTuple):
+    """What a model costs.
+
+    Attributes:
+        weights: numbers in the params.
+        bytes: of memory that they take.
+        multiply_adds: in the matrix products and convolutions of one call on the example.
+    """
+
+    weights: int
+    bytes: int
+    multiply_adds: int
+
+
+class Compacted(NamedTuple):
+    """A model without its dead channels.
+
+    Attributes:
+        params: the smaller params, in the structure of the full ones.
+        kept: `{path: {axis: indices}}`: what stays of every axis that became shorter.
+        shapes: `{path: (before, after)}` of every leaf.
+        before: the full model's size.
+        after: this one's.
+        difference: between the outputs of the two on the example: max |y − y'| / max |y|, at rounding level
+            unless constants were dropped.
+        model_fn: `model_fn(params, *args)` at the smaller widths, for args of the example's shapes. It is
+            the program that was traced, without the calls it was made of: run it, time it, compare with it;
+            to train on, build the model anew.
+    """
+
+    params: Params
+    kept: dict[str, dict[int, np.ndarray]]
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    before: Size
+    after: Size
+    difference: float
+    model_fn: ModelFn
+
+    def shrink(self, tree: Any, under: str = "") -> Any:
+        """Remove the same channels from anything made for the full params: gradients, an optimizer's state.
+
+        A leaf whose path ends in the path of one of the params (`0/mu/Dense_0/kernel`) is cut as they were:
+        in the same shape, with further leading axes (a stack of gradients), or without one of the axes
+        (second moments factored into rows and columns). Counters, and optax's placeholders, stay as they
+        are.
+
+        Args:
+            tree: a tree of the params' structure, or one that holds such trees: an optax state, with a
+                `PruneState` in it or not. (A schedule of `prune` counts from then on in the weights that
+                are left.)
+            under: where the tree was made for a part of the params: that part's path, `"params"` for an
+                optimizer of `variables["params"]`.
+
+        Returns:
+            The same tree with smaller arrays.
+
+        Raises:
+            ValueError: if no leaf lies at the path of one of the params, or one that does has another shape.
+        """
+        prefix = f"{under}/" if under else ""
+        shapes = {
+            path.removeprefix(prefix): before
+            for path, (before, _) in self.shapes.items()
+            if path.startswith(prefix)
+        }
+        kept = {path.removeprefix(prefix): axes for path, axes in self.kept.items()}
+        found = jax.tree_util.tree_leaves_with_path(tree)
+        cut = [shrink_leaf(_tree.path_name(path), leaf, shapes, kept) for path, leaf in found]
+        if not any(hit for _, hit in cut):
+            raise ValueError(
+                f"`tree` must hold leaves at the paths of the params ({', '.join(shapes) or 'none'}), got "
+                f"{', '.join(_tree.leaf_paths(tree)) or 'no leaves'}. A tree made for a part of them needs "
+                '`under`, such as under="params".'
+            )
+        return jax.tree.unflatten(jax.tree.structure(tree), [leaf for leaf, _ in cut])
+
+    def check(self, model_fn: ModelFn, *args: Any) -> float:
+        """How far a model built anew at the smaller widths is from this one: max |y − y'| / max |y|.
+
+        Worth a look wherever a module's widths set more than shapes: a temperature, an initial scale.
+
+        Args:
+            model_fn: `model_fn(params, *args)`, which takes the smaller params.
+            *args: arguments of the example's shapes.
+
+        Returns:
+            The difference; at rounding level for the same function.
+
+        Raises:
+            ValueError: if its outputs differ in structure or shape.
+        """
+        return float(_difference(self.model_fn, model_fn, self.params, self.params, args))
+
+    def __rich__(self) -> Table:
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        for title in ("Name", "Shape", "Compact"):
+            table.add_column(title, no_wrap=True)
+        for path in self.kept:
+            table.add_row(Text(path), *("×".join(map(str, shape)) for shape in self.shapes[path]))
+        table.add_section()
+        for name, before, after in zip(Size._fields, self.before, self.after, strict=True):
+            table.add_row(name.replace("_", "-"), f"{before:,}", f"{after:,}", style="bold")
+        return table
+
+    def __str__(self) -> str:
+        return plain(self)
+
+    def __repr__(self) -> str:  # a notebook's last line shows the table
+        return str(self)
+
+
+def compact(
+    model_fn: ModelFn, params: Params, *args: Any, where: Where = "*", drop_constants: bool = False
+) -> Compacted:
+    """Remove the channels, filters and heads that do nothing, and with them the work that they cost.
+
+    The model is traced once, and every index of every axis in it followed from operation to operation,
+    whatever framework it was written in. Index i of an axis goes if the outputs do not need it: all that
+    would read it has weights of exactly 0.0 there, or it is exactly 0.0 itself whatever the input. Axes
+    that hang together (a filter, its BatchNorm, the kernels that read it, a residual stream with all that
+    write to it, the query, key, value and output of a head) become shorter together, or not at all.
+
+    Never removed: what an input, an output, or an operation that is not understood depends on (a `scan`, a
+    gather), and axes that a mean, a maximum or a normalisation runs over, since it counts them: LayerNorm
+    over a transformer's stream. Nor the width of a head, as its square root scales the products. An axis
+    keeps at least one index, a leaf that `model_fn` does not use all. Nothing to remove is no error.
+
+    Args:
+        model_fn: `model_fn(params, *args) -> outputs`; keyword arguments and flags bound beforehand. Batch
+            statistics must be part of `params`: a leaf of `args` has a fixed shape, and ties what it meets.
+        params: any pytree of arrays; counters and keys may be among them.
+        *args: an example of the inputs.
+        where: the leaves that may become smaller: a glob over their paths, several, or
+            `(path, leaf) -> bool`.
+        drop_constants: whether a channel that is the same for every input, such as a filter of zeros
+            followed by a bias or BatchNorm's offset, goes as well. The function then changes by these
+            constants (`difference` says by how much on the example). `hessjax.flax.linen_recalibrate` lets a
+            BatchNorm behind take them up, all but at padded borders.
+
+    Returns:
+        A `Compacted`: the smaller params, what was kept, sizes, and the difference on the example. It prints
+        as a table.
+
+    Raises:
+        ValueError: if `where` matches no leaf, or two leaves have the same path.
+
+    Cost:
+        A trace, a few passes over the weights on the host (one byte each), and one compilation with one run
+        of both models on the example. Activations are taken to be finite: 0 · inf counts as 0.
+
+    Example:
+        >>> import jax.numpy as jnp, hessjax as hj
+        >>> def model(params, x):
+        ...     return jnp.maximum(x @ params["in"] + params["bias"], 0) @ params["out"]
+        >>> params = {"in": jnp.ones((4, 3)), "bias": jnp.ones(3), "out": jnp.array([[1.0], [0.0], [2.0]])}
+        >>> small = hj.compact(model, params, jnp.ones((2, 4)))
+        >>> print(small)
+        Name           Shape  Compact
+        bias           3      2
+        in             4×3    4×2
+        out            3×1    2×1
+        weights        18     12
+        bytes          72     48
+        multiply-adds  30     20
+        >>> small.kept["in"], small.difference
+        ({1: array([0, 2])}, 0.0)
+        >>> small.check(model, jnp.full((2, 4), 3.0))
+        0.0
+    """
+    paths, leaves = _tree.unique_paths(params, "params"), jax.tree.leaves(params)
+    program = trace(model_fn, params, args)
+    may_shrink = jax.tree.leaves(_tree.match(params, where))
+    narrowing = analyse(program, leaves, may_shrink, drop_constants=drop_constants)
+    flags = [[narrowing.kept[nodes] for nodes in axes.nodes] for axes in narrowing.leaves]
+    chosen = [{a: np.flatnonzero(f) for a, f in enumerate(each) if not f.all()} for each in flags]
+    small_leaves = [take(leaf, axes) for leaf, axes in zip(leaves, chosen, strict=True)]
+    small = jax.tree.unflatten(jax.tree.structure(params), small_leaves)
+    narrow_fn = functools.partial(_narrow_fn, narrowing, jax.tree.structure((small, args)))
+    return Compacted(
+        params=small,
+        kept={path: axes for path, axes in zip(paths, chosen, strict=True) if axes},
+        shapes={p: (jnp.shape(x), jnp.shape(y)) for p, x, y in zip(paths, leaves, small_leaves, strict=True)},
+        before=_size(params, multiply_adds(narrowing, np.ones_like(narrowing.kept))),
+        after=_size(small, multiply_adds(narrowing, narrowing.kept)),
+        difference=float(_difference(model_fn, narrow_fn, params, small, args)),
+        model_fn=narrow_fn,
+    )
+
+
+def _narrow_fn(narrowing: Narrowing, structure: Any, params: Params, *args: Any) -> Any:
+    """The program at its smaller widths, as a function like the one that it was traced from."""
+    leaves, got = jax.tree.flatten((params, args))
+    want, shapes = narrowing.shapes(), [jnp.shape(leaf) for leaf in leaves]
+    if got != structure or shapes != want:
+        raise ValueError(
+            "`params` and `args` must be like the compact params and the example, "
+            f"{structure} with shapes {want}, got {got} with {shapes}. Compact again with an example like it."
+        )
+    return jax.tree.unflatten(narrowing.program.out_tree, narrowing(leaves))
+
+
+def _size(params: Params, products: int) -> Size:
+    leaves = [x for x in jax.tree.leaves(params) if hasattr(x, "nbytes")]
+    return Size(_tree.size(params), sum(x.nbytes for x in leaves), products)
+
+
+def _difference(full: ModelFn, small: ModelFn, params: Params, fewer: Params, args: Any) -> Any:
+    """Max |y − y'| / max |y| over all outputs."""
+
+    @jax.jit
+    def both(params: Params, fewer: Params, args: Any) -> Any:
+        want, got = full(params, *args), small(fewer, *args)
+        _tree.check_like(got, want, "model_fn(params, *args)", "the compact model's outputs")
+        gaps = [jnp.max(jnp.abs(a - b), initial=0) for a, b in zip(_wide(got), _wide(want), strict=True)]
+        sizes = [jnp.max(jnp.abs(b), initial=0) for b in _wide(want)]
+        gap, size = (functools.reduce(jnp.maximum, x, jnp.zeros(())) for x in (gaps, sizes))
+        return jnp.where(gap == 0, 0.0, gap / size)
+
+    with jax.default_matmul_precision("highest"):
+        return both(params, fewer, args)
+
+
+def _wide(outputs: Any) -> list[Any]:
+    return [
+        x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in map(jnp.asarray, jax.tree.leaves(outputs))
+    ]

@@ -1,0 +1,229 @@
+"""Matvecs made of matvecs: weighted sums, shifts, and the scaling that an optimizer works in."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.tree_util import Partial
+from jaxtyping import Array, Float
+
+from hessjax._core import _tree
+from hessjax._core._types import Matvec, Params, Vector
+from hessjax.curvature._product import as_pytree
+
+
+def weighted_sum(matvecs: Sequence[Matvec], weights: Any = None, shift: Any = 0.0) -> Matvec:
+    """The matvec v ↦ Σᵢ wᵢ Aᵢ v + shift · v.
+
+    Scaling is `weighted_sum([A], [2.0])`, damping `weighted_sum([A], shift=1e-3)`, and what the
+    Gauss–Newton matrix lacks of the Hessian `weighted_sum([H, G], [1.0, -1.0])`.
+
+    Args:
+        matvecs: symmetric linear maps on the same params; any of them may be one that streams from the host,
+            such as `over_batches`.
+        weights: a number for each, or an array (k,); None: 1 for all.
+        shift: the multiple of the identity to add, in the units of the matvecs.
+
+    Returns:
+        The matvec, a pytree as its parts are: other weights, shifts or parts of the same shapes compile
+        nothing anew. It can be traced if all its parts can. (Of a part that is `over_batches`, the sampling
+        error does not come through.)
+
+    Raises:
+        ValueError: no matvecs, or not as many weights.
+        TypeError: `matvecs` is not a sequence of callables.
+
+    Cost:
+        One product of each part; two vectors, float32 at least.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import hessjax as hj
+        >>> w = jnp.array([1.0, 2.0])
+        >>> A = hj.hessian(lambda w: jnp.sum(w**2), w)
+        >>> B = hj.hessian(lambda w: jnp.sum(w**3), w)
+        >>> hj.weighted_sum([A, B], [1.0, 0.5], shift=0.1)(jnp.ones(2)).tolist()
+        [5.1, 8.1]
+    """
+    if not isinstance(matvecs, Sequence) or not all(map(callable, matvecs)):
+        raise TypeError(
+            f"`matvecs` must be a sequence of matvecs, got {type(matvecs).__name__}: put one into a list."
+        )
+    if not matvecs:
+        raise ValueError("`matvecs` must hold at least one matvec, got none.")
+    weights = jnp.asarray([1.0] * len(matvecs) if weights is None else weights, float)
+    if weights.shape != (len(matvecs),):
+        raise ValueError(
+            f"`weights` must hold one number for each of the {len(matvecs)} matvecs, "
+            f"got shape {weights.shape}."
+        )
+    shift = jnp.asarray(shift, float)
+    if shift.ndim:
+        raise ValueError(f"`shift` must be one number, got shape {shift.shape}.")
+    return Partial(_sum, tuple(map(as_pytree, matvecs)), weights, shift)
+
+
+def _sum(matvecs: tuple[Matvec, ...], weights: Array, shift: Array, vector: Vector) -> Vector:
+    total = _shifted(shift, vector)
+    for index, matvec in enumerate(matvecs):
+        total = _accumulate(total, weights, index, matvec(vector))
+    return _narrow(total, vector)
+
+
+@jax.jit
+def _shifted(shift: Float[Array, ""], vector: Vector) -> Vector:
+    return _tree.scale(shift, _tree.wide(vector))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _accumulate(total: Vector, weights: Float[Array, " k"], index: Any, product: Vector) -> Vector:
+    _tree.check_like(product, total, "matvec(vector)", "vector")
+    return _tree.add_scaled(total, weights[index], product)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _narrow(total: Vector, like: Vector) -> Vector:
+    return _tree.cast_like(total, like)
+
+
+# -- preconditioning -----------------------------------------------------------------------------
+
+
+def preconditioned(matvec: Matvec, diagonal: Params) -> Matvec:
+    """The matvec v ↦ D^-½ A D^-½ v, with D a positive diagonal: A as an optimizer that divides by D sees it.
+
+    It has the eigenvalues of D⁻¹A, and is symmetric.
+
+    Args:
+        matvec: the symmetric linear map A; may be one that streams from the host.
+        diagonal: D, a pytree like the params, all entries positive. `adam_preconditioner` gives Adam's.
+
+    Returns:
+        The matvec, a pytree as `matvec` is. Its eigenvalues are in the units of A over those of D.
+
+    Raises:
+        TypeError: `diagonal` has leaves that are not floating point.
+        ValueError: an entry of `diagonal` is not positive and finite (the leaf is named; not checked inside
+            `jit`); at a product, `vector` is not like `diagonal`.
+
+    Cost:
+        One product of `matvec`, and two passes over the vector.
+
+    References:
+        Cohen et al. (2022), Adaptive gradient methods at the edge of stability, arXiv 2207.14484.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import hessjax as hj
+        >>> A = hj.hessian(lambda w: jnp.sum(w**2), jnp.zeros(2))
+        >>> hj.preconditioned(A, jnp.array([1.0, 4.0]))(jnp.ones(2)).tolist()
+        [2.0, 0.5]
+    """
+    _tree.check_floating(diagonal, "diagonal")
+    if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(diagonal)):
+        _check_positive(diagonal)
+    return Partial(_scaled_product, as_pytree(matvec), diagonal)
+
+
+def _scaled_product(matvec: Matvec, diagonal: Params, vector: Vector) -> Vector:
+    return _over_root(diagonal, matvec(_over_root(diagonal, vector)), vector)
+
+
+@jax.jit
+def _over_root(diagonal: Params, vector: Vector, like: Vector = None) -> Vector:
+    """D^-½ v, in the dtypes of `like`, or of `vector`."""
+    _tree.check_like(vector, diagonal, "vector", "diagonal")
+    scaled = jax.tree.map(lambda d, x: x / jnp.sqrt(d), *map(_tree.wide, (diagonal, vector)))
+    return _tree.cast_like(scaled, vector if like is None else like)
+
+
+def _check_positive(diagonal: Params) -> None:
+    smallest = jax.device_get(_smallest(diagonal))
+    for path, low in zip(_tree.leaf_paths(diagonal), smallest, strict=True):
+        if not low > 0:
+            raise ValueError(
+                f"`diagonal` must be positive and finite, but leaf `{path}` is not: add a damping to it."
+            )
+
+
+@jax.jit
+def _smallest(diagonal: Params) -> list[Array]:
+    """The smallest entry of every leaf; NaN if one is not finite."""
+    leaves = jax.tree.leaves(_tree.wide(diagonal))
+    return [jnp.min(jnp.where(jnp.isfinite(x), x, jnp.nan), initial=math.inf) for x in leaves]
+
+
+def adam_preconditioner(
+    opt_state: Any, *, b2: float = 0.999, eps: float = 1e-8, eps_root: float = 0.0
+) -> Params:
+    """What Adam divides its momentum by: D = √(ν̂ + eps_root) + eps, read out of an optimizer's state.
+
+    ν̂ = ν / (1 − b2ᵗ) is the bias-corrected mean of squared gradients. The next curvature question is then
+    `preconditioned(hessian(...), D)`: its top eigenvalue is the sharpness that matters to Adam. With D fixed,
+    momentum b1 and step size η, steps diverge above (2 + 2 b1) / ((1 − b1) η), which is 38 / η for b1 = 0.9;
+    full-batch training hovers there.
+
+    Args:
+        opt_state: an optax state that holds the state of one Adam (`adam`, `adamw`, `nadam`, ...), nested
+            in any way: chain, masked, MultiSteps, inject_hyperparams, `hessjax.prune`. From an
+            `nnx.Optimizer`: `nnx.as_pure(optimizer.opt_state)`.
+        b2: decay of ν, as given to the optimizer.
+        eps: as given to the optimizer.
+        eps_root: as given to the optimizer.
+
+    Returns:
+        D, a pytree like the params, in float32 at least. Leaves that Adam does not train (`optax.masked`)
+        are None, as in `select(params, where).part`.
+
+    Raises:
+        ValueError: no Adam in the state, or several; or one that has not made an update yet (not checked
+            inside `jit`).
+
+    References:
+        Kingma and Ba (2015), Adam, arXiv 1412.6980.
+        Cohen et al. (2022), Adaptive gradient methods at the edge of stability, arXiv 2207.14484, §2, §3.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> import hessjax as hj
+        >>> params, tx = jnp.array([1.0, 2.0]), optax.adam(0.1)
+        >>> grads = jnp.array([0.5, -4.0])
+        >>> _, opt_state = tx.update(grads, tx.init(params), params)
+        >>> hj.adam_preconditioner(opt_state).tolist()  # after one step, |g|
+        [0.5, 4.0]
+    """
+    nodes = jax.tree.leaves(opt_state, is_leaf=_is_adam)
+    found = [node for node in nodes if _is_adam(node)]
+    if len(found) != 1:
+        raise ValueError(
+            f"`opt_state` must hold the state of exactly one Adam (`optax.ScaleByAdamState`), found "
+            f"{len(found)} in {type(opt_state).__name__}: pass the part that belongs to one."
+        )
+    count = found[0].count
+    if not isinstance(count, jax.core.Tracer) and count < 1:
+        raise ValueError("`opt_state` must be one after the first update, got one after 0 updates.")
+    return _denominator(found[0].nu, count, b2, eps, eps_root)
+
+
+def _is_adam(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByAdamState)
+
+
+@jax.jit
+def _denominator(nu: Params, count: Array, b2: Any, eps: Any, eps_root: Any) -> Params:
+    nu = jax.tree.map(_without_hole, nu, is_leaf=_is_hole)
+    return jax.tree.map(
+        lambda x: jnp.sqrt(x + eps_root) + eps, optax.tree.bias_correction(_tree.wide(nu), b2, count)
+    )
+
+
+def _without_hole(leaf: Any) -> Any:
+    return None if _is_hole(leaf) else leaf
+
+
+def _is_hole(leaf: Any) -> bool:
+    return isinstance(leaf, optax.MaskedNode)

@@ -1,0 +1,190 @@
+"""Gauss–Newton products Jᵀ C J v: the generalised Gauss–Newton matrix and the Fisher information."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from hessjax._core import _tree
+from hessjax._core._messages import checked_count
+from hessjax._core._types import Key, LossFn, Matvec, ModelFn, Params
+from hessjax.curvature._product import as_pytree, described, pull_back, sandwich, scalar
+from hessjax.curvature.likelihoods import Likelihood
+
+
+def ggn(
+    model_fn: ModelFn,
+    output_loss: LossFn,
+    params: Params,
+    *args: Any,
+    linearize: bool = False,
+    precision: str | None = "highest",
+) -> Matvec:
+    """The generalised Gauss–Newton matrix of output_loss(model_fn(params, *args), *args), as a matvec.
+
+    v ↦ Jᵀ H J v, with J the Jacobian of the outputs in the params and H the Hessian of the loss in the
+    outputs. Positive semidefinite if the loss is convex in the outputs. The Hessian is this and a second
+    part, from the curvature of the model, which vanishes where the model is linear or fits its data
+    exactly: `weighted_sum([hessian(...), ggn(...)], [1, -1])`.
+
+    Args:
+        model_fn: `model_fn(params, *args) -> outputs`, a pytree of real floating-point arrays.
+        output_loss: `output_loss(outputs, *args) -> scalar`, the mean over the examples. It is given all
+            the arguments that the model is given.
+        params: pytree of real floating-point arrays.
+        *args: what else the two take: a batch, BatchNorm statistics, random keys.
+        linearize: do the work that does not depend on v once, now, and keep it: later products are
+            cheaper, and the activations stay in memory.
+        precision: of matrix products and convolutions, as in `hessian`.
+
+    Returns:
+        The matvec, a pytree as `hessian`'s is. It takes a vector like `params` (cast to their dtypes) and
+        returns one, in loss per parameter.
+
+    Raises:
+        TypeError: `params` has leaves that are not floating point; at the first product (at once with
+            `linearize`), the outputs are not real floats or the loss is not one real number.
+        ValueError: at a product, `vector` is not like `params` (every leaf is listed).
+
+    Cost:
+        By operation count a product is 5/3 gradients, 4/3 when linearized. Memory: that of a gradient and
+        of the tangents of the activations.
+
+    References:
+        Schraudolph (2002), Fast curvature matrix-vector products for second-order gradient descent.
+        Martens (2020), New insights and perspectives on the natural gradient method, arXiv 1412.1193, §8.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import hessjax as hj
+        >>> def model_fn(w, x):
+        ...     return x * w**2  # J = 2 x w
+        >>> def output_loss(outputs, x):
+        ...     return jnp.mean(outputs**2)  # H = 2 / 2 examples
+        >>> A = hj.ggn(model_fn, output_loss, jnp.array(3.0), jnp.array([1.0, 2.0]))
+        >>> float(A(jnp.array(1.0)))
+        180.0
+    """
+    return sandwich(
+        model_fn, Partial(_loss_curvature, as_pytree(output_loss)), params, args, linearize, precision
+    )
+
+
+def fisher(
+    model_fn: ModelFn,
+    params: Params,
+    *args: Any,
+    likelihood: Likelihood,
+    num_samples: int | None = None,
+    key: Key | None = None,
+    linearize: bool = False,
+    precision: str | None = "highest",
+) -> Matvec:
+    """The Fisher information of a model's predictive distribution, as a matvec.
+
+    v ↦ 1/n Σᵢ E[∇log p(y|xᵢ) ∇log p(y|xᵢ)ᵀ] v, with y drawn from the model itself: no labels enter. The
+    expectation is exact, 1/n Σᵢ Jᵢᵀ F(outputᵢ) Jᵢ v, and then equal to `ggn` with the negative
+    log-likelihood, or, given a `key`, a mean over labels drawn, which is unbiased.
+
+    Args:
+        model_fn: `model_fn(params, *args) -> outputs`, one array (..., examples, numbers of one example).
+        params: pytree of real floating-point arrays.
+        *args: what else the model takes.
+        likelihood: what the outputs mean: `likelihoods.categorical` (logits),
+            `likelihoods.gaussian` (means, variance 1), or a `Likelihood` of your own. The mean is over all
+            axes but the last.
+        num_samples: with `key`: labels to draw for every example, 1 by default. None without: exact.
+        key: random key of the labels. One matvec draws the same labels in every product, hence is one
+            symmetric matrix. Matvecs of equal key and shapes share their noise: `over_batches` wants a key
+            for each batch, as a part of the batch.
+        linearize: as in `ggn`; labels are then drawn once.
+        precision: as in `hessian`.
+
+    Returns:
+        The matvec, positive semidefinite, in log-likelihood (nats) per parameter.
+
+    Raises:
+        TypeError: as `ggn`; the outputs are not one array.
+        ValueError: `num_samples` without `key`, or below 1; at a product, `vector` is not like `params`,
+            or the outputs have fewer than two axes.
+
+    Cost:
+        As `ggn`; with a key, `num_samples` arrays like the outputs.
+
+    References:
+        Martens (2020), New insights and perspectives on the natural gradient method, arXiv 1412.1193, §5, §9.
+        Kunstner et al. (2019), Limitations of the empirical Fisher approximation, arXiv 1905.12558.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import hessjax as hj
+        >>> def model_fn(w, x):
+        ...     return x[:, None] * jnp.array([w, 0.0])  # two classes, logits x w and 0
+        >>> w, x = jnp.array(0.0), jnp.array([1.0, 3.0])
+        >>> A = hj.fisher(model_fn, w, x, likelihood=hj.likelihoods.categorical)
+        >>> float(A(jnp.array(1.0)))  # p (1 - p) x², on average
+        1.25
+    """
+    if key is None:
+        if num_samples is not None:
+            raise ValueError(
+                f"`key` must be given with `num_samples`, got None with num_samples={num_samples}."
+            )
+        curvature = Partial(_exact_fisher, as_pytree(likelihood.information))
+    else:
+        num_samples = 1 if num_samples is None else checked_count("num_samples", num_samples)
+        curvature = Partial(_SampledFisher(num_samples), as_pytree(likelihood.score), key)
+    return sandwich(model_fn, curvature, params, args, linearize, precision)
+
+
+# -- the curvature in the outputs ----------------------------------------------------------------
+
+
+def _loss_curvature(output_loss: LossFn, outputs: Any, args: tuple[Any, ...]) -> Partial:
+    return Partial(pull_back, jax.vjp(jax.grad(scalar(output_loss, args, "output_loss")), outputs)[1])
+
+
+def _exact_fisher(information: Callable[..., Any], outputs: Any, _args: Any) -> Partial:
+    _check_examples(outputs)
+    return Partial(_mean_information, information, _tree.wide(outputs))
+
+
+def _mean_information(information: Callable[..., Any], outputs: jax.Array, tangents: jax.Array) -> jax.Array:
+    return information(outputs, _tree.wide(tangents)) / _num_examples(outputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class _SampledFisher:
+    num_samples: int
+
+    def __call__(self, score: Callable[..., Any], key: Key, outputs: Any, _args: Any) -> Partial:
+        _check_examples(outputs)
+        keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(self.num_samples))
+        return Partial(_mean_outer, jax.vmap(score, in_axes=(0, None))(keys, _tree.wide(outputs)))
+
+
+def _mean_outer(scores: jax.Array, tangents: jax.Array) -> jax.Array:
+    """The mean of s sᵀ t over the samples, in every example."""
+    slopes = jnp.sum(scores * _tree.wide(tangents), axis=-1, keepdims=True)
+    return jnp.mean(scores * slopes, axis=0) / _num_examples(tangents)
+
+
+def _check_examples(outputs: Any) -> None:
+    if not isinstance(outputs, jax.Array):
+        raise TypeError(
+            f"`model_fn` must return one array for a Fisher, got {described(outputs)}; for other outputs "
+            "take `ggn` with their negative log-likelihood."
+        )
+    if outputs.ndim < 2:
+        raise ValueError(
+            "`model_fn` must return outputs with an axis of examples before the last, which is one "
+            f"example's, got {described(outputs)}; add an axis of length 1."
+        )
+
+
+def _num_examples(outputs: jax.Array) -> int:
+    return max(1, outputs[..., 0].size)

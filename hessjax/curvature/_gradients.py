@@ -1,0 +1,250 @@
+"""Gradients example by example, and their uncentred covariance, the empirical Fisher."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from hessjax._core import _tree
+from hessjax._core._messages import checked_count
+from hessjax._core._types import Block, LossFn, Matvec, Params, Vector
+from hessjax.curvature._batches import add, divide, leading_axis, zero
+from hessjax.curvature._product import as_pytree, at_precision, sandwich, scalar
+
+
+def per_example_grads(
+    loss_fn: LossFn,
+    params: Params,
+    *args: Any,
+    microbatch: int | None = None,
+    precision: str | None = "highest",
+) -> Block:
+    """The gradient of every example's loss, as a block: leaves with a leading axis of examples.
+
+    gᵢ = ∇ loss_fn(params, args[0][i : i + 1], *args[1:]). The loss sees one example as a batch of one, so
+    models that expect a batch axis work as they are. If the loss is a mean over its examples, and none
+    depends on the others (as BatchNorm in train mode makes them), the mean of the block is the gradient.
+
+    Args:
+        loss_fn: `loss_fn(params, *args) -> scalar`, the mean over the leading axis of `args[0]`.
+        params: pytree of real floating-point arrays.
+        *args: first the batch, the one argument that is cut into examples: its arrays share their leading
+            axis, and those without axes are handed to every example. All further arguments (BatchNorm
+            statistics, keys) are handed over whole: dropout with one key drops alike in all examples.
+        microbatch: the most examples to differentiate at once; None: all. 1 avoids the grouped
+            convolutions that gradients of several examples become.
+        precision: of matrix products and convolutions, as in `hessian`.
+
+    Returns:
+        The block, in the dtypes of the params, in loss per parameter.
+
+    Raises:
+        TypeError: `params` has leaves that are not floating point; `loss_fn` does not return a real scalar.
+        ValueError: no batch, an empty one, or arrays in it that disagree; `microbatch` below 1.
+
+    Cost:
+        The gradients, and num_examples · d numbers of memory. Activations of `microbatch` examples at once.
+        The loop is unrolled: under an outer `jit` it compiles once for each microbatch.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import hessjax as hj
+        >>> def loss_fn(w, batch):
+        ...     x, y = batch
+        ...     return jnp.mean((x @ w - y) ** 2) / 2
+        >>> batch = jnp.array([[1.0, 0.0], [2.0, 3.0]]), jnp.array([1.0, 0.0])
+        >>> hj.per_example_grads(loss_fn, jnp.array([1.0, 1.0]), batch).tolist()
+        [[0.0, 0.0], [10.0, 15.0]]
+    """
+    _tree.check_floating(params)
+    count = num_examples(args)
+    loss_fn = as_pytree(loss_fn)
+    if microbatch is None or microbatch >= count:
+        return _grads(precision, loss_fn, params, args)
+    block = _empty_block(count, params)
+    for start, size in _cuts(count, microbatch):
+        block = _fill(precision, size, block, start, loss_fn, params, args)
+    return block
+
+
+def empirical_fisher(
+    loss_fn: LossFn,
+    params: Params,
+    *args: Any,
+    microbatch: int | None = None,
+    linearize: bool = False,
+    precision: str | None = "highest",
+) -> Matvec:
+    """The empirical Fisher v ↦ 1/m Σᵢ gᵢ (gᵢᵀ v), with gᵢ the gradient of example i at its own label.
+
+    Positive semidefinite, of rank m at most. It is not the Fisher information, nor near the Hessian unless
+    the model fits its data well (Kunstner et al.): `fisher` draws labels from the model instead.
+
+    Args:
+        loss_fn: `loss_fn(params, *args) -> scalar`, the mean over the leading axis of `args[0]`.
+        params: pytree of real floating-point arrays.
+        *args: first the batch, which alone is cut into examples: see `per_example_grads`.
+        microbatch: the most examples to work on at once; None: all.
+        linearize: keep the work that does not depend on v, as in `ggn`. Not with `microbatch`.
+        precision: as in `hessian`.
+
+    Returns:
+        The matvec, a pytree as `hessian`'s is, in squared loss per parameter.
+
+    Raises:
+        TypeError: as `per_example_grads`.
+        ValueError: as `per_example_grads`; `linearize` with `microbatch`; at a product, `vector` is not
+            like `params`.
+
+    Cost:
+        A product is 5/3 gradients, 4/3 when linearized, by operation count, and no gradient is ever kept:
+        memory as for a gradient of `microbatch` examples.
+
+    References:
+        Kunstner et al. (2019), Limitations of the empirical Fisher approximation, arXiv 1905.12558.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import hessjax as hj
+        >>> def loss_fn(w, batch):
+        ...     x, y = batch
+        ...     return jnp.mean((x @ w - y) ** 2) / 2
+        >>> batch = jnp.array([[1.0, 0.0], [2.0, 3.0]]), jnp.array([1.0, 0.0])
+        >>> A = hj.empirical_fisher(loss_fn, jnp.array([1.0, 1.0]), batch)  # gradients (0, 0), (10, 15)
+        >>> A(jnp.array([1.0, 0.0])).tolist()
+        [50.0, 75.0]
+    """
+    count = num_examples(args)
+    loss_fn = as_pytree(loss_fn)
+    if microbatch is None:
+        return sandwich(Partial(_losses, loss_fn), Partial(_mean), params, args, linearize, precision)
+    _tree.check_floating(params)
+    if linearize:
+        raise ValueError(
+            f"`microbatch` must be None with `linearize=True`, which keeps all activations, got {microbatch}."
+        )
+    _cuts(count, microbatch)
+    return Partial(_ProductInParts(microbatch, precision), loss_fn, params, args)
+
+
+# -- examples ------------------------------------------------------------------------------------
+
+
+def num_examples(args: tuple[Any, ...]) -> int:
+    """The number of examples in the batch, the first argument."""
+    if not args:
+        raise ValueError("`args` must begin with the batch that is cut into examples, got no arguments.")
+    count = leading_axis(args[0], "What all examples share goes into the arguments after the batch.")
+    if not count:
+        raise ValueError("`args[0]` must hold at least one example, got 0.")
+    return count
+
+
+def _cuts(count: int, microbatch: int) -> list[tuple[int, int]]:
+    """(start, size) of every microbatch; the last may be short."""
+    microbatch = checked_count("microbatch", microbatch)
+    return [(start, min(microbatch, count - start)) for start in range(0, count, microbatch)]
+
+
+def _cut(args: tuple[Any, ...], start: Any, size: int) -> tuple[Any, ...]:
+    """The arguments with `size` examples of the batch."""
+
+    def leaf(x: Any) -> Any:
+        return jax.lax.dynamic_slice_in_dim(x, start, size) if jnp.ndim(x) else x
+
+    return jax.tree.map(leaf, args[0]), *args[1:]
+
+
+def of_each(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """`function(args)` for every example, as a batch of one; results stacked."""
+    leaves, structure = jax.tree.flatten(args[0])
+    axes = tuple(0 if jnp.ndim(x) else None for x in leaves)
+
+    def one(*example: Any) -> Any:
+        cut = [x if axis is None else x[None] for x, axis in zip(example, axes, strict=True)]
+        return function((jax.tree.unflatten(structure, cut), *args[1:]))
+
+    return jax.vmap(one, in_axes=axes)(*leaves)
+
+
+# -- gradients -----------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _grads(precision: str | None, loss_fn: LossFn, params: Params, args: tuple[Any, ...]) -> Block:
+    with at_precision(precision):
+        return of_each(lambda example: jax.grad(scalar(loss_fn, example))(params), args)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _empty_block(count: int, params: Params) -> Block:
+    return jax.tree.map(lambda x: jnp.zeros((count, *jnp.shape(x)), jnp.result_type(x)), params)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _fill(
+    precision: str | None,
+    size: int,
+    block: Block,
+    start: Any,
+    loss_fn: LossFn,
+    params: Params,
+    args: tuple[Any, ...],
+) -> Block:
+    """The block with the gradients of `size` examples in their rows, in the memory of the block."""
+    rows = jax.tree.leaves(_grads(precision, loss_fn, params, _cut(args, start, size)))
+    leaves, structure = jax.tree.flatten(block)  # jax holds two dataclasses of as many fields for one type
+    filled = [
+        jax.lax.dynamic_update_slice_in_dim(x, new, start, 0) for x, new in zip(leaves, rows, strict=True)
+    ]
+    return jax.tree.unflatten(structure, filled)
+
+
+# -- products ------------------------------------------------------------------------------------
+
+
+def _losses(loss_fn: LossFn, params: Params, *args: Any) -> jax.Array:
+    return of_each(lambda example: scalar(loss_fn, example)(params), args)
+
+
+def _mean(losses: jax.Array, _args: Any) -> Partial:
+    return Partial(_divided, 1.0 / len(losses))
+
+
+def _divided(factor: Any, tangents: jax.Array) -> jax.Array:
+    return factor * tangents
+
+
+@dataclasses.dataclass(frozen=True)
+class _ProductInParts:
+    """A product one microbatch after the other, each a compiled call: see `hessjax.run` on CPU loops."""
+
+    microbatch: int
+    precision: str | None
+
+    def __call__(self, loss_fn: LossFn, params: Params, args: tuple[Any, ...], vector: Vector) -> Vector:
+        _tree.check_like(vector, params, "vector", "params")
+        count = num_examples(args)
+        total = zero(params)
+        for start, size in _cuts(count, self.microbatch):
+            total = _add_part(self.precision, size, total, start, loss_fn, params, args, vector)
+        return divide(total, count, params)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _add_part(
+    precision: str | None,
+    size: int,
+    total: Vector,
+    start: Any,
+    loss_fn: LossFn,
+    params: Params,
+    args: tuple[Any, ...],
+    vector: Vector,
+) -> Vector:
+    matvec = empirical_fisher(loss_fn, params, *_cut(args, start, size), precision=precision)
+    return add(total, float(size), matvec(vector))

@@ -1,0 +1,172 @@
+"""Vectors r with 1/m Σ rrᵀ = GGN or Fisher: what an inverse Fisher is built from, beside gradients."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from hessjax._core import _tree
+from hessjax._core._messages import checked_count
+from hessjax._core._types import Block, Key, ModelFn, Params
+from hessjax.curvature import likelihoods
+from hessjax.curvature._gradients import num_examples, of_each
+from hessjax.curvature._product import as_pytree, at_precision
+from hessjax.curvature.likelihoods import Likelihood
+
+
+def ggn_roots(
+    model_fn: ModelFn,
+    params: Params,
+    *args: Any,
+    likelihood: Likelihood = likelihoods.categorical,
+    temperature: Any = 1.0,
+    precision: str | None = "highest",
+) -> Block:
+    """Exact square roots of the Fisher, which is also the GGN of the likelihood: 1/m Σ rrᵀ = 1/n Σ JᵀHJ.
+
+    H is the Fisher information of an example's outputs, H = SSᵀ; the block holds √c · JᵀS, column by
+    column, for c outputs. With a `temperature` T it is taken at outputs/T, the Jacobian where it is: for
+    classes that evens out the probabilities of a model that fits its data, whose curvature otherwise
+    vanishes (4 served pruning best).
+
+    Args:
+        model_fn: `model_fn(params, *args) -> outputs`, one array; the last axis is that of `likelihood`, all
+            others count as examples. It sees one example as a batch of one, as in `per_example_grads`.
+        params: pytree of real floating-point arrays.
+        *args: first the batch, which alone is cut into examples: see `per_example_grads`.
+        likelihood: what the outputs mean, as in `fisher`.
+        temperature: T, positive.
+        precision: of matrix products and convolutions, as in `hessian`.
+
+    Returns:
+        The block, n·c vectors for n examples, in log-likelihood (nats) per parameter, example by example.
+
+    Raises:
+        TypeError: `params` has leaves that are not floating point; the outputs are not one array.
+        ValueError: no batch, an empty one, or arrays in it that disagree; `temperature` is not positive and
+            finite.
+
+    Cost:
+        A forward pass and c backward passes for each example, an eigendecomposition of c × c for each, and
+        n·c·d numbers of memory: take a batch at a time, a generator of blocks is a stream for
+        `inverse_fisher`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import hessjax as hj
+        >>> def model_fn(w, x):
+        ...     return x @ w
+        >>> w, x = jnp.zeros((1, 2)), jnp.array([[2.0]])
+        >>> roots = hj.ggn_roots(model_fn, w, x)[:, 0]
+        >>> (abs(roots.T @ roots) / 2).round(4).tolist()  # 4·(diag(p) − ppᵀ), up to signs
+        [[1.0, 1.0], [1.0, 1.0]]
+    """
+    _tree.check_floating(params)
+    num_examples(args)
+    if not isinstance(temperature, jax.core.Tracer) and not 0 < temperature < math.inf:
+        raise ValueError(f"`temperature` must be positive and finite, got {temperature}.")
+    return _ggn_roots(
+        precision, as_pytree(model_fn), as_pytree(likelihood.information), params, args, temperature
+    )
+
+
+def sampled_grads(
+    model_fn: ModelFn,
+    params: Params,
+    *args: Any,
+    key: Key,
+    likelihood: Likelihood = likelihoods.categorical,
+    num_samples: int = 1,
+    precision: str | None = "highest",
+) -> Block:
+    """Gradients of the log-likelihood at labels drawn from the model: E[1/m Σ rrᵀ] is the Fisher.
+
+    Args:
+        model_fn: as in `ggn_roots`.
+        params: pytree of real floating-point arrays.
+        *args: as in `ggn_roots`.
+        key: random key; the same key draws the same labels.
+        likelihood: what the outputs mean, as in `fisher`.
+        num_samples: how many labels to draw for each example.
+        precision: as in `ggn_roots`.
+
+    Returns:
+        The block, one vector for each example and label, in log-likelihood (nats) per parameter.
+
+    Raises:
+        TypeError, ValueError: as `ggn_roots`; `num_samples` below 1.
+
+    Cost:
+        One gradient for each vector, and num_examples · num_samples · d numbers of memory.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import hessjax as hj
+        >>> w, x = jnp.zeros((1, 2)), jnp.array([[2.0]])
+        >>> rows = hj.sampled_grads(lambda w, x: x @ w, w, x, key=jax.random.key(0), num_samples=3)
+        >>> abs(rows).tolist()
+        [[[1.0, 1.0]], [[1.0, 1.0]], [[1.0, 1.0]]]
+    """
+    _tree.check_floating(params)
+    num_samples = checked_count("num_samples", num_samples)
+    keys = jax.random.split(key, num_examples(args))
+    score = as_pytree(likelihood.score)
+    return _sampled_grads(precision, num_samples, as_pytree(model_fn), score, params, args, keys)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _ggn_roots(
+    precision: str | None, model_fn: Any, information: Any, params: Params, args: Any, temperature: Any
+) -> Block:
+    def of_example(example: tuple[Any, ...]) -> Block:
+        outputs, pullback = jax.vjp(lambda p: _checked(model_fn(p, *example)), params)
+        positions = outputs.reshape(-1, outputs.shape[-1])
+        roots = jax.vmap(lambda z: _root(information, z / temperature))(positions)
+        size = positions.shape[1]
+        # The columns of all positions' roots, each a cotangent that is zero at the other positions.
+        cotangents = jnp.einsum("pq,pck->pkqc", jnp.eye(len(positions), dtype=roots.dtype), roots)
+        cotangents = (jnp.sqrt(size) * cotangents).astype(outputs.dtype).reshape(-1, *outputs.shape)
+        return jax.vmap(lambda t: pullback(t)[0])(cotangents)
+
+    with at_precision(precision):
+        return _end_to_end(of_each(of_example, args))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _sampled_grads(
+    precision: str | None, num_samples: int, model_fn: Any, score: Any, params: Params, args: Any, keys: Any
+) -> Block:
+    def of_example(example: tuple[Any, ...]) -> Block:
+        (batch, key), *rest = example
+        outputs, pullback = jax.vjp(lambda p: _checked(model_fn(p, batch, *rest)), params)
+        scores = jax.vmap(lambda key: score(key, outputs))(jax.random.split(key[0], num_samples))
+        scale = (outputs.size // outputs.shape[-1]) ** -0.5
+        return jax.vmap(lambda t: pullback(scale * t)[0])(scores.astype(outputs.dtype))
+
+    with at_precision(precision):
+        return _end_to_end(of_each(of_example, ((args[0], keys), *args[1:])))
+
+
+def _root(information: Any, outputs: Float[Array, " c"]) -> Float[Array, "c c"]:
+    """S with SSᵀ the information of one position."""
+    wide = outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
+    matrix = jax.vmap(lambda t: information(wide, t))(jnp.eye(wide.size, dtype=wide.dtype))
+    values, vectors = jnp.linalg.eigh(matrix)
+    return vectors * jnp.sqrt(jnp.maximum(values, 0))
+
+
+def _checked(outputs: Any) -> Array:
+    if not isinstance(outputs, jax.Array) or outputs.ndim < 2:
+        raise TypeError(
+            "`model_fn` must return one array, examples first and the outputs of each last: this likelihood "
+            "knows no other outputs."
+        )
+    return outputs
+
+
+def _end_to_end(rows: Any) -> Block:
+    """Several vectors for each example, as one block."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)

@@ -1,0 +1,166 @@
+"""Eigenpairs in one line, with residuals that were measured."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from hessjax._core import _tree
+from hessjax._core._types import (
+    BatchMatvec,
+    Block,
+    Eigenpairs,
+    Estimator,
+    Forms,
+    Key,
+    Matvec,
+    Params,
+    Relative,
+    Tolerance,
+    Vector,
+)
+from hessjax._run._drivers import Callback
+from hessjax._run._estimator import checked_tolerance, run
+from hessjax.estimators._lanczos import lanczos
+from hessjax.estimators._samples import sampling_error
+
+
+def eigenpairs(
+    matvec: Matvec,
+    key: Key,
+    like: Params,
+    k: int = 5,
+    which: str = "both",
+    *,
+    max_matvecs: int = 300,
+    tol: Tolerance = Relative(1e-4),  # noqa: B008 - immutable
+    basis_size: int | None = None,
+    block_size: int = 1,
+    start: Block | None = None,
+    callbacks: Sequence[Callback] = (),
+    on_device: bool = False,
+) -> Eigenpairs:
+    """The extreme eigenpairs of a symmetric matvec, by thick-restart Lanczos.
+
+    Args:
+        matvec: the symmetric linear map.
+        key: random key for the start vector.
+        like: pytree like the vectors; usually the params.
+        k: number of pairs; with `which="both"`, from each end of the spectrum, 2k in all.
+        which: `"both"`, `"largest"`, `"smallest"` (algebraically) or `"magnitude"`. The last may not
+            settle when a negative eigenvalue is about as large as a positive one; `"both"` does.
+        max_matvecs: the most products to spend on the search.
+        tol: stop when all residuals are within this; absolute, or `relative` to the largest absolute
+            eigenvalue of the matrix, at whichever end (small eigenvalues need an absolute one to be
+            known to many digits).
+        basis_size: the most vectors kept, see `lanczos`.
+        block_size: how many vectors a step multiplies: eigenvalues repeated that often are found as often.
+        start: block of vectors to start near: the `vectors` found a few training steps ago save a third of
+            the products, or more where little has changed. Ask for a pair or two more than you watch: one
+            that is about to overtake the others is then among them.
+        callbacks: see `run`.
+        on_device: see `run`.
+
+    Returns:
+        `Eigenpairs`, largest value first. The residuals are recomputed: ‖Av − θv‖ from one more product
+        each, for the vectors returned and the values that belong to them (Rayleigh quotients). For a matvec
+        `over_batches`, `data_stderr` says how far the values would move on other data of this size.
+
+    Raises:
+        ValueError: `k` or `basis_size` do not fit the number of parameters, unknown `which`.
+        NonFiniteProductError: see `run`.
+
+    Cost:
+        At most `max_matvecs` products plus one for each pair; memory as `lanczos`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import hessjax as hj
+        >>> A = jax.tree_util.Partial(jnp.multiply, jnp.linspace(-1.0, 4.0, 50))
+        >>> pairs = hj.eigenpairs(A, jax.random.key(0), jnp.zeros(50), k=1)
+        >>> pairs.values.round(3).tolist(), pairs.converged.tolist()
+        ([4.0, -1.0], [True, True])
+    """
+    if (number := checked_tolerance(tol)) is None:
+        raise ValueError("`tol` must be a number or `relative(r)`: it decides what counts as converged.")
+    tol = number
+    estimator = lanczos(k, which, basis_size=basis_size, block_size=block_size, start=start, tol=tol)
+    pairs, state = run(
+        estimator,
+        matvec,
+        key,
+        like,
+        max_matvecs=max_matvecs,
+        tol=tol,
+        callbacks=callbacks,
+        on_device=on_device,
+    )
+    return measured(pairs, matvec, like, convergence_limit(estimator, tol, state), on_device)
+
+
+def convergence_limit(estimator: Estimator, tol: Tolerance, state: Any) -> Any:
+    """The residual that `tol` allows."""
+    if isinstance(tol, Relative):
+        assert estimator.scale is not None
+        return tol.factor * estimator.scale(state)
+    return tol
+
+
+def measured(pairs: Eigenpairs, matvec: Matvec, like: Params, limit: Any, on_device: bool) -> Eigenpairs:
+    """The pairs with Rayleigh quotients and residuals from one more product each."""
+    if on_device:
+        matvec = matvec if isinstance(matvec, jax.tree_util.Partial) else jax.tree_util.Partial(matvec)
+        return _judged(pairs, *_quotients(matvec, pairs.vectors, like), limit)
+    quotients, errors = zip(*(_measure(matvec, v, like) for v in _rows(pairs.vectors)), strict=True)
+    pairs = pairs._replace(data_stderr=None if errors[0] is None else jnp.stack(errors))
+    return _judged(pairs, *_columns(quotients), limit)
+
+
+def _measure(matvec: Matvec, vector: Vector, like: Params) -> tuple[tuple[Array, Array], Array | None]:
+    """Rayleigh quotient and residual, and the quotient's sampling error where there are batches."""
+    if not isinstance(matvec, BatchMatvec):
+        return _quotient(vector, matvec(_tree.cast_like(vector, like))), None
+    product, forms = matvec.by_batch(_tree.cast_like(vector, like))
+    return _quotient(vector, product), _sampling_error(forms)
+
+
+_rows = jax.jit(_tree.rows)
+
+
+@jax.jit
+def _sampling_error(forms: Forms) -> Array:
+    return sampling_error(jnp.sum(forms.parts, axis=1), forms.weights)
+
+
+@jax.jit
+def _quotient(vector: Vector, product: Vector) -> tuple[Array, Array]:
+    """The Rayleigh quotient of a vector of norm 1, and its residual."""
+    product = _tree.wide(product)
+    value = _tree.inner(vector, product)
+    return value, _tree.norm(_tree.add_scaled(product, -value, vector))
+
+
+@jax.jit
+def _quotients(matvec: Matvec, vectors: Block, like: Params) -> tuple[Array, Array]:
+    return jax.lax.map(lambda v: _quotient(v, matvec(_tree.cast_like(v, like))), vectors)
+
+
+@jax.jit
+def _columns(measured: tuple[tuple[Array, Array], ...]) -> tuple[Array, Array]:
+    values, residuals = zip(*measured, strict=True)
+    return jnp.stack(values), jnp.stack(residuals)
+
+
+@jax.jit
+def _judged(pairs: Eigenpairs, values: Array, residuals: Array, limit: Any) -> Eigenpairs:
+    """The pairs with measured values and residuals, where there is a pair at all."""
+    found = jnp.isfinite(pairs.values)
+    residuals = jnp.where(found, residuals, jnp.inf)
+    return pairs._replace(
+        values=jnp.where(found, values, jnp.nan),
+        residuals=residuals,
+        converged=residuals <= limit,
+        num_matvecs=pairs.num_matvecs + len(values),
+    )

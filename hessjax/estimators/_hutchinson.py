@@ -1,0 +1,329 @@
+"""Hutchinson's estimator of the trace, in all and by leaf or group of leaves."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from hessjax._core import _tree
+from hessjax._core._messages import checked_count
+from hessjax._core._types import (
+    BatchMatvec,
+    Block,
+    Estimate,
+    Estimator,
+    Forms,
+    Key,
+    Matvec,
+    Params,
+    Scalar,
+    Tolerance,
+    Where,
+)
+from hessjax._run._drivers import Callback
+from hessjax._run._estimator import run
+from hessjax.estimators import _samples
+from hessjax.estimators._samples import Watched, sampling_error
+from hessjax.estimators.probes import Probe, rademacher
+
+
+class HutchinsonState(NamedTuple):
+    """The probe under way, and the moments of the samples vᵀAv.
+
+    Attributes:
+        key: random key; sample i uses `fold_in(key, i)`.
+        probe: the vector to be multiplied next.
+        samples: moments of the whole's samples, then of each leaf's and of each group's.
+    """
+
+    key: Key
+    probe: Any
+    samples: _samples.Moments
+
+
+@functools.lru_cache(maxsize=64)
+def hutchinson(probe: Probe = rademacher) -> Estimator:
+    """Hutchinson's trace estimator: the mean of vᵀAv over random v.
+
+    The variance of one sample with signs is 2(‖A‖²_F − Σ aᵢᵢ²). The error reported is the standard error
+    of the mean. (The relative change of the running mean, which others stop on, stops at a median of 14
+    probes with errors of 6 to 37 %.) A run does not stop on it before 20 samples, so that ±2 standard
+    errors hold the truth in 93 % of the runs that it stopped, as they do in runs of a fixed length. Samples
+    are skewed where one eigenvalue makes up most of the trace; then it is 86 to 93 %.
+
+    Args:
+        probe: `(key, like) -> vector` with independent entries of mean 0 and variance 1.
+
+    Returns:
+        An `Estimator` with result `Estimate` (units of A's diagonal) and error its `stderr` (infinite
+        before 20 samples).
+
+    Cost:
+        One product a sample; memory 2·d.
+
+    References:
+        Hutchinson (1989), A stochastic estimator of the trace of the influence matrix.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import hessjax as hj
+        >>> A = jax.tree_util.Partial(lambda v: jnp.sum(v) * jnp.ones(8))
+        >>> estimate, _ = hj.run(hj.estimators.hutchinson(), A, jax.random.key(0), jnp.zeros(8),
+        ...                                                                                  max_matvecs=400)
+        >>> abs(float(estimate.mean) - 8.0) < 3 * float(estimate.stderr)
+        True
+    """
+    return _hutchinson(probe, None)
+
+
+@functools.lru_cache(maxsize=64)
+def hutchinson_by_leaf(probe: Probe = rademacher, groups: tuple[tuple[int, ...], ...] = ()) -> Estimator:
+    """`hutchinson`, with the trace of every leaf's diagonal block from the same products.
+
+    v_l·(Av)_l is an unbiased estimate of tr A_ll, so all layers cost what the total costs. The sample of a
+    group is the sum over its leaves probe by probe, so its standard error knows how they vary together.
+    The run's error is that of the total.
+
+    Args:
+        probe: `(key, like) -> vector` with independent entries of mean 0 and variance 1.
+        groups: of each group of leaves, their indices in the order of `jax.tree.leaves`.
+
+    Returns:
+        An `Estimator` whose result is an `Estimate` of arrays (1 + leaves + groups,): the total, the leaves
+        in the order of `jax.tree.leaves`, the groups.
+
+    Cost:
+        As `hutchinson`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import hessjax as hj
+        >>> A = jax.tree_util.Partial(lambda v: {"a": 2 * v["a"], "b": 3 * v["b"]})
+        >>> like = {"a": jnp.zeros(2), "b": jnp.zeros(5)}
+        >>> hj.run(hj.estimators.hutchinson_by_leaf(), A, jax.random.key(0), like,
+        ...                                                              max_matvecs=2)[0].mean.tolist()
+        [19.0, 4.0, 15.0]
+    """
+    return _hutchinson(probe, groups)
+
+
+def _hutchinson(probe: Probe, groups: tuple[tuple[int, ...], ...] | None) -> Estimator:
+    """With `groups` None, of the total alone."""
+
+    def init(key: Key, like: Params) -> HutchinsonState:
+        num_parts = 0 if groups is None else len(jax.tree.leaves(like)) + len(groups)
+        zeros = jnp.zeros(1 + num_parts, _tree.accumulator_dtype(like))
+        return HutchinsonState(key, probe(jax.random.fold_in(key, 0), like), _samples.no_samples(zeros))
+
+    def query(state: HutchinsonState) -> Block:
+        return jax.tree.map(lambda x: x[None], state.probe)
+
+    def update(state: HutchinsonState, products: Block) -> HutchinsonState:
+        leaves = jnp.stack(_tree.inner_by_leaf(state.probe, _tree.row(products, 0)))
+        sample = [jnp.sum(leaves, keepdims=True)]
+        if groups is not None:
+            sample += [leaves, *(jnp.sum(leaves[jnp.array(group)], keepdims=True) for group in groups)]
+        samples = _samples.push(state.samples, jnp.concatenate(sample).astype(state.samples.mean.dtype))
+        following = probe(jax.random.fold_in(state.key, samples.num_samples), state.probe)
+        return HutchinsonState(state.key, following, samples)
+
+    def result(state: HutchinsonState) -> Estimate:
+        parts = _samples.estimate(state.samples)
+        if groups is None:
+            return parts._replace(mean=parts.mean[0], stderr=parts.stderr[0])
+        return parts
+
+    def error(state: HutchinsonState) -> Scalar:
+        parts = _samples.estimate(state.samples)
+        return _samples.stopping_error(parts.stderr[0], parts.num_samples)
+
+    def scale(state: HutchinsonState) -> Scalar:
+        return jnp.abs(state.samples.mean[0])
+
+    return Estimator(init, query, update, result, error, scale)
+
+
+class TraceByLeaf(NamedTuple):
+    """The trace and its parts.
+
+    Attributes:
+        total: the trace of the whole matrix.
+        leaves: for the path of each leaf, the trace of its diagonal block; these sum to the total.
+        groups: for the name of each group asked for, the trace of its leaves' diagonal blocks together.
+    """
+
+    total: Estimate
+    leaves: dict[str, Estimate]
+    groups: dict[str, Estimate] = {}  # noqa: RUF012 - never written to
+
+
+def trace(
+    matvec: Matvec,
+    key: Key,
+    like: Params,
+    num_probes: int = 100,
+    *,
+    tol: Tolerance | None = None,
+    probe: Probe = rademacher,
+    estimator: Callable[[int], Estimator] | None = None,
+    callbacks: Sequence[Callback] = (),
+    on_device: bool = False,
+) -> Estimate:
+    """The trace of a matvec, with its standard error.
+
+    By Hutchinson's estimator, unless another is asked for. Where the eigenvalues decay `xtrace` needs far
+    fewer products and `hutchpp` fewer; on flat spectra they need up to three times as many.
+
+    Args:
+        matvec: the symmetric linear map.
+        key: random key.
+        like: pytree like the vectors; usually the params.
+        num_probes: the most products to make; with Hutchinson's estimator each is a sample.
+        tol: stop when the standard error is at most this: absolute, or `relative` to the trace. A run takes
+            20 samples before it stops.
+        probe: see `hutchinson`.
+        estimator: makes another estimator from the number of products: `hj.estimators.xtrace`,
+            `hj.estimators.hutchpp`.
+        callbacks: see `run`.
+        on_device: see `run`.
+
+    Returns:
+        `Estimate(mean, stderr, num_samples)`, in loss per squared parameter; with `data_stderr` for a matvec
+        `over_batches`, if Hutchinson's.
+
+    Raises:
+        ValueError: `num_probes` below 1; both `probe` and `estimator` given.
+        NonFiniteProductError: see `run`.
+
+    Cost:
+        At most `num_probes` products; memory 2·d, or the other estimator's.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import hessjax as hj
+        >>> A = jax.tree_util.Partial(jnp.multiply, jnp.arange(1.0, 11.0))
+        >>> float(hj.trace(A, jax.random.key(0), jnp.zeros(10)).mean)  # exact: A is diagonal
+        55.0
+        >>> round(float(hj.trace(A, jax.random.key(0), jnp.zeros(10), 20,
+        ...                                                      estimator=hj.estimators.xtrace).mean), 3)
+        55.0
+    """
+    if estimator is None and isinstance(matvec, BatchMatvec):
+        return trace_by_leaf(
+            matvec, key, like, num_probes, tol=tol, probe=probe, callbacks=callbacks, on_device=on_device
+        ).total
+    num_probes = checked_count("num_probes", num_probes)
+    if estimator is not None and probe is not rademacher:
+        raise ValueError(
+            "`probe` must be left out with `estimator`: where the estimator takes one, bind it, as in "
+            "`functools.partial(hj.estimators.hutchpp, probe=hj.probes.gaussian)`."
+        )
+    return run(
+        hutchinson(probe) if estimator is None else estimator(num_probes),
+        matvec,
+        key,
+        like,
+        max_matvecs=num_probes,
+        tol=tol,
+        callbacks=callbacks,
+        on_device=on_device,
+    )[0]
+
+
+def trace_by_leaf(
+    matvec: Matvec,
+    key: Key,
+    like: Params,
+    num_probes: int = 100,
+    *,
+    groups: Mapping[str, Where] | None = None,
+    tol: Tolerance | None = None,
+    probe: Probe = rademacher,
+    callbacks: Sequence[Callback] = (),
+    on_device: bool = False,
+) -> TraceByLeaf:
+    """The trace of every leaf's diagonal block, and of groups of leaves, for the price of the total's.
+
+    Args:
+        matvec: the symmetric linear map.
+        key: random key.
+        like: pytree like the vectors; usually the params.
+        num_probes: the most samples to take, one product each.
+        groups: a name for each group of leaves and which they are: `{"encoder": "enc/*", "biases":
+            ["*/bias", "*/scale"]}`, or `(path, leaf) -> bool`. Groups may overlap and need not cover
+            everything.
+        tol: stop when the total's standard error is at most this, see `trace`.
+        probe: see `hutchinson`.
+        callbacks: see `run`.
+        on_device: see `run`.
+
+    Returns:
+        `TraceByLeaf(total, leaves, groups)`, `leaves` by path, `groups` by name. The standard error of a
+        group is its own: leaves vary together, so theirs do not add up to it. For a matvec `over_batches`,
+        `data_stderr` says how far each would move on other data of this size, if the batches come in the same
+        order every time (None for a run restored by `checkpoint`, which did not see all products).
+
+    Raises:
+        ValueError: `num_probes` below 1; a group that matches no leaf.
+        NonFiniteProductError: see `run`.
+
+    Cost:
+        As `trace`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import hessjax as hj
+        >>> A = jax.tree_util.Partial(lambda v: {"bias": 2 * v["bias"], "kernel": 3 * v["kernel"]})
+        >>> like = {"bias": jnp.zeros(2), "kernel": jnp.zeros((2, 2))}
+        >>> parts = hj.trace_by_leaf(A, jax.random.key(0), like, num_probes=2, groups={"both": ["b*", "k*"]})
+        >>> {path: float(part.mean) for path, part in parts.leaves.items()}
+        {'bias': 4.0, 'kernel': 12.0}
+        >>> float(parts.groups["both"].mean)
+        16.0
+    """
+    num_probes = checked_count("num_probes", num_probes)
+    paths = _tree.unique_paths(like, "like")
+    groups = groups or {}
+    members = tuple(_members(like, name, where) for name, where in groups.items())
+    watched = Watched(matvec) if isinstance(matvec, BatchMatvec) else None
+    estimate, _ = run(
+        hutchinson_by_leaf(probe, members),
+        watched or matvec,
+        key,
+        like,
+        max_matvecs=num_probes,
+        tol=tol,
+        callbacks=callbacks,
+        on_device=on_device,
+    )
+    if watched and (forms := watched.forms(estimate.num_samples)):
+        estimate = estimate._replace(data_stderr=_sampling_errors(forms, members))
+    total, *parts = _one_by_one(estimate)
+    leaves, of_groups = parts[: len(paths)], parts[len(paths) :]
+    return TraceByLeaf(
+        total, dict(zip(paths, leaves, strict=True)), dict(zip(groups, of_groups, strict=True))
+    )
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _sampling_errors(forms: Forms, groups: tuple[tuple[int, ...], ...]) -> Array:
+    """Of the total, the leaves and the groups."""
+    sums = [jnp.sum(forms.parts[:, jnp.array(group)], axis=1) for group in groups]
+    columns = jnp.column_stack([jnp.sum(forms.parts, axis=1), forms.parts, *sums])
+    return sampling_error(columns, forms.weights)
+
+
+def _one_by_one(estimate: Estimate) -> list[Estimate]:
+    """An estimate of several numbers as so many estimates."""
+    data = [None] * len(estimate.mean) if estimate.data_stderr is None else estimate.data_stderr
+    columns = zip(estimate.mean, estimate.stderr, data, strict=True)
+    return [Estimate(mean, stderr, estimate.num_samples, of_data) for mean, stderr, of_data in columns]
+
+
+def _members(like: Params, name: str, where: Where) -> tuple[int, ...]:
+    """The indices of the leaves of a group."""
+    flags = jax.tree.leaves(_tree.match(like, where, f'groups["{name}"]'))
+    return tuple(i for i, flag in enumerate(flags) if flag)

@@ -1,0 +1,148 @@
+"""Hutch++: the large part of the trace from a sketch of the range, exactly; the rest by Hutchinson."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from hessjax._core import _tree
+from hessjax._core._messages import checked_count
+from hessjax._core._packing import Packed, Packing
+from hessjax._core._types import Block, Estimate, Estimator, Key, Params, Scalar
+from hessjax.estimators import _krylov, _samples
+from hessjax.estimators._samples import when
+from hessjax.estimators.probes import Probe, rademacher
+
+
+class HutchppState(NamedTuple):
+    """A basis of the range, the trace on it, and samples of the rest.
+
+    Attributes:
+        key: random key; the probe of product i uses `fold_in(key, i)`.
+        vector: to be multiplied next: a probe, then a row of the basis, then a probe outside its span.
+        basis: the rows of Qᵀ; a product inside the span of those before it leaves a row of zeros.
+        largest: the largest norm of a product that went into the basis.
+        captured: tr QᵀAQ so far.
+        samples: moments of what the rest of the trace was sampled as.
+        num_matvecs: products so far.
+        packing: how the vectors are packed.
+    """
+
+    key: Key
+    vector: Packed
+    basis: _krylov.Basis
+    largest: Float[Array, ""]
+    captured: Float[Array, ""]
+    samples: _samples.Moments
+    num_matvecs: Int[Array, ""]
+    packing: Packing
+
+
+@functools.lru_cache(maxsize=64)
+def hutchpp(num_matvecs: int = 100, *, probe: Probe = rademacher) -> Estimator:
+    """Hutch++, as an estimator of the trace: a third of the products finds where A is large.
+
+    With Q an orthonormal basis of A·(k probes), k = `num_matvecs // 3`, and P = I − QQᵀ,
+
+        tr A = tr QᵀAQ + tr PAP,
+
+    the first by k products exactly, the second as the mean of vᵀPAPv over the products left. The error
+    is about that of `hutchinson` for A without its k largest eigenvalues. `xtrace` makes more of as many
+    products; this needs a third of its memory, and products beyond `num_matvecs` are samples more.
+
+    Args:
+        num_matvecs: the products to divide into three.
+        probe: `(key, like) -> vector` with independent entries of mean 0 and variance 1.
+
+    Returns:
+        An `Estimator` with result `Estimate` (units of A's diagonal) and error its `stderr`, that of the
+        sampled part (infinite before 20 samples for a run that is to stop on it). ±2 of it held the trace
+        in 84 to 89 % of runs with 5 samples, 91 to 94 % with 20, 93 to 96 % with 40. Before the first
+        sample there is no estimate: NaN.
+
+    Raises:
+        ValueError: `num_matvecs` below 3, or, when it meets the params, above three times their number.
+
+    Cost:
+        One product a step; 4·j·d operations for the j-th row of the basis and 4·k·d for a sample; memory
+        (num_matvecs/3 + 2)·d.
+
+    References:
+        Meyer, Musco, Musco & Woodruff (2021), Hutch++: optimal stochastic trace estimation,
+        arXiv 2010.09649, algorithm 1.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import hessjax as hj
+        >>> A = jax.tree_util.Partial(jnp.multiply, jnp.where(jnp.arange(100) < 5, 1.0, 0.0))
+        >>> estimate, _ = hj.run(hj.estimators.hutchpp(30), A, jax.random.key(0), jnp.zeros(100),
+        ...                                                                                 max_matvecs=30)
+        >>> round(float(estimate.mean), 4)
+        5.0
+    """
+    num_matvecs = checked_count("num_matvecs", num_matvecs, 3)
+    rank = num_matvecs // 3
+
+    def init(key: Key, like: Params) -> HutchppState:
+        packing = Packing.of(like)
+        _check_size(num_matvecs, packing.size)
+        vector = packing.pack(probe(jax.random.fold_in(key, 0), like))
+        zero = jnp.zeros((), _tree.accumulator_dtype(like))
+        basis = _krylov.allocate(vector, rank)
+        return HutchppState(key, vector, basis, zero, zero, _samples.no_samples(zero), jnp.int32(0), packing)
+
+    def query(state: HutchppState) -> Block:
+        return jax.tree.map(lambda x: x[None], state.packing.unpack(state.vector))
+
+    def update(state: HutchppState, products: Block) -> HutchppState:
+        product, i = state.packing.pack(_tree.row(products, 0)), state.num_matvecs
+        form = _tree.inner(state.vector, product)
+        state = when(i < rank, _sketch, state, product)
+        samples = when(i >= 2 * rank, _samples.push, state.samples, form)
+        captured = state.captured + jnp.where((i >= rank) & (i < 2 * rank), form, 0)
+        state = state._replace(captured=captured, samples=samples, num_matvecs=i + 1)
+        return state._replace(vector=_next_vector(state, product))
+
+    def _next_vector(state: HutchppState, like: Packed) -> Packed:
+        i = state.num_matvecs
+
+        def fresh() -> Packed:
+            vector = state.packing.pack(probe(jax.random.fold_in(state.key, i), state.packing.unpack(like)))
+            return _krylov.project_out(state.basis, jnp.where(i < rank, 0, rank), vector)[0]
+
+        def row() -> Packed:
+            return _krylov.read(state.basis, i - rank)
+
+        return jax.lax.cond((i >= rank) & (i < 2 * rank), row, fresh)
+
+    def result(state: HutchppState) -> Estimate:
+        rest = _samples.estimate(state.samples)
+        return rest._replace(mean=state.captured + rest.mean)
+
+    def error(state: HutchppState) -> Scalar:
+        rest = _samples.estimate(state.samples)
+        return _samples.stopping_error(rest.stderr, rest.num_samples)
+
+    def scale(state: HutchppState) -> Scalar:
+        return jnp.abs(state.captured + state.samples.mean)
+
+    return Estimator(init, query, update, result, error, scale)
+
+
+def _check_size(num_matvecs: int, dimension: int) -> None:
+    if num_matvecs > 3 * dimension:
+        raise ValueError(
+            f"`num_matvecs` must be at most {3 * dimension}, three times the number of parameters, got "
+            f"{num_matvecs}."
+        )
+
+
+def _sketch(state: HutchppState, product: Packed) -> HutchppState:
+    """The product of a probe: a row of the basis, or of zeros if the rows before it span it."""
+    largest = jnp.maximum(state.largest, _tree.norm(product))
+    tiny = 64 * jnp.finfo(largest.dtype).eps * largest
+    row, _, left = _krylov.orthogonalise(state.basis, state.num_matvecs, product, tiny)
+    basis = _krylov.write(state.basis, state.num_matvecs, _tree.scale(left > 0, row))
+    return state._replace(basis=basis, largest=largest)

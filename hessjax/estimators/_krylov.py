@@ -1,0 +1,285 @@
+"""An orthonormal basis of packed vectors, and the Lanczos recurrence that grows it."""
+
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from hessjax._core import _tree
+from hessjax._core._types import Block, Params, Scalar, Vector
+from hessjax.estimators.probes import hashed_signs
+
+CHUNK = 16
+"""Rows to a chunk: below, the products with a chunk no longer run at the memory's full bandwidth."""
+
+STRIP = 2**16
+"""Columns that are rotated at a time."""
+
+Basis: TypeAlias = tuple[Block, ...]
+
+
+def allocate(like: Params, num_rows: int) -> Basis:
+    """A basis of `num_rows` zero rows like `like`, in at least float32."""
+    wide = jax.eval_shape(_tree.wide, like)
+    return tuple(
+        jax.tree.map(lambda x, n=stop - start: jnp.zeros((n, *x.shape), x.dtype), wide)
+        for start, stop in _bounds(num_rows)
+    )
+
+
+def read(basis: Basis, index: Array) -> Vector:
+    """Row `index`."""
+    readers = [lambda i, j=j: _tree.row(basis[j], i - j * CHUNK) for j in range(len(basis))]
+    return jax.lax.switch(index // CHUNK, readers, index)
+
+
+def write(basis: Basis, index: Array, vector: Vector) -> Basis:
+    """The basis with row `index` replaced; in place where the memory is donated."""
+
+    def write_chunk(chunk: Block, start: int, stop: int) -> Block:
+        local = jnp.where(
+            (start <= index) & (index < stop), index - start, stop - start
+        )  # else: past the end
+        return jax.tree.map(
+            lambda rows, x: rows.at[local].set(x.astype(rows.dtype), mode="drop"), chunk, vector
+        )
+
+    return tuple(
+        write_chunk(chunk, *bounds) for chunk, bounds in zip(basis, _bounds(_rows(basis)), strict=True)
+    )
+
+
+def project_out(basis: Basis, count: Array, vector: Vector) -> tuple[Vector, Float[Array, " rows"]]:
+    """`vector` less its components along the first `count` rows, and these components.
+
+    One pass of classical Gram–Schmidt. Chunks beyond `count` are not touched.
+    """
+    bounds = list(_bounds(_rows(basis)))
+    parts = []
+    for chunk, (start, stop) in zip(basis, bounds, strict=True):
+        inside = jnp.arange(start, stop) < count
+        zeros = jnp.zeros(stop - start, _tree.accumulator_dtype(vector))
+        part = jax.lax.cond(start < count, _tree.block_inner, lambda *_, z=zeros: z, chunk, vector)
+        parts.append(jnp.where(inside, part, 0))
+    for chunk, part, (start, _) in zip(basis, parts, bounds, strict=True):
+        vector = jax.lax.cond(start < count, _subtract, lambda _c, _p, v: v, chunk, part, vector)
+    return vector, jnp.concatenate(parts)
+
+
+class Orthogonal(NamedTuple):
+    """What `orthogonalise` makes of a vector.
+
+    Attributes:
+        vector: of norm 1, orthogonal to the rows.
+        components: (rows,) what was taken out along each row.
+        norm: what was left of the vector; 0 if nothing was, and `vector` is a fresh direction.
+    """
+
+    vector: Vector
+    components: Float[Array, " rows"]
+    norm: Scalar
+
+
+def orthogonalise(basis: Basis, count: Array, vector: Vector, tiny: Scalar) -> Orthogonal:
+    """A unit vector orthogonal to the first `count` rows: passes of `project_out` until one loses little.
+
+    A pass that leaves at least 0.7 of the norm was accurate; "twice is enough" (Parlett 1998, §6.9). A
+    vector of which no more than `tiny` is left was inside the span: a fresh direction takes its place.
+    """
+
+    def unsettled(loop: tuple[Orthogonal, Array, Array]) -> Array:
+        _, settled, passes = loop
+        return ~settled & (passes < 5)
+
+    def one_pass(loop: tuple[Orthogonal, Array, Array]) -> tuple[Orthogonal, Array, Array]:
+        # `norm` is positive here until the vector collapses, then minus the fresh direction's.
+        (vector, components, before), _, passes = loop
+        fresh = before < 0
+        vector, part = project_out(basis, count, vector)
+        after = _tree.norm(vector)
+        collapsed = ~fresh & (after <= tiny)
+        settled = ~collapsed & (after >= 0.7 * jnp.abs(before))
+        vector = jax.lax.cond(collapsed, lambda v: hashed_signs(count, v), lambda v: v, vector)
+        size = jnp.sqrt(jnp.asarray(_tree.size(vector), after.dtype))
+        norm = jnp.where(collapsed, -size, jnp.where(fresh, -after, after))
+        return Orthogonal(vector, components + jnp.where(fresh, 0, part), norm), settled, passes + 1
+
+    nothing = jnp.zeros(_rows(basis), _tree.accumulator_dtype(vector))
+    begin = Orthogonal(vector, nothing, _tree.norm(vector))
+    (vector, components, norm), _, _ = jax.lax.while_loop(
+        unsettled, one_pass, (begin, jnp.asarray(False), jnp.int32(0))
+    )
+    length = jnp.where(norm == 0, 1, jnp.abs(norm))
+    return Orthogonal(_tree.scale(1 / length, vector), components, jnp.maximum(norm, 0))
+
+
+def orthonormal(block: Block) -> Block:
+    """The rows made orthonormal, in order: Gram–Schmidt, in three passes.
+
+    A row that the ones before it span (A maps it to zero, or to one of them) gives way to a fresh direction.
+    """
+    num_rows = jax.tree.leaves(block)[0].shape[0]
+
+    def clean(i: Array, block: Block) -> Block:
+        row = _tree.row(block, i)
+        row = _tree.scale(1 / jnp.maximum(_tree.norm(row), jnp.finfo(jnp.float32).tiny), row)
+        for _ in range(3):
+            components = jnp.where(jnp.arange(num_rows) < i, _tree.block_inner(block, row), 0)
+            row = _tree.add_scaled(row, -1, _tree.combine(components, block))
+            gone = _tree.norm(row) <= 64 * jnp.finfo(components.dtype).eps
+            row = jax.tree.map(
+                lambda x, fresh, gone=gone: jnp.where(gone, fresh, x), row, hashed_signs(i, row)
+            )
+            row = _tree.scale(1 / _tree.norm(row), row)
+        return jax.tree.map(lambda rows, x: rows.at[i].set(x), block, row)
+
+    return jax.lax.fori_loop(0, num_rows, clean, block)
+
+
+def combine(basis: Basis, coefficients: Float[Array, "n rows"]) -> Block:
+    """The n linear combinations of the rows, as a block."""
+    bounds = _bounds(_rows(basis))
+    parts = [_tree.combine(coefficients[:, i:j], c) for c, (i, j) in zip(basis, bounds, strict=True)]
+    return jax.tree.map(lambda *xs: sum(xs[1:], xs[0]), *parts)
+
+
+def rotate(basis: Basis, coefficients: Float[Array, "n rows"]) -> Basis:
+    """The basis whose first n rows are these combinations of the old ones; the others are zero.
+
+    In place, one strip of columns after the other: a basis is too large to have twice.
+    """
+    num_rows = _rows(basis)
+    square = jnp.pad(coefficients, ((0, num_rows - len(coefficients)), (0, 0)))
+    leaves = [_rotate_leaf(chunks, square) for chunks in zip(*map(jax.tree.leaves, basis), strict=True)]
+    structure = jax.tree.structure(basis[0])
+    return tuple(jax.tree.unflatten(structure, chunk) for chunk in zip(*leaves, strict=True))
+
+
+def _rotate_leaf(chunks: tuple[Array, ...], square: Array) -> tuple[Array, ...]:
+    flat = tuple(chunk.reshape(len(chunk), -1) for chunk in chunks)
+    bounds, length = _bounds(len(square)), flat[0].shape[1]
+
+    def strip(flat: tuple[Array, ...], start: Any, width: int) -> tuple[Array, ...]:
+        columns = [jax.lax.dynamic_slice_in_dim(chunk, start, width, 1) for chunk in flat]
+        new = jnp.matmul(square.astype(flat[0].dtype), jnp.concatenate(columns), precision="highest")
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(chunk, new[a:b], start, 1)
+            for chunk, (a, b) in zip(flat, bounds, strict=True)
+        )
+
+    whole, rest = divmod(length, STRIP)
+    if whole:
+        flat = jax.lax.fori_loop(0, whole, lambda i, flat: strip(flat, i * STRIP, STRIP), flat)
+    flat = strip(flat, whole * STRIP, rest) if rest else flat
+    return tuple(new.reshape(old.shape) for new, old in zip(flat, chunks, strict=True))
+
+
+def _subtract(chunk: Block, components: Array, vector: Vector) -> Vector:
+    return _tree.add_scaled(vector, -1, _tree.combine(components, chunk))
+
+
+def _rows(basis: Basis) -> int:
+    return sum(jax.tree.leaves(chunk)[0].shape[0] for chunk in basis)
+
+
+def _bounds(num_rows: int) -> list[tuple[int, int]]:
+    sizes = [min(CHUNK, num_rows - start) for start in range(0, num_rows, CHUNK)]
+    return list(pairwise(accumulate(sizes, initial=0)))
+
+
+class Krylov(NamedTuple):
+    """An orthonormal basis Q of a (block) Krylov space and the matrix in it, T = QᵀAQ.
+
+    With blocks of b vectors the first `size` rows of `basis` are Q, and the next b are pending: they wait
+    to be multiplied. A maps Q into the span of both, so `projected` says everything that is known of A:
+    its first `size` rows hold T, the next b the coupling C = pendingᵀAQ, hence AQ = QT + pending·C.
+
+    Attributes:
+        basis: the rows of Q, then the pending ones; m + b in all.
+        projected: (m + b, m) the components of the products, on and below the diagonal; zero above.
+        size: how many rows have been multiplied.
+        asymmetry: the largest |qᵢᵀAqⱼ − qⱼᵀAqᵢ| seen; of the size of rounding errors if A is symmetric.
+    """
+
+    basis: Basis
+    projected: Float[Array, "rows m"]
+    size: Int[Array, ""]
+    asymmetry: Float[Array, ""]
+
+    @property
+    def capacity(self) -> int:
+        """The most rows that Q may have, m."""
+        return self.projected.shape[1]
+
+    @property
+    def width(self) -> int:
+        """How many rows are pending, b."""
+        return self.projected.shape[0] - self.projected.shape[1]
+
+    def coupling(self) -> Float[Array, "b m"]:
+        """C: what of AQ lies along the pending rows."""
+        return jax.lax.dynamic_slice_in_dim(self.projected, self.size, self.width)
+
+
+def start(block: Block, capacity: int) -> Krylov:
+    """The space to be grown from these vectors, with room for `capacity`."""
+    width = jax.tree.leaves(block)[0].shape[0]
+    basis = allocate(_tree.row(block, 0), capacity + width)
+    for i, vector in enumerate(_tree.rows(orthonormal(block))):
+        basis = write(basis, jnp.int32(i), vector)
+    dtype = _tree.accumulator_dtype(block)
+    projected = jnp.zeros((capacity + width, capacity), dtype)
+    return Krylov(basis, projected, jnp.int32(0), jnp.zeros((), dtype))
+
+
+def pending(space: Krylov) -> Block:
+    """The rows to be multiplied next."""
+    return _tree.block_of(*(read(space.basis, space.size + i) for i in range(space.width)))
+
+
+def extend(space: Krylov, product: Vector) -> Krylov:
+    """Take in the product of the first pending row: one step of band Lanczos, fully reorthogonalised.
+
+    The recurrence takes out what is large (with one vector to a block, all of it); the pass over the whole
+    basis then only has to remove rounding errors, and is done twice just where it did more than that.
+    Where nothing is left (an invariant subspace) the new row is a fresh random direction, not coupled to
+    the rest.
+
+    References:
+        Golub & Van Loan (2013), Matrix Computations, §10.3; Parlett (1998), §13; Ruhe (1979),
+        Implementation aspects of band Lanczos algorithms.
+    """
+    k, T = space.size, space.projected
+    last, index = k + space.width, jnp.arange(T.shape[0])
+    row = read(space.basis, k)
+    alpha = _tree.inner(row, product)
+    previous = jnp.maximum(k - space.width, 0)
+    back = jnp.where(k >= space.width, T[k, previous], 0)
+    residual = _tree.add_scaled(product, -alpha, row)
+    residual = _tree.add_scaled(residual, -back, read(space.basis, previous))
+    known = jnp.minimum(last, min(_tree.size(product), len(T)))  # rows beyond the dimension hold nothing
+    following, components, beta = orthogonalise(space.basis, known, residual, _tiny(T, product))
+    column = components.at[k].add(alpha).at[last].set(beta, mode="drop")
+    mirrored = jnp.pad(T[k], (0, space.width))
+    asymmetry = jnp.max(jnp.abs(column.at[previous].add(back) - mirrored), where=index < k, initial=0)
+    T = T.at[:, k].set(jnp.where(index >= k, column, T[:, k]))
+    basis = write(space.basis, last, following)
+    return Krylov(basis, T, k + 1, jnp.maximum(space.asymmetry, asymmetry))
+
+
+def _tiny(projected: Array, product: Vector) -> Array:
+    """The norm below which what is left of a product is nothing but rounding."""
+    size_of_matrix = jnp.maximum(jnp.max(jnp.sum(jnp.abs(projected), axis=0)), _tree.norm(product))
+    return 64 * jnp.finfo(projected.dtype).eps * size_of_matrix
+
+
+def ritz(space: Krylov) -> tuple[Float[Array, " m"], Float[Array, "m m"]]:
+    """Eigenvalues (ascending) and eigenvectors (columns) of T; entries from `size` on are meaningless."""
+    inside = jnp.arange(space.capacity) < space.size
+    lower = jnp.where(inside[:, None] & inside[None, :], space.projected[: space.capacity], 0)
+    filled = lower + jnp.tril(lower, -1).T
+    # Where T is not filled stands a number above all its eigenvalues, so that these sort last.
+    above = 2 * jnp.max(jnp.sum(jnp.abs(filled), axis=1))
+    return jnp.linalg.eigh(filled + jnp.diag(jnp.where(inside, 0, above)))

@@ -1,0 +1,121 @@
+"""Block power iteration: there because people expect it, and honest about when it is done."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from hessjax._core import _tree
+from hessjax._core._messages import checked_count
+from hessjax._core._packing import Packing
+from hessjax._core._types import Block, Eigenpairs, Estimator, Key, Params, Relative, Scalar, Tolerance
+from hessjax._run._estimator import checked_tolerance
+from hessjax.estimators._krylov import orthonormal
+from hessjax.estimators.probes import gaussian
+
+
+class PowerState(NamedTuple):
+    """The next iterate, and the Ritz pairs of the last one.
+
+    Attributes:
+        iterate: (k, …) orthonormal block to be multiplied next.
+        vectors: (k, …) the Ritz vectors that `values` and `residuals` belong to.
+        values: (k,) Ritz values, NaN before the first product.
+        residuals: (k,) ‖Av − θv‖ of these very vectors, infinite before the first product.
+        packing: how the blocks are packed.
+        num_matvecs: products so far.
+    """
+
+    iterate: Block
+    vectors: Block
+    values: Float[Array, " k"]
+    residuals: Float[Array, " k"]
+    packing: Packing
+    num_matvecs: Int[Array, ""]
+
+
+@functools.lru_cache(maxsize=64)
+def power_iteration(k: int = 1, *, tol: Tolerance = Relative(1e-3)) -> Estimator:  # noqa: B008 - immutable
+    """Subspace iteration with Rayleigh–Ritz, for the k eigenvalues of largest magnitude.
+
+    It stops on the residual ‖Av − θv‖. (The change of θ from step to step, which others watch, has
+    returned the second eigenvalue, or one 2 % low, as converged.) Values, vectors and residuals always
+    belong together. `eigenpairs` needs several times fewer products; use that unless there is no memory
+    for more than 3k vectors.
+
+    Args:
+        k: number of pairs, multiplied together as a block.
+        tol: residual below which a pair counts as converged: absolute, or `relative` to the largest
+            absolute eigenvalue.
+
+    Returns:
+        An `Estimator` with result `Eigenpairs` (largest value first) and error the largest residual.
+
+    Raises:
+        TypeError: `k` is not an integer.
+        ValueError: `k` below 1, or above the number of parameters; `tol` negative or None.
+
+    Cost:
+        k products a step, (|λ_k+1| / |λ_k|) less error each; 6k²d operations; memory 3k·d.
+
+    References:
+        Golub & Van Loan (2013), Matrix Computations, §8.2.4.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import hessjax as hj
+        >>> A = jax.tree_util.Partial(jnp.multiply, jnp.array([9.0, -4.0, 1.0, 0.5]))
+        >>> pairs, _ = hj.run(hj.estimators.power_iteration(2), A, jax.random.key(0), jnp.zeros(4),
+        ...                   max_matvecs=100, tol=hj.relative(1e-3))
+        >>> pairs.values.round(3).tolist(), pairs.converged.tolist()
+        ([9.0, -4.0], [True, True])
+    """
+    k = checked_count("k", k)
+    if (checked := checked_tolerance(tol)) is None:
+        raise ValueError("`tol` must be a number or `relative(r)`: it decides what counts as converged.")
+
+    def init(key: Key, like: Params) -> PowerState:
+        packing = Packing.of(like)
+        if k > packing.size:
+            raise ValueError(f"`k` must be at most {packing.size}, the number of parameters, got {k}.")
+        probes = jax.vmap(lambda key: packing.pack(gaussian(key, like)))(jax.random.split(key, k))
+        iterate = orthonormal(probes)
+        nothing = jnp.zeros(k, _tree.accumulator_dtype(like))
+        return PowerState(
+            iterate,
+            jax.tree.map(jnp.zeros_like, iterate),
+            nothing + jnp.nan,
+            nothing + jnp.inf,
+            packing,
+            jnp.int32(0),
+        )
+
+    def update(state: PowerState, products: Block) -> PowerState:
+        products = jax.vmap(state.packing.pack)(products)
+        projected = _tree.gram(state.iterate, products)
+        values, rotation = jnp.linalg.eigh((projected + projected.T) / 2)
+        values, rotation = values[::-1], rotation[:, ::-1]
+        vectors, products = _tree.combine(rotation.T, state.iterate), _tree.combine(rotation.T, products)
+        residuals = jax.vmap(lambda v, w, value: _tree.norm(_tree.add_scaled(w, -value, v)))(
+            vectors, products, values
+        )
+        iterate = orthonormal(products)
+        return PowerState(iterate, vectors, values, residuals, state.packing, state.num_matvecs + k)
+
+    def result(state: PowerState) -> Eigenpairs:
+        limit = checked.factor * scale(state) if isinstance(checked, Relative) else checked
+        vectors = state.packing.unpack_block(state.vectors)
+        return Eigenpairs(state.values, vectors, state.residuals, state.residuals <= limit, state.num_matvecs)
+
+    def error(state: PowerState) -> Scalar:
+        return jnp.max(state.residuals)
+
+    def scale(state: PowerState) -> Scalar:
+        return jnp.max(jnp.abs(state.values))
+
+    def query(state: PowerState) -> Block:
+        return state.packing.unpack_block(state.iterate)
+
+    return Estimator(init, query, update, result, error, scale)

@@ -1,0 +1,125 @@
+"""Independent samples: their mean and its standard error, and the error of the data."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from hessjax._core._types import BatchMatvec, Estimate, Forms, Scalar, Vector
+
+
+def when(condition: Bool[Array, ""], step: Callable[..., Any], state: Any, *args: Any) -> Any:
+    """`step(state, *args)` if the condition holds, else the state.
+
+    A loop of no or one turn: a `lax.cond` whose branch makes new arrays copies the whole state, taken or
+    not, and the state holds a basis.
+    """
+
+    def turn(loop: tuple[Array, Any]) -> tuple[Array, Any]:
+        return jnp.asarray(False), step(loop[1], *args)
+
+    return jax.lax.while_loop(lambda loop: loop[0], turn, (condition, state))[1]
+
+
+MIN_SAMPLES = 20
+"""Samples before a standard error may stop a run.
+
+A run that stops when its standard error is small stops too early when the samples happen to lie close
+together, and few samples often do. With normal samples and a look every 5 products, ±2 standard errors
+then hold the truth in as few as 88 % of runs; from 20 samples on in 93.5 % or more, whatever the tolerance.
+(Simulated, 20,000 runs for each of 11 tolerances. Samples as skewed as χ² with 10 degrees of freedom: 86 %,
+then 92.6 %; with one degree, the samples of a matrix of rank 1: 71 %, then 85 %. Student's factor on top
+changed these by less than a point.)
+"""
+
+
+class Moments(NamedTuple):
+    """Mean and spread of the samples so far, entry by entry of whatever tree the samples are.
+
+    Attributes:
+        mean: mean of the samples.
+        squares: sum of squared deviations from the mean.
+        num_samples: number of samples.
+    """
+
+    mean: Any
+    squares: Any
+    num_samples: Int[Array, ""]
+
+
+def no_samples(zeros: Any) -> Moments:
+    """The moments before the first sample; `zeros` is a sample's worth of them."""
+    return Moments(zeros, zeros, jnp.int32(0))
+
+
+def push(moments: Moments, sample: Any) -> Moments:
+    """Take in one sample (Welford 1962: no large squares are subtracted from each other)."""
+    count = moments.num_samples + 1
+    delta = jax.tree.map(jnp.subtract, sample, moments.mean)
+    mean = jax.tree.map(lambda m, d: m + d / count, moments.mean, delta)
+    squares = jax.tree.map(lambda s, d, x, m: s + d * (x - m), moments.squares, delta, sample, mean)
+    return Moments(mean, squares, count)
+
+
+def estimate(moments: Moments) -> Estimate:
+    """The mean (NaN without a sample) and its standard error (infinite with fewer than two)."""
+    n = moments.num_samples
+    mean = jax.tree.map(lambda m: jnp.where(n > 0, m, jnp.nan), moments.mean)
+    return Estimate(mean, jax.tree.map(lambda s: standard_error(s, n), moments.squares), n)
+
+
+def standard_error(squares: Array, count: Array) -> Array:
+    """Of a mean, from the sum of squared deviations; infinite with fewer than two samples."""
+    return jnp.where(
+        count > 1, jnp.sqrt(squares / (jnp.maximum(count - 1, 1) * jnp.maximum(count, 1))), jnp.inf
+    )
+
+
+def stopping_error(stderr: Array, count: Array) -> Scalar:
+    """The error that a run stops on: the standard error, once there are samples enough to trust it."""
+    return jnp.where(count >= MIN_SAMPLES, stderr, jnp.inf)
+
+
+@dataclasses.dataclass(eq=False)
+class Watched:
+    """A matvec over batches that remembers what each batch contributed to every product's vᵀAv."""
+
+    matvec: BatchMatvec
+    seen: list[Forms] = dataclasses.field(default_factory=list)
+
+    def __call__(self, vector: Vector) -> Vector:
+        """The product."""
+        product, forms = self.matvec.by_batch(vector)
+        self.seen.append(forms)
+        return product
+
+    def forms(self, num_products: Any) -> Forms | None:
+        """The mean over that many products; None if some were made elsewhere, in a run since restored."""
+        if len(self.seen) != int(num_products):
+            return None
+        parts = jnp.mean(jnp.stack([forms.parts for forms in self.seen]), axis=0)
+        return Forms(parts, self.seen[0].weights)
+
+
+def sampling_error(values: Any, weights: Any) -> Any:
+    """The standard error of a mean over batches, from how the batches differ.
+
+    Batches of n_b examples have means of variance σ²/n_b, so Σ n_b (x_b − x̄)²/(B − 1) estimates σ², and the
+    mean of all N examples has variance σ²/N. Infinite for a single batch.
+
+    Args:
+        values: (batches, ...) the mean over each batch; of numpy or of jax.
+        weights: (batches,) the number of examples in each, n_b.
+
+    Returns:
+        (...) the standard error, in the units of the values.
+    """
+    weights = weights.reshape(-1, *[1] * (values.ndim - 1))
+    mean = (weights * values).sum(axis=0) / weights.sum()
+    if len(values) < 2:
+        return abs(mean) + math.inf
+    return ((weights * (values - mean) ** 2).sum(axis=0) / ((len(values) - 1) * weights.sum())) ** 0.5

@@ -1,0 +1,228 @@
+"""XTrace: the trace from a basis that grows, every test vector judged by the basis of the others."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from hessjax._core import _tree
+from hessjax._core._messages import checked_count
+from hessjax._core._packing import Packed, Packing
+from hessjax._core._types import Block, Estimate, Estimator, Key, Params, Scalar
+from hessjax.estimators import _krylov, _samples
+from hessjax.estimators._samples import when
+from hessjax.estimators.probes import gaussian
+
+
+class XtraceState(NamedTuple):
+    """Test vectors, the basis of their products, and the small matrices that the estimate is made of.
+
+    With n test vectors ω (the columns of Ω), AΩ = QR, and A symmetric, so that also ΩᵀAQ = Rᵀ.
+
+    Attributes:
+        key: random key; test vector i uses `fold_in(key, i)`.
+        vector: to be multiplied next: a test vector, then the row of the basis that it gave, in turns.
+        tests: the rows of Ωᵀ.
+        basis: the rows of Qᵀ; a product inside the span of those before it leaves a row of zeros.
+        R: (n, n) upper triangular; a zero on the diagonal marks a row of zeros in the basis.
+        H: (n, n) QᵀAQ.
+        W: (n, n) QᵀΩ.
+        forms: (n,) ωᵀAω.
+        squares: (n,) ‖ω‖².
+        num_matvecs: products so far.
+        packing: how the vectors are packed.
+    """
+
+    key: Key
+    vector: Packed
+    tests: _krylov.Basis
+    basis: _krylov.Basis
+    R: Float[Array, "n n"]
+    H: Float[Array, "n n"]
+    W: Float[Array, "n n"]
+    forms: Float[Array, " n"]
+    squares: Float[Array, " n"]
+    num_matvecs: Int[Array, ""]
+    packing: Packing
+
+
+@functools.lru_cache(maxsize=64)
+def xtrace(num_matvecs: int = 100) -> Estimator:
+    """XTrace, as an estimator of the trace: for spectra that decay, far better than `hutchinson`.
+
+    Each of n test vectors ω_i gives one estimate: the trace on the span Q_(i) of the products of the other
+    n − 1, which is exact, and that on its complement, sampled by ω_i alone:
+
+        t_i = tr Q_(i)ᵀAQ_(i) + (d − n + 1)·μᵀAμ / ‖μ‖²,   μ = (I − Q_(i)Q_(i)ᵀ)ω_i.
+
+    The result is their mean. The vectors are Gaussian; the second term depends on μ's direction only. All
+    of it comes from n×n matrices, grows with the products, and may be read at any moment. A matrix of rank
+    below n is met exactly.
+
+    Args:
+        num_matvecs: the most products to take in, two for each test vector; it sets the memory.
+
+    Returns:
+        An `Estimator` with result `Estimate` (units of A's diagonal; `num_samples` test vectors) and error
+        its `stderr`, the deviation of the t_i over √n (infinite before 20 test vectors for a run that is to
+        stop on it). The t_i share a basis, so it is somewhat small: over 5 to 60 test vectors and five
+        spectra the root mean square error was 1.04 to 1.5 times it, and ±2 of it held the trace in 75 to
+        91 % of runs, in 80 to 91 % from 10 test vectors on. Where exactly as many eigenvalues are large as
+        there are test vectors it is far too small (20 ones, then 1e-3, with 20 vectors: 45 %).
+
+    Raises:
+        ValueError: `num_matvecs` below 2, or, when it meets the params, above twice their number.
+
+    Cost:
+        Two products a test vector; 10·j·d operations for the j-th; memory (num_matvecs + 2)·d.
+
+    References:
+        Epperly, Tropp & Webber (2024), XTrace: making the most of every sample in stochastic trace
+        estimation, arXiv 2301.07825, §2.1, §2.3, §3.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import hessjax as hj
+        >>> A = jax.tree_util.Partial(jnp.multiply, 0.5 ** jnp.arange(100.0))
+        >>> estimate, _ = hj.run(hj.estimators.xtrace(40), A, jax.random.key(0), jnp.zeros(100),
+        ...                                                                                max_matvecs=40)
+        >>> round(float(estimate.mean), 4)
+        2.0
+    """
+    num_matvecs = checked_count("num_matvecs", num_matvecs, 2)
+    num_tests = num_matvecs // 2
+
+    def init(key: Key, like: Params) -> XtraceState:
+        packing = Packing.of(like)
+        _check_size(num_matvecs, packing.size)
+        vector = packing.pack(gaussian(jax.random.fold_in(key, 0), like))
+        tests, basis = (_krylov.allocate(vector, num_tests) for _ in range(2))
+        zeros = jnp.zeros(num_tests, _tree.accumulator_dtype(like))
+        square = jnp.zeros((num_tests, num_tests), zeros.dtype)
+        return XtraceState(
+            key, vector, tests, basis, square, square, square, zeros, zeros, jnp.int32(0), packing
+        )
+
+    def query(state: XtraceState) -> Block:
+        return jax.tree.map(lambda x: x[None], state.packing.unpack(state.vector))
+
+    def update(state: XtraceState, products: Block) -> XtraceState:
+        product = state.packing.pack(_tree.row(products, 0))
+        room, second = state.num_matvecs < 2 * num_tests, state.num_matvecs % 2 == 1
+        state = when(room & ~second, _take_test, state, product)
+        state = when(room & second, _take_row, state, product)
+        return state._replace(num_matvecs=state.num_matvecs + 1)
+
+    def result(state: XtraceState) -> Estimate:
+        return _samples.estimate(_moments(state))
+
+    def error(state: XtraceState) -> Scalar:
+        estimate = result(state)
+        full = state.num_matvecs >= 2 * num_tests  # more products would change nothing
+        return jnp.where(full, jnp.nan, _samples.stopping_error(estimate.stderr, estimate.num_samples))
+
+    def scale(state: XtraceState) -> Scalar:
+        return jnp.abs(_moments(state).mean)
+
+    return Estimator(init, query, update, result, error, scale)
+
+
+def _check_size(num_matvecs: int, dimension: int) -> None:
+    if num_matvecs > 2 * dimension:
+        raise ValueError(
+            f"`num_matvecs` must be at most {2 * dimension}, twice the number of parameters, got "
+            f"{num_matvecs}."
+        )
+
+
+# -- the two kinds of product --------------------------------------------------------------------
+
+
+def _take_test(state: XtraceState, product: Packed) -> XtraceState:
+    """The product of a test vector: a column of R, a row of the basis, and both their shares of W."""
+    j, test = state.num_matvecs // 2, state.vector
+    largest = jnp.maximum(jnp.max(jnp.linalg.norm(state.R, axis=0)), _tree.norm(product))
+    tiny = 64 * jnp.finfo(largest.dtype).eps * largest
+    row, column, left = _krylov.orthogonalise(state.basis, j, product, tiny)
+    row = _tree.scale(left > 0, row)
+    tests = _krylov.write(state.tests, j, test)
+    return state._replace(
+        vector=row,
+        tests=tests,
+        basis=_krylov.write(state.basis, j, row),
+        R=state.R.at[:, j].set(column).at[j, j].set(left),
+        W=state.W.at[:, j].set(_components(state.basis, j, test)).at[j].set(_components(tests, j + 1, row)),
+        forms=state.forms.at[j].set(_tree.inner(test, product)),
+        squares=state.squares.at[j].set(_tree.inner(test, test)),
+    )
+
+
+def _take_row(state: XtraceState, product: Packed) -> XtraceState:
+    """The product of the basis' last row: a row and a column of H. Then another test vector."""
+    j = state.num_matvecs // 2
+    column = _components(state.basis, j + 1, product)
+    following = gaussian(jax.random.fold_in(state.key, j + 1), state.packing.unpack(product))
+    return state._replace(
+        vector=state.packing.pack(following), H=state.H.at[:, j].set(column).at[j].set(column)
+    )
+
+
+def _components(basis: _krylov.Basis, count: Array, vector: Packed) -> Float[Array, " rows"]:
+    return _krylov.project_out(basis, count, vector)[1]
+
+
+# -- the estimate --------------------------------------------------------------------------------
+
+
+def _moments(state: XtraceState) -> _samples.Moments:
+    """Of the estimates t_i of all test vectors whose two products are known."""
+    num_tests = len(state.forms)
+    count = jnp.minimum(state.num_matvecs // 2, num_tests)
+    inside = jnp.arange(num_tests) < count
+    estimates = _leave_one_out(state, inside)
+    mean = jnp.sum(jnp.where(inside, estimates, 0)) / jnp.maximum(count, 1)
+    squares = jnp.sum(jnp.where(inside, (estimates - mean) ** 2, 0))
+    return _samples.Moments(mean, squares, count)
+
+
+def _leave_one_out(state: XtraceState, inside: Array) -> Float[Array, " n"]:
+    """t_i of every test vector (arXiv 2301.07825, §2.1 and §3.1; row i of what is here speaks of it).
+
+    The basis without i is Q less one direction s_i, the i-th column of R⁻ᵀ: I − Q_(i)Q_(i)ᵀ comes from Q
+    and P = I − s_i s_iᵀ. Where the rank is smaller than the number of products, see `_missing`.
+    """
+    R = jnp.where(inside, state.R, 0).T
+    H = jnp.where(inside[:, None] & inside, state.H, 0)
+    W = jnp.where(inside[:, None] & inside, state.W, 0).T
+    S, rank = _missing(R.T)
+    along = jnp.sum(S * W, axis=1)
+    PW = W - along[:, None] * S
+    captured = jnp.trace(H) - jnp.sum(_product(S, H) * S, axis=1)
+    form = state.forms + jnp.sum(PW * (_product(PW, H) - 2 * R), axis=1)
+    square = state.squares - jnp.sum(W**2, axis=1) + along**2
+    rest = float(state.packing.size) - rank.astype(form.dtype)
+    enough = (rest > 0) & (square > 0)
+    return captured + jnp.where(enough, rest * form / jnp.where(enough, square, 1), 0)
+
+
+def _missing(R: Array) -> tuple[Float[Array, "n n"], Int[Array, " n"]]:
+    """Row i: the direction s_i of the span that only product i gives (0 if the others span it too).
+
+    And the dimension of the span of the others. A product inside the span of those before it (a zero on the
+    diagonal of R) is a combination of them: each that takes part in it could be replaced by it.
+    """
+    own = jnp.diag(R) > 0
+    R = R / jnp.where(jnp.any(own), jnp.max(jnp.abs(R)), 1)
+    square = jnp.where(own[:, None] & own, R, 0) + jnp.diag(jnp.where(own, 0, 1).astype(R.dtype))
+    inverse = jax.scipy.linalg.solve_triangular(square, jnp.eye(len(R), dtype=R.dtype))
+    shares = _product(inverse, jnp.where(own, 0, R))
+    replaceable = jnp.max(jnp.abs(shares), axis=1) > jnp.sqrt(jnp.finfo(R.dtype).eps)
+    needed = own & ~replaceable
+    directions = inverse / jnp.linalg.norm(inverse, axis=1, keepdims=True)
+    return jnp.where(needed[:, None], directions, 0), jnp.sum(own) - needed
+
+
+def _product(a: Array, b: Array) -> Array:
+    return jnp.matmul(a, b, precision="highest")

@@ -1,0 +1,94 @@
+"""Random vectors: what stochastic estimators multiply."""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from hessjax._core._packing import Packing
+from hessjax._core._types import Key, Params, Vector
+
+PIECE = 2**18
+"""Entries of a flat array that are drawn at a time."""
+
+Probe: TypeAlias = Callable[[Key, Params], Vector]
+"""`(key, like) -> vector` with independent entries of mean 0 and variance 1."""
+
+
+def rademacher(key: Key, like: Params) -> Vector:
+    """Independent signs ±1: the entries with the smallest variance for traces.
+
+    Args:
+        key: random key.
+        like: pytree that gives structure and shapes.
+
+    Returns:
+        A vector like `like`, in at least float32.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import hessjax as hj
+        >>> sorted(set(hj.probes.rademacher(jax.random.key(0), jnp.zeros(99)).tolist()))
+        [-1.0, 1.0]
+    """
+    return _sample(jax.random.rademacher, key, like)
+
+
+def gaussian(key: Key, like: Params) -> Vector:
+    """Independent standard normal entries: the direction is uniform on the sphere.
+
+    Args:
+        key: random key.
+        like: pytree that gives structure and shapes.
+
+    Returns:
+        A vector like `like`, in at least float32.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import hessjax as hj
+        >>> hj.probes.gaussian(jax.random.key(0), {"w": jnp.zeros((2, 3))})["w"].shape
+        (2, 3)
+    """
+    return _sample(jax.random.normal, key, like)
+
+
+def hashed_signs(seed: Array, like: Params) -> Vector:
+    """Signs from an integer hash (the finalizer of MurmurHash3): no statistics, just no structure.
+
+    For directions that only have to be new. It compiles in a tenth of the time of a random generator.
+    """
+    leaves, structure = jax.tree.flatten(like)
+
+    def signs(index: int, leaf: Array) -> Array:
+        bits = jax.lax.iota(jnp.uint32, leaf.size) + (seed * 64 + index + 1).astype(jnp.uint32) * jnp.uint32(
+            0x9E3779B9
+        )
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+            bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+        return jnp.where(bits & 1, 1, -1).astype(leaf.dtype).reshape(leaf.shape)
+
+    return jax.tree.unflatten(structure, [signs(i, leaf) for i, leaf in enumerate(leaves)])
+
+
+def _sample(sampler: Callable[..., Array], key: Key, like: Params) -> Vector:
+    """Drawn packed: every draw is a program to compile (a third of a second), and leaves are many."""
+    packing = Packing.of(like)
+    arrays = jax.eval_shape(packing.pack, like)
+    keys = jax.random.split(key, len(arrays))
+    draws = [_draw(sampler, k, x) for k, x in zip(keys, arrays, strict=True)]
+    return packing.unpack(tuple(draws))
+
+
+def _draw(sampler: Callable[..., Array], key: Key, like: jax.ShapeDtypeStruct) -> Array:
+    """Long flat arrays piece by piece: a generator takes three times the memory of what it draws."""
+    if like.ndim != 1 or like.size <= PIECE:
+        return sampler(key, like.shape, dtype=like.dtype)
+
+    def piece(i: Array, drawn: Array) -> Array:
+        numbers = sampler(jax.random.fold_in(key, i), (PIECE,), dtype=like.dtype)
+        return jax.lax.dynamic_update_slice(drawn, numbers, (i * PIECE,))  # the last one overlaps
+
+    return jax.lax.fori_loop(0, -(-like.size // PIECE), piece, jnp.zeros(like.shape, like.dtype))

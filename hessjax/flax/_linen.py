@@ -1,0 +1,127 @@
+"""Loss and model functions from linen modules."""
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+from flax import errors
+
+from hessjax._core._types import LossFn, ModelFn, Params
+from hessjax.flax._parts import Inputs, Loss, OutputLoss, arguments, check_hashable, frozen
+
+
+def linen_loss(module: Any, loss: OutputLoss, *, inputs: Inputs = 0, **apply_kwargs: Any) -> LossFn:
+    """The loss of a linen module, as a pure function of its params.
+
+    Returns f(params, batch, state, rngs) = loss(module(inputs of batch), batch). BatchNorm uses the running
+    statistics in `state` or the batch's own, as `apply_kwargs` tell the module; updates of the collections
+    in `state` are computed and dropped.
+
+    Args:
+        module: a `flax.linen.Module`. Its fields must be hashable, or lists and dicts of what is.
+        loss: `(outputs, batch) -> scalar`, the mean over the batch. Give a function of your module's top
+            level: a lambda written anew is a new function, and retraces.
+        inputs: what the module takes from a batch: an index or key, several of them in a tuple (positional
+            arguments), or a function of the batch. The default is the first element of a tuple; a batch
+            that is a bare array is taken whole.
+        **apply_kwargs: static arguments of `module.apply`, such as `train=False` or `method="encode"`.
+
+    Returns:
+        `loss_fn(params, batch, state=None, rngs=None) -> scalar`, hashable, in the units of `loss`. `state`
+        holds the other collections, `{"batch_stats": ...}`; `rngs` fixed keys, `{"dropout": key}`.
+
+    Raises:
+        TypeError: if the module, `loss`, `inputs` or an argument is not hashable.
+        ValueError: on a call, if the module reads a collection that `state` lacks, draws from a stream that
+            `rngs` lacks, or the batch has no such inputs.
+
+    Cost:
+        That of `module.apply`; nothing is compiled or copied here.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from flax import linen as nn
+        >>> from hessjax.flax import linen_loss
+        >>> def loss(logits, batch):
+        ...     return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
+        >>> module, batch = nn.Dense(3), (jnp.ones((4, 2)), jnp.array([0, 1, 2, 0]))
+        >>> params = module.init(jax.random.key(0), batch[0])["params"]
+        >>> loss_fn = linen_loss(module, loss)
+        >>> jax.tree.map(jnp.shape, jax.grad(loss_fn)(params, batch))
+        {'bias': (3,), 'kernel': (2, 3)}
+        >>> loss_fn == linen_loss(nn.Dense(3), loss)
+        True
+    """
+    check_hashable(loss=loss)
+    return Loss(linen_model(module, inputs=inputs, **apply_kwargs), loss)
+
+
+def linen_model(module: Any, *, inputs: Inputs = 0, **apply_kwargs: Any) -> ModelFn:
+    """A linen module as a pure function of its params, for `hessjax.ggn` and `hessjax.fisher`.
+
+    Args:
+        module: a `flax.linen.Module`, as in `linen_loss`.
+        inputs: what the module takes from a batch, as in `linen_loss`.
+        **apply_kwargs: static arguments of `module.apply`.
+
+    Returns:
+        `model_fn(params, batch, state=None, rngs=None) -> outputs`, hashable, equal when made of equal parts.
+        `ggn` hands all these arguments to its loss too: with a state, write `def loss(outputs, batch, *_)`.
+
+    Raises:
+        TypeError: if the module, `inputs` or an argument is not hashable.
+        ValueError: on a call, as for `linen_loss`.
+
+    Cost:
+        That of `module.apply`; nothing is compiled or copied here.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from flax import linen as nn
+        >>> import hessjax as hj
+        >>> from hessjax.flax import linen_model
+        >>> def loss(outputs, batch):
+        ...     return optax.l2_loss(outputs, batch[1]).mean()
+        >>> module, batch = nn.Dense(1), (jnp.ones((4, 2)), jnp.zeros((4, 1)))
+        >>> params = module.init(jax.random.key(0), batch[0])["params"]
+        >>> A = hj.ggn(linen_model(module), loss, params, batch)
+        >>> A({"bias": jnp.ones(1), "kernel": jnp.zeros((2, 1))})["kernel"].tolist()
+        [[1.0], [1.0]]
+    """
+    inputs = tuple(inputs) if isinstance(inputs, list) else inputs
+    identity = frozen(module)
+    check_hashable(module=identity, inputs=inputs, **apply_kwargs)
+    return LinenModel(module, identity, inputs, tuple(sorted(apply_kwargs.items())))
+
+
+@dataclass(frozen=True)
+class LinenModel:
+    """A module with the arguments of its call, equal to any other of equal parts."""
+
+    module: Any = field(compare=False)  # `nn.Sequential([...])` has no hash of its own
+    identity: Hashable
+    inputs: Inputs
+    kwargs: tuple[tuple[str, Hashable], ...]
+
+    def __call__(self, params: Params, batch: Any, state: Any = None, rngs: Any = None) -> Any:
+        """Outputs for a batch."""
+        state = dict(state or {})
+        try:
+            outputs, _ = self.module.apply(
+                {**state, "params": params},
+                *arguments(batch, self.inputs),
+                rngs=rngs,
+                mutable=list(state),
+                **dict(self.kwargs),
+            )
+        except errors.ScopeCollectionNotFound as error:
+            raise ValueError(
+                "`state` must hold every collection that the module reads, as `module.init` made them, e.g. "
+                f'`{{"batch_stats": variables["batch_stats"]}}`; got {sorted(state) or "none"}. {error}'
+            ) from error
+        except errors.InvalidRngError as error:
+            raise ValueError(
+                "`rngs` must hold a fixed key for every stream that the module draws from, e.g. "
+                f'`{{"dropout": jax.random.key(0)}}`. {error}'
+            ) from error
+        return outputs

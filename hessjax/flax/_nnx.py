@@ -1,0 +1,157 @@
+"""Loss and model functions from nnx models."""
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from hessjax._core._types import LossFn, ModelFn, Params
+from hessjax.flax._parts import Inputs, Loss, OutputLoss, arguments, check_hashable
+
+
+class NnxModel(NamedTuple):
+    """A model as a function, and the point it was taken at.
+
+    Attributes:
+        model_fn: `model_fn(params, batch, state) -> outputs`.
+        params: the model's `nnx.Param`s, a nested dict of arrays.
+        state: everything else the model holds, a nested dict of arrays.
+    """
+
+    model_fn: ModelFn
+    params: Params
+    state: Any
+
+
+class NnxLoss(NamedTuple):
+    """A loss and the point it was taken at.
+
+    Attributes:
+        loss_fn: `loss_fn(params, batch, state) -> scalar`.
+        params: the model's `nnx.Param`s, a nested dict of arrays.
+        state: everything else the model holds (batch statistics, dropout keys), a nested dict of arrays.
+    """
+
+    loss_fn: LossFn
+    params: Params
+    state: Any
+
+
+def nnx_loss(
+    model: Any,
+    loss: OutputLoss,
+    *,
+    inputs: Inputs = 0,
+    mode: str = "eval",
+    **call_kwargs: Any,
+) -> NnxLoss:
+    """The loss of an nnx model, as a pure function of its params, with those params and the rest.
+
+    The model itself is left as it is. In `mode="eval"` BatchNorm uses its running statistics and dropout is
+    off; in `mode="train"` BatchNorm uses the batch's statistics and dropout the keys in `state`, the same at
+    every call, and what the model updates on the way is dropped.
+
+    Args:
+        model: an `nnx.Module`.
+        loss: `(outputs, batch) -> scalar`, the mean over the batch. Give a function of your module's top
+            level: a lambda written anew is a new function, and retraces.
+        inputs: what the model takes from a batch, as in `linen_loss`.
+        mode: whether the copy that the loss calls is set by `model.eval()` or by `model.train()`.
+        **call_kwargs: further static arguments of the model's call.
+
+    Returns:
+        `NnxLoss(loss_fn, params, state)`: `loss_fn(params, batch, state=None) -> scalar` in the units of
+        `loss`, hashable, equal for models of equal architecture; `params` and `state` nested dicts of arrays.
+        `nnx.update(model, params)` puts changed params back into the model. For other dropout keys,
+        `nnx.reseed(model, dropout=1)` and call this again.
+
+    Raises:
+        TypeError: if `loss`, `inputs` or an argument is not hashable.
+        ValueError: if the model has no `nnx.Param`; on a call, if `params` or `state` do not fit the model,
+            a dropout layer has no key, or the batch has no such inputs.
+
+    Cost:
+        One `nnx.split`; the arrays are not copied. A call costs the model's.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from flax import nnx
+        >>> from hessjax.flax import nnx_loss
+        >>> def loss(outputs, batch):
+        ...     return optax.l2_loss(outputs, batch[1]).mean()
+        >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+        >>> loss_fn, params, state = nnx_loss(model, loss)
+        >>> batch = (jnp.ones((4, 2)), jnp.zeros((4, 1)))
+        >>> grads = jax.grad(loss_fn)(params, batch, state)
+        >>> jax.tree.map(jnp.shape, grads)
+        {'bias': (1,), 'kernel': (2, 1)}
+        >>> nnx.update(model, jax.tree.map(lambda w, g: w - 0.1 * g, params, grads))
+        >>> bool(loss(model(batch[0]), batch) < loss_fn(params, batch, state))
+        True
+    """
+    check_hashable(loss=loss)
+    model_fn, params, state = nnx_model(model, inputs=inputs, mode=mode, **call_kwargs)
+    return NnxLoss(Loss(model_fn, loss), params, state)
+
+
+def nnx_model(model: Any, *, inputs: Inputs = 0, mode: str = "eval", **call_kwargs: Any) -> NnxModel:
+    """An nnx model as a pure function of its params, for `hessjax.ggn` and `hessjax.fisher`.
+
+    Args:
+        model: an `nnx.Module`; it is left as it is.
+        inputs: what the model takes from a batch, as in `linen_loss`.
+        mode: `"eval"` or `"train"`, as in `nnx_loss`.
+        **call_kwargs: further static arguments of the model's call.
+
+    Returns:
+        `NnxModel(model_fn, params, state)`: `model_fn(params, batch, state=None) -> outputs`, hashable, equal
+        for models of equal architecture. `ggn` hands all these arguments to its loss too: with a state, write
+        `def loss(outputs, batch, *_)`.
+
+    Raises:
+        TypeError: if `inputs` or an argument is not hashable.
+        ValueError: as `nnx_loss`.
+
+    Cost:
+        One `nnx.split`; the arrays are not copied. A call costs the model's.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> import hessjax as hj
+        >>> from hessjax.flax import nnx_model
+        >>> model_fn, params, state = nnx_model(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+        >>> A = hj.fisher(model_fn, params, jnp.ones((4, 2)), state, likelihood=hj.likelihoods.gaussian)
+        >>> A({"bias": jnp.ones(3), "kernel": jnp.zeros((2, 3))})["kernel"].tolist()
+        [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
+    """
+    inputs = tuple(inputs) if isinstance(inputs, list) else inputs
+    check_hashable(inputs=inputs, **call_kwargs)
+    if mode not in ("eval", "train"):
+        raise ValueError(f'`mode` must be "eval" or "train", got {mode!r}.')
+    copy = nnx.merge(*nnx.split(model))
+    copy.eval() if mode == "eval" else copy.train()
+    graphdef, params, state = nnx.split(copy, nnx.Param, ...)
+    if not jax.tree.leaves(params):
+        raise ValueError(f"`model` must hold at least one nnx.Param, but {type(model).__name__} has none.")
+    model_fn = _NnxModel(graphdef, inputs, tuple(sorted(call_kwargs.items())))
+    return NnxModel(model_fn, nnx.to_pure_dict(params), nnx.to_pure_dict(state))
+
+
+@dataclass(frozen=True)
+class _NnxModel:
+    graphdef: Any
+    inputs: Inputs
+    kwargs: tuple[tuple[str, Hashable], ...]
+
+    def __call__(self, params: Params, batch: Any, state: Any = None) -> Any:
+        try:
+            model = nnx.merge(self.graphdef, params, state or {}, copy=True)
+        except ValueError as error:
+            raise ValueError(
+                "`params` and `state` must be those of `nnx_loss` or `nnx_model`, with no more than other "
+                f"values. {error}"
+            ) from error
+        return model(*arguments(batch, self.inputs), **dict(self.kwargs))

@@ -1,1 +1,0 @@
-"""A curvature matrix's inverse: damped linear systems."""

@@ -1,0 +1,203 @@
+"""How a budget of zeros is spread over the leaves, and which weights they hit: scores to masks."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from hessjax._core._types import Params
+from hessjax.pruning._ranking import Units, smallest, units_of
+from hessjax.pruning._sparsity import Sparsity, check_sparsity, num_zeros
+from hessjax.pruning.patterns._by_path import Patterns
+from hessjax.pruning.patterns._pattern import unstructured
+
+Allocation: TypeAlias = Callable[..., Params]
+"""`(scores, sparsity, pattern=unstructured()) -> mask`: a tree of scores to one of booleans, True = kept."""
+
+
+def global_threshold(*, floor: float | int = 0.05) -> Allocation:
+    """One ranking over all leaves together: the lowest scores go, wherever they are.
+
+    Exactly `round(sparsity · n)` of the n weights go (halves round to even, as Python's `round`), whatever
+    the floors; of groups that go as a whole, ranked by their mean score, as many as that number holds: where
+    the next one is too large, smaller ones further on take its place. The order is that of a stable argsort:
+    of equal scores the one that comes first in the tree goes first.
+
+    A leaf whose scores are small as a whole would lose every weight and cut the network in two, so that each
+    leaf keeps its best few: at least one, and at least `floor` times the share it would keep under
+    `uniform`. The floor bends the ranking only where it is reached.
+
+    Args:
+        floor: in [0, 1]. 1 gives every leaf the same sparsity up to rounding; 0 takes all floors away, and
+            then a leaf can lose its last weight.
+
+    Returns:
+        `(scores, sparsity, pattern=unstructured()) -> mask`. It raises ValueError for a number outside
+        [0, 1), or one that leaves fewer weights than the floors or the pattern need. For a traced sparsity
+        neither can be checked: the value is taken to the nearest end of [0, 1], and the floors win.
+
+    Raises:
+        ValueError: if `floor` lies outside [0, 1].
+
+    Cost:
+        Counting passes instead of a sort: 32 over float32 scores, twice that while some leaf is at its floor.
+        Memory: two to four unsigned integers of the scores' width per weight, for the time of the ranking.
+
+    References:
+        Tanaka et al., Pruning neural networks without any data by iteratively conserving synaptic flow
+        (2020), arXiv 2006.05467: layer collapse.
+
+    Example:
+        >>> import jax.numpy as jnp, hessjax as hj
+        >>> scores = {"a": jnp.array([5.0, 6.0, 7.0, 8.0]), "b": jnp.array([1.0, 2.0, 3.0, 9.0])}
+        >>> hj.allocations.global_threshold()(scores, 0.5)
+        {'a': Array([False,  True,  True,  True], dtype=bool),
+         'b': Array([False, False, False,  True], dtype=bool)}
+    """
+    if not 0 <= floor <= 1:
+        raise ValueError(f"`floor` must be in [0, 1], a share of what `uniform` would keep, got {floor}.")
+
+    def allocate(scores: Params, sparsity: Sparsity, pattern: Patterns = unstructured()) -> Params:  # noqa: B008
+        return rank_globally(units_of(scores, pattern), sparsity, floor)
+
+    return allocate
+
+
+def uniform() -> Allocation:
+    """A ranking of its own in every leaf: all of them equally sparse.
+
+    Exactly `round(sparsity · n)` of a leaf's n weights go (halves round to even), or as many groups as that
+    number holds, but never its last one. Of equal scores the one that comes first goes first.
+
+    Returns:
+        `(scores, sparsity, pattern=unstructured()) -> mask`. It raises ValueError for a number outside
+        [0, 1), or above what the pattern lets go; a traced sparsity is taken to the nearest end of [0, 1].
+
+    Cost:
+        32 counting passes over float32 scores. Memory: as `global_threshold`.
+
+    Example:
+        >>> import jax.numpy as jnp, hessjax as hj
+        >>> scores = {"a": jnp.array([5.0, 6.0, 7.0, 8.0]), "b": jnp.array([1.0, 2.0, 3.0, 9.0])}
+        >>> hj.allocations.uniform()(scores, 0.5)
+        {'a': Array([False, False,  True,  True], dtype=bool),
+         'b': Array([False, False,  True,  True], dtype=bool)}
+    """
+
+    def allocate(scores: Params, sparsity: Sparsity, pattern: Patterns = unstructured()) -> Params:  # noqa: B008
+        check_sparsity(sparsity)
+        units = units_of(scores, pattern)
+        return rank_each(units, [num_zeros(sparsity, n) for n in units.num_weights], sparsity)
+
+    return allocate
+
+
+# -- rankings ------------------------------------------------------------------------------------
+
+
+def rank_globally(units: Units, sparsity: Sparsity, floor: float | int) -> Params:
+    """The mask of one ranking over all units."""
+    check_sparsity(sparsity)
+    zeros = num_zeros(sparsity, sum(units.num_weights))
+    kept = [_least(count, floor, sparsity) for count in units.counts]
+    caps = [smaller(count - k, most) for count, k, most in zip(units.counts, kept, units.most, strict=True)]
+    room = sum(cap * size for cap, size in zip(caps, units.sizes, strict=True))
+    _check_room(zeros, room, units, sparsity)
+    most = jnp.stack([jnp.asarray(cap, jnp.int32) for cap in caps])
+    pruned = _smallest_under_caps(units.keys(), jnp.minimum(zeros, room), most, tuple(units.sizes))
+    return units.spread([~flags for flags in pruned])
+
+
+def rank_each(units: Units, zeros: list[Any], sparsity: Sparsity) -> Params:
+    """The mask of a ranking in every leaf, for so many zeros in each."""
+    caps = caps_of(units)
+    for number, size, most, path in zip(zeros, units.sizes, units.most, units.paths, strict=True):
+        if not isinstance(number, jax.Array) and number // size > most:
+            raise ValueError(_too_sparse(sparsity, f"{', '.join(path)} loses at most {most * size} weights"))
+    whole = [jnp.minimum(n // size, cap) for n, size, cap in zip(zeros, units.sizes, caps, strict=True)]
+    pruned = smallest(units.keys(), jnp.stack([jnp.asarray(n, jnp.int32) for n in whole]))
+    return units.spread([~flags for flags in pruned])
+
+
+def caps_of(units: Units) -> list[int]:
+    """How many units of every leaf may go if one at least stays."""
+    return [min(most, max(count - 1, 0)) for count, most in zip(units.counts, units.most, strict=True)]
+
+
+def check_most(units: Units, sparsity: Sparsity) -> None:
+    """Raise a ValueError if the pattern lets fewer weights go than are asked for."""
+    total, most = sum(units.num_weights), sum(map(math.prod, zip(units.most, units.sizes, strict=True)))
+    if not isinstance(sparsity, jax.Array) and num_zeros(sparsity, total) > most:
+        raise ValueError(_too_sparse(sparsity, f"of {total} weights at most {most} go"))
+
+
+def smaller(a: Any, b: float | int) -> Any:
+    """The smaller of a number that may be traced and one that is not."""
+    return jnp.minimum(a, b) if isinstance(a, jax.Array) else min(a, b)
+
+
+def _least(count: int, floor: float | int, sparsity: Sparsity) -> Any:
+    """How many units of so many stay whatever their scores."""
+    if floor == 0 or count == 0:
+        return 0
+    share = floor * (1 - sparsity) * count + 1e-3  # 1 − s in binary falls a hair short of the share meant
+    if not isinstance(sparsity, jax.Array):
+        return max(1, math.floor(share))
+    return jnp.maximum(1, jnp.floor(share).astype(jnp.int32))
+
+
+def _check_room(zeros: Any, room: Any, units: Units, sparsity: Sparsity) -> None:
+    if isinstance(sparsity, jax.Array) or zeros <= room or max(units.sizes) > zeros - room:
+        return
+    check_most(units, sparsity)
+    total = sum(units.num_weights)
+    raise ValueError(
+        f"`sparsity` must leave the {total - room} weights that the floors of {len(units.counts)} leaves "
+        f"need, but {sparsity} leaves {total - zeros} of {total}: lower it, or let leaves lose all "
+        "their weights by `global_threshold(floor=0)`."
+    )
+
+
+def _too_sparse(sparsity: Sparsity, what: str) -> str:
+    return f"`sparsity` must be within what `pattern` allows, got {sparsity}: under it {what}. Lower it."
+
+
+@functools.partial(jax.jit, static_argnames="sizes")
+def _smallest_under_caps(
+    keys: list[Array], n: Array, caps: Int[Array, " leaves"], sizes: tuple[int, ...]
+) -> list[Array]:
+    """The smallest that count for n at most, taking no more than its cap from any leaf."""
+    free = _smallest_that_fit(keys, n, sizes)
+    over = jnp.stack([jnp.sum(leaf, dtype=jnp.int32) for leaf in free]) > caps
+
+    def capped() -> list[Array]:
+        top = ~jnp.zeros((), keys[0].dtype)  # above every key, so never taken, as n <= sum(caps · sizes)
+        open_ = smallest(keys, caps)
+        return _smallest_that_fit(
+            [jnp.where(o, key, top) for o, key in zip(open_, keys, strict=True)], n, sizes
+        )
+
+    # Whatever the floors hold is kept by the free ranking already when no leaf exceeds its cap.
+    return jax.lax.cond(jnp.any(over), capped, lambda: free)
+
+
+def _smallest_that_fit(keys: list[Array], n: Array, sizes: tuple[int, ...]) -> list[Array]:
+    """The smallest up to the first that does not fit into n, then smaller units that still do."""
+    if set(sizes) == {1}:
+        return smallest(keys, n)
+    taken = smallest(keys, n, jnp.asarray(sizes, jnp.int32))
+    top = ~jnp.zeros((), keys[0].dtype)
+    for limit in sorted(set(sizes), reverse=True)[1:]:
+        left = n - sum(jnp.sum(t, dtype=jnp.int32) * size for t, size in zip(taken, sizes, strict=True))
+        fitting = [i for i, size in enumerate(sizes) if size <= limit]
+        open_ = [jnp.where(taken[i], top, keys[i]) for i in fitting]
+        small = [sizes[i] for i in fitting]
+        most = sum(jnp.sum(k < top, dtype=jnp.int32) * size for k, size in zip(open_, small, strict=True))
+        more = smallest(open_, jnp.minimum(left, most), jnp.asarray(small, jnp.int32))
+        for i, flags in zip(fitting, more, strict=True):
+            taken[i] |= flags
+    return taken

@@ -1,0 +1,220 @@
+"""Allocations that give every leaf a sparsity of its own: by shape, by hand, by curvature."""
+
+import fnmatch
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from hessjax._core import _tree
+from hessjax._core._types import Params
+from hessjax.pruning._ranking import Units, units_of
+from hessjax.pruning._sparsity import Sparsity, check_sparsity, num_zeros
+from hessjax.pruning.allocations._allocation import (
+    Allocation,
+    caps_of,
+    check_most,
+    rank_each,
+    rank_globally,
+    smaller,
+)
+from hessjax.pruning.patterns._by_path import Patterns
+from hessjax.pruning.patterns._pattern import unstructured
+
+
+def erdos_renyi() -> Allocation:
+    """Every leaf keeps a share in proportion to (sum of its axes) / (product of its axes), at most all.
+
+    Large matrices become sparser than small ones, so that what stays grows with the number of neurons rather
+    than of their pairs. In total `round(sparsity · n)` weights go, as far as groups and patterns let them.
+
+    Returns:
+        `(scores, sparsity, pattern=unstructured()) -> mask`; a ranking of its own in every leaf.
+
+    Cost:
+        As `uniform`.
+
+    References:
+        Mocanu et al., Scalable training of artificial neural networks with adaptive sparse connectivity
+        (2018), arXiv 1707.04780. Evci et al., Rigging the lottery (2019), arXiv 1911.11134: with the kernel's
+        axes, as here.
+
+    Example:
+        >>> import jax.numpy as jnp, hessjax as hj
+        >>> scores = {"large": jnp.ones((8, 8)), "small": jnp.ones((2, 8))}
+        >>> mask = hj.allocations.erdos_renyi()(scores, 0.5)
+        >>> [int(leaf.sum()) for leaf in mask.values()]
+        [25, 15]
+    """
+
+    def allocate(scores: Params, sparsity: Sparsity, pattern: Patterns = unstructured()) -> Params:  # noqa: B008
+        check_sparsity(sparsity)
+        units = units_of(scores, pattern)
+        check_most(units, sparsity)
+        sizes = np.asarray(units.num_weights)
+        shares = np.array([sum(map(sum, s)) / max(n, 1) for s, n in zip(units.shapes, sizes, strict=True)])
+        zeros = num_zeros(sparsity, int(sizes.sum()))
+        each = _by_shares(jnp.asarray(shares, jnp.float32), sizes, zeros)
+        caps = jnp.asarray([cap * size for cap, size in zip(caps_of(units), units.sizes, strict=True)])
+        return rank_each(units, list(_mend(each, caps, zeros)), sparsity)
+
+    return allocate
+
+
+def _by_shares(shares: Float[Array, " leaves"], sizes: np.ndarray, zeros: Any) -> Array:
+    """The zeros of every leaf, with densities min(1, ε · share) and ε such that they add up."""
+    numbers = jnp.asarray(sizes, jnp.float32)
+    kept = jnp.asarray(int(sizes.sum()) - zeros, jnp.float32)
+
+    def halve(_: Any, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = ends
+        middle = (low + high) / 2
+        enough = jnp.sum(jnp.minimum(1, middle * shares) * numbers) >= kept
+        return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+
+    top = 1 / jnp.min(jnp.where(numbers > 0, shares, jnp.inf))
+    _, epsilon = jax.lax.fori_loop(0, 40, halve, (jnp.zeros(()), top))
+    return jnp.round((1 - jnp.minimum(1, epsilon * shares)) * numbers).astype(jnp.int32)
+
+
+def _mend(each: Array, caps: Array, total: Any) -> Array:
+    """Within the caps, and adding up: what is missing or over goes to the leaves with the largest caps."""
+    each = jnp.minimum(each, caps)
+
+    def one(missing: Array, i: Array) -> tuple[Array, Array]:
+        moved = jnp.clip(each[i] + missing, 0, caps[i])
+        return missing - (moved - each[i]), moved
+
+    order = jnp.argsort(-caps)
+    _, moved = jax.lax.scan(one, total - jnp.sum(each), order)
+    return each.at[order].set(moved)
+
+
+def explicit(sparsities: Mapping[str, float | int]) -> Allocation:
+    """The sparsity of every leaf by hand, where `sparsity` itself gets to what they come to in total.
+
+    On the way there, and for a `sparsity` below that total, all are scaled down alike.
+
+    Args:
+        sparsities: by glob over paths, the first that matches; a leaf that none matches stays dense.
+
+    Returns:
+        `(scores, sparsity, pattern=unstructured()) -> mask`; a ranking of its own in every leaf. It raises
+        ValueError for a `sparsity` above the total, with the total, and for a glob that matches no leaf.
+
+    Raises:
+        ValueError: for a sparsity outside [0, 1), or if all of them are 0.
+
+    Cost:
+        As `uniform`.
+
+    Example:
+        >>> import jax.numpy as jnp, hessjax as hj
+        >>> scores = {"first": jnp.arange(4.0), "last": jnp.arange(4.0)}
+        >>> hj.allocations.explicit({"first": 0.25, "*": 0.75})(scores, 0.5)
+        {'first': Array([False,  True,  True,  True], dtype=bool),
+         'last': Array([False, False, False,  True], dtype=bool)}
+    """
+    for path, value in sparsities.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"`sparsities` must be in [0, 1), got {value} for `{path}`.")
+    if not any(sparsities.values()):
+        raise ValueError("`sparsities` must ask for zeros in at least one leaf, got none.")
+
+    def allocate(scores: Params, sparsity: Sparsity, pattern: Patterns = unstructured()) -> Params:  # noqa: B008
+        check_sparsity(sparsity)
+        units = units_of(scores, pattern)
+        levels = _levels(sparsities, units)
+        sizes = units.num_weights
+        total = sum(level * n for level, n in zip(levels, sizes, strict=True)) / sum(sizes)
+        if not isinstance(sparsity, jax.Array) and round((sparsity - total) * sum(sizes)) > len(sizes):
+            raise ValueError(
+                f"`sparsity` must be at most {total:.6g}, what the `sparsities` of `explicit` come to in "
+                f"total, got {sparsity}."
+            )
+        share = sparsity / total
+        scaled = [smaller(share * level, level) for level in levels]
+        return rank_each(units, [num_zeros(s, n) for s, n in zip(scaled, sizes, strict=True)], sparsity)
+
+    return allocate
+
+
+def _levels(sparsities: Mapping[str, float | int], units: Units) -> list[float]:
+    paths = [path for group in units.paths for path in group]
+    for glob in sparsities:
+        if not any(fnmatch.fnmatchcase(path, glob) for path in paths):
+            raise ValueError(
+                f"`sparsities` must match leaves that are pruned, but `{glob}` matches none of: "
+                f"{', '.join(paths)}."
+            )
+    return [
+        next((value for glob, value in sparsities.items() if fnmatch.fnmatchcase(group[0], glob)), 0.0)
+        for group in units.paths
+    ]
+
+
+def by_curvature(curvature: Mapping[str, Any], *, floor: float | int = 0.05) -> Allocation:
+    """One ranking over all leaves, each leaf's scores times the root of its curvature per weight.
+
+    With `magnitude()` this ranks by w² · tr(H_l)/n_l: what a weight costs in the quadratic model whose
+    diagonal is constant in each leaf. Layers that are flat lose more, layers that are steep keep more.
+
+    Args:
+        curvature: for every leaf that is pruned, by its path, its mean curvature per weight, tr(H_l)/n_l, or
+            its largest eigenvalue: `{path: part.mean / n}` from `trace_by_leaf`. A `trace_by_leaf` result's
+            `.leaves` holds `Estimate`s of whole traces: they are divided by the number of weights here.
+        floor: as in `global_threshold`.
+
+    Returns:
+        `(scores, sparsity, pattern=unstructured()) -> mask`. It raises ValueError for a leaf without a
+        curvature.
+
+    Raises:
+        ValueError: if a curvature is not positive and finite, as a trace can be away from a minimum: use a
+            Gauss–Newton matrix. If `floor` lies outside [0, 1].
+
+    Cost:
+        As `global_threshold`.
+
+    References:
+        Dong et al., HAWQ-V2: Hessian aware trace-weighted quantization (2019), arXiv 1911.03852: the mean
+        trace as a layer's sensitivity.
+
+    Example:
+        >>> import jax.numpy as jnp, hessjax as hj
+        >>> scores = {"flat": jnp.array([3.0, 4.0]), "steep": jnp.array([1.0, 2.0])}
+        >>> hj.allocations.by_curvature({"flat": 0.01, "steep": 1.0})(scores, 0.5)
+        {'flat': Array([False,  True], dtype=bool), 'steep': Array([False,  True], dtype=bool)}
+    """
+    if not 0 <= floor <= 1:
+        raise ValueError(f"`floor` must be in [0, 1], a share of what `uniform` would keep, got {floor}.")
+
+    def allocate(scores: Params, sparsity: Sparsity, pattern: Patterns = unstructured()) -> Params:  # noqa: B008
+        leaves, treedef = jax.tree.flatten(scores)
+        factors = [
+            _root(curvature, path, x.size) for path, x in zip(_tree.leaf_paths(scores), leaves, strict=True)
+        ]
+        scaled = [x * jnp.asarray(f, x.dtype) for x, f in zip(leaves, factors, strict=True)]
+        return rank_globally(units_of(jax.tree.unflatten(treedef, scaled), pattern), sparsity, floor)
+
+    return allocate
+
+
+def _root(curvature: Mapping[str, Any], path: str, size: int) -> Any:
+    """The root of the curvature per weight of a leaf."""
+    if path not in curvature:
+        raise ValueError(
+            f"`curvature` must have an entry for every leaf that is pruned, but {path} is missing; it has "
+            f"{', '.join(curvature)}."
+        )
+    value = curvature[path]
+    value = value.mean / size if hasattr(value, "stderr") else value
+    if not isinstance(value, jax.core.Tracer) and not 0 < float(value) < float("inf"):
+        raise ValueError(
+            f"`curvature` must be positive and finite, got {float(value):.3g} for {path}: take the traces "
+            "of a Gauss-Newton matrix, which has no negative ones."
+        )
+    return jnp.sqrt(value)

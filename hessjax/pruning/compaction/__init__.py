@@ -1,1 +1,0 @@
-"""What of a program can go: it is traced, its axes followed, and what nothing needs left out."""

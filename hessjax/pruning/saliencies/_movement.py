@@ -1,0 +1,165 @@
+"""Movement pruning: weights that move away from zero stay; scores with an optimizer of their own."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from hessjax._core import _tree
+from hessjax._core._types import Params
+from hessjax.pruning.saliencies._saliency import Saliency
+
+
+class Movement(NamedTuple):
+    """What a movement saliency remembers.
+
+    Attributes:
+        scores: S, in float32 at least.
+        inner: the state of their optimizer.
+        num_updates: how many gradients they have taken.
+    """
+
+    scores: Params
+    inner: Any
+    num_updates: Int[Array, ""]
+
+
+def movement(
+    optimizer: optax.GradientTransformation = optax.adam(1e-2),  # noqa: B008 (a value, never changed)
+    start: Callable[[Array], Array] = jnp.zeros_like,
+) -> Saliency:
+    """Movement: scores S trained by the straight-through gradient of the loss with respect to the mask.
+
+    With G the gradient at the masked weights and W the dense ones, ∂L/∂S = G⊙W at every place, pruned ones
+    included, so that S grows where a weight moves away from zero, and a pruned weight can come back. The
+    highest scores stay. With plain gradient descent S is −Σ lr·G⊙W over the training.
+
+    The slopes hold for a small change of the mask, and a mask step is a large one. Scores from zero that take
+    Adam's steps, equal for all weights, as in the paper, first follow what all weights have in common: a
+    network can so lose its signal for good, unless trainings are very long. In short ones, let a network
+    that has learned its task begin at its magnitudes, move a leaf's scores in proportion to their slopes, by
+    a share of their own size, and make masks often: the second example.
+
+    Args:
+        optimizer: of the scores, with its own schedule; without weight decay.
+        start: the first scores of a leaf, from its weights: zeros, or `from_magnitudes`.
+
+    Returns:
+        A `Saliency`. `sparsity` should start at 0, as scores have to be learned. The paper ranks every matrix
+        on its own, `allocation=uniform()`, at every step, `every=1`: with `every=10` the gradient answers to
+        a mask that is out of date, and the scores may run away.
+
+    Cost:
+        A multiplication and the optimizer's step per weight and update. Memory: the scores, and the
+        optimizer's state for them.
+
+    References:
+        Sanh et al., Movement pruning: Adaptive sparsity by fine-tuning (2020), arXiv 2005.07683.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, hessjax as hj
+        >>> params = {"kernel": jnp.array([[1.0, -2.0, 3.0]])}
+        >>> tx = hj.prune(optax.sgd(0.1), hj.saliencies.movement(optax.sgd(1.0)), 1 / 3, every=1, start=1)
+        >>> grads = {"kernel": jnp.array([[-1.0, 0.0, 1.0]])}  # the first grows, the last shrinks
+        >>> updates, state = tx.update(grads, tx.init(params), params)
+        >>> optax.apply_updates(params, updates)["kernel"]
+        Array([[ 1.1, -2. ,  0. ]], dtype=float32)
+
+        For short trainings, with a mask at every update or every other one:
+
+        >>> steps = optax.lars(optax.linear_schedule(1e-2, 0.0, 1000), trust_coefficient=1.0, momentum=0.0)
+        >>> rule = hj.saliencies.movement(steps, start=hj.saliencies.from_magnitudes)
+    """
+    return Saliency(
+        *_trained(optimizer, start),
+        scores=lambda state, dense, /, **extra: state.scores,
+        needs_grads=start is jnp.zeros_like,
+    )
+
+
+def from_magnitudes(weights: Float[Array, "..."]) -> Float[Array, "..."]:
+    """First scores for `movement`: |w| in units of the leaf's standard deviation.
+
+    Args:
+        weights: of one leaf.
+
+    Returns:
+        |w| / std(w), in the shape of the weights; |w| where all are equal.
+
+    Example:
+        >>> import jax.numpy as jnp, hessjax as hj
+        >>> hj.saliencies.from_magnitudes(jnp.array([-1.0, 3.0]))
+        Array([0.5, 1.5], dtype=float32)
+    """
+    spread = jnp.std(weights)
+    return jnp.abs(weights) / jnp.where(spread > 0, spread, jnp.ones_like(spread))
+
+
+def soft_movement(
+    penalty: float | Callable[[Any], Any],
+    optimizer: optax.GradientTransformation = optax.adam(1e-2),  # noqa: B008 (a value, never changed)
+) -> Saliency:
+    """Soft movement: as `movement`, with scores σ(S) held down by a penalty λ · mean σ(S).
+
+    Together with `sparsity=threshold(τ)` whatever has σ(S) ≤ τ goes, and the penalty decides how much that
+    is, in every leaf differently. With a number for `sparsity` the count is exact as ever.
+
+    Args:
+        penalty: λ in units of the loss, or a schedule `T -> λ`. The mean runs over all weights that are
+            pruned.
+        optimizer: of S.
+
+    Returns:
+        A `Saliency`; scores σ(S) in (0, 1), 0.5 at the start. The gradient passes to S straight through the
+        threshold and σ, as in the paper.
+
+    Cost:
+        As `movement`.
+
+    References:
+        Sanh et al., Movement pruning: Adaptive sparsity by fine-tuning (2020), arXiv 2005.07683: τ from 0 to
+        0.1 while λ rises to 400.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, hessjax as hj
+        >>> rule = hj.saliencies.soft_movement(penalty=1.0)
+        >>> rule.scores(rule.init({"kernel": jnp.ones((1, 2))}), {})
+        {'kernel': Array([[0.5, 0.5]], dtype=float32)}
+    """
+
+    def pull(scores: Params, count: Array) -> Params:
+        """The gradient of the penalty."""
+        amount = (penalty(count) if callable(penalty) else penalty) / _tree.size(scores)
+        return jax.tree.map(lambda s: amount * jax.nn.sigmoid(s) * jax.nn.sigmoid(-s), scores)
+
+    return Saliency(
+        *_trained(optimizer, jnp.zeros_like, pull),
+        scores=lambda state, dense, /, **extra: jax.tree.map(jax.nn.sigmoid, state.scores),
+        needs_grads=True,
+    )
+
+
+def _trained(
+    optimizer: optax.GradientTransformation,
+    start: Callable[[Array], Array],
+    pull: Callable[[Params, Array], Params] | None = None,
+) -> tuple[Callable[[Params], Movement], Callable[..., Movement]]:
+    """`init` and `update` of scores that take G⊙W and the gradient of a penalty."""
+
+    def init(dense: Params) -> Movement:
+        scores = jax.tree.map(lambda w: jnp.array(start(w), copy=True), _tree.wide(dense))
+        return Movement(scores, optimizer.init(scores), jnp.zeros((), jnp.int32))
+
+    def update(state: Movement, grads: Params, dense: Params, mask: Params, /, **extra: Any) -> Movement:
+        slopes = jax.tree.map(
+            lambda s, g, w: g.astype(s.dtype) * w.astype(s.dtype), state.scores, grads, dense
+        )
+        if pull is not None:
+            slopes = jax.tree.map(jnp.add, slopes, pull(state.scores, state.num_updates))
+        steps, inner = optimizer.update(slopes, state.inner, state.scores)
+        return Movement(optax.apply_updates(state.scores, steps), inner, state.num_updates + 1)
+
+    return init, update

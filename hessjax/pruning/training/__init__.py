@@ -1,0 +1,1 @@
+"""Pruning during training: a wrapper round any optax optimizer."""

@@ -1,0 +1,137 @@
+"""What pruning during training remembers: masks, and dense weights under masked params."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from hessjax._core import _tree
+from hessjax._core._types import Params, Where
+from hessjax.pruning.saliencies._saliency import is_hole
+
+
+def copy_selected(params: Params, where: Where, dtype: Any = None) -> Params:
+    """Copies of the selected leaves: the loop may donate params and state to one jitted step."""
+    hits = _tree.match(params, where)
+    selected = jax.tree.map(lambda x, hit: x if hit else optax.MaskedNode(), params, hits)
+    _tree.check_floating(selected, "params[where]")
+    return jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), selected)
+
+
+def on_selected(f: Callable[..., Array], tree: Params, mask: Params, *rest: Params) -> Params:
+    """`f(leaf, mask, ...)` on the pruned leaves; the others as they are."""
+    return jax.tree.map(lambda x, m, *r: x if is_hole(m) else f(x, m, *r), tree, mask, *rest)
+
+
+def unmask(param: Any, mask: Any, dense: Any) -> Array:
+    """The dense weights: the params where they are kept."""
+    return jnp.where(mask, param, dense)
+
+
+def second(_: Any, other: Any) -> Array:
+    """The other tree's leaf."""
+    return other
+
+
+def masked(x: Any, mask: Any) -> Array:
+    """Zero where the mask is False."""
+    return jnp.where(mask, x, jnp.zeros_like(x))
+
+
+def land(step: Any, mask: Any, dense: Any, param: Any) -> Array:
+    """`M⊙W − param`, in a dtype that holds the params: rounded to a narrower one it would not cancel.
+
+    Added to `param` it gives `M⊙W` again: 0.0 always; a kept weight because W = fl(param + u) for some float
+    u, and of all floats fl(W − param) is the nearest to W − param, so that it rounds where u did. (One
+    exception: a weight that jumps over zero exactly onto a power of two can land one unit in the last place
+    beside it.) Returning u itself would keep one more array alive between this step and the ranking.
+    """
+    dtype = jnp.promote_types(step.dtype, param.dtype)
+    return masked(dense, mask).astype(param.dtype).astype(dtype) - param.astype(dtype)
+
+
+class PruneState(NamedTuple):
+    """What `prune` remembers; `optax.tree.get(opt_state, "num_nan")` reads a field wherever it is nested.
+
+    `dense` and `mask` hold `optax.MaskedNode()` in place of every leaf that is not pruned.
+
+    Attributes:
+        num_updates: T, the updates so far.
+        inner: the state of the wrapped optimizer.
+        dense: the weights without their mask. Read where `mask` is False only: elsewhere the params are the
+            truth. (Everywhere, under gates or `dense_dtype`.) None where zeros never come back.
+        mask: booleans, True = kept.
+        saliency: what the saliency remembers (scores, their optimizer, gradients).
+        sparsity: what was asked for at the last mask step, or came of a `threshold`; 0 before the first.
+        num_nan: how many scores were NaN at the last mask step; anything but 0 means that the run has gone
+            wrong.
+        predicted_increase: of the loss, by a saliency that compensates, at the last mask step; None for the
+            others.
+    """
+
+    num_updates: Int[Array, ""]
+    inner: Any
+    dense: Params | None
+    mask: Params
+    saliency: Any
+    sparsity: Float[Array, ""]
+    num_nan: Int[Array, ""]
+    predicted_increase: Float[Array, ""] | None = None
+
+
+def mask_of(opt_state: Any) -> Params:
+    """The current mask, True = kept, from the state of any optimizer that has `prune` somewhere in it.
+
+    Args:
+        opt_state: an optax state, nested in any way (chain, MultiSteps, ...), or something that holds one,
+            such as a linen `TrainState`.
+
+    Returns:
+        A pytree like the params: booleans in the shape of every pruned leaf, and a scalar True for every
+        other, so that `jax.tree.map(lambda p, m: jnp.where(m, p, 0), params, hj.mask_of(opt_state))` masks a
+        tree (dense weights, an average of params). Before the first update this is the mask that the first
+        update will impose. From an `nnx.Optimizer`, whose state is made of Variables:
+        `nnx.as_pure(hj.mask_of(optimizer.opt_state))`.
+
+    Raises:
+        ValueError: if there is no prune state in it, or more than one that has a mask for the same leaf.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, hessjax as hj
+        >>> tx = optax.chain(optax.clip(1.0), hj.prune(optax.sgd(0.1), hj.saliencies.magnitude(),
+        ...                                                                                    sparsity=0.5))
+        >>> hj.mask_of(tx.init({"kernel": jnp.array([[1.0, -2.0]]), "bias": jnp.zeros(2)}))
+        {'bias': Array(True, dtype=bool), 'kernel': Array([[False,  True]], dtype=bool)}
+    """
+    found = _prune_states(opt_state)
+    if not found:
+        raise ValueError(
+            f"`opt_state` must hold the state of a `hessjax.prune`, found none in {type(opt_state).__name__}."
+        )
+    mask = functools.reduce(_either, [state.mask for state in found])
+    return jax.tree.map(lambda m: jnp.asarray(True) if is_hole(m) else m, mask, is_leaf=is_hole)
+
+
+def _prune_states(tree: Any) -> list[PruneState]:
+    """All of them, those inside the inner optimizer of another included."""
+    nodes = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, PruneState))
+    found = [node for node in nodes if isinstance(node, PruneState)]
+    return [state for node in found for state in (node, *_prune_states(node.inner))]
+
+
+def _either(a: Params, b: Params) -> Params:
+    """Two masks as one."""
+
+    def leaf(x: Any, y: Any) -> Any:
+        if not is_hole(x) and not is_hole(y):
+            raise ValueError(
+                "`opt_state` must hold one mask for every leaf, found two for the same: pass the part that "
+                "belongs to one `hessjax.prune`."
+            )
+        return y if is_hole(x) else x
+
+    return jax.tree.map(leaf, a, b, is_leaf=is_hole)

@@ -1,0 +1,1 @@
+"""Pruning recipes in YAML."""

@@ -1,0 +1,176 @@
+"""What a recipe may name, as pydantic models made of tables, and the functions that the names stand for."""
+
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, NamedTuple, Union
+
+import jax
+import optax
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, create_model
+
+from hessjax._core._types import Relative
+from hessjax.pruning.allocations import _allocation, _densities
+from hessjax.pruning.patterns import _pattern
+from hessjax.pruning.patterns._by_path import heads
+from hessjax.pruning.saliencies import _first_order, _obs
+from hessjax.pruning.saliencies._hard_concrete import hard_concrete
+from hessjax.pruning.saliencies._movement import from_magnitudes, movement, soft_movement
+from hessjax.pruning.saliencies._rewiring import rigl, sparse_evolution
+from hessjax.pruning.saliencies._saliency import compensated, magnitude
+
+
+class Strict(BaseModel):
+    """A model that refuses what it does not know."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Kind(NamedTuple):
+    """A function that a recipe may name, and the types of the arguments that it may give.
+
+    What is not given has the function's default; what has none must be given.
+    """
+
+    function: Callable[..., Any]
+    fields: dict[str, Any] = {}  # noqa: RUF012 (never changed)
+
+
+# -- {class: name, args: {...}} --------------------------------------------------------------------
+
+_SEED = "seed"  # files hold no keys
+
+
+def spec(table: dict[str, Kind], base: type[BaseModel] | None = None) -> Any:
+    """One of the table, as `{class: name, args: {...}}` or, without arguments, as its name alone."""
+    models = [_model(name, kind, base) for name, kind in table.items()]
+    return Annotated[
+        Annotated[Union[tuple(models)], Field(discriminator="class_")],  # noqa: UP007
+        BeforeValidator(lambda value: {"class": value} if isinstance(value, str) else value),
+    ]
+
+
+def _model(name: str, kind: Kind, base: type[BaseModel] | None) -> type[BaseModel]:
+    parameters = inspect.signature(kind.function).parameters.values()
+    needed = {_SEED if p.name == "key" else p.name for p in parameters if p.default is p.empty}
+    fields: dict[str, Any] = {k: (type_, ... if k in needed else None) for k, type_ in kind.fields.items()}
+    args: Any = create_model(f"{name}_args", __base__=base or Strict, **fields)
+    default = ... if base is not None or needed & fields.keys() else args()
+    tag: Any = Literal[name]
+    return create_model(name, __base__=Strict, class_=(tag, Field(alias="class")), args=(args, default))
+
+
+def build(part: Any, stop: int | None = None) -> Any:
+    """What a part of a recipe stands for: functions called with their arguments, numbers as they are."""
+    if isinstance(part, _RelativeTo):
+        return Relative(part.relative)
+    if isinstance(part, dict):
+        return {name: build(value, stop) for name, value in part.items()}
+    if not isinstance(part, BaseModel):
+        return tuple(part) if isinstance(part, list) else part
+    function, fields = KINDS[part.class_]  # type: ignore[attr-defined]
+    args: Any = part.args  # type: ignore[attr-defined]
+    given = {name: build(getattr(args, name), stop) for name in args.model_fields_set & fields.keys()}
+    if _SEED in given:
+        given["key"] = jax.random.key(given.pop(_SEED))
+    if "stop" in inspect.signature(function).parameters:
+        given["stop"] = stop
+    return function(**given)
+
+
+def is_spec(value: Any) -> bool:
+    """Whether a part of a file is `{class: ..., ...}`."""
+    return isinstance(value, dict) and "class" in value
+
+
+def either(first: Any, second: Any, is_first: Callable[[Any], bool]) -> Any:
+    """A value of the first type, or of the second, as the function tells."""
+    return Annotated[
+        Annotated[first, Tag("first")] | Annotated[second, Tag("second")],
+        Discriminator(lambda value: "first" if is_first(value) else "second"),
+    ]
+
+
+# -- what may be named -----------------------------------------------------------------------------
+
+SCHEDULES = {
+    "linear_schedule": Kind(
+        optax.linear_schedule,
+        {"init_value": float, "end_value": float, "transition_steps": int, "transition_begin": int},
+    ),
+    "polynomial_schedule": Kind(
+        optax.polynomial_schedule,
+        {
+            "init_value": float,
+            "end_value": float,
+            "power": float,
+            "transition_steps": int,
+            "transition_begin": int,
+        },
+    ),
+    "cosine_decay_schedule": Kind(
+        optax.cosine_decay_schedule, {"init_value": float, "decay_steps": int, "alpha": float}
+    ),
+}
+
+_Scheduled = either(spec(SCHEDULES), float, is_spec)
+
+_ADAM = {"learning_rate": _Scheduled, "b1": float, "b2": float, "eps": float}
+OPTIMIZERS = {
+    "sgd": Kind(optax.sgd, {"learning_rate": _Scheduled, "momentum": float, "nesterov": bool}),
+    "adam": Kind(optax.adam, _ADAM),
+    "adamw": Kind(optax.adamw, _ADAM | {"weight_decay": float}),
+    "lars": Kind(optax.lars, {"learning_rate": _Scheduled, "trust_coefficient": float, "momentum": float}),
+}
+
+STARTS = {"from_magnitudes": Kind(lambda: from_magnitudes)}
+
+
+class _RelativeTo(Strict):
+    relative: float
+
+
+_GRADS = {"num_grads": int, "batch_size": int}
+_FISHER = {
+    "update": str,
+    "damping": either(_RelativeTo, float, lambda value: isinstance(value, dict)),
+    "block_size": int | None,
+    **_GRADS,
+}
+_OPTIMIZER = {"optimizer": spec(OPTIMIZERS)}
+_SINGLE_SALIENCIES = {
+    "magnitude": Kind(magnitude),
+    "random": Kind(_first_order.random, {_SEED: int}),
+    "gradient": Kind(_first_order.gradient, {"decay": float}),
+    "movement": Kind(movement, {"start": spec(STARTS), **_OPTIMIZER}),
+    "soft_movement": Kind(soft_movement, {"penalty": _Scheduled, **_OPTIMIZER}),
+    "hard_concrete": Kind(
+        hard_concrete, {"penalty": _Scheduled, _SEED: int, "start_open": float, **_OPTIMIZER}
+    ),
+    "sparse_evolution": Kind(sparse_evolution, {"fraction": _Scheduled, _SEED: int}),
+    "rigl": Kind(rigl, {"fraction": _Scheduled}),
+    "obd": Kind(_obs.obd, _GRADS),
+    "obs": Kind(_obs.obs, _FISHER),
+    "wood_taylor": Kind(_obs.wood_taylor, _FISHER),
+}
+_SALIENCY = spec(_SINGLE_SALIENCIES)
+SALIENCIES = _SINGLE_SALIENCIES | {"compensated": Kind(compensated, {"choose": _SALIENCY, "by": _SALIENCY})}
+
+ALLOCATIONS = {
+    "global_threshold": Kind(_allocation.global_threshold, {"floor": float}),
+    "uniform": Kind(_allocation.uniform),
+    "erdos_renyi": Kind(_densities.erdos_renyi),
+    "explicit": Kind(_densities.explicit, {"sparsities": dict[str, float]}),
+    "by_curvature": Kind(_densities.by_curvature, {"curvature": dict[str, float], "floor": float}),
+}
+
+PATTERNS = {
+    "unstructured": Kind(_pattern.unstructured),
+    "n_of_m": Kind(_pattern.n_of_m, {"n": int, "m": int, "axis": int}),
+    "blocks": Kind(_pattern.blocks, {"shape": list[int]}),
+    "channels": Kind(_pattern.channels, {"axis": int}),
+    "filters": Kind(_pattern.filters),
+    "rows": Kind(_pattern.rows),
+    "heads": Kind(heads, {"num_heads": int | None, "out": str}),
+}
+
+KINDS = SCHEDULES | OPTIMIZERS | STARTS | SALIENCIES | ALLOCATIONS | PATTERNS

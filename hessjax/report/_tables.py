@@ -1,0 +1,164 @@
+"""What the tour found, as rows of numbers and as tables to read."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from hessjax._core import _tree
+from hessjax._core._types import Eigenpairs, Params
+from hessjax.estimators._hutchinson import TraceByLeaf
+
+
+class LayerRow(NamedTuple):
+    """The curvature of one leaf of the params.
+
+    Attributes:
+        path: where the leaf is, `Conv_0/kernel`.
+        shape: its shape.
+        parameters: how many weights it has.
+        trace: trace of its diagonal block, in loss per squared parameter.
+        stderr: standard error of the trace from the probes.
+        data_stderr: and from the data being a sample; None where it is not known.
+        share: the trace over that of the whole Hessian.
+        per_parameter: the trace over `parameters`: the mean eigenvalue of the block.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    parameters: int
+    trace: float
+    stderr: float
+    data_stderr: float | None
+    share: float
+    per_parameter: float
+
+
+def layer_rows(traces: TraceByLeaf, params: Params) -> tuple[LayerRow, ...]:
+    """One row for every leaf, in the order of the tree.
+
+    Args:
+        traces: from `hessjax.trace_by_leaf`.
+        params: the params it was taken at.
+
+    Returns:
+        The rows.
+
+    Cost:
+        Reads two numbers of every leaf.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import hessjax as hj
+        >>> from hessjax.report import layer_rows
+        >>> A = jax.tree_util.Partial(lambda v: {"bias": 2 * v["bias"], "kernel": 3 * v["kernel"]})
+        >>> params = {"bias": jnp.zeros(2), "kernel": jnp.zeros((2, 2))}
+        >>> rows = layer_rows(hj.trace_by_leaf(A, jax.random.key(0), params, num_probes=2), params)
+        >>> [(row.path, row.share, row.per_parameter) for row in rows]
+        [('bias', 0.25, 2.0), ('kernel', 0.75, 3.0)]
+    """
+    total = float(traces.total.mean)
+    named = zip(_tree.leaf_paths(params), jax.tree.leaves(params), strict=True)
+    return tuple(_layer_row(path, leaf, traces.leaves[path], total) for path, leaf in named)
+
+
+def _layer_row(path: str, leaf: Any, estimate: Any, total: float) -> LayerRow:
+    trace, size = float(estimate.mean), int(np.size(leaf))
+    share = trace / total if total else math.nan
+    per_parameter = trace / size if size else math.nan
+    data = None if estimate.data_stderr is None else float(estimate.data_stderr)
+    return LayerRow(path, np.shape(leaf), size, trace, float(estimate.stderr), data, share, per_parameter)
+
+
+# -- tables --------------------------------------------------------------------------------------
+
+
+def eigenvalue_table(pairs: Eigenpairs) -> Table:
+    """Eigenvalues with their residuals, largest first.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import hessjax as hj
+        >>> from hessjax.report import eigenvalue_table
+        >>> A = jax.tree_util.Partial(jnp.multiply, jnp.linspace(-1.0, 4.0, 50))
+        >>> eigenvalue_table(hj.eigenpairs(A, jax.random.key(0), jnp.zeros(50), k=2)).row_count
+        4
+    """
+    table = _table("Eigenvalues", "", "Eigenvalue", "Residual", "Converged", "± data")
+    data = [None] * len(pairs.values) if pairs.data_stderr is None else pairs.data_stderr
+    columns = zip(pairs.values, pairs.residuals, pairs.converged, data, strict=True)
+    for rank, (value, residual, converged, of_data) in enumerate(jax.device_get(list(columns)), 1):
+        verdict = "yes" if converged else "[bold red]no"
+        table.add_row(f"{rank}", f"{value:.5g}", f"{residual:.1e}", verdict, _doubt(of_data))
+    if pairs.asymmetry is not None and pairs.asymmetry > 1e-3 * np.max(np.abs(pairs.values), initial=0):
+        table.caption = (
+            f"[bold red]The matvec is not symmetric (by {float(pairs.asymmetry):.1e}): see hj.check."
+        )
+    return table
+
+
+def _doubt(stderr: Any) -> str:
+    """The sampling error of the data, where it is known."""
+    return "" if stderr is None else f"{float(stderr):.2g}"
+
+
+def layer_table(traces: TraceByLeaf, params: Params) -> Table:
+    """The trace of every leaf's block with its standard error, its share and its mean per parameter.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import hessjax as hj
+        >>> from hessjax.report import layer_table
+        >>> A = jax.tree_util.Partial(jnp.multiply, 2.0)
+        >>> params = jnp.zeros(3)
+        >>> layer_table(hj.trace_by_leaf(A, jax.random.key(0), params, num_probes=2), params).row_count
+        2
+    """
+    headers = ("Layer", "Shape", "Params", "Trace", "± probes", "± data", "Share %", "Mean λ")
+    table = _table("Curvature by layer", *headers)
+    for row in layer_rows(traces, params):
+        shape = "×".join(map(str, row.shape))
+        numbers = (
+            f"{row.trace:.3g}",
+            f"{row.stderr:.2g}",
+            _doubt(row.data_stderr),
+            f"{100 * row.share:.1f}",
+            f"{row.per_parameter:.1e}",
+        )
+        table.add_row(Text(row.path), shape, f"{row.parameters:,}", *numbers)
+    total, size = traces.total, _tree.size(params)
+    mean = float(total.mean)
+    table.add_section()
+    table.add_row(
+        "total", "", f"{size:,}", f"{mean:.3g}", f"{float(total.stderr):.2g}", _doubt(total.data_stderr),
+        "100.0", f"{mean / size:.1e}", style="bold",
+    )  # fmt: skip
+    return table
+
+
+def accuracy_table(rows: Mapping[str, tuple[float, float]]) -> Table:
+    """Sparsity against accuracy, one row for every network: `{name: (sparsity, accuracy)}`.
+
+    Example:
+        >>> from hessjax.report import accuracy_table
+        >>> accuracy_table({"dense": (0.0, 0.98), "sparse": (0.9, 0.97)}).row_count
+        2
+    """
+    table = _table("Dense against sparse", "Network", "Zeros %", "Test accuracy %")
+    for name, (sparsity, accuracy) in rows.items():
+        table.add_row(Text(name), f"{100 * sparsity:.2f}", f"{100 * accuracy:.2f}")
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(
+        box=None, title=title, title_justify="left", title_style="bold", header_style="dim", pad_edge=False
+    )
+    for column in columns:
+        words = column in ("Layer", "Shape", "Network")
+        table.add_column(column, justify="left" if words else "right", no_wrap=True)
+    return table

@@ -1,0 +1,1 @@
+"""From a matvec to solutions of linear systems."""

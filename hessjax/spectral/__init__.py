@@ -1,1 +1,0 @@
-"""From a matvec to numbers: eigenpairs, trace, density."""

@@ -1,0 +1,277 @@
+"""One leaf at a time: against pruning by hand and the quadratic it predicts from, and its file."""
+
+import io
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import rich.console
+from oracles import CONTAINERS, leaves
+
+import hessjax as hj
+
+LEVELS = (0.0, 0.25, 0.5)
+
+
+def network(seed=0, dtype=jnp.float32):
+    rng = np.random.default_rng(seed)
+    shapes = {"bias": (3,), "one": (4, 6), "two": (6, 3)}
+    return {k: jnp.asarray(rng.normal(size=s), dtype) for k, s in shapes.items()}
+
+
+CENTRE, CURVATURE = network(1), jax.tree.map(jnp.abs, network(2))
+
+
+def loss_fn(params):
+    """A quadratic with its least value 3 at the centre and a diagonal Hessian."""
+    parts = jax.tree.map(lambda h, w, c: jnp.sum(h * (w - c) ** 2) / 2, CURVATURE, params, CENTRE)
+    return 3.0 + sum(jax.tree.leaves(parts))
+
+
+def metrics(params):
+    return {"loss": loss_fn(params), "zeros": sum(jnp.sum(x == 0) for x in jax.tree.leaves(params))}
+
+
+class Counting:
+    """A metric that knows how often it was called."""
+
+    def __init__(self, metric):
+        self.metric, self.calls = metric, 0
+
+    def __call__(self, params):
+        self.calls += 1
+        return self.metric(params)
+
+
+# -- numbers ---------------------------------------------------------------------------------------
+
+
+def test_rows_are_pruning_by_hand():
+    result = hj.sensitivity(metrics, CENTRE, LEVELS)
+    want = [(name, level) for name in ("one", "two") for level in LEVELS]
+    assert [(row.parameter, row.sparsity) for row in result.rows] == want
+    for row in result.rows:
+        flat = np.asarray(CENTRE[row.parameter]).ravel().copy()
+        flat[np.argsort(np.abs(flat))[: round(row.sparsity * flat.size)]] = 0
+        by_hand = metrics({**CENTRE, row.parameter: flat.reshape(CENTRE[row.parameter].shape)})
+        assert row.metrics == {k: float(v) for k, v in by_hand.items()}
+        assert row.predicted is None
+
+
+def test_a_diagonal_predicts_a_diagonal_quadratic(x64):
+    params, curvature = network(1, jnp.float64), jax.tree.map(jnp.abs, network(2, jnp.float64))
+
+    def exact(p):
+        return sum(
+            jnp.sum(h * (w - c) ** 2) / 2
+            for h, w, c in zip(*map(jax.tree.leaves, (curvature, p, params)), strict=True)
+        )
+
+    for saliency in (hj.saliencies.magnitude(), hj.saliencies.obd()):
+        grads = jax.tree.map(lambda h: jnp.sqrt(h)[None], curvature)
+        result = hj.sensitivity(exact, params, LEVELS, saliency, grads_fn=lambda p: grads, diagonal=curvature)  # noqa: B023
+        for row in result.rows:
+            np.testing.assert_allclose(row.predicted, row.metrics["metric"], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("rule", "rows", "damping"),
+    [
+        (hj.saliencies.obs(damping=1e-3), np.random.default_rng(5).normal(size=(60, 24)), 1e-3),
+        (hj.saliencies.obd(), 3 * np.eye(24), 0.0),
+    ],
+    ids=["obs", "obd"],
+)
+def test_a_saliency_predicts_what_it_does_to_its_own_quadratic(x64, rule, rows, damping):
+    """The loss is ½ δᵀ(F + λI)δ with the Fisher of the gradients: realised and predicted increase are one."""
+    params = {"one": network(1, jnp.float64)["one"]}
+    grads = {"one": jnp.asarray(rows.reshape(-1, 4, 6))}
+    F = rows.T @ rows / len(rows) + damping * np.eye(24)
+
+    def exact(p):
+        move = (p["one"] - params["one"]).ravel()
+        return {"loss": move @ F @ move / 2}
+
+    result = hj.sensitivity(exact, params, [0.0, 0.3, 0.7], rule, grads_fn=lambda p: grads)
+    for row in result.rows:
+        np.testing.assert_allclose(row.predicted, row.metrics["loss"], rtol=1e-8, atol=1e-12)
+
+
+def test_without_a_metric_it_only_predicts():
+    grads = jax.tree.map(lambda x: x[None], CENTRE)
+    asked = Counting(lambda p: grads)
+    result = hj.sensitivity(None, CENTRE, (0.5, 0.25), hj.saliencies.obd(), grads_fn=asked, where="two")
+    assert asked.calls == 1
+    assert [row.sparsity for row in result.rows] == [0.5, 0.25]
+    assert result.rows[0].metrics == {}
+    assert result.rows[0].predicted > result.rows[1].predicted > 0
+
+
+def test_whole_filters_go_by_pattern():
+    lost = lambda p: {name: jnp.sum(jnp.all(p[name] == 0, axis=0)) for name in ("one", "two")}
+    result = hj.sensitivity(lost, CENTRE, [0.34, 0.5], pattern=hj.patterns.filters())
+    assert [tuple(row.metrics.values()) for row in result.rows] == [(2, 0), (3, 0), (0, 1), (0, 1)]
+    mixed = hj.sensitivity(
+        lost, CENTRE, [0.5], pattern={"two": hj.patterns.unstructured(), "*": hj.patterns.filters()}
+    )
+    assert [tuple(row.metrics.values()) for row in mixed.rows] == [(3, 0), (0, 0)]
+    with pytest.raises(ValueError, match=r"n_of_m\(2, 4.*\) does not fit two of shape \(6, 3\)"):
+        hj.sensitivity(lost, CENTRE, [0.5], pattern=hj.patterns.n_of_m(2, 4))
+
+
+def test_the_dense_network_is_measured_once():
+    metric = Counting(loss_fn)
+    result = hj.sensitivity(metric, CENTRE, LEVELS)
+    assert metric.calls == 1 + 2 * 2
+    assert result.rows[0].metrics == result.rows[3].metrics == {"metric": float(loss_fn(CENTRE))}
+
+
+@pytest.mark.parametrize("wrap", CONTAINERS.values(), ids=CONTAINERS)
+def test_any_container(wrap):
+    params = wrap(leaves())
+    result = hj.sensitivity(lambda p: sum(jnp.sum(x == 0) for x in jax.tree.leaves(p)), params, [0.5])
+    assert [row.metrics["metric"] for row in result.rows] == [3]
+
+
+def test_nothing_compiles_for_other_params(compilations):
+    hj.sensitivity(loss_fn, network(3), LEVELS, diagonal=CURVATURE)
+    del compilations[:]
+    hj.sensitivity(loss_fn, network(4), LEVELS, diagonal=CURVATURE)
+    assert not compilations
+
+
+# -- what one sees of it ---------------------------------------------------------------------------
+
+
+def test_table():
+    result = hj.sensitivity(metrics, CENTRE, LEVELS, diagonal=CURVATURE)
+    lines = str(result).splitlines()
+    assert lines[0].split() == ["parameter", "sparsity", "loss", "zeros", "predicted", "rise"]
+    assert [line.split()[0] for line in lines[1:]] == ["one", "0.25", "0.5", "two", "0.25", "0.5"]
+    out = io.StringIO()
+    rich.console.Console(file=out, force_terminal=True, width=100).print(result)
+    assert "\x1b[1m" in out.getvalue()
+
+
+def test_names_are_shown_as_they_are():
+    params = {"w[a]": jnp.ones((2, 2)), "x[/a]": jnp.ones((2, 2))}
+    text = str(hj.sensitivity(lambda p: {"loss[b]": 1.0}, params, [0.5]))
+    assert all(name in text for name in ("w[a]", "x[/a]", "loss[b]"))
+
+
+def test_callbacks_hear_of_every_evaluation():
+    seen = []
+    hj.sensitivity(loss_fn, CENTRE, LEVELS, callbacks=[seen.append])
+    assert [(p.num_matvecs, p.max_matvecs, p.done) for p in seen] == [(i, 6, i == 6) for i in range(1, 7)]
+
+
+def test_the_progress_bar_counts_evaluations(capsys):
+    hj.sensitivity(loss_fn, CENTRE, LEVELS, callbacks=[hj.progress_bar("leaves", unit="evaluations")])
+    assert re.search(r"leaves .*6/6 evaluations", capsys.readouterr().out)
+
+
+# -- the file --------------------------------------------------------------------------------------
+
+
+def test_the_file_has_distillers_shape_and_full_precision(tmp_path):
+    result = hj.sensitivity(metrics, CENTRE, [0.1 + 0.2, 0.5], path=tmp_path / "s.csv")
+    result.to_csv(tmp_path / "again.csv")
+    text = (tmp_path / "s.csv").read_text()
+    assert text == (tmp_path / "again.csv").read_text()
+    assert text.splitlines()[0] == "parameter,sparsity,loss,zeros"
+    assert text.splitlines()[1] == f"one,0.3,{result.rows[0].metrics['loss']!r},7.0"
+
+
+def test_it_goes_on_where_it_was_cut_off(tmp_path):
+    file = tmp_path / "s.csv"
+    whole = hj.sensitivity(metrics, CENTRE, LEVELS, diagonal=CURVATURE, path=file)
+    text = file.read_text()
+    for cut in (0, 5, 40, len(text) // 2, len(text) - 3, len(text)):
+        file.write_text(text[:cut])
+        metric = Counting(metrics)
+        again = hj.sensitivity(metric, CENTRE, LEVELS, diagonal=CURVATURE, path=file)
+        assert again == whole
+        assert file.read_text() == text
+        assert metric.calls <= 5
+    assert metric.calls == 0
+
+
+def test_more_levels_and_leaves_are_added_to_it(tmp_path):
+    file = tmp_path / "s.csv"
+    hj.sensitivity(metrics, CENTRE, [0.5, 0.75], where="one", path=file)
+    metric = Counting(lambda p: dict(reversed(metrics(p).items())))
+    more = hj.sensitivity(metric, CENTRE, LEVELS, path=file)
+    assert metric.calls == 1 + 3  # level 0, and one, two at 0.25, two at 0.5
+    assert len(more.rows) == 6
+    assert len(file.read_text().splitlines()) == 1 + 7
+    assert more == hj.sensitivity(metrics, CENTRE, LEVELS)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("layer,level,loss,zeros\n", r"in line 1 of `.*` the columns must be `parameter,sparsity,<metrics>`"),
+        ("a diary", "in line 1 .* got `a diary`"),
+        ("a diary\nof two lines", "in line 1 .* got `a diary`"),
+        ("parameter,sparsity,loss,zeros,predicted\none,0.5,1,2,3\n", "in line 1 .*predicted"),
+        ("parameter,sparsity,loss\none,0.5,1\n", "in line 1 .* the metrics are loss, and .* loss, zeros"),
+        ("parameter,sparsity,loss,zeros\none,0.5,1,2\nthree,0.5,1,2\n", "in line 3 .* got `three`"),
+        ("parameter,sparsity,loss,zeros\none,0.5,1\n", "in line 2 .* must be 4 columns.* got 3"),
+        ("parameter,sparsity,loss,zeros\none,0.5,1,x\n", "in line 2 .* must be a number: .*'x'"),
+    ],
+)
+def test_another_file_is_left_as_it_is(tmp_path, text, message):
+    file = tmp_path / "s.csv"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        hj.sensitivity(metrics, CENTRE, LEVELS, path=file)
+    assert file.read_text() == text
+
+
+# -- bad input -------------------------------------------------------------------------------------
+
+
+def test_a_nan_names_leaf_and_level_and_keeps_the_rows_before_it(tmp_path):
+    file = tmp_path / "s.csv"
+
+    def breaks(params):
+        return {"loss": jnp.where(jnp.sum(params["two"] == 0) > 8, jnp.nan, loss_fn(params))}
+
+    message = "got NaN for `loss` with `two` pruned to sparsity 0.5.*rows before it are in"
+    with pytest.raises(FloatingPointError, match=message):
+        hj.sensitivity(breaks, CENTRE, LEVELS, path=file)
+    assert len(file.read_text().splitlines()) == 1 + 5
+    with pytest.raises(
+        FloatingPointError, match="leave that level or leaf out, or evaluate in a wider dtype.$"
+    ):
+        hj.sensitivity(breaks, CENTRE, LEVELS)
+
+
+def test_bad_metrics():
+    with pytest.raises(
+        TypeError, match=r"`metric` must return a scalar .*, got float32\[4, 6\] for `metric`"
+    ):
+        hj.sensitivity(lambda p: p["one"], CENTRE, LEVELS)
+    with pytest.raises(ValueError, match="must not name a value `sparsity`"):
+        hj.sensitivity(lambda p: {"sparsity": 0.0}, CENTRE, LEVELS)
+    names = iter("ab")
+    with pytest.raises(ValueError, match="the same names every time: before, the metrics are a, and .* b"):
+        hj.sensitivity(lambda p: {next(names): 0.0}, CENTRE, LEVELS)
+    with pytest.raises(ValueError, match="`metric` must be given, or something to predict from"):
+        hj.sensitivity(None, CENTRE, LEVELS)
+
+
+def test_bad_levels_leaves_and_diagonals():
+    with pytest.raises(ValueError, match=r"`sparsity` must be in \[0, 1\).*got 90.*write 0.9"):
+        hj.sensitivity(loss_fn, CENTRE, [0, 90])
+    for levels in ([], [0.5, 0.5]):
+        with pytest.raises(ValueError, match="`levels` must be one or more different sparsities"):
+            hj.sensitivity(loss_fn, CENTRE, levels)
+    with pytest.raises(ValueError, match="`where` must match at least one leaf with weights, got .*: a, b."):
+        hj.sensitivity(loss_fn, {"a": jnp.zeros((0, 3)), "b": jnp.zeros((3, 0)), "c": jnp.ones(2)}, [0.5])
+    with pytest.raises(ValueError, match="`where` must match at least one leaf"):
+        hj.sensitivity(loss_fn, CENTRE, LEVELS, where="three")
+    with pytest.raises(ValueError, match="`diagonal` must have the structure of `params`"):
+        hj.sensitivity(loss_fn, CENTRE, LEVELS, diagonal={"one": CENTRE["one"]})

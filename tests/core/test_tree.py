@@ -1,0 +1,53 @@
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from hessjax._core import _tree
+
+
+def test_sums_over_bfloat16_are_taken_in_float32():
+    ones = {"a": jnp.full(1000, 0.1, jnp.bfloat16), "b": jnp.ones((), jnp.bfloat16)}
+    assert _tree.inner(ones, ones).dtype == jnp.float32
+    want = 1000 * float(jnp.bfloat16(0.1)) ** 2 + 1
+    np.testing.assert_allclose(_tree.inner(ones, ones), want, rtol=1e-5)
+
+
+def test_block_algebra_is_matrix_algebra(x64):
+    rng = np.random.default_rng(0)
+    like = oracles.tree_like(11)
+    block = {k: jnp.asarray(rng.normal(size=(4, *v.shape))) for k, v in like.items()}
+    vector = _tree.row(block, 2)
+    B = oracles.rows(block)
+    np.testing.assert_allclose(_tree.block_inner(block, vector), B @ B[2], rtol=1e-12)
+    np.testing.assert_allclose(_tree.gram(block, block), B @ B.T, rtol=1e-12)
+    C = rng.normal(size=(2, 4))
+    np.testing.assert_allclose(oracles.rows(_tree.combine(jnp.asarray(C), block)), C @ B, rtol=1e-12)
+    np.testing.assert_allclose(_tree.norm(vector), np.linalg.norm(B[2]), rtol=1e-12)
+    np.testing.assert_allclose(sum(_tree.inner_by_leaf(vector, vector)), B[2] @ B[2], rtol=1e-12)
+
+
+@pytest.mark.parametrize("container", oracles.CONTAINERS)
+def test_paths_are_readable_in_every_container(container):
+    paths = _tree.leaf_paths(oracles.CONTAINERS[container](oracles.leaves()))
+    assert len(paths) == 4
+    if container != "tuple":
+        assert paths == list(oracles.leaves())
+    assert _tree.leaf_paths(jnp.zeros(2)) == ["."]
+
+
+def test_size_counts_scalars_and_empty_leaves():
+    assert _tree.size(oracles.tree_like(11)) == 11
+
+
+def test_complex_vectors_are_refused():
+    for leaf in (1j, jnp.ones(2) * 1j, np.ones(2) * 1j):
+        like = jnp.zeros(np.shape(leaf))
+        with pytest.raises(TypeError, match=r"`vector` must be real, got .*complex"):
+            _tree.check_like(leaf, like, "vector", "params")
+
+
+def test_a_path_matches_itself_even_where_it_reads_otherwise_as_a_glob():
+    tree = {"w[a]": 1, "wa": 2}
+    assert _tree.match(tree, "w[a]") == {"w[a]": True, "wa": True}
+    assert _tree.match(tree, "w[[]a]") == {"w[a]": True, "wa": False}

@@ -1,0 +1,554 @@
+"""The laws of pruning during training, for any inner optimizer and any container."""
+
+import dataclasses
+import pickle
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+
+import hessjax as hj
+from hessjax.pruning.saliencies._saliency import Saliency
+
+SCHEDULE = optax.polynomial_schedule(0.0, 0.8, 3, 9)
+
+INNER = {
+    "sgd": lambda: optax.sgd(0.05, momentum=0.9),
+    "adam": lambda: optax.adam(0.02),
+    "adamw": lambda: optax.adamw(0.02, weight_decay=0.1),
+    "lion": lambda: optax.lion(0.01, weight_decay=0.1),
+    "ema": lambda: optax.chain(optax.scale_by_adam(), optax.ema(0.9), optax.scale(-0.02)),
+    "clipped": lambda: optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.02)),
+    "accumulated": lambda: optax.MultiSteps(optax.adam(0.02), 3),
+}
+
+
+def make_params(dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 3)
+    return {
+        "one": {"kernel": jax.random.normal(keys[0], (5, 7), dtype), "bias": jnp.full(7, 0.1, dtype)},
+        "two": {"kernel": jax.random.normal(keys[1], (7, 3), dtype), "bias": jnp.zeros(3, dtype)},
+        "scale": jnp.ones((), dtype),
+        "empty": jnp.zeros((0, 2), dtype),
+    }
+
+
+def loss(params, x):
+    h = jnp.tanh(x @ params["one"]["kernel"] + params["one"]["bias"])
+    y = (h @ params["two"]["kernel"] + params["two"]["bias"]) * params["scale"]
+    return jnp.mean((y - jnp.sin(x[:, :3])) ** 2).astype(jnp.float32)
+
+
+GRAD = jax.jit(jax.grad(loss))
+
+
+def batch(step, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(100 + step), (16, 5), dtype)
+
+
+def stepper(tx, loss=loss, jit=True):
+    def step(params, state, x):
+        grads = jax.grad(loss)(params, x) if jit else GRAD(params, x)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return jax.jit(step) if jit else step
+
+
+def train(tx, params, steps, state=None, first=0, jit=False):
+    """Yields (T, params, state) after every update. Without `jit` by default: nothing to compile per test."""
+    state, step = tx.init(params) if state is None else state, stepper(tx, jit=jit)
+    for t in range(first, first + steps):
+        params, state = step(params, state, batch(t, params["scale"].dtype))
+        yield t + 1, params, state
+
+
+def last(run):
+    return list(run)[-1][1:]
+
+
+def kernels(params):
+    return [np.asarray(params["one"]["kernel"]), np.asarray(params["two"]["kernel"])]
+
+
+def num_zeros(params):
+    return sum(int((k == 0).sum()) for k in kernels(params))
+
+
+def assert_trees_equal(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
+
+
+# -- an oracle ------------------------------------------------------------------------------------
+
+
+def test_oracle_of_dense_weights_and_argsort_masks(x64):
+    """80 steps of sgd with momentum in numpy: W dense, M by argsort, G taken at W⊙M by hand."""
+    rng = np.random.default_rng(0)
+    X, Y, W = rng.normal(size=(30, 6)), rng.normal(size=(30, 4)), rng.normal(size=(6, 4))
+    params, start = {"w": jnp.asarray(W)}, W.copy()
+
+    def sparsity(t):
+        return 0.75 * (1 - (1 - t / 60) ** 3) if t < 60 else 0.75
+
+    def mask_at(t, W):
+        mask = np.ones(W.size, bool)
+        mask[np.argsort(np.abs(W).ravel(), kind="stable")[: round(sparsity(t) * W.size)]] = False
+        return mask.reshape(W.shape)
+
+    table = jnp.asarray([sparsity(t) for t in range(81)])
+    tx = hj.prune(
+        optax.sgd(0.05, momentum=0.9),
+        hj.saliencies.magnitude(),
+        lambda t: table[t],
+        every=7,
+        start=3,
+        stop=64,
+    )
+    state = tx.init(params)
+    step = stepper(tx, lambda p, _: jnp.mean(jnp.sum((X @ p["w"] - Y) ** 2, axis=1)))
+    M, V, returned = np.ones(W.shape, bool), np.zeros_like(W), 0
+    for t in range(1, 81):
+        params, state = step(params, state, 0.0)
+        V = 0.9 * V + M * (2 / 30 * X.T @ (X @ (W * M) - Y))
+        W = W - 0.05 * V
+        if (3 <= t <= 64 and (t - 3) % 7 == 0) or t == 64:
+            old, M = M, mask_at(t, W)
+            returned += int((M & ~old).sum())
+        np.testing.assert_array_equal(hj.mask_of(state)["w"], M)
+        np.testing.assert_allclose(params["w"], W * M, rtol=1e-11, atol=1e-13)
+    assert returned > 0, "the run must contain a weight that comes back"
+    assert not np.array_equal(W, start)
+
+
+# -- laws -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_zeros_are_exact_and_as_many_as_asked(name):
+    tx = hj.prune(INNER[name](), hj.saliencies.magnitude(), SCHEDULE, every=4, start=2, stop=9)
+    expected = 0
+    for t, params, state in train(tx, make_params(), 12, jit=name in ("sgd", "accumulated")):
+        if t in (2, 6, 9):
+            expected = round(float(SCHEDULE(t)) * 56)
+        mask = hj.mask_of(state)
+        assert num_zeros(params) == expected, t
+        assert_trees_equal([k != 0 for k in kernels(params)], kernels(mask))
+    assert expected == round(0.8 * 56)  # the last mask step is `stop`, although (9 - 2) % 4 != 0
+
+
+@pytest.mark.parametrize("name", sorted(INNER.keys() - {"accumulated"}))
+def test_without_zeros_it_is_the_inner_optimizer_bit_for_bit(name):
+    """Operation for operation; under `jit` XLA may contract a·b + c in one program and not in the other."""
+    plain, pruned = INNER[name](), hj.prune(INNER[name](), hj.saliencies.magnitude(), 0.0, every=3)
+    params = params_ = make_params()
+    state, state_ = plain.init(params), pruned.init(params)
+    for t in range(4):
+        grads = GRAD(params, batch(t))
+        updates, state = plain.update(grads, state, params)
+        updates_, state_ = pruned.update(grads, state_, params_)
+        params, params_ = optax.apply_updates(params, updates), optax.apply_updates(params_, updates_)
+    assert_trees_equal(params, params_)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lion", "ema"])
+def test_other_leaves_train_as_if_prune_were_not_there(name):
+    """Given the same gradients: the inner optimizer alone, on the other leaves alone."""
+    params = make_params()
+    tx, alone = hj.prune(INNER[name](), hj.saliencies.magnitude(), 0.7, every=2), INNER[name]()
+    others = {"one": params["one"]["bias"], "two": params["two"]["bias"], "scale": params["scale"]}
+    state, other_state = tx.init(params), alone.init(others)
+    for t in range(6):
+        grads = GRAD(params, batch(t))
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        picked = {"one": grads["one"]["bias"], "two": grads["two"]["bias"], "scale": grads["scale"]}
+        other_updates, other_state = alone.update(picked, other_state, others)
+        others = optax.apply_updates(others, other_updates)
+    assert_trees_equal(
+        others, {"one": params["one"]["bias"], "two": params["two"]["bias"], "scale": params["scale"]}
+    )
+
+
+def test_narrow_params_land_exactly():
+    dtype = jnp.bfloat16
+    tx = hj.prune(optax.adamw(0.02), hj.saliencies.magnitude(), 0.7, every=3)
+    for _, params, state in train(tx, make_params(dtype), 7):
+        assert num_zeros(params) == round(0.7 * 56)
+        assert params["one"]["kernel"].dtype == dtype == state.dense["one"]["kernel"].dtype
+
+
+def test_float64_params_land_exactly(x64):
+    tx = hj.prune(optax.adamw(0.02), hj.saliencies.magnitude(), 0.7, every=3)
+    params, state = last(train(tx, make_params(jnp.float64), 7))
+    assert num_zeros(params) == round(0.7 * 56)
+    # A kept weight is its dense copy, to the last bit.
+    mask = hj.mask_of(state)
+    for p, m, d in zip(kernels(params), kernels(mask), kernels(state.dense), strict=True):
+        np.testing.assert_array_equal(p, np.where(m, d, 0))
+
+
+def test_an_update_narrower_than_the_params_still_cancels():
+    to_bf16 = optax.stateless(lambda u, _: jax.tree.map(lambda x: x.astype(jnp.bfloat16), u))
+    tx = hj.prune(optax.chain(optax.sgd(0.1), to_bf16), hj.saliencies.magnitude(), 0.5)
+    params, _ = last(train(tx, make_params(), 3))
+    assert num_zeros(params) == 28
+
+
+def test_a_pruned_weight_can_come_back_from_its_dense_copy():
+    tx = hj.prune(optax.sgd(0.0), hj.saliencies.magnitude(), lambda t: jnp.where(t < 2, 0.5, 0.0), every=1)
+    params = {"w": jnp.array([[0.1, -0.2, 3.0, 4.0]])}
+    state = tx.init(params)
+    step = stepper(tx, lambda p, _: jnp.sum(p["w"]))
+    thin, state = step(params, state, 0.0)
+    assert thin["w"].tolist() == [[0.0, 0.0, 3.0, 4.0]]
+    back, _ = step(thin, state, 0.0)
+    assert_trees_equal(back, params)
+
+
+def test_masked_gradients_reach_inner_and_dense_weights_decay():
+    def check(updates, state, params=None):
+        return jax.tree.map(lambda g, p: g - 0.5 * p, updates, params), state
+
+    spy = optax.GradientTransformation(lambda params: optax.EmptyState(), check)
+    tx = hj.prune(spy, hj.saliencies.magnitude(), 0.5, start=0, stop=0)
+    params = {"w": jnp.array([[1.0, 8.0]])}
+    state = tx.init(params)
+    for want in (0.5, 0.25):  # halved by decay, untouched by the gradient
+        updates, state = tx.update({"w": jnp.array([[7.0, 0.0]])}, state, params)
+        params = optax.apply_updates(params, updates)
+        assert params["w"][0, 0] == 0.0
+        assert state.dense["w"][0, 0] == want
+
+
+def test_the_mask_of_step_zero_acts_from_the_first_update():
+    for t, params, _ in train(
+        hj.prune(optax.sgd(0.1), hj.saliencies.magnitude(), 0.5, stop=0), make_params(), 3
+    ):
+        assert num_zeros(params) == 28, t
+    run = train(hj.prune(optax.sgd(0.1), hj.saliencies.magnitude(), 0.5, start=2, every=5), make_params(), 3)
+    assert [num_zeros(p) for _, p, _ in run] == [0, 28, 28]
+
+
+def test_a_finished_network_keeps_its_zeros():
+    """stop=0 on params that are sparse already is training under a fixed mask."""
+    sparse, _ = last(train(hj.prune(optax.sgd(0.1), hj.saliencies.magnitude(), 0.5), make_params(), 2))
+    tuned, _ = last(train(hj.prune(optax.adam(0.1), hj.saliencies.magnitude(), 0.5, stop=0), sparse, 4))
+    assert_trees_equal([k == 0 for k in kernels(sparse)], [k == 0 for k in kernels(tuned)])
+
+
+@pytest.mark.parametrize("allocation", [hj.allocations.global_threshold(), hj.allocations.uniform()])
+def test_jit_is_eager(allocation):
+    tx = hj.prune(optax.adamw(0.02), hj.saliencies.magnitude(), SCHEDULE, allocation=allocation, every=2)
+    runs = (train(tx, make_params(), 10), train(tx, make_params(), 10, jit=True))
+    for (_, params, state), (_, params_, state_) in zip(*runs, strict=True):
+        assert_trees_equal(hj.mask_of(state), hj.mask_of(state_))
+        assert num_zeros(params) == num_zeros(params_)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), params, params_)
+
+
+def test_nothing_compiles_after_the_first_step(compilations):
+    tx = hj.prune(optax.adam(0.02), hj.saliencies.magnitude(), SCHEDULE, every=2)
+    batches = [batch(t) for t in range(6)]
+    params, step = make_params(), stepper(tx)
+    params, state = step(params, tx.init(params), batches[0])
+    del compilations[:]
+    for x in batches:
+        params, state = step(params, state, x)
+    assert not compilations
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"saliency": hj.saliencies.magnitude()}, {"saliency": hj.saliencies.obs(num_grads=2), "start": 1}],
+)
+def test_params_and_state_may_be_donated_together(options):
+    tx = hj.prune(optax.sgd(0.1), sparsity=0.5, **options)
+    params = {"w": jnp.arange(6.0).reshape(2, 3)}
+
+    def step(params, state):
+        updates, state = tx.update(params, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for init in (tx.init, jax.jit(tx.init)):
+        fresh = jax.tree.map(jnp.copy, params)
+        thin, _ = jax.jit(step, donate_argnums=(0, 1))(fresh, init(fresh))
+        assert int((thin["w"] == 0).sum()) == 3
+
+
+def test_memory_is_one_copy_and_one_byte_per_pruned_weight():
+    state = hj.prune(optax.sgd(0.1), hj.saliencies.magnitude(), 0.5).init(make_params())
+    held = sum(x.nbytes for x in jax.tree.leaves(state))
+    assert held == 56 * (4 + 1) + 3 * 4  # and three scalars
+
+
+# -- other transformations round it ---------------------------------------------------------------
+
+
+def test_inside_a_chain():
+    tx = optax.chain(
+        optax.clip_by_global_norm(0.1), hj.prune(optax.adam(0.02), hj.saliencies.magnitude(), 0.5)
+    )
+    params, state = last(train(tx, make_params(), 3))
+    assert num_zeros(params) == 28
+    assert int((~kernels(hj.mask_of(state))[0]).sum() + (~kernels(hj.mask_of(state))[1]).sum()) == 28
+
+
+def test_inside_multisteps_it_counts_emitted_updates():
+    tx = optax.MultiSteps(hj.prune(optax.adam(0.02), hj.saliencies.magnitude(), 0.5, start=2, every=2), 3)
+    zeros = [num_zeros(params) for _, params, _ in train(tx, make_params(), 9, jit=True)]
+    assert zeros == [0] * 5 + [28] * 4
+
+
+def test_a_rejected_update_changes_nothing():
+    tx = optax.apply_if_finite(hj.prune(optax.adam(0.02), hj.saliencies.magnitude(), 0.5), 3)
+    params, state = last(train(tx, make_params(), 2, jit=True))
+    bad = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), params)
+    updates, state = tx.update(bad, state, params)
+    assert_trees_equal(optax.apply_updates(params, updates), params)
+    assert int(optax.tree.get(state, "num_nan")) == 0
+
+
+def test_an_average_of_params_is_masked_by_mask_of():
+    tx, average = (
+        hj.prune(optax.adam(0.02), hj.saliencies.magnitude(), SCHEDULE, every=2, stop=9),
+        make_params(),
+    )
+    for _, params, state in train(tx, make_params(), 9):  # noqa: B007 (the last state is read below)
+        average = optax.incremental_update(params, average, 0.5)
+    thin = jax.tree.map(lambda p, m: jnp.where(m, p, 0), average, hj.mask_of(state))
+    assert num_zeros(thin) == num_zeros(params) == round(float(SCHEDULE(9)) * 56)
+    assert_trees_equal(thin["one"]["bias"], average["one"]["bias"])
+
+
+# -- saliencies of one's own ----------------------------------------------------------------------
+
+
+def moving_product():
+    """−Σ G⊙W with G taken at all positions: movement scores without an optimizer of their own."""
+    return Saliency(
+        init=lambda dense: jax.tree.map(jnp.zeros_like, dense),
+        update=lambda s, g, w, m, /, **extra: jax.tree.map(lambda s, g, w: s - g * w, s, g, w),
+        scores=lambda s, dense, /, **extra: s,
+    )
+
+
+def test_a_stateful_saliency_sees_all_gradients_and_dense_weights():
+    params = {"w": jnp.array([[1.0, 2.0, 3.0, 4.0]]), "b": jnp.ones(2)}
+    tx = hj.prune(optax.sgd(0.0), moving_product(), 0.5, start=1, every=1)
+    state, grads = tx.init(params), {"w": jnp.array([[-1.0, 5.0, -2.0, 5.0]]), "b": jnp.ones(2)}
+    for _ in range(2):
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    assert params["w"].tolist() == [[1.0, 0.0, 3.0, 0.0]]
+    assert state.saliency["w"].tolist() == [[2.0, -20.0, 12.0, -40.0]]
+
+
+def test_extra_arguments_reach_saliency_and_inner():
+    given = Saliency(
+        lambda d: (), lambda s, g, d, m, /, **e: s, lambda s, d, /, *, scores, **e: {"w": scores}
+    )
+
+    def scaled(updates, state, params=None, *, factor, **extra):
+        return jax.tree.map(lambda g: factor * g, updates), state
+
+    inner = optax.GradientTransformationExtraArgs(lambda p: optax.EmptyState(), scaled)
+    tx = hj.prune(inner, given, 0.5, start=1, every=1)
+    params = {"w": jnp.ones((1, 4))}
+    scores = jnp.array([[4.0, 1.0, 3.0, 2.0]])
+    updates, _ = tx.update(params, tx.init(params), params, factor=2.0, scores=scores)
+    assert optax.apply_updates(params, updates)["w"].tolist() == [[3.0, 0.0, 3.0, 0.0]]
+
+
+def test_nan_scores_rank_lowest_and_are_counted():
+    odd = Saliency(lambda d: (), lambda s, g, d, m, /, **e: s, lambda s, d, /, **e: jax.tree.map(jnp.sqrt, d))
+    params = {"w": jnp.array([[1.0, -2.0, 3.0, -4.0]])}
+    state = hj.prune(optax.sgd(0.1), odd, 0.5).init(params)
+    assert hj.mask_of(state)["w"].tolist() == [[True, False, True, False]]
+    assert int(state.num_nan) == 2
+    assert float(state.sparsity) == 0.5
+
+
+# -- saving ---------------------------------------------------------------------------------------
+
+
+def test_saved_and_restored_state_gives_the_same_trajectory():
+    tx = hj.prune(optax.adam(0.02), hj.saliencies.magnitude(), SCHEDULE, every=2, stop=9)
+    want = last(train(tx, make_params(), 9))
+    params, state = last(train(tx, make_params(), 5))
+
+    def as_pickle(tree):
+        return pickle.loads(pickle.dumps(jax.device_get(tree)))
+
+    def as_msgpack(tree):
+        return flax.serialization.from_bytes(tree, flax.serialization.to_bytes(tree))
+
+    for save_and_restore in (as_pickle, as_msgpack):
+        params_, state_ = save_and_restore((params, state))
+        assert_trees_equal(last(train(tx, params_, 4, state=state_, first=5)), want)
+
+
+# -- loops of others ------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(nn.tanh(nn.Dense(7)(x)))
+
+
+def test_a_linen_train_state_loop():
+    def fit(tx):
+        net = Net()
+        state = TrainState.create(apply_fn=net.apply, params=net.init(jax.random.key(0), batch(0)), tx=tx)
+
+        @jax.jit
+        def step(state, x):
+            grads = jax.grad(lambda p: jnp.mean(state.apply_fn(p, x) ** 2))(state.params)
+            return state.apply_gradients(grads=grads)
+
+        for t in range(4):
+            state = step(state, batch(t))
+        return state
+
+    fit(optax.adam(0.02))
+    state = fit(hj.prune(optax.adam(0.02), hj.saliencies.magnitude(), 0.5))
+    by_path = {row.path: row for row in hj.summary(state.params).rows}
+    assert by_path["params/Dense_0/kernel"].nonzeros + by_path["params/Dense_1/kernel"].nonzeros == 28
+    assert_trees_equal(
+        hj.mask_of(state)["params"]["Dense_0"]["kernel"], state.params["params"]["Dense_0"]["kernel"] != 0
+    )
+
+
+def test_an_nnx_optimizer_loop():
+    def fit(tx):
+        rngs = nnx.Rngs(0)
+        model = nnx.Sequential(nnx.Linear(5, 7, rngs=rngs), nnx.tanh, nnx.Linear(7, 3, rngs=rngs))
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+        @nnx.jit
+        def step(model, optimizer, x):
+            grads = nnx.grad(lambda m: jnp.mean(m(x) ** 2))(model)
+            optimizer.update(model, grads)
+
+        for t in range(4):
+            step(model, optimizer, batch(t))
+        return model, optimizer
+
+    fit(optax.adam(0.02))
+    model, optimizer = fit(hj.prune(optax.adam(0.02), hj.saliencies.magnitude(), 0.5))
+    params = nnx.as_pure(nnx.state(model, nnx.Param))
+    assert sum(int((x == 0).sum()) for x in jax.tree.leaves(params) if x.ndim == 2) == 28
+    masked = jax.tree.map(
+        lambda p, m: jnp.where(m, p, 0), params, nnx.as_pure(hj.mask_of(optimizer.opt_state))
+    )
+    assert_trees_equal(masked, params)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Weights:
+    kernel: jax.Array
+    bias: jax.Array
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda w, b: {"kernel": w, "bias": b},
+        lambda w, b: flax.core.freeze({"layer": {"kernel": w, "bias": b}}),
+        lambda w, b: (w, [b, None]),
+        lambda w, b: nnx.State({"kernel": nnx.Param(w), "bias": nnx.Param(b)}),
+        Weights,
+        lambda w, b: w,
+    ],
+    ids=["dict", "FrozenDict", "tuple", "nnx.State", "dataclass", "array"],
+)
+def test_any_container(wrap):
+    params = wrap(jnp.arange(-6.0, 6.0).reshape(3, 4), jnp.zeros(4))
+    tx = hj.prune(optax.adam(0.1), hj.saliencies.magnitude(), 0.5)
+    updates, state = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+    new = optax.apply_updates(params, updates)
+    assert jax.tree.structure(new) == jax.tree.structure(params)
+    assert max(int((x == 0).sum()) for x in jax.tree.leaves(new)) == 6
+    assert_trees_equal(new, jax.tree.map(lambda p, m: jnp.where(m, p, 0), new, hj.mask_of(state)))
+
+
+def test_where_chooses_by_path_or_predicate():
+    for where, pruned in [("one/*", ["one/bias", "one/kernel"]), (lambda path, x: x.ndim == 0, ["scale"])]:
+        params = make_params()
+        state = hj.prune(optax.sgd(0.1), hj.saliencies.magnitude(), 0.5, where=where).init(params)
+        held = [row.path for row in hj.summary(state.dense).rows]
+        assert held == pruned
+
+
+# -- bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sparsity": 1.2}, r"`sparsity` must be in \[0, 1\), the fraction of zeros, got 1.2"),
+        ({"sparsity": 80}, r"For 80 % write 0.8"),
+        ({"sparsity": float("nan")}, r"`sparsity` must be in \[0, 1\)"),
+        ({"every": 0}, r"`every` must be at least 1, .* got 0"),
+        ({"start": -1}, r"`start` must be at least 0, .* got -1"),
+        ({"start": 7, "stop": 3}, r"`stop` must not lie before `start`, which is 7, got 3"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        hj.prune(optax.sgd(0.1), hj.saliencies.magnitude(), **{"sparsity": 0.5, **arguments})
+
+
+def make(**arguments):
+    return hj.prune(optax.sgd(0.1), hj.saliencies.magnitude(), **{"sparsity": 0.5, **arguments})
+
+
+def test_init_checks_what_it_is_given():
+    params = make_params()
+    with pytest.raises(ValueError, match="`where` must match at least one leaf"):
+        make(where="*/kernels").init(params)
+    with pytest.raises(TypeError, match="table: int32"):
+        make().init({**params, "table": jnp.zeros((3, 3), jnp.int32)})
+    with pytest.raises(
+        ValueError, match="`sparsity` must leave the 2 weights that the floors of 2 leaves need"
+    ):
+        make(sparsity=0.99).init({"a": jnp.ones((3, 3)), "b": jnp.ones((3, 3))})
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_schedule_that_leaves_its_range(traced):
+    tx = make(sparsity=optax.linear_schedule(0.0, 1.1, 100), every=10)
+    init = jax.jit(tx.init) if traced else tx.init
+    with pytest.raises(ValueError, match=r"got 1.1\d* from the schedule at step 160"):
+        init(make_params())
+    make(sparsity=optax.linear_schedule(0.0, 1.1, 100), every=10, stop=80).init(make_params())
+
+
+def test_update_checks_what_it_is_given():
+    tx, params = make(), make_params()
+    state = tx.init(params)
+    with pytest.raises(
+        ValueError, match=r"`params` must be given: write `tx.update\(grads, state, params\)`"
+    ):
+        tx.update(params, state)
+    short = {k: v for k, v in params.items() if k != "scale"}
+    with pytest.raises(
+        ValueError, match=r"`grads` must have the structure of `params`, but\n  scale: missing"
+    ):
+        tx.update(short, state, params)
+
+
+def test_mask_of_needs_one_mask_for_every_leaf():
+    with pytest.raises(ValueError, match="found none in tuple"):
+        hj.mask_of(optax.adam(0.1).init(make_params()))
+    state = make().init(make_params())
+    with pytest.raises(ValueError, match="found two for the same"):
+        hj.mask_of((state, state))

@@ -1,0 +1,322 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from jax.tree_util import Partial
+
+import hessjax as hj
+
+KEY = jax.random.key(0)
+ESTIMATORS = {
+    "lanczos": hj.estimators.lanczos(2, basis_size=8),
+    "power_iteration": hj.estimators.power_iteration(3),
+    "hutchinson": hj.estimators.hutchinson(),
+    "hutchinson_by_leaf": hj.estimators.hutchinson_by_leaf(),
+    "hutchinson_diagonal": hj.estimators.hutchinson_diagonal(),
+    "hutchpp": hj.estimators.hutchpp(9),
+    "xtrace": hj.estimators.xtrace(8),
+    "slq": hj.estimators.slq(3, 7),
+}
+
+
+def problem(d=20, dtype=None):
+    like = oracles.tree_like(d, dtype)
+    matrix, _ = oracles.symmetric(np.linspace(-1, 3, d))
+    return oracles.matvec_of(matrix.astype(jnp.result_type(float)), like), like
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_the_loop_on_the_device_and_inside_jit_gives_what_the_host_gives(x64, name):
+    matvec, like = problem()
+    host = hj.run(ESTIMATORS[name], matvec, KEY, like, max_matvecs=21)[0]
+    device = hj.run(ESTIMATORS[name], matvec, KEY, like, max_matvecs=21, on_device=True)[0]
+    inside = jax.jit(lambda a, k: hj.run(ESTIMATORS[name], a, k, like, max_matvecs=21, on_device=True)[0])(
+        matvec, KEY
+    )
+    oracles.close(host, device)
+    oracles.close(host, inside)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_a_loop_of_ones_own_and_a_run_in_two_halves(x64, name):
+    matvec, like = problem()
+    estimator = ESTIMATORS[name]
+    whole = hj.run(estimator, matvec, KEY, like, max_matvecs=18)[0]
+
+    query, update = jax.jit(estimator.query), jax.jit(estimator.update)
+    state = estimator.init(KEY, like)
+    for _ in range(18 // jax.tree.leaves(query(state))[0].shape[0]):
+        state = update(state, jax.vmap(matvec)(query(state)))
+    oracles.close(whole, estimator.result(state))
+
+    _, half = hj.run(estimator, matvec, KEY, like, max_matvecs=9)
+    kept = jax.tree.map(np.asarray, jax.tree.map(lambda x: x, estimator.result(half)))
+    resumed = hj.run(estimator, matvec, KEY, like, max_matvecs=9, state=half)[0]
+    oracles.close(whole, resumed, rtol=0, atol=0)
+    oracles.close(kept, estimator.result(half), rtol=0, atol=0)  # the state given is still there
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_every_result_is_readable_before_the_first_product(name):
+    _, like = problem()
+    estimator = ESTIMATORS[name]
+    state = estimator.init(KEY, like)
+    jax.block_until_ready(estimator.result(state))
+    assert estimator.error(state) == jnp.inf
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_bfloat16_params_are_multiplied_as_such_and_summed_in_float32(name):
+    matvec, like = problem()
+    like = jax.tree.map(lambda x: x.astype(jnp.bfloat16), like)
+    seen = []
+
+    def noting(vector):
+        seen.extend(leaf.dtype for leaf in jax.tree.leaves(vector))
+        return jax.tree.map(lambda x: x.astype(jnp.bfloat16), matvec(jax.tree.map(jnp.float32, vector)))
+
+    result = hj.run(ESTIMATORS[name], noting, KEY, like, max_matvecs=21)[0]
+    assert set(seen) == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(result)} <= {
+        jnp.dtype(t) for t in ("float32", "int32", "bool")
+    }
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("container", oracles.CONTAINERS)
+def test_every_container(name, container):
+    params = oracles.CONTAINERS[container](oracles.leaves())
+    matvec = hj.hessian(oracles.loss_fn, params, oracles.batch())
+    estimator = hj.estimators.slq(2, 5) if name == "slq" else ESTIMATORS[name]
+    reference = oracles.leaves()
+    same = hj.hessian(oracles.loss_fn, reference, oracles.batch())
+    got = hj.run(estimator, matvec, KEY, params, max_matvecs=9)[0]
+    want = hj.run(estimator, same, KEY, reference, max_matvecs=9)[0]
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.smoke
+def test_other_params_compile_nothing(compilations):
+    vector_points = [oracles.leaves(i) for i in range(2)]
+    batch, keys = oracles.batch(), [jax.random.key(i) for i in range(2)]
+
+    def everything(params, key):
+        matvec = hj.hessian(oracles.loss_fn, params, batch)
+        results = (
+            hj.eigenpairs(matvec, key, params, 1, max_matvecs=6),
+            hj.trace_by_leaf(matvec, key, params, 4),
+            hj.spectral_density(matvec, key, params, 1, 4),
+            hj.run(hj.estimators.power_iteration(2), matvec, key, params, max_matvecs=6)[0],
+        )
+        jax.block_until_ready(results)
+
+    everything(vector_points[0], keys[0])
+    del compilations[:]
+    everything(vector_points[1], keys[1])
+    assert not compilations
+
+
+def test_it_stops_at_the_tolerance_and_callbacks_hear_of_it():
+    matvec, like = problem()
+    heard = []
+    result, _ = hj.run(
+        hj.estimators.hutchinson(), matvec, KEY, like, max_matvecs=10_000, tol=0.5, callbacks=[heard.append]
+    )
+    assert float(result.stderr) <= 0.5
+    assert heard[-1].done
+    assert not any(progress.done for progress in heard[:-1])
+    assert [p.num_matvecs for p in heard] == [5 * (i + 1) for i in range(len(heard))]
+    assert heard[-1].error == pytest.approx(float(result.stderr))
+    assert heard[-1].target == 0.5
+    assert all(progress.error > 0.5 for progress in heard[:-1])
+    onto = hj.run(hj.estimators.hutchinson(), matvec, KEY, like, max_matvecs=10_000, tol=0.5, on_device=True)[
+        0
+    ]
+    assert int(onto.num_samples) == int(result.num_samples)
+
+
+def test_a_relative_tolerance_follows_the_scale():
+    matvec, like = problem()
+    bigger = Partial(lambda a, v: jax.tree.map(lambda x: 1024 * x, a(v)), matvec)
+    counts = [
+        int(
+            hj.run(hj.estimators.hutchinson(), a, KEY, like, max_matvecs=4000, tol=hj.relative(0.02))[
+                0
+            ].num_samples
+        )
+        for a in (matvec, bigger)
+    ]
+    assert counts[0] == counts[1] < 4000
+    for factor in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="`factor` must be positive and finite"):
+            hj.relative(factor)
+
+
+def test_a_callback_that_is_a_context_manager_is_left_even_when_the_matvec_fails():
+    log = []
+
+    class Watcher:
+        def __enter__(self):
+            log.append("enter")
+
+        def __exit__(self, *_):
+            log.append("exit")
+
+        def __call__(self, progress):
+            log.append(progress.num_matvecs)
+
+    def broken(vector):
+        raise RuntimeError("disk on fire")
+
+    _, like = problem()
+    with pytest.raises(RuntimeError, match="disk on fire"):
+        hj.run(hj.estimators.hutchinson(), broken, KEY, like, max_matvecs=4, callbacks=[Watcher()])
+    assert log == ["enter", "exit"]
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_a_product_that_is_not_finite_ends_the_run_and_keeps_what_there_was(x64, name):
+    matvec, like = problem()
+    estimator = ESTIMATORS[name]
+    count = [0]
+
+    def fails_at_eight(vector):
+        count[0] += 1
+        product = matvec(vector)
+        return {**product, "vector": product["vector"] * (jnp.nan if count[0] == 8 else 1)}
+
+    with pytest.raises(hj.NonFiniteProductError, match="not finite.*leaf `vector`") as caught:
+        hj.run(estimator, fails_at_eight, KEY, like, max_matvecs=18)
+    error = caught.value
+    assert error.num_matvecs == (6 if name == "power_iteration" else 7)
+    assert ("product 8 " if name != "power_iteration" else "one of products 7 to 9 ") in str(error)
+    want = hj.run(estimator, matvec, KEY, like, max_matvecs=error.num_matvecs)[0]
+    oracles.close(error.result, want)
+    rest = hj.run(estimator, matvec, KEY, like, max_matvecs=18 - error.num_matvecs, state=error.state)[0]
+    oracles.close(rest, hj.run(estimator, matvec, KEY, like, max_matvecs=18)[0])
+
+
+def test_not_finite_on_the_device():
+    like = jnp.zeros(4)
+    nan = Partial(lambda v: v * jnp.nan)
+    with pytest.raises(hj.NonFiniteProductError, match=r"product 1 is not finite \(first in leaf `\.`\)"):
+        hj.run(hj.estimators.hutchinson(), nan, KEY, like, max_matvecs=4, on_device=True)
+    inside = jax.jit(
+        lambda k: hj.run(hj.estimators.hutchinson(), nan, k, like, max_matvecs=4, on_device=True)[0]
+    )(KEY)
+    assert int(inside.num_samples) == 0
+    assert jnp.isnan(inside.mean)
+
+
+def test_bad_input_is_named_before_any_product():
+    matvec, like = problem()
+
+    def never(vector):
+        raise AssertionError("multiplied")
+
+    with pytest.raises(TypeError, match=r"(?s)`like` must have real floating-point.*steps: int32"):
+        hj.run(hj.estimators.hutchinson(), never, KEY, {"steps": jnp.zeros((), int)}, max_matvecs=1)
+    with pytest.raises(ValueError, match="`max_matvecs` must be at least 3, one step's need, got 2"):
+        hj.run(hj.estimators.power_iteration(3), never, KEY, like, max_matvecs=2)
+    with pytest.raises(ValueError, match="`callbacks` must be empty with `on_device=True`"):
+        hj.run(hj.estimators.hutchinson(), never, KEY, like, max_matvecs=2, callbacks=[print], on_device=True)
+    with pytest.raises(TypeError, match="pass `on_device=True`"):
+        jax.jit(lambda k: hj.trace(matvec, k, like, 3))(KEY)
+    with pytest.raises(
+        ValueError, match=r"(?s)`matvec\(vector\)` must have the structure of `like`.*vector: missing"
+    ):
+        hj.run(hj.estimators.hutchinson(), lambda v: {"scalar": v["scalar"]}, KEY, like, max_matvecs=2)
+
+
+def test_a_matvec_that_closes_over_traced_values():
+    like = jnp.zeros(4)
+    scaled = jax.jit(lambda c: hj.trace(lambda v: c * v, KEY, like, 3, on_device=True).mean)
+    assert float(scaled(2.0)) == 8
+    with pytest.raises(TypeError, match="pass `on_device=True`"):
+        jax.jit(lambda c: hj.trace(lambda v: c * v, KEY, like, 3).mean)(2.0)
+
+
+def test_a_second_call_on_the_device_compiles_nothing(compilations):
+    points, batch = [oracles.leaves(i) for i in range(2)], oracles.batch()
+    for i, params in enumerate(points):
+        matvec = hj.hessian(oracles.loss_fn, params, batch)
+        jax.block_until_ready(hj.eigenpairs(matvec, KEY, params, 1, max_matvecs=6, on_device=True))
+        if i == 0:
+            del compilations[:]
+    assert not compilations
+
+
+def test_tolerances_and_states_that_cannot_be():
+    matvec, like = problem()
+    for tol in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="`tol` must be at least 0"):
+            hj.trace(matvec, KEY, like, 3, tol=tol)
+    without_scale = hj.estimators.Estimator(*hj.estimators.hutchinson()[:5])
+    with pytest.raises(ValueError, match="`tol` must be absolute"):
+        hj.run(without_scale, matvec, KEY, like, max_matvecs=3, tol=hj.relative(0.1))
+    hj.run(without_scale, matvec, KEY, like, max_matvecs=3, tol=0.1)
+    _, state = hj.run(hj.estimators.hutchinson(), lambda v: v, KEY, jnp.zeros(4), max_matvecs=3)
+    with pytest.raises(ValueError, match="`state` must have the structure of `like`"):
+        hj.run(hj.estimators.hutchinson(), matvec, KEY, like, max_matvecs=3, state=state)
+    with pytest.raises(ValueError, match="must have the structure of `like`"):
+        hj.run(
+            hj.estimators.power_iteration(2),
+            lambda v: {"x": v["scalar"]},
+            KEY,
+            like,
+            max_matvecs=4,
+            on_device=True,
+        )
+
+
+def _begin_at(start, key, like):
+    return start, jnp.int32(0)
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_an_init_that_carries_arrays_compiles_nothing_anew(compilations, on_device):
+    """What an estimator starts from enters through its `init` alone, as a pytree."""
+    methods = (_power_query, _power_update, _power_result, _power_result)
+    A = Partial(jnp.multiply, jnp.arange(1.0, 4.0))
+    starts = [jnp.eye(3)[i] for i in range(3)]
+    found = []
+    for i, start in enumerate(starts):
+        estimator = hj.estimators.Estimator(Partial(_begin_at, start), *methods)
+        found.append(float(hj.run(estimator, A, KEY, start, max_matvecs=2, on_device=on_device)[0]))
+        if i == 1:
+            del compilations[:]
+    assert found == [1.0, 4.0, 9.0]
+    assert not compilations
+
+
+def _power_query(state):
+    return state[0][None]
+
+
+def _power_update(state, products):
+    return products[0], state[1] + 1
+
+
+def _power_result(state):
+    return jnp.linalg.norm(state[0])
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_another_tolerance_compiles_no_loop_anew(compilations, on_device):
+    matvec, like = problem(dtype=jnp.float32)
+    for tol in (1e-3, 2e-3):
+        del compilations[:]
+        hj.run(
+            hj.estimators.lanczos(2, basis_size=8, tol=0.1),
+            matvec,
+            KEY,
+            like,
+            max_matvecs=10,
+            tol=tol,
+            on_device=on_device,
+        )
+    assert not compilations
