@@ -9,7 +9,7 @@ READY_DOCS := $(VENV)/.ready-docs
 QUICK ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help tour test smoke check notebooks bench docs dist clean
+.PHONY: help install tour test smoke check notebooks bench docs dist clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -22,6 +22,8 @@ $(READY): pyproject.toml
 $(READY_DOCS): $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	@touch $@
+
+install: $(READY)  ## the environment alone; the other targets make it when they need it
 
 tour: $(READY)  ## train a network, measure its curvature, prune it: tables, report.json and figures (QUICK=1 for a short one)
 	$(BIN)/hessjax tour --out tour-out $(if $(QUICK),--quick)

@@ -1,8 +1,8 @@
-"""The Python of the pages: find it, run it, keep what it prints and draws. Used by the build and by the tests.
+"""The Python of the pages: find it, run it, keep what it prints and draws. For the build and the tests.
 
-On a page, every fence ```` ```python ```` is a block; all blocks of a page run in order in one namespace, in an
-empty folder. A fence `{code-block} LANGUAGE` with a `:caption:` is a file: it is written to that folder under
-the caption's name. A page whose front matter says `requires: [package]` needs that package.
+On a page, every fence ```` ```python ```` is a block; all blocks of a page run in order in one namespace, in
+an empty folder. A fence `{code-block} LANGUAGE` with a `:caption:` is a file: it is written to that folder
+under the caption's name. A page whose front matter says `requires: [package]` needs that package.
 """
 
 import contextlib

@@ -1,7 +1,8 @@
 """The reference, from the docstrings: one entry for each public name, on pages grouped like the face.
 
-Our objects are public under a name that need not be their own (`hj.estimators.lanczos` is the class `Lanczos`), which
-autodoc documents as "alias of"; so the entries are written here, as plain directives of Sphinx's Python domain.
+Our objects are public under a name that need not be their own (`hj.estimators.lanczos` is the class
+`Lanczos`), which autodoc documents as "alias of"; so the entries are written here, as directives of Sphinx's
+Python domain.
 """
 
 import ast
@@ -16,11 +17,12 @@ from typing import Any, NamedTuple
 
 import rst
 
-# Verbs of `hj.` and their results, a page for each first name; the result types stand on the page of their verb.
+# Verbs of `hj.`, a page for each first name; the types of results stand on the page of their verb.
 GROUPS: dict[str, list[str]] = {
     "Curvature of a loss": [
-        "hessian", "hvp", "ggn", "fisher", "empirical_fisher", "per_example_grads", "ggn_roots", "sampled_grads",
-        "over_batches", "select Selection", "weighted_sum", "preconditioned", "adam_preconditioner", "check Check",
+        "hessian", "hvp", "ggn", "fisher", "empirical_fisher", "per_example_grads", "ggn_roots",
+        "sampled_grads", "over_batches", "select Selection", "weighted_sum", "preconditioned",
+        "adam_preconditioner", "check Check",
     ],
     "Spectrum": [
         "eigenpairs Eigenpairs", "trace Estimate", "trace_by_leaf TraceByLeaf", "diagonal", "frobenius_norm",
@@ -136,8 +138,8 @@ def _index(groups: list[tuple[str, list[Page]]], links: rst.Links) -> str:
 
 _WELCOME = """
 Every public name has one entry, made from its docstring. Verbs are called as ``hj.eigenpairs(...)`` after
-``import hessjax as hj``; choices sit in namespaces, ``hj.saliencies.obs()``. Costs are counted in products with the
-curvature matrix, each about two gradients. Tolerances and damping values are absolute unless built by
+``import hessjax as hj``; choices sit in namespaces, ``hj.saliencies.obs()``. Costs are counted in products
+with the curvature matrix, each about two gradients. Tolerances and damping values are absolute unless built by
 :py:obj:`hj.relative <hessjax.relative>`.
 """
 
@@ -222,7 +224,7 @@ def _is_data(thing: Any) -> bool:
 
 
 def _doc(entry: Entry) -> str:
-    """The docstring; for data, the string below the assignment in the source, or else what the name stands for."""
+    """The docstring; for data, the string below the assignment, or else what the name stands for."""
     if not _is_data(entry.object):
         return inspect.getdoc(entry.object) or ""
     source = inspect.getsource(importlib.import_module(_home(entry)))
@@ -249,7 +251,7 @@ def _documented(source: str) -> Iterator[tuple[str, str]]:
 
 
 def _home(entry: Entry) -> str:
-    """The module whose source assigns the name: the family's own, or the one that it imports the name from."""
+    """The module whose source assigns the name: the family's own, or where it is imported from."""
     tree = ast.parse(inspect.getsource(importlib.import_module(family_path(entry.module))))
     imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
     found = [

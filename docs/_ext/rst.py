@@ -6,8 +6,10 @@ from collections.abc import Iterable, Iterator
 
 _SECTIONS = {
     "Args": "Arguments", "Attributes": "Attributes", "Returns": "Returns", "Raises": "Raises", "Cost": "Cost",
-    "References": "References", "Example": "Example", "Examples": "Example", "Yields": "Yields", "Note": "Note",
+    "References": "References", "Example": "Example", "Examples": "Example",
+    "Yields": "Yields", "Note": "Note",
 }  # fmt: skip
+# Public in one family, but more often the name of an argument.
 _WORDS = (
     "channels",
     "density",

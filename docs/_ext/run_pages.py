@@ -1,4 +1,4 @@
-"""A Sphinx extension: the Python of each page runs as it is read; what it prints and draws is put below it."""
+"""A Sphinx extension: the Python of each page runs as it is read; its output and figures follow the block."""
 
 import os
 import tempfile
