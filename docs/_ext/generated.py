@@ -53,8 +53,8 @@ def benchmarks() -> str:
 
 _BENCHMARKS = """# Benchmarks
 
-Each section is one script of `benchmarks/` and answers one question. Figures are ratios within one run where that
-is possible, so that they carry over to other machines better than seconds do. *At most* is the bar that
+Each section is one script of `benchmarks/` and answers one question. Figures are ratios within one run where
+that is possible, so that they carry over to other machines better than seconds do. *At most* is the bar that
 the project sets itself; a missed one stays on the page. This page is made from the JSON files in
 `benchmarks/results` when the site is built. `make bench` measures on your machine.
 """

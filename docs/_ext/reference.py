@@ -139,8 +139,8 @@ def _index(groups: list[tuple[str, list[Page]]], links: rst.Links) -> str:
 _WELCOME = """
 Every public name has one entry, made from its docstring. Verbs are called as ``hj.eigenpairs(...)`` after
 ``import hessjax as hj``; choices sit in namespaces, ``hj.saliencies.obs()``. Costs are counted in products
-with the curvature matrix, each about two gradients. Tolerances and damping values are absolute unless built by
-:py:obj:`hj.relative <hessjax.relative>`.
+with the curvature matrix, each about two gradients. Tolerances and damping values are absolute unless
+built by :py:obj:`hj.relative <hessjax.relative>`.
 """
 
 
