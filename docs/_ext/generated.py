@@ -4,15 +4,15 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import reference
-from sphinx.application import Sphinx
 
 DOCS = Path(__file__).parent.parent
 ROOT = DOCS.parent
 
 
-def setup(app: Sphinx) -> dict[str, bool]:
+def setup(app: Any) -> dict[str, bool]:
     """Write everything before Sphinx looks for pages."""
     app.connect("config-inited", lambda app, config: _write_all())
     return {"parallel_read_safe": True}

@@ -79,7 +79,8 @@ def public(module: Any) -> dict[str, Any]:
 
 def _imported(source: str) -> set[str]:
     nodes = [node for node in ast.parse(source).body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    return {alias.asname or alias.name for node in nodes for alias in node.names}
+    aliases = [alias for node in nodes for alias in node.names]
+    return {alias.asname or alias.name for alias in aliases if alias.asname != alias.name}  # not `x as x`
 
 
 def family(name: str) -> Any:
@@ -179,7 +180,7 @@ def _entry(entry: Entry, links: rst.Links) -> str:
 def _members(cls: type, entry: Entry, links: rst.Links) -> Iterator[str]:
     for name, member in vars(cls).items():
         function = member.fget if isinstance(member, property) else member
-        if name.startswith("_") or not inspect.isfunction(function) or not function.__doc__:
+        if name.startswith("_") or not inspect.isfunction(inspect.unwrap(function)) or not function.__doc__:
             continue
         if isinstance(member, property):
             head = f".. py:property:: {entry.path}.{name}\n\n"
@@ -220,7 +221,7 @@ class _Default(str):
 
 
 def _is_data(thing: Any) -> bool:
-    return not inspect.isclass(thing) and not inspect.isfunction(thing)
+    return not inspect.isclass(thing) and not inspect.isfunction(inspect.unwrap(thing))
 
 
 def _doc(entry: Entry) -> str:

@@ -46,9 +46,13 @@ class Links:
 
     def inline(self, text: str, module: str) -> str:
         """Prose: links, literals, and nothing else that reStructuredText would take for markup."""
-        pieces = re.split(r"(``.+?``|`[^`]+`)", text, flags=re.DOTALL)
-        done = [self._name(p.strip("`"), module) if p.startswith("`") else _escaped(p) for p in pieces]
-        return re.sub(r"(?<=\S`)(?=\w)", r"\\ ", "".join(done)) if len(done) > 1 else done[0]
+        done = ""
+        for piece in re.split(r"(``.+?``|`[^`]+`)", text, flags=re.DOTALL):
+            if piece.startswith("`"):
+                done += self._name(piece.strip("`"), module)
+            else:  # a letter right after a literal, as in a plural, has to be told apart from it
+                done += ("\\ " if done and piece[:1].isalnum() else "") + _escaped(piece)
+        return done
 
     def _name(self, code: str, module: str) -> str:
         bare = re.sub(r"\(.*\)$", "", code, flags=re.DOTALL)
