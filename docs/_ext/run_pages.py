@@ -14,6 +14,9 @@ FIGURES = "_generated"
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register the hook."""
     os.environ.setdefault("MPLBACKEND", "Agg")
+    # Networks are tiny: what a page costs is compiling, and a quarter of that is optimisation.
+    cheap = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    os.environ.setdefault("XLA_FLAGS", cheap)
     app.connect("source-read", _run)
     return {"parallel_read_safe": True}
 
