@@ -47,7 +47,7 @@ bench: $(READY)  ## every benchmark, and the table of their results (QUICK=1 for
 	$(BIN)/python benchmarks/run_all.py $(if $(QUICK),--quick)
 
 docs: $(READY_DOCS)  ## the site, in docs/_build/html; warnings are errors
-	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	$(BIN)/python -m sphinx -W --keep-going -q -a -b html docs docs/_build/html
 	$(BIN)/python docs/_ext/offline.py docs/_build/html
 
 dist: $(READY)  ## sdist and wheel in dist/, the wheel tried in an environment of its own

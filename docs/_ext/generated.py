@@ -37,10 +37,21 @@ def _copy_notebooks(folder: Path) -> None:
     """The notebooks as they are committed, and the figures that they show."""
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         text = path.read_text()
-        _put(folder / path.name, text)
+        notebook = json.loads(text)
+        for cell in notebook["cells"]:
+            if "outputs" in cell:
+                cell["outputs"] = [output for output in cell["outputs"] if not _is_blank(output)]
+        notebook["metadata"].pop("widgets", None)
+        _put(folder / path.name, json.dumps(notebook))
         for figure in set(re.findall(r"figures/[\w-]+\.png", text)):
             (folder / "figures").mkdir(exist_ok=True)
             shutil.copy(ROOT / "notebooks" / figure, folder / figure)
+
+
+def _is_blank(output: dict) -> bool:
+    """Whether nothing is left to show: a progress bar that has gone."""
+    data = output.get("data", {"text/plain": "shown"})
+    return "image/png" not in data and not "".join(data.get("text/plain", "")).strip()
 
 
 def benchmarks() -> str:
