@@ -1,4 +1,4 @@
-"""Sphinx's settings: the site is built offline, and asks no other host for anything."""
+"""Sphinx's settings: the site is built offline and asks no other host for anything."""
 
 import re
 import sys
@@ -11,17 +11,29 @@ from docutils.utils.math.latex2mathml import tex2mathml
 
 import hessjax
 
-project, author, copyright = "hessjax", "the hessjax maintainers", "the hessjax maintainers"
+project, author, copyright = (
+    "hessjax",
+    "the hessjax maintainers",
+    "the hessjax maintainers",
+)
 version = release = hessjax.__version__
 
-extensions = ["myst_nb", "sphinx_design", "sphinx_copybutton", "generated", "run_pages"]
+extensions = [
+    "myst_nb",
+    "sphinx_design",
+    "sphinx_copybutton",
+    "generated",
+    "run_pages",
+]
 exclude_patterns = ["_build", "_ext", "_generated", "**/.ipynb_checkpoints"]
 
 nitpicky = True
 suppress_warnings = ["myst.header"]  # notebooks begin at any level
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
-nb_execution_mode = "off"  # notebooks are shown as committed; the pages' code runs in `run_pages`
+nb_execution_mode = (
+    "off"  # notebooks are shown as committed; the pages' code runs in `run_pages`
+)
 nb_ipywidgets_js: dict = {}  # no widgets, and no script from another host
 nb_merge_streams = True
 html_math_renderer = "mathml"
@@ -48,11 +60,14 @@ copybutton_exclude = ".linenos, .gp, .go"
 
 
 def _mathml(as_block):
-    """A renderer of formulas by docutils' own MathML, which browsers read without a script."""
+    """Formulas by docutils' own MathML, which browsers read without a script."""
 
     def visit(translator, node):
         translator.body.append(
-            tex2mathml(re.sub(r"frac(\d)(\d)", r"frac{\1}{\2}", node.astext()), as_block=as_block)
+            tex2mathml(
+                re.sub(r"frac(\d)(\d)", r"frac{\1}{\2}", node.astext()),
+                as_block=as_block,
+            )
         )
         raise SkipNode
 

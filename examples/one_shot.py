@@ -54,7 +54,7 @@ def main(steps):
     train, test = data(key, 1000), data(jax.random.key(1), 2000)
     loss_fn, model_fn = linen_loss(Net(), cross_entropy), linen_model(Net())
     params = trained(loss_fn, Net().init(key, train[0])["params"], train, steps)
-    few = jax.tree.map(lambda x: x[:200], train)
+    few = (train[0][:200], train[1][:200])
     grads_fn = jax.jit(lambda params: hj.per_example_grads(loss_fn, params, few))
 
     def report(name, params):
@@ -64,7 +64,6 @@ def main(steps):
     report("magnitude", hj.prune_once(params, hj.saliencies.magnitude(), 0.8).params)
     report("surgeon", hj.prune_once(params, hj.saliencies.obs(), 0.8, grads_fn=grads_fn, recomputes=4).params)
 
-    # Whole units: what the kernels of the hidden layers give, their last axis.
     how = {"pattern": hj.patterns.filters(), "where": "hidden*/kernel", "grads_fn": grads_fn}
     pruned = hj.prune_once(params, hj.saliencies.obs(), 0.5, recomputes=4, **how)
     small = hj.compact(model_fn, pruned.params, train, drop_constants=True)

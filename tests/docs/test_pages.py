@@ -31,7 +31,7 @@ def test_a_block_that_fails_is_named(tmp_path):
 
 def test_files_are_written_and_names_are_kept(tmp_path):
     text = "```{code-block} yaml\n:caption: a.yaml\n\nx: 1\n```\n\n```python\ny = 2\n```\n\n" \
-           "```python\nprint(open('a.yaml').read(), y)\n```\n"  # fmt: skip
+           "```python\nimport pathlib\nprint(pathlib.Path('a.yaml').read_text(), y)\n```\n"  # fmt: skip
     assert [out for _, out in page_code.run("page", text, tmp_path)] == ["", "x: 1\n 2\n"]
 
 
