@@ -88,6 +88,12 @@ def settings(*, arrays: tuple[str, ...] = ()) -> Callable[[type[Class]], type[Cl
     return decorate
 
 
+def assign(made: Any, **checked: Any) -> None:
+    """Put checked values in the place of those given; for `__post_init__`, and for nothing else."""
+    for name, value in checked.items():
+        object.__setattr__(made, name, value)
+
+
 def _equal(self: Any, other: Any) -> bool:
     if type(self) is not type(other):
         return False
@@ -113,7 +119,7 @@ def _as_text(value: Any) -> str:
         return value.__name__
     if dataclasses.is_dataclass(value):
         return repr(value)
-    return repr(jax.tree.map(lambda leaf: _Text(leaf) if np.ndim(leaf) else leaf, value))
+    return repr(jax.tree.map(lambda leaf: _Text(leaf) if hasattr(leaf, "dtype") else leaf, value))
 
 
 class _Text:
@@ -121,10 +127,16 @@ class _Text:
         self.array = array
 
     def __repr__(self) -> str:
+        if np.ndim(self.array) == 0 and not isinstance(self.array, jax.core.Tracer):
+            return str(self.array)
         return f"{self.array.dtype}[{','.join(map(str, self.array.shape))}]"
 
 
 # -- tolerances and dampings ------------------------------------------------------------------------
+
+
+CONVERGENCE = ": it decides what counts as converged"
+"""What a tolerance that must be there is for; see `Amount.of`."""
 
 
 @settings(arrays=("amount",))
@@ -138,11 +150,12 @@ class Amount:
     amount: Any
 
     @staticmethod
-    def of(value: Any, argument: str = "tol", *, meaning: str = "") -> "Amount":
+    def of(value: Any, argument: str = "tol", *, meaning: str = ", got None", instead: str = "") -> "Amount":
         """What a user gave: a number that is at least 0, or `hessjax.relative(r)`.
 
         Raises:
-            ValueError: it is negative or NaN, or None where `meaning` says what a number decides.
+            ValueError: it is negative or NaN, or None. `meaning` may say what the number is for, `instead`
+                what a caller takes in its place.
         """
         if isinstance(value, Amount):
             return value
@@ -151,12 +164,16 @@ class Amount:
         if isinstance(value, jax.core.Tracer):
             return Amount(value)
         if not (number := float(value)) >= 0:
-            raise ValueError(f"`{argument}` must be at least 0, got {number}.")
+            raise ValueError(f"`{argument}` must be at least 0{instead}, got {number}.")
         return Amount(number)
 
     def limit(self, scale: Any) -> Any:
         """The number that this stands for, in the units of `scale`."""
         return self.amount
+
+    def fraction(self, scale: Any) -> Any:
+        """The number that this stands for, as a fraction of `scale`."""
+        return self.amount / scale
 
     def __repr__(self) -> str:
         return repr(self.amount)
@@ -169,6 +186,10 @@ class Relative(Amount):
     def limit(self, scale: Any) -> Any:
         """The fraction of this scale."""
         return self.amount * scale
+
+    def fraction(self, scale: Any) -> Any:
+        """The fraction."""
+        return self.amount
 
     @property
     def factor(self) -> Any:
@@ -210,7 +231,7 @@ Tolerance: TypeAlias = float | Relative
 
 
 class Estimate(NamedTuple):
-    """The mean of independent samples, with its doubt.
+    """The mean of independent samples, with its uncertainty.
 
     Attributes:
         mean: the estimate, in the units of what was estimated: a number, or a tree like the params.
@@ -227,7 +248,7 @@ class Estimate(NamedTuple):
 
 
 class Eigenpairs(NamedTuple):
-    """Eigenvalues and eigenvectors of a symmetric matrix, with their doubt.
+    """Eigenvalues and eigenvectors of a symmetric matrix, with their uncertainty.
 
     Attributes:
         values: (k,) eigenvalues, largest first, in loss per squared parameter; NaN where too few products
@@ -270,35 +291,3 @@ class BatchMatvec(Protocol):
 
     def by_batch(self, vector: Vector) -> tuple[Vector, Forms]:
         """The product, and what each batch contributes to vᵀAv."""
-
-
-class Estimator(NamedTuple):
-    """An iterative method that asks for matrix-vector products and never calls the matvec itself.
-
-    An optimizer is a pair of pure functions around a gradient; an estimator is the same around a
-    product. `hessjax.run` drives it; so can any loop of your own:
-
-        state = estimator.init(key, like)
-        while not done:
-            block = estimator.query(state)                    # leaves have a leading axis
-            state = estimator.update(state, products_of(block))
-        result = estimator.result(state)
-
-    Attributes:
-        init: `(key, like) -> state`; `like` gives structure, shapes and dtypes. It alone may carry arrays
-            (a right-hand side, vectors to start from), as a `jax.tree_util.Partial`.
-        query: `(state) -> block`, the vectors to be multiplied next (leading axis, often of length 1).
-        update: `(state, products) -> state`, with the products in the query's order and shape.
-        result: `(state) -> result`, readable after any number of products, none included.
-        error: `(state) -> scalar`, its own estimate of its error, in the result's units. NaN says that it
-            cannot go on (more products would change nothing): a run with a `tol` then ends.
-        scale: `(state) -> scalar`, the magnitude that a `relative` tolerance refers to, in the same units;
-            an estimator without one takes absolute tolerances only.
-    """
-
-    init: Callable[[Key, Params], Any]
-    query: Callable[[Any], Block]
-    update: Callable[[Any, Block], Any]
-    result: Callable[[Any], Any]
-    error: Callable[[Any], Scalar]
-    scale: Callable[[Any], Scalar] | None = None

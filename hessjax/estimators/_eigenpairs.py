@@ -1,7 +1,6 @@
 """Eigenpairs in one line, with residuals that were measured."""
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +8,10 @@ from jaxtyping import Array
 
 from hessjax._core import _tree
 from hessjax._core._types import (
+    Amount,
     BatchMatvec,
     Block,
     Eigenpairs,
-    Estimator,
     Forms,
     Key,
     Matvec,
@@ -21,8 +20,8 @@ from hessjax._core._types import (
     Tolerance,
     Vector,
 )
-from hessjax._run._drivers import Callback
-from hessjax._run._estimator import checked_tolerance, run
+from hessjax._run._drivers import as_partial, run
+from hessjax._run._estimator import RunOptions, checked_options, limit_of
 from hessjax.estimators._lanczos import lanczos
 from hessjax.estimators._samples import sampling_error
 
@@ -39,8 +38,7 @@ def eigenpairs(
     basis_size: int | None = None,
     block_size: int = 1,
     start: Block | None = None,
-    callbacks: Sequence[Callback] = (),
-    on_device: bool = False,
+    **options: Unpack[RunOptions],
 ) -> Eigenpairs:
     """The extreme eigenpairs of a symmetric matvec, by thick-restart Lanczos.
 
@@ -60,8 +58,7 @@ def eigenpairs(
         start: block of vectors to start near: the `vectors` found a few training steps ago save a third of
             the products, or more where little has changed. Ask for a pair or two more than you watch: one
             that is about to overtake the others is then among them.
-        callbacks: see `run`.
-        on_device: see `run`.
+        **options: `callbacks` and `on_device`, see `run`.
 
     Returns:
         `Eigenpairs`, largest value first. The residuals are recomputed: ‖Av − θv‖ from one more product
@@ -83,9 +80,6 @@ def eigenpairs(
         >>> pairs.values.round(3).tolist(), pairs.converged.tolist()
         ([4.0, -1.0], [True, True])
     """
-    if (number := checked_tolerance(tol)) is None:
-        raise ValueError("`tol` must be a number or `relative(r)`: it decides what counts as converged.")
-    tol = number
     estimator = lanczos(k, which, basis_size=basis_size, block_size=block_size, start=start, tol=tol)
     pairs, state = run(
         estimator,
@@ -94,25 +88,16 @@ def eigenpairs(
         like,
         max_matvecs=max_matvecs,
         tol=tol,
-        callbacks=callbacks,
-        on_device=on_device,
+        **checked_options("eigenpairs", options),
     )
-    return measured(pairs, matvec, like, convergence_limit(estimator, tol, state), on_device)
-
-
-def convergence_limit(estimator: Estimator, tol: Tolerance, state: Any) -> Any:
-    """The residual that `tol` allows."""
-    if isinstance(tol, Relative):
-        assert estimator.scale is not None
-        return tol.factor * estimator.scale(state)
-    return tol
+    limit = limit_of(estimator, Amount.of(tol), state)
+    return measured(pairs, matvec, like, limit, options.get("on_device", False))
 
 
 def measured(pairs: Eigenpairs, matvec: Matvec, like: Params, limit: Any, on_device: bool) -> Eigenpairs:
     """The pairs with Rayleigh quotients and residuals from one more product each."""
     if on_device:
-        matvec = matvec if isinstance(matvec, jax.tree_util.Partial) else jax.tree_util.Partial(matvec)
-        return _judged(pairs, *_quotients(matvec, pairs.vectors, like), limit)
+        return _judged(pairs, *_quotients(as_partial(matvec), pairs.vectors, like), limit)
     quotients, errors = zip(*(_measure(matvec, v, like) for v in _rows(pairs.vectors)), strict=True)
     pairs = pairs._replace(data_stderr=None if errors[0] is None else jnp.stack(errors))
     return _judged(pairs, *_columns(quotients), limit)

@@ -1,12 +1,12 @@
 """Hutchinson's estimator of the trace, in all and by leaf or group of leaves."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from hessjax._core import _tree
 from hessjax._core._messages import checked_count
@@ -14,7 +14,6 @@ from hessjax._core._types import (
     BatchMatvec,
     Block,
     Estimate,
-    Estimator,
     Forms,
     Key,
     Matvec,
@@ -22,11 +21,20 @@ from hessjax._core._types import (
     Scalar,
     Tolerance,
     Where,
+    settings,
 )
-from hessjax._run._drivers import Callback
-from hessjax._run._estimator import run
-from hessjax.estimators import _samples
-from hessjax.estimators._samples import Watched, sampling_error
+from hessjax._run._drivers import run
+from hessjax._run._estimator import Estimator, RunOptions, checked_options
+from hessjax.estimators._samples import (
+    Moments,
+    Sampling,
+    Watched,
+    estimate,
+    no_samples,
+    push,
+    sampling_error,
+    stopping_error,
+)
 from hessjax.estimators.probes import Probe, rademacher
 
 
@@ -41,11 +49,11 @@ class HutchinsonState(NamedTuple):
 
     key: Key
     probe: Any
-    samples: _samples.Moments
+    samples: Moments
 
 
-@functools.lru_cache(maxsize=64)
-def hutchinson(probe: Probe = rademacher) -> Estimator:
+@settings()
+class Hutchinson(Sampling):
     """Hutchinson's trace estimator: the mean of vᵀAv over random v.
 
     The variance of one sample with signs is 2(‖A‖²_F − Σ aᵢᵢ²). The error reported is the standard error
@@ -76,11 +84,44 @@ def hutchinson(probe: Probe = rademacher) -> Estimator:
         >>> abs(float(estimate.mean) - 8.0) < 3 * float(estimate.stderr)
         True
     """
-    return _hutchinson(probe, None)
+
+    def init(self, key: Key, like: Params) -> HutchinsonState:
+        """The first probe, and no samples."""
+        zeros = jnp.zeros(1 + self._num_parts(like), _tree.accumulator_dtype(like))
+        return HutchinsonState(key, self.draw(key, 0, like), no_samples(zeros))
+
+    def update(self, state: HutchinsonState, products: Block) -> HutchinsonState:
+        """One sample vᵀAv more, and the next probe."""
+        # Leaf by leaf and then their sum: the parts cost nothing beyond the total.
+        leaves = jnp.stack(_tree.inner_by_leaf(state.probe, _tree.row(products, 0)))
+        sample = jnp.concatenate([jnp.sum(leaves, keepdims=True), *self._parts(leaves)])
+        samples = push(state.samples, sample.astype(state.samples.mean.dtype))
+        return HutchinsonState(state.key, self.draw(state.key, samples.num_samples, state.probe), samples)
+
+    def result(self, state: HutchinsonState) -> Estimate:
+        """The mean and its standard error."""
+        parts = estimate(state.samples)
+        return parts._replace(mean=parts.mean[0], stderr=parts.stderr[0])
+
+    def error(self, state: HutchinsonState) -> Scalar:
+        """The standard error of the total."""
+        parts = estimate(state.samples)
+        return stopping_error(parts.stderr[0], parts.num_samples)
+
+    def scale(self, state: HutchinsonState) -> Scalar:
+        """The absolute value of the total."""
+        return jnp.abs(state.samples.mean[0])
+
+    def _num_parts(self, like: Params) -> int:
+        return 0
+
+    def _parts(self, leaves: Float[Array, " leaves"]) -> list[Float[Array, " n"]]:
+        """Beside the total, what is sampled of the leaves' shares."""
+        return []
 
 
-@functools.lru_cache(maxsize=64)
-def hutchinson_by_leaf(probe: Probe = rademacher, groups: tuple[tuple[int, ...], ...] = ()) -> Estimator:
+@settings()
+class HutchinsonByLeaf(Hutchinson):
     """`hutchinson`, with the trace of every leaf's diagonal block from the same products.
 
     v_l·(Av)_l is an unbiased estimate of tr A_ll, so all layers cost what the total costs. The sample of a
@@ -107,43 +148,22 @@ def hutchinson_by_leaf(probe: Probe = rademacher, groups: tuple[tuple[int, ...],
         ...                                                              max_matvecs=2)[0].mean.tolist()
         [19.0, 4.0, 15.0]
     """
-    return _hutchinson(probe, groups)
+
+    groups: tuple[tuple[int, ...], ...] = ()
+
+    def result(self, state: HutchinsonState) -> Estimate:
+        """The means and their standard errors: the total, the leaves, the groups."""
+        return estimate(state.samples)
+
+    def _num_parts(self, like: Params) -> int:
+        return len(jax.tree.leaves(like)) + len(self.groups)
+
+    def _parts(self, leaves: Float[Array, " leaves"]) -> list[Float[Array, " n"]]:
+        return [leaves, *(jnp.sum(leaves[jnp.array(group)], keepdims=True) for group in self.groups)]
 
 
-def _hutchinson(probe: Probe, groups: tuple[tuple[int, ...], ...] | None) -> Estimator:
-    """With `groups` None, of the total alone."""
-
-    def init(key: Key, like: Params) -> HutchinsonState:
-        num_parts = 0 if groups is None else len(jax.tree.leaves(like)) + len(groups)
-        zeros = jnp.zeros(1 + num_parts, _tree.accumulator_dtype(like))
-        return HutchinsonState(key, probe(jax.random.fold_in(key, 0), like), _samples.no_samples(zeros))
-
-    def query(state: HutchinsonState) -> Block:
-        return jax.tree.map(lambda x: x[None], state.probe)
-
-    def update(state: HutchinsonState, products: Block) -> HutchinsonState:
-        leaves = jnp.stack(_tree.inner_by_leaf(state.probe, _tree.row(products, 0)))
-        sample = [jnp.sum(leaves, keepdims=True)]
-        if groups is not None:
-            sample += [leaves, *(jnp.sum(leaves[jnp.array(group)], keepdims=True) for group in groups)]
-        samples = _samples.push(state.samples, jnp.concatenate(sample).astype(state.samples.mean.dtype))
-        following = probe(jax.random.fold_in(state.key, samples.num_samples), state.probe)
-        return HutchinsonState(state.key, following, samples)
-
-    def result(state: HutchinsonState) -> Estimate:
-        parts = _samples.estimate(state.samples)
-        if groups is None:
-            return parts._replace(mean=parts.mean[0], stderr=parts.stderr[0])
-        return parts
-
-    def error(state: HutchinsonState) -> Scalar:
-        parts = _samples.estimate(state.samples)
-        return _samples.stopping_error(parts.stderr[0], parts.num_samples)
-
-    def scale(state: HutchinsonState) -> Scalar:
-        return jnp.abs(state.samples.mean[0])
-
-    return Estimator(init, query, update, result, error, scale)
+hutchinson = Hutchinson
+hutchinson_by_leaf = HutchinsonByLeaf
 
 
 class TraceByLeaf(NamedTuple):
@@ -169,8 +189,7 @@ def trace(
     tol: Tolerance | None = None,
     probe: Probe = rademacher,
     estimator: Callable[[int], Estimator] | None = None,
-    callbacks: Sequence[Callback] = (),
-    on_device: bool = False,
+    **options: Unpack[RunOptions],
 ) -> Estimate:
     """The trace of a matvec, with its standard error.
 
@@ -187,8 +206,7 @@ def trace(
         probe: see `hutchinson`.
         estimator: makes another estimator from the number of products: `hj.estimators.xtrace`,
             `hj.estimators.hutchpp`.
-        callbacks: see `run`.
-        on_device: see `run`.
+        **options: `callbacks` and `on_device`, see `run`.
 
     Returns:
         `Estimate(mean, stderr, num_samples)`, in loss per squared parameter; with `data_stderr` for a matvec
@@ -212,9 +230,8 @@ def trace(
         55.0
     """
     if estimator is None and isinstance(matvec, BatchMatvec):
-        return trace_by_leaf(
-            matvec, key, like, num_probes, tol=tol, probe=probe, callbacks=callbacks, on_device=on_device
-        ).total
+        checked = checked_options("trace", options)
+        return trace_by_leaf(matvec, key, like, num_probes, tol=tol, probe=probe, **checked).total
     num_probes = checked_count("num_probes", num_probes)
     if estimator is not None and probe is not rademacher:
         raise ValueError(
@@ -228,8 +245,7 @@ def trace(
         like,
         max_matvecs=num_probes,
         tol=tol,
-        callbacks=callbacks,
-        on_device=on_device,
+        **checked_options("trace", options),
     )[0]
 
 
@@ -242,8 +258,7 @@ def trace_by_leaf(
     groups: Mapping[str, Where] | None = None,
     tol: Tolerance | None = None,
     probe: Probe = rademacher,
-    callbacks: Sequence[Callback] = (),
-    on_device: bool = False,
+    **options: Unpack[RunOptions],
 ) -> TraceByLeaf:
     """The trace of every leaf's diagonal block, and of groups of leaves, for the price of the total's.
 
@@ -257,8 +272,7 @@ def trace_by_leaf(
             everything.
         tol: stop when the total's standard error is at most this, see `trace`.
         probe: see `hutchinson`.
-        callbacks: see `run`.
-        on_device: see `run`.
+        **options: `callbacks` and `on_device`, see `run`.
 
     Returns:
         `TraceByLeaf(total, leaves, groups)`, `leaves` by path, `groups` by name. The standard error of a
@@ -296,8 +310,7 @@ def trace_by_leaf(
         like,
         max_matvecs=num_probes,
         tol=tol,
-        callbacks=callbacks,
-        on_device=on_device,
+        **checked_options("trace_by_leaf", options),
     )
     if watched and (forms := watched.forms(estimate.num_samples)):
         estimate = estimate._replace(data_stderr=_sampling_errors(forms, members))

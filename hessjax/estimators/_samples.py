@@ -1,4 +1,4 @@
-"""Independent samples: their mean and its standard error, and the error of the data."""
+"""Independent samples: who draws them, their mean and its standard error, and the error of the data."""
 
 import dataclasses
 import math
@@ -9,7 +9,37 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from hessjax._core._types import BatchMatvec, Estimate, Forms, Scalar, Vector
+from hessjax._core._types import BatchMatvec, Block, Estimate, Forms, Key, Params, Scalar, Vector, settings
+from hessjax._run._estimator import Estimator
+from hessjax.estimators.probes import Probe, rademacher
+
+
+@settings()
+class Sampling(Estimator):
+    """An estimator that multiplies random vectors one by one; sample i uses `fold_in(key, i)`.
+
+    Args:
+        probe: `(key, like) -> vector` with independent entries of mean 0 and variance 1.
+    """
+
+    probe: Probe = rademacher
+
+    def __post_init__(self) -> None:
+        check_probe(self.probe)
+
+    def draw(self, key: Key, index: Int[Array, ""] | int, like: Params) -> Vector:
+        """The vector of sample `index`."""
+        return self.probe(jax.random.fold_in(key, index), like)
+
+    def query(self, state: Any) -> Block:
+        """The probe under way."""
+        return jax.tree.map(lambda x: x[None], state.probe)
+
+
+def check_probe(probe: Any) -> None:
+    """Raise a TypeError unless it can be called."""
+    if not callable(probe):
+        raise TypeError(f"`probe` must be a function `(key, like) -> vector`, got {probe!r}.")
 
 
 def when(condition: Bool[Array, ""], step: Callable[..., Any], state: Any, *args: Any) -> Any:

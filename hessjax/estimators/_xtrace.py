@@ -1,6 +1,5 @@
 """XTrace: the trace from a basis that grows, every test vector judged by the basis of the others."""
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -10,9 +9,10 @@ from jaxtyping import Array, Float, Int
 from hessjax._core import _tree
 from hessjax._core._messages import checked_count
 from hessjax._core._packing import Packed, Packing
-from hessjax._core._types import Block, Estimate, Estimator, Key, Params, Scalar
-from hessjax.estimators import _krylov, _samples
-from hessjax.estimators._samples import when
+from hessjax._core._types import Block, Estimate, Key, Params, Scalar, assign, settings
+from hessjax._run._estimator import Estimator
+from hessjax.estimators import _krylov
+from hessjax.estimators._samples import Moments, estimate, stopping_error, when
 from hessjax.estimators.probes import gaussian
 
 
@@ -48,8 +48,8 @@ class XtraceState(NamedTuple):
     packing: Packing
 
 
-@functools.lru_cache(maxsize=64)
-def xtrace(num_matvecs: int = 100) -> Estimator:
+@settings()
+class Xtrace(Estimator):
     """XTrace, as an estimator of the trace: for spectra that decay, far better than `hutchinson`.
 
     Each of n test vectors ω_i gives one estimate: the trace on the span Q_(i) of the products of the other
@@ -91,42 +91,57 @@ def xtrace(num_matvecs: int = 100) -> Estimator:
         >>> round(float(estimate.mean), 4)
         2.0
     """
-    num_matvecs = checked_count("num_matvecs", num_matvecs, 2)
-    num_tests = num_matvecs // 2
 
-    def init(key: Key, like: Params) -> XtraceState:
+    num_matvecs: int = 100
+
+    def __post_init__(self) -> None:
+        assign(self, num_matvecs=checked_count("num_matvecs", self.num_matvecs, 2))
+
+    @property
+    def num_tests(self) -> int:
+        """n, the number of test vectors."""
+        return self.num_matvecs // 2
+
+    def init(self, key: Key, like: Params) -> XtraceState:
+        """The first test vector, and an empty basis."""
         packing = Packing.of(like)
-        _check_size(num_matvecs, packing.size)
+        _check_size(self.num_matvecs, packing.size)
         vector = packing.pack(gaussian(jax.random.fold_in(key, 0), like))
-        tests, basis = (_krylov.allocate(vector, num_tests) for _ in range(2))
-        zeros = jnp.zeros(num_tests, _tree.accumulator_dtype(like))
-        square = jnp.zeros((num_tests, num_tests), zeros.dtype)
+        tests, basis = (_krylov.allocate(vector, self.num_tests) for _ in range(2))
+        zeros = jnp.zeros(self.num_tests, _tree.accumulator_dtype(like))
+        square = jnp.zeros((self.num_tests, self.num_tests), zeros.dtype)
         return XtraceState(
             key, vector, tests, basis, square, square, square, zeros, zeros, jnp.int32(0), packing
         )
 
-    def query(state: XtraceState) -> Block:
+    def query(self, state: XtraceState) -> Block:
+        """A test vector and the row of the basis that it gave, in turns."""
         return jax.tree.map(lambda x: x[None], state.packing.unpack(state.vector))
 
-    def update(state: XtraceState, products: Block) -> XtraceState:
+    def update(self, state: XtraceState, products: Block) -> XtraceState:
+        """The product of a test vector or of a row; once all are known, none changes anything."""
         product = state.packing.pack(_tree.row(products, 0))
-        room, second = state.num_matvecs < 2 * num_tests, state.num_matvecs % 2 == 1
-        state = when(room & ~second, _take_test, state, product)
-        state = when(room & second, _take_row, state, product)
+        unfinished, second = state.num_matvecs < 2 * self.num_tests, state.num_matvecs % 2 == 1
+        state = when(unfinished & ~second, _take_test, state, product)
+        state = when(unfinished & second, _take_row, state, product)
         return state._replace(num_matvecs=state.num_matvecs + 1)
 
-    def result(state: XtraceState) -> Estimate:
-        return _samples.estimate(_moments(state))
+    def result(self, state: XtraceState) -> Estimate:
+        """The mean of the t_i and its standard error."""
+        return estimate(_moments(state))
 
-    def error(state: XtraceState) -> Scalar:
-        estimate = result(state)
-        full = state.num_matvecs >= 2 * num_tests  # more products would change nothing
-        return jnp.where(full, jnp.nan, _samples.stopping_error(estimate.stderr, estimate.num_samples))
+    def error(self, state: XtraceState) -> Scalar:
+        """The standard error; NaN once all test vectors were used."""
+        found = self.result(state)
+        full = state.num_matvecs >= 2 * self.num_tests  # more products would change nothing
+        return jnp.where(full, jnp.nan, stopping_error(found.stderr, found.num_samples))
 
-    def scale(state: XtraceState) -> Scalar:
+    def scale(self, state: XtraceState) -> Scalar:
+        """The absolute value of the trace."""
         return jnp.abs(_moments(state).mean)
 
-    return Estimator(init, query, update, result, error, scale)
+
+xtrace = Xtrace
 
 
 def _check_size(num_matvecs: int, dimension: int) -> None:
@@ -176,7 +191,7 @@ def _components(basis: _krylov.Basis, count: Array, vector: Packed) -> Float[Arr
 # -- the estimate --------------------------------------------------------------------------------
 
 
-def _moments(state: XtraceState) -> _samples.Moments:
+def _moments(state: XtraceState) -> Moments:
     """Of the estimates t_i of all test vectors whose two products are known."""
     num_tests = len(state.forms)
     count = jnp.minimum(state.num_matvecs // 2, num_tests)
@@ -184,7 +199,7 @@ def _moments(state: XtraceState) -> _samples.Moments:
     estimates = _leave_one_out(state, inside)
     mean = jnp.sum(jnp.where(inside, estimates, 0)) / jnp.maximum(count, 1)
     squares = jnp.sum(jnp.where(inside, (estimates - mean) ** 2, 0))
-    return _samples.Moments(mean, squares, count)
+    return Moments(mean, squares, count)
 
 
 def _leave_one_out(state: XtraceState, inside: Array) -> Float[Array, " n"]:
