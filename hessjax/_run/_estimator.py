@@ -112,7 +112,7 @@ def limit_of(estimator: Estimator, tol: Amount, state: Any) -> Any:
 
 
 class Carry(NamedTuple):
-    """What a loop hands from step to step.
+    """What changes from step to step.
 
     Attributes:
         state: the estimator's.
@@ -212,7 +212,7 @@ class Beginning(NamedTuple):
 
 
 class RunOptions(TypedDict, total=False):
-    """The options that every one-liner hands on to `run`.
+    """The options that every one-liner passes on to `run`.
 
     Attributes:
         callbacks: each is called with a `Progress` every few products and at the end; see `run`.

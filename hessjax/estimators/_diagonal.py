@@ -78,6 +78,7 @@ class HutchinsonDiagonal(Sampling):
         weight = jax.tree.map(lambda w, v: w + v**2, state.weight, state.probe)
         # The share of the weight that is new; an entry that no probe has touched has none.
         gain = jax.tree.map(lambda w, v: v / jnp.where(w > 0, w, 1), weight, state.probe)
+        # How far the product is from what the slope so far predicts.
         surprise = jax.tree.map(lambda y, s, v: y - s * v, _tree.row(products, 0), state.slope, state.probe)
         slope = jax.tree.map(lambda s, g, e: s + g * e, state.slope, gain, surprise)
         residual = jax.tree.map(
@@ -153,16 +154,9 @@ def diagonal(
         >>> jax.tree.map(lambda x: x.tolist(), hj.diagonal(A, jax.random.key(0), like, num_probes=2).mean)
         {'bias': [2.0, 2.0], 'scale': -1.0}
     """
+    checked = checked_options("diagonal", options)
     num_probes = checked_count("num_probes", num_probes)
-    return run(
-        hutchinson_diagonal(probe),
-        matvec,
-        key,
-        like,
-        max_matvecs=num_probes,
-        tol=tol,
-        **checked_options("diagonal", options),
-    )[0]
+    return run(hutchinson_diagonal(probe), matvec, key, like, max_matvecs=num_probes, tol=tol, **checked)[0]
 
 
 class FrobeniusState(NamedTuple):
@@ -226,6 +220,7 @@ class HutchinsonFrobenius(Sampling):
         """The norm and its standard error."""
         square = estimate(state.samples)
         norm = jnp.sqrt(square.mean)
+        # Delta method: d√x = dx / (2√x).
         stderr = square.stderr / jnp.where(norm > 0, 2 * norm, 1)
         return square._replace(mean=_in(state.unit, norm), stderr=_in(state.unit, stderr))
 
@@ -286,13 +281,6 @@ def frobenius_norm(
         >>> float(hj.frobenius_norm(A, jax.random.key(0), jnp.zeros(2), num_probes=2).mean)
         5.0
     """
+    checked = checked_options("frobenius_norm", options)
     num_probes = checked_count("num_probes", num_probes)
-    return run(
-        hutchinson_frobenius(probe),
-        matvec,
-        key,
-        like,
-        max_matvecs=num_probes,
-        tol=tol,
-        **checked_options("frobenius_norm", options),
-    )[0]
+    return run(hutchinson_frobenius(probe), matvec, key, like, max_matvecs=num_probes, tol=tol, **checked)[0]

@@ -80,16 +80,9 @@ def eigenpairs(
         >>> pairs.values.round(3).tolist(), pairs.converged.tolist()
         ([4.0, -1.0], [True, True])
     """
+    checked = checked_options("eigenpairs", options)
     estimator = lanczos(k, which, basis_size=basis_size, block_size=block_size, start=start, tol=tol)
-    pairs, state = run(
-        estimator,
-        matvec,
-        key,
-        like,
-        max_matvecs=max_matvecs,
-        tol=tol,
-        **checked_options("eigenpairs", options),
-    )
+    pairs, state = run(estimator, matvec, key, like, max_matvecs=max_matvecs, tol=tol, **checked)
     limit = limit_of(estimator, Amount.of(tol), state)
     return measured(pairs, matvec, like, limit, options.get("on_device", False))
 
@@ -98,6 +91,7 @@ def measured(pairs: Eigenpairs, matvec: Matvec, like: Params, limit: Any, on_dev
     """The pairs with Rayleigh quotients and residuals from one more product each."""
     if on_device:
         return _judged(pairs, *_quotients(as_partial(matvec), pairs.vectors, like), limit)
+    # One by one from the host: the matvec may stream data, and a CPU is fast only outside loops.
     quotients, errors = zip(*(_measure(matvec, v, like) for v in _rows(pairs.vectors)), strict=True)
     pairs = pairs._replace(data_stderr=None if errors[0] is None else jnp.stack(errors))
     return _judged(pairs, *_columns(quotients), limit)
@@ -122,6 +116,7 @@ def _sampling_error(forms: Forms) -> Array:
 @jax.jit
 def _quotient(vector: Vector, product: Vector) -> tuple[Array, Array]:
     """The Rayleigh quotient of a vector of norm 1, and its residual."""
+    # bfloat16 products are summed in float32, as in the run.
     product = _tree.wide(product)
     value = _tree.inner(vector, product)
     return value, _tree.norm(_tree.add_scaled(product, -value, vector))
@@ -129,6 +124,7 @@ def _quotient(vector: Vector, product: Vector) -> tuple[Array, Array]:
 
 @jax.jit
 def _quotients(matvec: Matvec, vectors: Block, like: Params) -> tuple[Array, Array]:
+    # Not `vmap`: that would hold all products, and their activations, at once.
     return jax.lax.map(lambda v: _quotient(v, matvec(_tree.cast_like(v, like))), vectors)
 
 
@@ -141,6 +137,7 @@ def _columns(measured: tuple[tuple[Array, Array], ...]) -> tuple[Array, Array]:
 @jax.jit
 def _judged(pairs: Eigenpairs, values: Array, residuals: Array, limit: Any) -> Eigenpairs:
     """The pairs with measured values and residuals, where there is a pair at all."""
+    # The vector of a pair that was not found is zero, with a quotient of 0 that means nothing.
     found = jnp.isfinite(pairs.values)
     residuals = jnp.where(found, residuals, jnp.inf)
     return pairs._replace(

@@ -1,6 +1,5 @@
 """Hutchinson's estimator of the trace, in all and by leaf or group of leaves."""
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Unpack
 
@@ -14,7 +13,6 @@ from hessjax._core._types import (
     BatchMatvec,
     Block,
     Estimate,
-    Forms,
     Key,
     Matvec,
     Params,
@@ -25,16 +23,8 @@ from hessjax._core._types import (
 )
 from hessjax._run._drivers import run
 from hessjax._run._estimator import Estimator, RunOptions, checked_options
-from hessjax.estimators._samples import (
-    Moments,
-    Sampling,
-    Watched,
-    estimate,
-    no_samples,
-    push,
-    sampling_error,
-    stopping_error,
-)
+from hessjax.estimators import _samples
+from hessjax.estimators._samples import Moments, Sampling
 from hessjax.estimators.probes import Probe, rademacher
 
 
@@ -87,29 +77,31 @@ class Hutchinson(Sampling):
 
     def init(self, key: Key, like: Params) -> HutchinsonState:
         """The first probe, and no samples."""
+        # All samples in one array: one update instead of one for every leaf.
         zeros = jnp.zeros(1 + self._num_parts(like), _tree.accumulator_dtype(like))
-        return HutchinsonState(key, self.draw(key, 0, like), no_samples(zeros))
+        return HutchinsonState(key, self.draw(key, 0, like), _samples.no_samples(zeros))
 
     def update(self, state: HutchinsonState, products: Block) -> HutchinsonState:
         """One sample vᵀAv more, and the next probe."""
         # Leaf by leaf and then their sum: the parts cost nothing beyond the total.
         leaves = jnp.stack(_tree.inner_by_leaf(state.probe, _tree.row(products, 0)))
         sample = jnp.concatenate([jnp.sum(leaves, keepdims=True), *self._parts(leaves)])
-        samples = push(state.samples, sample.astype(state.samples.mean.dtype))
+        samples = _samples.push(state.samples, sample.astype(state.samples.mean.dtype))
         return HutchinsonState(state.key, self.draw(state.key, samples.num_samples, state.probe), samples)
 
     def result(self, state: HutchinsonState) -> Estimate:
         """The mean and its standard error."""
-        parts = estimate(state.samples)
+        parts = _samples.estimate(state.samples)
         return parts._replace(mean=parts.mean[0], stderr=parts.stderr[0])
 
     def error(self, state: HutchinsonState) -> Scalar:
         """The standard error of the total."""
-        parts = estimate(state.samples)
-        return stopping_error(parts.stderr[0], parts.num_samples)
+        parts = _samples.estimate(state.samples)
+        return _samples.stopping_error(parts.stderr[0], parts.num_samples)
 
     def scale(self, state: HutchinsonState) -> Scalar:
         """The absolute value of the total."""
+        # Where eigenvalues cancel the trace is small beside its error: such a run spends all its products.
         return jnp.abs(state.samples.mean[0])
 
     def _num_parts(self, like: Params) -> int:
@@ -153,12 +145,13 @@ class HutchinsonByLeaf(Hutchinson):
 
     def result(self, state: HutchinsonState) -> Estimate:
         """The means and their standard errors: the total, the leaves, the groups."""
-        return estimate(state.samples)
+        return _samples.estimate(state.samples)
 
     def _num_parts(self, like: Params) -> int:
         return len(jax.tree.leaves(like)) + len(self.groups)
 
     def _parts(self, leaves: Float[Array, " leaves"]) -> list[Float[Array, " n"]]:
+        # Summed probe by probe, before the moments: leaves vary together.
         return [leaves, *(jnp.sum(leaves[jnp.array(group)], keepdims=True) for group in self.groups)]
 
 
@@ -171,8 +164,8 @@ class TraceByLeaf(NamedTuple):
 
     Attributes:
         total: the trace of the whole matrix.
-        leaves: for the path of each leaf, the trace of its diagonal block; these sum to the total.
-        groups: for the name of each group asked for, the trace of its leaves' diagonal blocks together.
+        leaves: by path, the trace of each leaf's diagonal block; these sum to the total.
+        groups: by name, the trace of the diagonal blocks of all leaves of a group.
     """
 
     total: Estimate
@@ -229,8 +222,8 @@ def trace(
         ...                                                      estimator=hj.estimators.xtrace).mean), 3)
         55.0
     """
+    checked = checked_options("trace", options)
     if estimator is None and isinstance(matvec, BatchMatvec):
-        checked = checked_options("trace", options)
         return trace_by_leaf(matvec, key, like, num_probes, tol=tol, probe=probe, **checked).total
     num_probes = checked_count("num_probes", num_probes)
     if estimator is not None and probe is not rademacher:
@@ -238,15 +231,8 @@ def trace(
             "`probe` must be left out with `estimator`: where the estimator takes one, bind it, as in "
             "`functools.partial(hj.estimators.hutchpp, probe=hj.probes.gaussian)`."
         )
-    return run(
-        hutchinson(probe) if estimator is None else estimator(num_probes),
-        matvec,
-        key,
-        like,
-        max_matvecs=num_probes,
-        tol=tol,
-        **checked_options("trace", options),
-    )[0]
+    method = hutchinson(probe) if estimator is None else estimator(num_probes)
+    return run(method, matvec, key, like, max_matvecs=num_probes, tol=tol, **checked)[0]
 
 
 def trace_by_leaf(
@@ -298,42 +284,22 @@ def trace_by_leaf(
         >>> float(parts.groups["both"].mean)
         16.0
     """
+    checked = checked_options("trace_by_leaf", options)
     num_probes = checked_count("num_probes", num_probes)
     paths = _tree.unique_paths(like, "like")
     groups = groups or {}
     members = tuple(_members(like, name, where) for name, where in groups.items())
-    watched = Watched(matvec) if isinstance(matvec, BatchMatvec) else None
-    estimate, _ = run(
-        hutchinson_by_leaf(probe, members),
-        watched or matvec,
-        key,
-        like,
-        max_matvecs=num_probes,
-        tol=tol,
-        **checked_options("trace_by_leaf", options),
-    )
+    # The batches of every product are listened to: they say how far other data would move the result.
+    watched = _samples.Watched(matvec) if isinstance(matvec, BatchMatvec) else None
+    method = hutchinson_by_leaf(probe, members)
+    estimate, _ = run(method, watched or matvec, key, like, max_matvecs=num_probes, tol=tol, **checked)
     if watched and (forms := watched.forms(estimate.num_samples)):
-        estimate = estimate._replace(data_stderr=_sampling_errors(forms, members))
-    total, *parts = _one_by_one(estimate)
+        estimate = estimate._replace(data_stderr=_samples.sampling_errors(forms, members))
+    total, *parts = _samples.one_by_one(estimate)
     leaves, of_groups = parts[: len(paths)], parts[len(paths) :]
     return TraceByLeaf(
         total, dict(zip(paths, leaves, strict=True)), dict(zip(groups, of_groups, strict=True))
     )
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _sampling_errors(forms: Forms, groups: tuple[tuple[int, ...], ...]) -> Array:
-    """Of the total, the leaves and the groups."""
-    sums = [jnp.sum(forms.parts[:, jnp.array(group)], axis=1) for group in groups]
-    columns = jnp.column_stack([jnp.sum(forms.parts, axis=1), forms.parts, *sums])
-    return sampling_error(columns, forms.weights)
-
-
-def _one_by_one(estimate: Estimate) -> list[Estimate]:
-    """An estimate of several numbers as so many estimates."""
-    data = [None] * len(estimate.mean) if estimate.data_stderr is None else estimate.data_stderr
-    columns = zip(estimate.mean, estimate.stderr, data, strict=True)
-    return [Estimate(mean, stderr, estimate.num_samples, of_data) for mean, stderr, of_data in columns]
 
 
 def _members(like: Params, name: str, where: Where) -> tuple[int, ...]:

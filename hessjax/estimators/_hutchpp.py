@@ -176,5 +176,6 @@ def _sketch(state: HutchppState, product: Packed) -> HutchppState:
     largest = jnp.maximum(state.largest, _tree.norm(product))
     tiny = 64 * jnp.finfo(largest.dtype).eps * largest
     row, _, left = _krylov.orthogonalise(state.basis, state.num_matvecs, product, tiny)
+    # A row of zeros takes no part in any projection, and its product is zero: tr QᵀAQ stays exact.
     basis = _krylov.write(state.basis, state.num_matvecs, _tree.scale(left > 0, row))
     return state._replace(basis=basis, largest=largest)

@@ -31,6 +31,7 @@ def allocate(like: Params, num_rows: int) -> Basis:
 
 def read(basis: Basis, index: Array) -> Vector:
     """Row `index`."""
+    # A switch over whole chunks: only the one that holds the row is read.
     readers = [lambda i, j=j: _tree.row(basis[j], i - j * CHUNK) for j in range(len(basis))]
     return jax.lax.switch(index // CHUNK, readers, index)
 
@@ -39,9 +40,8 @@ def write(basis: Basis, index: Array, vector: Vector) -> Basis:
     """The basis with row `index` replaced; in place where the memory is donated."""
 
     def write_chunk(chunk: Block, start: int, stop: int) -> Block:
-        local = jnp.where(
-            (start <= index) & (index < stop), index - start, stop - start
-        )  # else: past the end
+        # Past the end nothing is written: one scatter to every chunk, and no branch that would copy it.
+        local = jnp.where((start <= index) & (index < stop), index - start, stop - start)
         return jax.tree.map(
             lambda rows, x: rows.at[local].set(x.astype(rows.dtype), mode="drop"), chunk, vector
         )
@@ -56,11 +56,14 @@ def project_out(basis: Basis, count: Array, vector: Vector) -> tuple[Vector, Flo
 
     One pass of classical Gram–Schmidt. Chunks beyond `count` are not touched.
     """
+    # All components of the same vector first: classical Gram–Schmidt reads the basis in matrix products,
+    # the modified form row by row.
     bounds = list(_bounds(_rows(basis)))
     parts = []
     for chunk, (start, stop) in zip(basis, bounds, strict=True):
         inside = jnp.arange(start, stop) < count
         zeros = jnp.zeros(stop - start, _tree.accumulator_dtype(vector))
+        # Rows that are not filled yet are zero: to multiply them would cost their bandwidth for nothing.
         part = jax.lax.cond(start < count, _tree.block_inner, lambda *_, z=zeros: z, chunk, vector)
         parts.append(jnp.where(inside, part, 0))
     for chunk, part, (start, _) in zip(basis, parts, bounds, strict=True):
@@ -99,9 +102,12 @@ def orthogonalise(basis: Basis, count: Array, vector: Vector, tiny: Scalar) -> O
         fresh = before < 0
         vector, part = project_out(basis, count, vector)
         after = _tree.norm(vector)
+        # What a pass leaves has errors of eps · before along the rows: where it left much they are
+        # small beside it, where it left little another pass takes them out.
         collapsed = ~fresh & (after <= tiny)
         settled = ~collapsed & (after >= 0.7 * jnp.abs(before))
         vector = jax.lax.cond(collapsed, lambda v: hashed_signs(count, v), lambda v: v, vector)
+        # The norm of a vector of signs.
         size = jnp.sqrt(jnp.asarray(_tree.size(vector), after.dtype))
         norm = jnp.where(collapsed, -size, jnp.where(fresh, -after, after))
         return Orthogonal(vector, components + jnp.where(fresh, 0, part), norm), settled, passes + 1
@@ -125,6 +131,7 @@ def orthonormal(block: Block) -> Block:
     def clean(i: Array, block: Block) -> Block:
         row = _tree.row(block, i)
         row = _tree.scale(1 / jnp.maximum(_tree.norm(row), jnp.finfo(jnp.float32).tiny), row)
+        # Two passes are enough where a row keeps a part of its own; the third is for fresh directions.
         for _ in range(3):
             components = jnp.where(jnp.arange(num_rows) < i, _tree.block_inner(block, row), 0)
             row = _tree.add_scaled(row, -1, _tree.combine(components, block))
@@ -151,6 +158,7 @@ def rotate(basis: Basis, coefficients: Float[Array, "n rows"]) -> Basis:
     In place, one strip of columns after the other: a basis is too large to have twice.
     """
     num_rows = _rows(basis)
+    # One square matrix for all strips: rows of zeros clear what is dropped.
     square = jnp.pad(coefficients, ((0, num_rows - len(coefficients)), (0, 0)))
     leaves = [_rotate_leaf(chunks, square) for chunks in zip(*map(jax.tree.leaves, basis), strict=True)]
     structure = jax.tree.structure(basis[0])
@@ -224,9 +232,10 @@ class Krylov(NamedTuple):
 
 
 def start(block: Block, capacity: int) -> Krylov:
-    """The space to be grown from these vectors, with room for `capacity`."""
+    """The space to be grown from these vectors, of at most `capacity` rows besides the pending ones."""
     width = jax.tree.leaves(block)[0].shape[0]
     basis = allocate(_tree.row(block, 0), capacity + width)
+    # The start is the first pending block: nothing is multiplied yet, so `size` is 0.
     for i, vector in enumerate(_tree.rows(orthonormal(block))):
         basis = write(basis, jnp.int32(i), vector)
     dtype = _tree.accumulator_dtype(block)
@@ -257,11 +266,14 @@ def extend(space: Krylov, product: Vector) -> Krylov:
     alpha = _tree.inner(row, product)
     previous = jnp.maximum(k - space.width, 0)
     back = jnp.where(k >= space.width, T[k, previous], 0)
+    # The three-term recurrence, with b rows to a block a band of 2b + 1; the rest of the band is taken out by
+    # the pass over the basis.
     residual = _tree.add_scaled(product, -alpha, row)
     residual = _tree.add_scaled(residual, -back, read(space.basis, previous))
     known = jnp.minimum(last, min(_tree.size(product), len(T)))  # rows beyond the dimension hold nothing
     following, components, beta = orthogonalise(space.basis, known, residual, _tiny(T, product))
     column = components.at[k].add(alpha).at[last].set(beta, mode="drop")
+    # Row k of T is what earlier products said of qₖᵀAqᵢ; this one says qᵢᵀAqₖ. T keeps the former.
     mirrored = jnp.pad(T[k], (0, space.width))
     asymmetry = jnp.max(jnp.abs(column.at[previous].add(back) - mirrored), where=index < k, initial=0)
     T = T.at[:, k].set(jnp.where(index >= k, column, T[:, k]))
@@ -278,6 +290,7 @@ def _tiny(projected: Array, product: Vector) -> Array:
 def ritz(space: Krylov) -> tuple[Float[Array, " m"], Float[Array, "m m"]]:
     """Eigenvalues (ascending) and eigenvectors (columns) of T; entries from `size` on are meaningless."""
     inside = jnp.arange(space.capacity) < space.size
+    # `extend` fills the lower triangle only.
     lower = jnp.where(inside[:, None] & inside[None, :], space.projected[: space.capacity], 0)
     filled = lower + jnp.tril(lower, -1).T
     # Where T is not filled stands a number above all its eigenvalues, so that these sort last.

@@ -240,6 +240,8 @@ def _absorb(space: Krylov, product: Vector, *, which: str, wanted: int, dimensio
     """One product more, and a restart where that fills the basis."""
     if space.capacity == dimension:  # the basis can hold everything there is
         return jax.lax.cond(space.size < dimension, extend, lambda space, _: space, space, product)
+    # Half of the other Ritz vectors stay too: with the wanted alone convergence slows down after a restart
+    # (Wu & Simon 2000 keep more than are wanted for the same reason).
     keep = wanted + (space.capacity - wanted) // 2
     # A `cond` would copy the basis at every step, taken or not; a loop only when it is entered.
     return jax.lax.while_loop(
@@ -253,8 +255,10 @@ def _wanted(space: Krylov, which: str, wanted: int) -> tuple[Array, Array, Array
     """Values (largest first), coefficients in the basis (rows) and residuals of the pairs wanted."""
     values, vectors = ritz(space)
     best = _ranked(values, space.size, which)[:wanted]
+    # NaN has no place in an order: pairs that do not exist count as −∞ and come last.
     best = best[jnp.argsort(-jnp.where(best < space.size, values[best], -jnp.inf))]
     exists: Bool[Array, " wanted"] = best < space.size
+    # A(Qs) − θ(Qs) = (pending rows)ᵀ · coupling · s: the residual needs no product (Parlett 1998, §13.2).
     residuals = jnp.linalg.norm(space.coupling() @ vectors[:, best], axis=0)
     return (
         jnp.where(exists, values[best], jnp.nan),
@@ -268,9 +272,11 @@ def _restart(space: Krylov, which: str, keep: int) -> Krylov:
     values, vectors = ritz(space)
     best = _ranked(values, space.size, which)[:keep]
     (rows, m), width = space.projected.shape, space.width
+    # The pending rows come along unchanged: they are orthogonal to every Ritz vector.
     rotation = jnp.zeros((keep + width, rows), values.dtype)
     rotation = rotation.at[:keep, :m].set(vectors[:, best].T)
     rotation = rotation.at[keep:, m:].set(jnp.eye(width, dtype=values.dtype))
+    # In the basis of Ritz vectors T is diagonal, but for how each couples to the pending rows: an arrow.
     projected = jnp.zeros_like(space.projected).at[jnp.arange(keep), jnp.arange(keep)].set(values[best])
     projected = projected.at[keep : keep + width, :keep].set(space.coupling() @ vectors[:, best])
     return Krylov(_krylov.rotate(space.basis, rotation), projected, jnp.int32(keep), space.asymmetry)

@@ -99,6 +99,7 @@ class PowerIteration(Estimator):
         if k > packing.size:
             raise ValueError(f"`k` must be at most {packing.size}, the number of parameters, got {k}.")
         probes = jax.vmap(lambda key: packing.pack(gaussian(key, like)))(jax.random.split(key, k))
+        # Orthonormal at every step: otherwise all columns turn into the first eigenvector.
         iterate = orthonormal(probes)
         none = jax.tree.map(jnp.zeros_like, iterate)
         zeros = jnp.zeros(k, _tree.accumulator_dtype(like))

@@ -1,6 +1,7 @@
 """Independent samples: who draws them, their mean and its standard error, and the error of the data."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -89,6 +90,7 @@ def no_samples(zeros: Any) -> Moments:
 def push(moments: Moments, sample: Any) -> Moments:
     """Take in one sample (Welford 1962: no large squares are subtracted from each other)."""
     count = moments.num_samples + 1
+    # Deviations from the old and from the new mean: their product is never negative.
     delta = jax.tree.map(jnp.subtract, sample, moments.mean)
     mean = jax.tree.map(lambda m, d: m + d / count, moments.mean, delta)
     squares = jax.tree.map(lambda s, d, x, m: s + d * (x - m), moments.squares, delta, sample, mean)
@@ -129,6 +131,7 @@ class Watched:
 
     def forms(self, num_products: Any) -> Forms | None:
         """The mean over that many products; None if some were made elsewhere, in a run since restored."""
+        # A run restored from a checkpoint has samples whose batches were seen in another process.
         if len(self.seen) != int(num_products):
             return None
         parts = jnp.mean(jnp.stack([forms.parts for forms in self.seen]), axis=0)
@@ -153,3 +156,19 @@ def sampling_error(values: Any, weights: Any) -> Any:
     if len(values) < 2:
         return abs(mean) + math.inf
     return ((weights * (values - mean) ** 2).sum(axis=0) / ((len(values) - 1) * weights.sum())) ** 0.5
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def sampling_errors(forms: Forms, groups: tuple[tuple[int, ...], ...]) -> Array:
+    """Of the total, the leaves and the groups."""
+    sums = [jnp.sum(forms.parts[:, jnp.array(group)], axis=1) for group in groups]
+    # A sum over leaves has an error of its own: taken batch by batch, before the spread.
+    columns = jnp.column_stack([jnp.sum(forms.parts, axis=1), forms.parts, *sums])
+    return sampling_error(columns, forms.weights)
+
+
+def one_by_one(estimate: Estimate) -> list[Estimate]:
+    """An estimate of several numbers as so many estimates."""
+    data = [None] * len(estimate.mean) if estimate.data_stderr is None else estimate.data_stderr
+    columns = zip(estimate.mean, estimate.stderr, data, strict=True)
+    return [Estimate(mean, stderr, estimate.num_samples, of_data) for mean, stderr, of_data in columns]

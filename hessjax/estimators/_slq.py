@@ -124,9 +124,11 @@ class Slq(Estimator):
                 f"`num_matvecs` must be at most {packing.size}, the number of parameters, got "
                 f"{self.num_matvecs}."
             )
+        # As floats: a network may have more parameters than an int32 can count.
         sizes = np.array([np.prod(shape) for shape in packing.shapes])
         dtype, leaf = _tree.accumulator_dtype(like), self.leaf
         dimension = jnp.asarray(sizes.sum() if leaf is None else jnp.asarray(sizes, dtype)[leaf], dtype)
+        # With a leaf chosen all vectors are zero elsewhere, and A_ll is met without a program of its own.
         space = self._recurrence.start(self._draw(key, packing, 0, like, leaf), self.num_matvecs)
         nothing = jnp.zeros((self.num_probes, self.num_matvecs), dtype)
         return SlqState(key, space, packing, nothing, nothing, jnp.int32(0), leaf, dimension)
@@ -167,6 +169,7 @@ class Slq(Estimator):
     def result(self, state: SlqState) -> SpectralDensity:
         """Finished probes; while the first are under way, their quadrature so far."""
         finished = self._num_finished(state)
+        # An unfinished probe would enter with fewer nodes: it counts only while there is no other.
         begun = (finished == 0) & (state.num_matvecs > 0)
         so_far = _store(state, 0, self._recurrence.quadrature(state.space))
         nodes, weights = (
@@ -202,6 +205,7 @@ def _within(leaf: Int[Array, ""] | None, tree: Any) -> Any:
 def _store(state: SlqState, first: Any, quadrature: Quadrature) -> SlqState:
     where = first + jnp.arange(len(quadrature.nodes))
     return state._replace(
+        # Dropped past the end: more products than asked for change nothing.
         nodes=state.nodes.at[where].set(quadrature.nodes, mode="drop"),
         weights=state.weights.at[where].set(quadrature.weights, mode="drop"),
     )
@@ -254,11 +258,6 @@ def spectral_density(
         True
         >>> grid, curve = density.curve()
     """
-    return run(
-        slq(num_probes, num_matvecs, probe=probe, reorthogonalise=reorthogonalise, at_once=at_once),
-        matvec,
-        key,
-        like,
-        max_matvecs=num_probes * num_matvecs,
-        **checked_options("spectral_density", options),
-    )[0]
+    checked = checked_options("spectral_density", options)
+    method = slq(num_probes, num_matvecs, probe=probe, reorthogonalise=reorthogonalise, at_once=at_once)
+    return run(method, matvec, key, like, max_matvecs=num_probes * num_matvecs, **checked)[0]

@@ -70,12 +70,14 @@ def spectral_density_by_leaf(
         >>> {path: round(float(density.moment()), 5) for path, density in densities.items()}
         {'bias': 2.0, 'kernel': 3.0}
     """
+    checked = checked_options("spectral_density_by_leaf", options)
     paths, leaves = _tree.unique_paths(like, "like"), jax.tree.leaves(like)
     if any(hasattr(callback, "restore") for callback in options.get("callbacks", ())):
         raise ValueError(
             "`callbacks` must not hold a `checkpoint`, which is of one run: this makes one for every leaf. "
             "For checkpoints take the densities of `hessjax.select(params, path)` one by one."
         )
+    # The leaf is an array: all of them share what is compiled for one.
     method = slq(num_probes, num_matvecs, probe=probe, reorthogonalise=reorthogonalise, at_once=at_once)
     return {
         path: run(
@@ -84,7 +86,7 @@ def spectral_density_by_leaf(
             jax.random.fold_in(key, index),
             like,
             max_matvecs=num_probes * num_matvecs,
-            **checked_options("spectral_density_by_leaf", options),
+            **checked,
         )[0]
         for index, path in enumerate(paths)
         if jnp.size(leaves[index])
@@ -153,6 +155,7 @@ def spectrum(
         >>> round(float(pairs.values[0]), 4), abs(float(trace.mean) - 508.5) < 3 * float(trace.stderr)
         (9.0, True)
     """
+    checked = checked_options("spectrum", options)
     k = checked_count("k", k)
     num_matvecs = checked_count("num_matvecs", num_matvecs, 2 * k + 1, ", one more than the pairs wanted")
     if num_matvecs > (size := _tree.size(like)):
@@ -160,10 +163,9 @@ def spectrum(
             f"`num_matvecs` must be at most {size}, the number of parameters, got {num_matvecs}."
         )
     estimator = lanczos(k, basis_size=num_matvecs + 1, tol=tol)  # one more than it will fill: no restart
-    pairs, state = run(
-        estimator, matvec, key, like, max_matvecs=num_matvecs, **checked_options("spectrum", options)
-    )
+    pairs, state = run(estimator, matvec, key, like, max_matvecs=num_matvecs, **checked)
     limit = limit_of(estimator, Amount.of(tol), state)
+    # The residuals of the recurrence hold for a symmetric matvec only: products of the vectors tell.
     pairs = measured(pairs, matvec, like, limit, options.get("on_device", False))
     density = _density(state)
     return Spectrum(pairs, density, density.trace_of(_identity))
@@ -175,6 +177,7 @@ def _identity(values: jax.Array) -> jax.Array:
 
 @jax.jit
 def _density(state: LanczosState) -> SpectralDensity:
+    # Valid because the run never restarted: the first row of the basis is still the random start.
     nodes, weights = quadrature_of_basis(state.space)
     dimension = jnp.asarray(state.packing.size, weights.dtype)
     return SpectralDensity(nodes, weights, jnp.minimum(state.num_matvecs, 1), state.num_matvecs, dimension)

@@ -160,9 +160,11 @@ def _take_test(state: XtraceState, product: Packed) -> XtraceState:
     j, test = state.num_matvecs // 2, state.vector
     largest = jnp.maximum(jnp.max(jnp.linalg.norm(state.R, axis=0)), _tree.norm(product))
     tiny = 64 * jnp.finfo(largest.dtype).eps * largest
+    # The QR factorisation of AΩ, a column at a time: so the estimate may be read at any moment.
     row, column, left = _krylov.orthogonalise(state.basis, j, product, tiny)
     row = _tree.scale(left > 0, row)
     tests = _krylov.write(state.tests, j, test)
+    # W gains a column (this test along the rows so far) and a row (all tests along the new row).
     return state._replace(
         vector=row,
         tests=tests,
@@ -179,6 +181,7 @@ def _take_row(state: XtraceState, product: Packed) -> XtraceState:
     j = state.num_matvecs // 2
     column = _components(state.basis, j + 1, product)
     following = gaussian(jax.random.fold_in(state.key, j + 1), state.packing.unpack(product))
+    # H = QᵀAQ is symmetric: its new row is its new column.
     return state._replace(
         vector=state.packing.pack(following), H=state.H.at[:, j].set(column).at[j].set(column)
     )
@@ -208,16 +211,22 @@ def _leave_one_out(state: XtraceState, inside: Array) -> Float[Array, " n"]:
     The basis without i is Q less one direction s_i, the i-th column of R⁻ᵀ: I − Q_(i)Q_(i)ᵀ comes from Q
     and P = I − s_i s_iᵀ. Where the rank is smaller than the number of products, see `_missing`.
     """
+    # Transposed once here, so that row i of every matrix belongs to test vector i.
     R = jnp.where(inside, state.R, 0).T
     H = jnp.where(inside[:, None] & inside, state.H, 0)
     W = jnp.where(inside[:, None] & inside, state.W, 0).T
     S, rank = _missing(R.T)
+    # P_i Qᵀω_i: the components of ω_i in the span of the others.
     along = jnp.sum(S * W, axis=1)
     PW = W - along[:, None] * S
+    # tr Q_(i)ᵀAQ_(i) = tr H − s_iᵀH s_i.
     captured = jnp.trace(H) - jnp.sum(_product(S, H) * S, axis=1)
+    # μᵀAμ with μ = ω_i − Q P_i Qᵀω_i, where ω_iᵀAQ is row i of Rᵀ: no product with μ is needed.
     form = state.forms + jnp.sum(PW * (_product(PW, H) - 2 * R), axis=1)
+    # ‖μ‖² by Pythagoras.
     square = state.squares - jnp.sum(W**2, axis=1) + along**2
     rest = float(state.packing.size) - rank.astype(form.dtype)
+    # μ = 0: the others span all, and there is nothing left to sample.
     enough = (rest > 0) & (square > 0)
     return captured + jnp.where(enough, rest * form / jnp.where(enough, square, 1), 0)
 
@@ -229,10 +238,12 @@ def _missing(R: Array) -> tuple[Float[Array, "n n"], Int[Array, " n"]]:
     diagonal of R) is a combination of them: each that takes part in it could be replaced by it.
     """
     own = jnp.diag(R) > 0
+    # To entries of order 1: the triangular solve has no scaling of its own, and float32 ends at 1e38.
     R = R / jnp.where(jnp.any(own), jnp.max(jnp.abs(R)), 1)
     square = jnp.where(own[:, None] & own, R, 0) + jnp.diag(jnp.where(own, 0, 1).astype(R.dtype))
     inverse = jax.scipy.linalg.solve_triangular(square, jnp.eye(len(R), dtype=R.dtype))
     shares = _product(inverse, jnp.where(own, 0, R))
+    # √eps: below it a share is what rounding makes of none.
     replaceable = jnp.max(jnp.abs(shares), axis=1) > jnp.sqrt(jnp.finfo(R.dtype).eps)
     needed = own & ~replaceable
     directions = inverse / jnp.linalg.norm(inverse, axis=1, keepdims=True)
@@ -240,4 +251,5 @@ def _missing(R: Array) -> tuple[Float[Array, "n n"], Int[Array, " n"]]:
 
 
 def _product(a: Array, b: Array) -> Array:
+    # By default accelerators multiply in fewer digits than float32 has.
     return jnp.matmul(a, b, precision="highest")

@@ -250,16 +250,10 @@ def solve(
         >>> solution.x.round(4).tolist(), bool(solution.converged)
         ([1.0, 0.5, 0.25], True)
     """
-    system = System(rhs, damping, tol)
-    solution, _ = run(
-        method(rhs, damping, tol=tol),
-        matvec,
-        jax.random.key(0),  # nothing here is random
-        rhs,
-        max_matvecs=max_matvecs,
-        tol=tol,
-        **checked_options("solve", options),
-    )
+    checked = checked_options("solve", options)
+    system, estimator = System(rhs, damping, tol), method(rhs, damping, tol=tol)
+    key = jax.random.key(0)  # nothing here is random
+    solution, _ = run(estimator, matvec, key, rhs, max_matvecs=max_matvecs, tol=tol, **checked)
     if options.get("on_device"):
         return _multiplied_and_measured(as_partial(matvec), solution, system, rhs)
     return _measured(solution, matvec(_cast(solution.x, rhs)), system)

@@ -121,6 +121,7 @@ class Minres(System, Estimator):
         rhs, unit, limit = self.scaled(packing)
         zero, nothing = jnp.zeros_like(unit), jax.tree.map(jnp.zeros_like, rhs)
         return MinresState(
+            # From zero: the residual is then b, and its norm 1 in units of ‖b‖.
             x=nothing,
             lanczos=(nothing, rhs),
             steps=(nothing, nothing),
@@ -147,6 +148,7 @@ class Minres(System, Estimator):
         product = _tree.add_scaled(state.packing.pack(_tree.row(products, 0)), state.damping, v)
         largest = jnp.maximum(state.largest, _tree.norm(product))
         alpha = _tree.inner(v, product)
+        # No reorthogonalisation: MINRES needs the residual of the recurrence, not an orthogonal basis.
         following = _tree.add_scaled(_tree.add_scaled(product, -alpha, v), -last.beta, before)
         reflection, delta, gamma, curvature, descent = _reflect(last, alpha, _tree.norm(following))
         moved = _step(state, following, reflection, delta, gamma)
@@ -177,6 +179,7 @@ class Minres(System, Estimator):
 
     def error(self, state: MinresState) -> Scalar:
         """The residual of the recurrence; NaN once no x has a smaller one."""
+        # A least squares solution: more products would change nothing, and a run with a `tol` is told so.
         stuck = state.finished & (state.residual > state.limit)
         return jnp.where(stuck, jnp.nan, state.unit * state.residual)
 
@@ -195,9 +198,11 @@ def _reflect(last: Reflection, alpha: Array, beta: Array) -> tuple[Reflection, A
         The next reflection; the entries of R above and on the diagonal; and of the residual r before this
         step rᵀ(A + λI)r / rᵀr and ‖(A + λI)r‖ / ‖r‖ (Liu & Roosta, lemma 3.1).
     """
+    # T is symmetric tridiagonal: a column meets the last two reflections only (Paige & Saunders, §5).
     above = last.cosine * last.above + last.sine * alpha
     rest = last.sine * last.above - last.cosine * alpha
     gamma = jnp.hypot(rest, beta)
+    # γ = 0 where A + λI is singular on the space so far: `finished` then keeps the iterate as it is.
     safe = jnp.where(gamma > 0, gamma, 1)
     next_above = -last.cosine * beta
     reflection = Reflection(rest / safe, beta / safe, next_above, last.sine * beta, beta)
@@ -211,6 +216,7 @@ def _step(
     (_, v), (older, old) = state.lanczos, state.steps
     w = _tree.add_scaled(_tree.add_scaled(v, -state.reflection.far, older), -above, old)
     w = _tree.scale(1 / diagonal, w)
+    # β = 0: the space is invariant, the iterate solves the system in it, and the next row stays zero.
     length = jnp.where(new.beta > 0, new.beta, 1)
     return state._replace(
         x=_tree.add_scaled(state.x, new.cosine * state.residual, w),

@@ -56,6 +56,7 @@ class System:
         """
         rhs = packing.pack(self.rhs)
         norm = _tree.norm(rhs)
+        # b = 0 has the solution 0, which is found without dividing by its norm.
         unit = jnp.where(norm > 0, norm, 1)
         limit = Amount.of(self.tol).fraction(unit)
         return _tree.scale(1 / unit, rhs), unit, jnp.asarray(limit, unit.dtype)
@@ -67,6 +68,7 @@ def _checked_damping(damping: Any, rhs: Vector) -> Scalar:
             "`damping` must be a number: a matvec alone has no scale for `relative` to refer to. The "
             "mean of A's diagonal, for one, is `hessjax.trace(A, key, params).mean` over their number."
         )
+    # An array: other dampings compile nothing anew.
     number = jnp.asarray(damping, _tree.accumulator_dtype(rhs))
     if number.shape or (not isinstance(number, jax.core.Tracer) and not math.isfinite(number)):
         raise ValueError(f"`damping` must be one finite number, got {number}.")
