@@ -13,7 +13,7 @@ from hessjax._core._types import Estimate
 from hessjax.estimators._quadrature import bulk, bumps, ends, quadrature_bounds, sphere_deviation
 
 Grid: TypeAlias = Float[Array, " n"] | Float[np.ndarray, " n"]
-Number: TypeAlias = float | int | Array
+Number: TypeAlias = float | int | Float[Array, ""]
 
 
 class SpectralDensity(NamedTuple):
@@ -94,7 +94,7 @@ class SpectralDensity(NamedTuple):
 
     # -- functions of the matrix ------------------------------------------------------------------
 
-    def trace_of(self, function: Callable[[Array], Array]) -> Estimate:
+    def trace_of(self, function: Callable[[Float[Array, "..."]], Float[Array, "..."]]) -> Estimate:
         """The trace of a function of the matrix, tr f(A) = Σ f(λ), with its standard error.
 
         The mean over the probes of d Σ w f(θ). For v uniform on the sphere, with B = f(A) of eigenvalues b,
@@ -272,7 +272,7 @@ class SpectralDensity(NamedTuple):
         smooth = bumps(u, jnp.arcsinh(self.nodes / unit), self.weights, jnp.asarray(bandwidth))
         return jnp.sinh(u) * unit, self._mean(smooth)
 
-    def _mean(self, values: Array) -> Array:
+    def _mean(self, values: Float[Array, "probes ..."]) -> Float[Array, "..."]:
         """The mean over the probes that took place; NaN if none did."""
         took_place = jnp.arange(len(values)) < self.num_probes
         took_place = took_place.reshape(-1, *[1] * (values.ndim - 1))

@@ -4,7 +4,7 @@ from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from hessjax._core import _tree
 from hessjax._core._types import (
@@ -17,6 +17,7 @@ from hessjax._core._types import (
     Matvec,
     Params,
     Relative,
+    Scalar,
     Tolerance,
     Vector,
 )
@@ -97,7 +98,7 @@ def measured(pairs: Eigenpairs, matvec: Matvec, like: Params, limit: Any, on_dev
     return _judged(pairs, *_columns(quotients), limit)
 
 
-def _measure(matvec: Matvec, vector: Vector, like: Params) -> tuple[tuple[Array, Array], Array | None]:
+def _measure(matvec: Matvec, vector: Vector, like: Params) -> tuple[tuple[Scalar, Scalar], Scalar | None]:
     """Rayleigh quotient and residual, and the quotient's sampling error where there are batches."""
     if not isinstance(matvec, BatchMatvec):
         return _quotient(vector, matvec(_tree.cast_like(vector, like))), None
@@ -109,12 +110,12 @@ _rows = jax.jit(_tree.rows)
 
 
 @jax.jit
-def _sampling_error(forms: Forms) -> Array:
+def _sampling_error(forms: Forms) -> Scalar:
     return sampling_error(jnp.sum(forms.parts, axis=1), forms.weights)
 
 
 @jax.jit
-def _quotient(vector: Vector, product: Vector) -> tuple[Array, Array]:
+def _quotient(vector: Vector, product: Vector) -> tuple[Scalar, Scalar]:
     """The Rayleigh quotient of a vector of norm 1, and its residual."""
     # bfloat16 products are summed in float32, as in the run.
     product = _tree.wide(product)
@@ -123,19 +124,23 @@ def _quotient(vector: Vector, product: Vector) -> tuple[Array, Array]:
 
 
 @jax.jit
-def _quotients(matvec: Matvec, vectors: Block, like: Params) -> tuple[Array, Array]:
+def _quotients(matvec: Matvec, vectors: Block, like: Params) -> tuple[Float[Array, " k"], Float[Array, " k"]]:
     # Not `vmap`: that would hold all products, and their activations, at once.
     return jax.lax.map(lambda v: _quotient(v, matvec(_tree.cast_like(v, like))), vectors)
 
 
 @jax.jit
-def _columns(measured: tuple[tuple[Array, Array], ...]) -> tuple[Array, Array]:
+def _columns(
+    measured: tuple[tuple[Scalar, Scalar], ...],
+) -> tuple[Float[Array, " k"], Float[Array, " k"]]:
     values, residuals = zip(*measured, strict=True)
     return jnp.stack(values), jnp.stack(residuals)
 
 
 @jax.jit
-def _judged(pairs: Eigenpairs, values: Array, residuals: Array, limit: Any) -> Eigenpairs:
+def _judged(
+    pairs: Eigenpairs, values: Float[Array, " k"], residuals: Float[Array, " k"], limit: Any
+) -> Eigenpairs:
     """The pairs with measured values and residuals, where there is a pair at all."""
     # The vector of a pair that was not found is zero, with a quotient of 0 that means nothing.
     found = jnp.isfinite(pairs.values)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from hessjax._core import _tree
 from hessjax._core._types import Block, Params, Scalar, Vector
@@ -29,14 +29,14 @@ def allocate(like: Params, num_rows: int) -> Basis:
     )
 
 
-def read(basis: Basis, index: Array) -> Vector:
+def read(basis: Basis, index: Int[Array, ""]) -> Vector:
     """Row `index`."""
     # A switch over whole chunks: only the one that holds the row is read.
     readers = [lambda i, j=j: _tree.row(basis[j], i - j * CHUNK) for j in range(len(basis))]
     return jax.lax.switch(index // CHUNK, readers, index)
 
 
-def write(basis: Basis, index: Array, vector: Vector) -> Basis:
+def write(basis: Basis, index: Int[Array, ""], vector: Vector) -> Basis:
     """The basis with row `index` replaced; in place where the memory is donated."""
 
     def write_chunk(chunk: Block, start: int, stop: int) -> Block:
@@ -51,7 +51,7 @@ def write(basis: Basis, index: Array, vector: Vector) -> Basis:
     )
 
 
-def project_out(basis: Basis, count: Array, vector: Vector) -> tuple[Vector, Float[Array, " rows"]]:
+def project_out(basis: Basis, count: Int[Array, ""], vector: Vector) -> tuple[Vector, Float[Array, " rows"]]:
     """`vector` less its components along the first `count` rows, and these components.
 
     One pass of classical Gram–Schmidt. Chunks beyond `count` are not touched.
@@ -85,18 +85,20 @@ class Orthogonal(NamedTuple):
     norm: Scalar
 
 
-def orthogonalise(basis: Basis, count: Array, vector: Vector, tiny: Scalar) -> Orthogonal:
+def orthogonalise(basis: Basis, count: Int[Array, ""], vector: Vector, tiny: Scalar) -> Orthogonal:
     """A unit vector orthogonal to the first `count` rows: passes of `project_out` until one loses little.
 
     A pass that leaves at least 0.7 of the norm was accurate; "twice is enough" (Parlett 1998, §6.9). A
     vector of which no more than `tiny` is left was inside the span: a fresh direction takes its place.
     """
 
-    def unsettled(loop: tuple[Orthogonal, Array, Array]) -> Array:
+    def unsettled(loop: tuple[Orthogonal, Bool[Array, ""], Int[Array, ""]]) -> Bool[Array, ""]:
         _, settled, passes = loop
         return ~settled & (passes < 5)
 
-    def one_pass(loop: tuple[Orthogonal, Array, Array]) -> tuple[Orthogonal, Array, Array]:
+    def one_pass(
+        loop: tuple[Orthogonal, Bool[Array, ""], Int[Array, ""]],
+    ) -> tuple[Orthogonal, Bool[Array, ""], Int[Array, ""]]:
         # `norm` is positive here until the vector collapses, then minus the fresh direction's.
         (vector, components, before), _, passes = loop
         fresh = before < 0
@@ -128,7 +130,7 @@ def orthonormal(block: Block) -> Block:
     """
     num_rows = jax.tree.leaves(block)[0].shape[0]
 
-    def clean(i: Array, block: Block) -> Block:
+    def clean(i: Int[Array, ""], block: Block) -> Block:
         row = _tree.row(block, i)
         row = _tree.scale(1 / jnp.maximum(_tree.norm(row), jnp.finfo(jnp.float32).tiny), row)
         # Two passes are enough where a row keeps a part of its own; the third is for fresh directions.
@@ -165,7 +167,7 @@ def rotate(basis: Basis, coefficients: Float[Array, "n rows"]) -> Basis:
     return tuple(jax.tree.unflatten(structure, chunk) for chunk in zip(*leaves, strict=True))
 
 
-def _rotate_leaf(chunks: tuple[Array, ...], square: Array) -> tuple[Array, ...]:
+def _rotate_leaf(chunks: tuple[Array, ...], square: Float[Array, "rows rows"]) -> tuple[Array, ...]:
     flat = tuple(chunk.reshape(len(chunk), -1) for chunk in chunks)
     bounds, length = _bounds(len(square)), flat[0].shape[1]
 
@@ -184,7 +186,7 @@ def _rotate_leaf(chunks: tuple[Array, ...], square: Array) -> tuple[Array, ...]:
     return tuple(new.reshape(old.shape) for new, old in zip(flat, chunks, strict=True))
 
 
-def _subtract(chunk: Block, components: Array, vector: Vector) -> Vector:
+def _subtract(chunk: Block, components: Float[Array, " rows"], vector: Vector) -> Vector:
     return _tree.add_scaled(vector, -1, _tree.combine(components, chunk))
 
 
@@ -281,7 +283,7 @@ def extend(space: Krylov, product: Vector) -> Krylov:
     return Krylov(basis, T, k + 1, jnp.maximum(space.asymmetry, asymmetry))
 
 
-def _tiny(projected: Array, product: Vector) -> Array:
+def _tiny(projected: Float[Array, "rows m"], product: Vector) -> Scalar:
     """The norm below which what is left of a product is nothing but rounding."""
     size_of_matrix = jnp.maximum(jnp.max(jnp.sum(jnp.abs(projected), axis=0)), _tree.norm(product))
     return 64 * jnp.finfo(projected.dtype).eps * size_of_matrix

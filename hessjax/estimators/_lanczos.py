@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from hessjax._core import _tree
 from hessjax._core._messages import checked_count
@@ -34,7 +34,7 @@ from hessjax.estimators.probes import gaussian
 
 # -- which eigenvalues ---------------------------------------------------------------------------
 
-_PRIORITY: dict[str, Callable[[Array, Array, Array], Array]] = {
+_PRIORITY: dict[str, Callable[[Array, Array, Array], Float[Array, " m"] | Int[Array, " m"]]] = {
     "both": lambda values, index, size: jnp.minimum(index, size - 1 - index),
     "largest": lambda values, index, size: size - 1 - index,
     "smallest": lambda values, index, size: index,
@@ -42,7 +42,7 @@ _PRIORITY: dict[str, Callable[[Array, Array, Array], Array]] = {
 }
 
 
-def _ranked(values: Array, size: Array, which: str) -> Int[Array, " m"]:
+def _ranked(values: Float[Array, " m"], size: Int[Array, ""], which: str) -> Int[Array, " m"]:
     """Indices of the Ritz values, the most wanted first, those that mean nothing last."""
     index = jnp.arange(values.shape[0])
     priority = _PRIORITY[which](values, index, size).astype(values.dtype)
@@ -251,7 +251,9 @@ def _absorb(space: Krylov, product: Vector, *, which: str, wanted: int, dimensio
     )
 
 
-def _wanted(space: Krylov, which: str, wanted: int) -> tuple[Array, Array, Array]:
+def _wanted(
+    space: Krylov, which: str, wanted: int
+) -> tuple[Float[Array, " k"], Float[Array, "k m"], Float[Array, " k"]]:
     """Values (largest first), coefficients in the basis (rows) and residuals of the pairs wanted."""
     values, vectors = ritz(space)
     best = _ranked(values, space.size, which)[:wanted]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from hessjax._core import _tree
-from hessjax._core._types import Block, Vector
+from hessjax._core._types import Block, Scalar, Vector
 from hessjax.estimators import _krylov
 from hessjax.estimators._krylov import Krylov
 
@@ -51,7 +51,7 @@ def quadrature_bounds(
 
 
 def sphere_deviation(
-    dimension: Array, num_probes: Array, confidence: float | int | Array
+    dimension: Float[Array, ""], num_probes: Int[Array, ""], confidence: float | int | Float[Array, ""]
 ) -> Float[Array, ""]:
     """How far the mean of the probes' cumulative functions is from the true one, for all x at once.
 
@@ -78,19 +78,22 @@ def sphere_deviation(
 
 
 def bumps(
-    grid: Float[Array, " n"], nodes: Float[Array, "probes m"], weights: Float[Array, "probes m"], width: Array
+    grid: Float[Array, " n"],
+    nodes: Float[Array, "probes m"],
+    weights: Float[Array, "probes m"],
+    width: Scalar,
 ) -> Float[Array, "probes n"]:
     """A Gaussian for every node, of its weight; summed for each probe."""
     return jnp.sum(weights[..., None] * jax.scipy.stats.norm.pdf(grid, nodes[..., None], width), axis=1)
 
 
-def ends(nodes: Float[Array, "probes m"], weights: Float[Array, "probes m"]) -> tuple[Array, Array]:
+def ends(nodes: Float[Array, "probes m"], weights: Float[Array, "probes m"]) -> tuple[Scalar, Scalar]:
     """The extremes over all probes."""
     there = weights > 0
     return jnp.min(jnp.where(there, nodes, jnp.inf)), jnp.max(jnp.where(there, nodes, -jnp.inf))
 
 
-def bulk(nodes: Float[Array, "probes m"], weights: Float[Array, "probes m"]) -> Array:
+def bulk(nodes: Float[Array, "probes m"], weights: Float[Array, "probes m"]) -> Scalar:
     """The distance from the 5 % to the 95 % quantile."""
     # Quantiles of the mixture over all probes: each alone may miss an end of the bulk.
     order = jnp.argsort(nodes, axis=None)
@@ -196,8 +199,13 @@ def _extend_two(space: TwoVectors, products: Block) -> TwoVectors:
 
 
 def _step(
-    row: Vector, back: Vector, diagonal: Array, off: Array, size: Array, product: Vector
-) -> tuple[Vector, Vector, Array, Array]:
+    row: Vector,
+    back: Vector,
+    diagonal: Float[Array, " m"],
+    off: Float[Array, " m"],
+    size: Int[Array, ""],
+    product: Vector,
+) -> tuple[Vector, Vector, Float[Array, " m"], Float[Array, " m"]]:
     # α from Aq − β · (row before), β as a norm: Paige's variant (2,7), with errors of order eps.
     residual = _tree.add_scaled(back, 1, product)
     alpha = _tree.inner(row, residual)
@@ -216,7 +224,9 @@ def _quadrature_of_two(space: TwoVectors) -> Quadrature:
     return Quadrature(*jax.vmap(_gauss, in_axes=(0, 0, None))(space.diagonal, space.off_diagonal, space.size))
 
 
-def _gauss(diagonal: Array, off: Array, size: Array) -> tuple[Array, Array]:
+def _gauss(
+    diagonal: Float[Array, " m"], off: Float[Array, " m"], size: Int[Array, ""]
+) -> tuple[Float[Array, " m"], Float[Array, " m"]]:
     """Nodes and weights of a tridiagonal T up to its first breakdown (Golub & Welsch 1969)."""
     # After β = 0 rows are zero, and what T holds there says nothing of A.
     unbroken = jnp.cumprod(jnp.where(off > 0, 1, 0))
@@ -233,7 +243,9 @@ def _gauss(diagonal: Array, off: Array, size: Array) -> tuple[Array, Array]:
 without_basis = Recurrence(_start_two, _restart_two, lambda space: space.row, _extend_two, _quadrature_of_two)
 
 
-def _those_inside(values: Array, components: Array, inside: Bool[Array, " m"]) -> tuple[Array, Array]:
+def _those_inside(
+    values: Float[Array, " m"], components: Float[Array, " m"], inside: Bool[Array, " m"]
+) -> tuple[Float[Array, " m"], Float[Array, " m"]]:
     """Nodes and weights; what is outside repeats the largest node, with weight 0."""
     largest = jnp.max(values, where=inside, initial=-jnp.inf)
     largest = jnp.where(jnp.isfinite(largest), largest, 0)

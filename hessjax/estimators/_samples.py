@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from hessjax._core._types import BatchMatvec, Block, Estimate, Forms, Key, Params, Scalar, Vector, settings
 from hessjax._run._estimator import Estimator
@@ -50,7 +50,7 @@ def when(condition: Bool[Array, ""], step: Callable[..., Any], state: Any, *args
     not, and the state holds a basis.
     """
 
-    def turn(loop: tuple[Array, Any]) -> tuple[Array, Any]:
+    def turn(loop: tuple[Bool[Array, ""], Any]) -> tuple[Bool[Array, ""], Any]:
         return jnp.asarray(False), step(loop[1], *args)
 
     return jax.lax.while_loop(lambda loop: loop[0], turn, (condition, state))[1]
@@ -104,14 +104,14 @@ def estimate(moments: Moments) -> Estimate:
     return Estimate(mean, jax.tree.map(lambda s: standard_error(s, n), moments.squares), n)
 
 
-def standard_error(squares: Array, count: Array) -> Array:
+def standard_error(squares: Float[Array, "..."], count: Int[Array, ""]) -> Float[Array, "..."]:
     """Of a mean, from the sum of squared deviations; infinite with fewer than two samples."""
     return jnp.where(
         count > 1, jnp.sqrt(squares / (jnp.maximum(count - 1, 1) * jnp.maximum(count, 1))), jnp.inf
     )
 
 
-def stopping_error(stderr: Array, count: Array) -> Scalar:
+def stopping_error(stderr: Scalar, count: Int[Array, ""]) -> Scalar:
     """The error that a run stops on: the standard error, once there are samples enough to trust it."""
     return jnp.where(count >= MIN_SAMPLES, stderr, jnp.inf)
 
@@ -159,7 +159,7 @@ def sampling_error(values: Any, weights: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def sampling_errors(forms: Forms, groups: tuple[tuple[int, ...], ...]) -> Array:
+def sampling_errors(forms: Forms, groups: tuple[tuple[int, ...], ...]) -> Float[Array, " parts"]:
     """Of the total, the leaves and the groups."""
     sums = [jnp.sum(forms.parts[:, jnp.array(group)], axis=1) for group in groups]
     # A sum over leaves has an error of its own: taken batch by batch, before the spread.

@@ -5,6 +5,7 @@ from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from hessjax._core import _tree
 from hessjax._core._messages import checked_count
@@ -171,7 +172,7 @@ def spectrum(
     return Spectrum(pairs, density, density.trace_of(_identity))
 
 
-def _identity(values: jax.Array) -> jax.Array:
+def _identity(values: Float[Array, "..."]) -> Float[Array, "..."]:
     return values
 
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from hessjax._core import _tree
 from hessjax._core._messages import checked_count
@@ -187,7 +187,7 @@ def _take_row(state: XtraceState, product: Packed) -> XtraceState:
     )
 
 
-def _components(basis: _krylov.Basis, count: Array, vector: Packed) -> Float[Array, " rows"]:
+def _components(basis: _krylov.Basis, count: Int[Array, ""], vector: Packed) -> Float[Array, " rows"]:
     return _krylov.project_out(basis, count, vector)[1]
 
 
@@ -205,7 +205,7 @@ def _moments(state: XtraceState) -> Moments:
     return Moments(mean, squares, count)
 
 
-def _leave_one_out(state: XtraceState, inside: Array) -> Float[Array, " n"]:
+def _leave_one_out(state: XtraceState, inside: Bool[Array, " n"]) -> Float[Array, " n"]:
     """t_i of every test vector (arXiv 2301.07825, §2.1 and §3.1; row i of what is here speaks of it).
 
     The basis without i is Q less one direction s_i, the i-th column of R⁻ᵀ: I − Q_(i)Q_(i)ᵀ comes from Q
@@ -231,7 +231,7 @@ def _leave_one_out(state: XtraceState, inside: Array) -> Float[Array, " n"]:
     return captured + jnp.where(enough, rest * form / jnp.where(enough, square, 1), 0)
 
 
-def _missing(R: Array) -> tuple[Float[Array, "n n"], Int[Array, " n"]]:
+def _missing(R: Float[Array, "n n"]) -> tuple[Float[Array, "n n"], Int[Array, " n"]]:
     """Row i: the direction s_i of the span that only product i gives (0 if the others span it too).
 
     And the dimension of the span of the others. A product inside the span of those before it (a zero on the
@@ -250,6 +250,6 @@ def _missing(R: Array) -> tuple[Float[Array, "n n"], Int[Array, " n"]]:
     return jnp.where(needed[:, None], directions, 0), jnp.sum(own) - needed
 
 
-def _product(a: Array, b: Array) -> Array:
+def _product(a: Float[Array, "n k"], b: Float[Array, "k m"]) -> Float[Array, "n m"]:
     # By default accelerators multiply in fewer digits than float32 has.
     return jnp.matmul(a, b, precision="highest")

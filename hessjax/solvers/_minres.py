@@ -191,7 +191,9 @@ class Minres(System, Estimator):
 minres = Minres
 
 
-def _reflect(last: Reflection, alpha: Array, beta: Array) -> tuple[Reflection, Array, Array, Array, Array]:
+def _reflect(
+    last: Reflection, alpha: Scalar, beta: Scalar
+) -> tuple[Reflection, Scalar, Scalar, Scalar, Scalar]:
     """The next column (…, β, α, β') of T, made upper triangular (Paige & Saunders, §5).
 
     Returns:
@@ -210,7 +212,7 @@ def _reflect(last: Reflection, alpha: Array, beta: Array) -> tuple[Reflection, A
 
 
 def _step(
-    state: MinresState, following: Packed, new: Reflection, above: Array, diagonal: Array
+    state: MinresState, following: Packed, new: Reflection, above: Scalar, diagonal: Scalar
 ) -> MinresState:
     """Along w = (v − R-entries · the two directions before) / diagonal, by cosine · residual."""
     (_, v), (older, old) = state.lanczos, state.steps
