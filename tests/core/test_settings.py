@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,18 +81,23 @@ def test_repr_shows_settings_functions_by_name_and_arrays_by_shape():
 
 
 def test_equal_settings_share_compiled_code_and_other_arrays_too():
-    traces = []
-
     @jax.jit
+    @chex.assert_max_traces(n=1)
     def total(made: Any) -> Any:
-        traces.append(made)
         return made.size * jnp.sum(made.weights)
 
     for weights in (jnp.ones(3), jnp.arange(3.0)):
         np.testing.assert_allclose(total(WithArrays(weights, Plain(1))), 3 * weights.sum())
-    assert len(traces) == 1
-    total(WithArrays(jnp.ones(3), Plain(2)))
-    assert len(traces) == 2
+    with pytest.raises(AssertionError, match="max_traces"):
+        total(WithArrays(jnp.ones(3), Plain(2)))
+
+
+def test_settings_are_rebuilt_around_whatever_jax_puts_in_them():
+    made = WithArrays({"w": jnp.arange(3.0)}, Plain(2))
+    chex.assert_trees_all_equal(jax.tree.map(lambda x: x, made), made)
+    assert jax.tree.map(lambda _: object(), made).inner == Plain(2)  # no check of the constructor runs
+    doubled = jax.vmap(lambda made: jax.tree.map(lambda x: 2 * x, made), axis_size=2, in_axes=None)(made)
+    assert doubled.weights["w"].shape == (2, 3)
 
 
 def test_tolerances_are_checked_in_one_place():
