@@ -68,9 +68,13 @@ def settings(*, arrays: tuple[str, ...] = ()) -> Callable[[type[Class]], type[Cl
         names = [field.name for field in dataclasses.fields(made)]
         static = tuple(name for name in names if name not in arrays)
 
-        def flatten(self: Any) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, ...]]:
-            children = ((jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in arrays)
-            return tuple(children), tuple(getattr(self, name) for name in static)
+        def flatten(self: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+            held = vars(self)
+            return tuple([held[name] for name in arrays]), tuple([held[name] for name in static])
+
+        def flatten_with_keys(self: Any) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, ...]]:
+            children, values = flatten(self)
+            return tuple(zip(map(jax.tree_util.GetAttrKey, arrays), children, strict=True)), values
 
         def unflatten(values: tuple[Any, ...], children: Any) -> Any:
             # Not by the constructor: its checks read numbers, and jax also passes tracers and placeholders.
@@ -82,7 +86,8 @@ def settings(*, arrays: tuple[str, ...] = ()) -> Callable[[type[Class]], type[Cl
         made.__eq__, made.__hash__ = _equal, lambda self: hash((made, flatten(self)[1]))
         if not own_repr:
             made.__repr__ = _settings_as_text
-        jax.tree_util.register_pytree_with_keys(made, flatten, unflatten)
+        # Both forms, since every call of a compiled step flattens, and does it faster without keys.
+        jax.tree_util.register_pytree_with_keys(made, flatten_with_keys, unflatten, flatten)
         return made
 
     return decorate

@@ -125,7 +125,7 @@ def run(
     carry = _begin(estimator, key, like) if state is None else _resume(state)
     left = begun(estimator)
     if isinstance(limit, Relative):
-        jax.eval_shape(left.scale, carry.state)  # raises an error where there is none
+        jax.eval_shape(_estimator.scale_of, left, carry.state)  # raises an error where there is none
     width = _width(left, carry.state, like, "estimator.query" if state is None else "state")
     max_matvecs = checked_count("max_matvecs", max_matvecs, width, ", one step's need")
     loop = Loop(left, matvec, like, width, max_matvecs // width, limit, callbacks)
@@ -174,7 +174,8 @@ def _check_estimator(estimator: Any) -> None:
 
 def _width(estimator: Estimator, state: Any, like: Params, argument: str) -> int:
     """How many vectors a step multiplies, all of them like the params."""
-    block = jax.eval_shape(estimator.query, state)
+    # By a function of the module: a bound method would be traced anew in every run.
+    block = jax.eval_shape(_estimator.block_of, estimator, state)
     row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), block)
     _tree.check_like(row, like, argument, "like")
     return jax.tree.leaves(block)[0].shape[0]

@@ -103,6 +103,16 @@ def begun(estimator: Method) -> Method:
     return left
 
 
+def block_of(estimator: Estimator, state: Any) -> Block:
+    """`estimator.query(state)`."""
+    return estimator.query(state)
+
+
+def scale_of(estimator: Estimator, state: Any) -> Scalar:
+    """`estimator.scale(state)`."""
+    return estimator.scale(state)
+
+
 def limit_of(estimator: Estimator, tol: Amount, state: Any) -> Any:
     """The error that a tolerance allows, in the result's units."""
     return tol.limit(estimator.scale(state) if isinstance(tol, Relative) else None)
