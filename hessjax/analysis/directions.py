@@ -108,3 +108,8 @@ def _rescaled(axis: int | None, direction: Vector, params: Params) -> Vector:
         return d * norms[1] / jnp.where(norms[0] > 0, norms[0], 1)
 
     return jax.tree.map(leaf, direction, params)
+
+
+def __dir__() -> list[str]:
+    """What tab completion shows: the names made here, not the imports."""
+    return [name for name, value in globals().items() if getattr(value, "__module__", None) == __name__]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from hessjax._core._types import BatchMatvec, Estimate, Forms, Scalar, Vector
+from hessjax._core._types import BatchMatvec, Estimate, Forms, Params, Scalar, Vector
 
 
 def when(condition: Bool[Array, ""], step: Callable[..., Any], state: Any, *args: Any) -> Any:
@@ -123,3 +123,21 @@ def sampling_error(values: Any, weights: Any) -> Any:
     if len(values) < 2:
         return abs(mean) + math.inf
     return ((weights * (values - mean) ** 2).sum(axis=0) / ((len(values) - 1) * weights.sum())) ** 0.5
+
+
+def hashed_signs(seed: Array, like: Params) -> Vector:
+    """Signs from an integer hash (the finalizer of MurmurHash3): no statistics, just no structure.
+
+    For directions that only have to be new. It compiles in a tenth of the time of a random generator.
+    """
+    leaves, structure = jax.tree.flatten(like)
+
+    def signs(index: int, leaf: Array) -> Array:
+        bits = jax.lax.iota(jnp.uint32, leaf.size) + (seed * 64 + index + 1).astype(jnp.uint32) * jnp.uint32(
+            0x9E3779B9
+        )
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+            bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+        return jnp.where(bits & 1, 1, -1).astype(leaf.dtype).reshape(leaf.shape)
+
+    return jax.tree.unflatten(structure, [signs(i, leaf) for i, leaf in enumerate(leaves)])
