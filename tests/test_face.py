@@ -10,6 +10,8 @@ import pytest
 import hessjax as hj
 from hessjax import flax, plot
 
+pytestmark = pytest.mark.smoke
+
 VERBS = """
     hessian hvp ggn fisher empirical_fisher per_example_grads ggn_roots sampled_grads over_batches select
     weighted_sum preconditioned adam_preconditioner
