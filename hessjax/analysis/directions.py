@@ -50,8 +50,8 @@ def random(key: Key, params: Params, *, filter_axis: int | None = -1) -> Vector:
     deep = [jnp.ndim(leaf) for leaf in jax.tree.leaves(params) if jnp.ndim(leaf) > 1]
     if not deep:
         raise ValueError(
-            "`params` must have a leaf with two or more axes, got none; `hessjax.gaussian` gives a "
-            "direction with every entry random."
+            "`params` must have a leaf with two or more axes, got none; `hessjax.probes.gaussian` gives "
+            "a direction with every entry random."
         )
     if filter_axis is not None and not all(-n <= filter_axis < n for n in deep):
         raise ValueError(
@@ -104,7 +104,9 @@ def _rescaled(axis: int | None, direction: Vector, params: Params) -> Vector:
         if w.ndim < 2:
             return jnp.zeros_like(d)
         others = tuple(i for i in range(w.ndim) if axis is None or i != axis % w.ndim)
+        # Norms with their axes kept, in the direction's dtype: squares of bfloat16 weights lose their digits.
         norms = [jnp.sqrt(jnp.sum(x.astype(d.dtype) ** 2, axis=others, keepdims=True)) for x in (d, w)]
+        # A filter of the params that is zero makes the direction zero there, not NaN.
         return d * norms[1] / jnp.where(norms[0] > 0, norms[0], 1)
 
     return jax.tree.map(leaf, direction, params)
