@@ -131,15 +131,13 @@ def measure(params: Params, data: Digits, settings: Settings, key: Key) -> Curva
     matvec = hj.over_batches(lambda batch: hj.hessian(loss_fn, params, batch), batches)
     keys, seconds = jax.random.split(key), {}
     with timed("spectrum", seconds):
-        pairs, density, _ = jax.block_until_ready(
-            hj.spectrum(
-                matvec, keys[0], params, settings.num_eigenvalues, settings.num_lanczos, **bar("spectrum")
-            )
-        )
+        sizes = settings.num_eigenvalues, settings.num_lanczos
+        spectrum = hj.spectrum(matvec, keys[0], params, *sizes, callbacks=[hj.progress_bar("spectrum")])
+        pairs, density, _ = jax.block_until_ready(spectrum)
     with timed("trace", seconds):
-        traces = jax.block_until_ready(
-            hj.trace_by_leaf(matvec, keys[1], params, settings.num_probes, **bar("trace"))
-        )
+        callbacks = [hj.progress_bar("trace")]
+        traces = hj.trace_by_leaf(matvec, keys[1], params, settings.num_probes, callbacks=callbacks)
+        jax.block_until_ready(traces)
     with timed("landscape", seconds):
         plane = around(params, batches[0], pairs, settings)
     return Curvature(pairs, density, traces, plane, seconds)
