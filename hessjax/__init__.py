@@ -75,7 +75,7 @@ def __dir__() -> list[str]:
 
 def _shown(name: str, value: object) -> bool:
     """A package is a namespace if it has functions of its own to show; those that hold the code have none."""
-    if not isinstance(value, type(probes)):
+    if name.startswith("_") or not isinstance(value, type(probes)):
         return not name.startswith("_")
     inside = [x for key, x in vars(value).items() if not key.startswith("_")]
     return value.__name__.startswith(f"{__name__}.") and any(map(callable, inside))
