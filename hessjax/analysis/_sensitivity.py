@@ -66,7 +66,7 @@ class Sensitivity(NamedTuple):
 def sensitivity(
     metric: Callable[[Params], Any] | None,
     params: Params,
-    levels: Iterable[ArrayLike],
+    levels: Iterable[float | int],
     saliency: Saliency = magnitude(),  # noqa: B008 (a value, never changed)
     *,
     grads_fn: Callable[[Params], Block] | None = None,
@@ -207,7 +207,7 @@ def _pruned(network: _Network, question: _Question) -> tuple[Params, float | Non
     return pruned.params, _increase(network, name, pruned.params, pruned.predicted_increase)
 
 
-def _increase(network: _Network, name: str, pruned: Params, own: ArrayLike) -> float:
+def _increase(network: _Network, name: str, pruned: Params, own: Scalar | float) -> float:
     """By the diagonal where there is one, else what the saliency itself predicts."""
     if network.diagonal is None:
         return float(own)
@@ -256,7 +256,7 @@ def _patterns_by_leaf(params: Params, where: Where, pattern: Patterns) -> dict[s
     return {path: found[path] for path in chosen}
 
 
-def _checked_levels(levels: Iterable[ArrayLike]) -> list[float]:
+def _checked_levels(levels: Iterable[float | int]) -> list[float]:
     listed = [float(level) for level in levels]
     names = [level_name(level) for level in listed]  # 0.3 and 0.1 + 0.2 are one level, in the file too
     if not listed or len(set(names)) < len(names):

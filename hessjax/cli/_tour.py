@@ -129,7 +129,8 @@ def measure(params: Params, data: Digits, settings: Settings, key: Key) -> Curva
     images, labels = (part[: settings.measured_examples] for part in data.train)
     batches = [(images[i : i + BATCH], labels[i : i + BATCH]) for i in range(0, len(labels), BATCH)]
     matvec = hj.over_batches(lambda batch: hj.hessian(loss_fn, params, batch), batches)
-    keys, seconds = jax.random.split(key), {}
+    keys = jax.random.split(key)
+    seconds: dict[str, float] = {}
     with timed("spectrum", seconds):
         sizes = settings.num_eigenvalues, settings.num_lanczos
         spectrum = hj.spectrum(matvec, keys[0], params, *sizes, callbacks=[hj.progress_bar("spectrum")])

@@ -221,7 +221,7 @@ def _mean(losses: Float[Array, " m"], _args: Any) -> Partial:
     return Partial(_divided, 1.0 / len(losses))
 
 
-def _divided(factor: ArrayLike, tangents: Float[Array, " m"]) -> Float[Array, " m"]:
+def _divided(factor: float | Float[Array, ""], tangents: Float[Array, " m"]) -> Float[Array, " m"]:
     return factor * tangents
 
 

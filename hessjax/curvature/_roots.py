@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, Float
 
 from hessjax._core import _tree
 from hessjax._core._messages import checked_count
@@ -23,7 +23,7 @@ def ggn_roots(
     params: Params,
     *args: Any,
     likelihood: Likelihood = likelihoods.categorical,
-    temperature: ArrayLike = 1.0,
+    temperature: float | int | Float[Array, ""] = 1.0,
     precision: str | None = "highest",
 ) -> Block:
     """Exact square roots of the Fisher, which is also the GGN of the likelihood: 1/m Σ rrᵀ = 1/n Σ JᵀHJ.
@@ -125,7 +125,7 @@ def _ggn_roots(
     information: Partial,
     params: Params,
     args: tuple[Any, ...],
-    temperature: ArrayLike,
+    temperature: Float[Array, ""],
 ) -> Block:
     def of_example(example: tuple[Any, ...]) -> Block:
         outputs, pullback = jax.vjp(lambda p: _checked(model_fn(p, *example)), params)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import ArrayLike
+from jaxtyping import Array
 from rich.table import Table
 from rich.text import Text
 
@@ -104,7 +104,7 @@ def eigenvalue_table(pairs: Eigenpairs) -> Table:
     return table
 
 
-def _stderr(stderr: ArrayLike | None) -> str:
+def _stderr(stderr: float | Array | None) -> str:
     """The sampling error of the data, where it is known."""
     return "" if stderr is None else f"{float(stderr):.2g}"
 
