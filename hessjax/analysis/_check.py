@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -156,7 +156,7 @@ def _unused(params: Params, grads: Vector, product: Vector) -> CheckRow:
 # -- repetition ------------------------------------------------------------------------------------
 
 
-def _fresh(loss_fn: LossFn) -> Any:
+def _fresh(loss_fn: LossFn) -> Callable[[Params, tuple[Any, ...]], Scalar]:
     """The loss compiled anew at every call of this: what a trace freezes (`np.random`, a clock) shows."""
 
     # A function of its own at every call, and on purpose: jax would find the trace of an equal one.

@@ -182,7 +182,12 @@ def loss_and_gradient(loss_fn: LossFn, params: Params, args: tuple[Any, ...]) ->
 
 @jax.jit
 def _slopes(
-    loss_fn: LossFn, params: Params, args: Any, grads: Vector, direction: Vector, t: Float[Array, " l"]
+    loss_fn: LossFn,
+    params: Params,
+    args: tuple[Any, ...],
+    grads: Vector,
+    direction: Vector,
+    t: Float[Array, " l"],
 ) -> tuple[Scalar, Scalar]:
     """What the loss changes by per unit of length, measured and according to its gradient."""
     there, back = _moved(params, direction, t), _moved(params, direction, -t)

@@ -164,7 +164,9 @@ class _Product:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _multiply(settings: _Product, loss_fn: LossFn, params: Params, args: Any, vector: Vector) -> Vector:
+def _multiply(
+    settings: _Product, loss_fn: LossFn, params: Params, args: tuple[Any, ...], vector: Vector
+) -> Vector:
     _tree.check_like(vector, params, "vector", "params")
     # Around the trace, not the call: the precision is written into the program's operations.
     with at_precision(settings.precision):
@@ -173,7 +175,9 @@ def _multiply(settings: _Product, loss_fn: LossFn, params: Params, args: Any, ve
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _linearize(mode: str, precision: str | None, loss_fn: LossFn, params: Params, args: Any) -> Any:
+def _linearize(
+    mode: str, precision: str | None, loss_fn: LossFn, params: Params, args: tuple[Any, ...]
+) -> Any:
     # Returned from `jit`, the linear map's structure comes from the cached trace: it is the same object
     # for every params and batch of these shapes, and code compiled for one serves the next.
     with at_precision(precision):

@@ -101,7 +101,12 @@ class _Product:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _multiply(
-    precision: str | None, model_fn: ModelFn, curvature: Partial, params: Params, args: Any, vector: Vector
+    precision: str | None,
+    model_fn: ModelFn,
+    curvature: Partial,
+    params: Params,
+    args: tuple[Any, ...],
+    vector: Vector,
 ) -> Vector:
     _tree.check_like(vector, params, "vector", "params")
     return _linearize(precision, model_fn, curvature, params, args)(_tree.cast_like(vector, params))
@@ -109,7 +114,7 @@ def _multiply(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _linearize(
-    precision: str | None, model_fn: ModelFn, curvature: Partial, params: Params, args: Any
+    precision: str | None, model_fn: ModelFn, curvature: Partial, params: Params, args: tuple[Any, ...]
 ) -> Partial:
     # Out of `jit`, so that the linear maps' structure is one object for all params: see `hessian`.
     with at_precision(precision):
