@@ -2,11 +2,10 @@
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, SupportsFloat
 
 import jax
 import numpy as np
-from jaxtyping import Array
 from rich.table import Table
 from rich.text import Text
 
@@ -104,7 +103,7 @@ def eigenvalue_table(pairs: Eigenpairs) -> Table:
     return table
 
 
-def _stderr(stderr: float | Array | None) -> str:
+def _stderr(stderr: SupportsFloat | None) -> str:
     """The sampling error of the data, where it is known."""
     return "" if stderr is None else f"{float(stderr):.2g}"
 
