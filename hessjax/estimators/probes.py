@@ -5,7 +5,7 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
 from hessjax._core._packing import Packing
 from hessjax._core._types import Key, Params, Vector
@@ -69,7 +69,7 @@ def _draw(sampler: Callable[..., Array], key: Key, like: jax.ShapeDtypeStruct) -
     if like.ndim != 1 or like.size <= PIECE:
         return sampler(key, like.shape, dtype=like.dtype)
 
-    def piece(i: Array, drawn: Array) -> Array:
+    def piece(i: Int[Array, ""], drawn: Float[Array, " d"]) -> Float[Array, " d"]:
         numbers = sampler(jax.random.fold_in(key, i), (PIECE,), dtype=like.dtype)
         return jax.lax.dynamic_update_slice(drawn, numbers, (i * PIECE,))  # the last one overlaps
 

@@ -278,7 +278,7 @@ def test_bad_input():
     with pytest.raises(TypeError, match="`damping` must be a number: a matvec alone has no scale"):
         hj.solve(never, rhs, hj.relative(0.1))
     with pytest.raises(ValueError, match="`tol` must be a number or `relative"):
-        System.of(rhs, 0.0, None)
+        System(rhs, 0.0, None)
     with pytest.raises(ValueError, match=r"(?s)`start` must have the structure of `rhs`.*vector: missing"):
         hj.estimators.conjugate_gradient(rhs, start={"scalar": rhs["scalar"]})
     with pytest.raises(ValueError, match=r"(?s)`matvec\(vector\)` must have the structure.*vector: missing"):
