@@ -23,7 +23,8 @@ from hessjax.pruning._sparsity import check_sparsity
 from hessjax.pruning.allocations._allocation import uniform
 from hessjax.pruning.patterns._by_path import Patterns, patterns_of
 from hessjax.pruning.patterns._pattern import Pattern, unstructured
-from hessjax.pruning.saliencies._saliency import Saliency, magnitude
+from hessjax.pruning.saliencies._first_order import magnitude
+from hessjax.pruning.saliencies._saliency import Saliency
 from hessjax.pruning.training._prune import is_matrix
 
 _Question: TypeAlias = tuple[str, str]
@@ -138,7 +139,7 @@ def sensitivity(
                         0.5     2               2
     """
     patterns, chosen = _patterns_by_leaf(params, where, pattern), _checked_levels(levels)
-    has_model = diagonal is not None or saliency.compensate is not None
+    has_model = diagonal is not None or saliency.compensates
     if metric is None and not has_model:
         raise ValueError(
             "`metric` must be given, or something to predict from: a `diagonal`, or a saliency like `obd()`."

@@ -16,7 +16,7 @@ from hessjax.pruning._trial import Point, Trial, bearable, best_trial, loss_of, 
 from hessjax.pruning.allocations._allocation import Allocation, global_threshold
 from hessjax.pruning.patterns._by_path import Patterns
 from hessjax.pruning.patterns._pattern import unstructured
-from hessjax.pruning.saliencies._saliency import Saliency, drop_others, is_hole
+from hessjax.pruning.saliencies._saliency import Context, Saliency, drop_others, is_hole
 from hessjax.pruning.training._prune import is_matrix
 
 
@@ -131,16 +131,16 @@ def prune_once(
     start = at = loss_of(loss_fn, params)
     targets = _targets(active, sparsity, recomputes)
     while targets:
-        extra: dict[str, Any] = {"pattern": pattern}
+        seen = Context(current, active, jnp.asarray(len(steps) + 1, jnp.int32), pattern=pattern)
         if grads_fn is not None:
             block, mean = _gradients(grads_fn(full), params, current)
-            extra["per_example_grads"] = block
-            states = [rule.update(rule.init(current), mean, current, active, **extra) for rule in rules]
-        point = Point(current, active, params, at)
+            seen = seen._replace(grads=mean, per_example_grads=block)
+            states = [rule.update(rule.init(current), seen) for rule in rules]
+        point = Point(seen, params, at)
 
-        def attempt(target: Any, point: Point = point, states: Any = states, extra: Any = extra) -> Trial:
+        def attempt(target: Any, point: Point = point, states: Any = states) -> Trial:
             choose = functools.partial(allocation, sparsity=target, pattern=pattern)
-            return best_trial(point, rules, states, choose, loss_fn, extra)
+            return best_trial(point, rules, states, choose, loss_fn)
 
         best = attempt(targets[0]) if max_ratio is None else bearable(point, targets, attempt, max_ratio)
         steps.append(PruneStep(targets.pop(0), best.increase, best.loss - at))
@@ -164,7 +164,7 @@ def _check_loss(rules: Sequence[Saliency], loss_fn: Any, max_ratio: float | int 
         raise ValueError(f"`max_ratio` must be above 1, of realised to predicted increase, got {max_ratio}.")
     if loss_fn is None:
         raise ValueError("`loss_fn` must be given for a `max_ratio`, to measure what a step does.")
-    if any(rule.compensate is None for rule in rules):
+    if not all(rule.compensates for rule in rules):
         raise ValueError("`saliency` must predict an increase for a `max_ratio`, as `obs()` and `obd()` do.")
 
 

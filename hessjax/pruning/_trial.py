@@ -9,21 +9,19 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from hessjax._core._types import Params
-from hessjax.pruning.saliencies._saliency import Saliency, is_hole
+from hessjax.pruning.saliencies._saliency import Context, Saliency, is_hole
 
 
 class Point(NamedTuple):
     """Where a step begins.
 
     Attributes:
-        weights: the selected ones.
-        active: which of them are not pruned yet.
+        seen: the selected weights, which of them are not pruned yet, and their gradients.
         params: all, for what is not selected.
         loss: here; NaN where it is not measured.
     """
 
-    weights: Params
-    active: Params
+    seen: Context
     params: Params
     loss: Array
 
@@ -50,11 +48,10 @@ def best_trial(
     states: Sequence[Any],
     choose: Callable[[Params], Params],
     loss_fn: Callable[[Params], Any] | None,
-    extra: dict[str, Any],
 ) -> Trial:
     """The step, of those of all rules, after which the loss is least."""
     pairs = zip(rules, states, strict=True)
-    trials = [_trial(point, rule, state, choose, loss_fn, extra) for rule, state in pairs]
+    trials = [_trial(point, rule, state, choose, loss_fn) for rule, state in pairs]
     if len(trials) == 1:
         return trials[0]
     losses = jnp.stack([trial.loss for trial in trials])
@@ -111,15 +108,14 @@ def _trial(
     state: Any,
     choose: Callable[[Params], Params],
     loss_fn: Callable[[Params], Any] | None,
-    extra: dict[str, Any],
 ) -> Trial:
-    weights, active = point.weights, point.active
-    scores = rule.scores(state, weights, **extra)
+    weights, active = point.seen.weights, point.seen.mask
+    scores = rule.scores(state, point.seen)
     _check_scores(scores, active)
     mask = choose(jax.tree.map(lambda s, a: jnp.where(a, s, -jnp.inf), scores, active))
     moved, rise = weights, jnp.asarray(jnp.nan)
-    if rule.compensate is not None:
-        moved, rise = rule.compensate(state, weights, mask, **extra)
+    if rule.compensates:
+        moved, rise = rule.compensate(state, point.seen, mask)
     landed = jax.tree.map(lambda w, a, m: jnp.where(a & m, w, jnp.zeros_like(w)), moved, active, mask)
     return Trial(landed, mask, rise, loss_of(loss_fn, refill(point.params, landed)))
 
@@ -136,7 +132,7 @@ def _check_scores(scores: Params, active: Params) -> None:
 
 def _counts(point: Point, trial: Trial) -> tuple[int, int, int]:
     """Weights left before and after, and all."""
-    pairs = list(zip(jax.tree.leaves(point.active), jax.tree.leaves(trial.mask), strict=True))
+    pairs = list(zip(jax.tree.leaves(point.seen.mask), jax.tree.leaves(trial.mask), strict=True))
     before = sum(int(jnp.sum(active)) for active, _ in pairs)
     after = sum(int(jnp.sum(active & mask)) for active, mask in pairs)
     return before, after, sum(active.size for active, _ in pairs)

@@ -15,8 +15,8 @@ from hessjax.pruning.patterns._by_path import heads
 from hessjax.pruning.saliencies import _first_order, _obs
 from hessjax.pruning.saliencies._hard_concrete import hard_concrete
 from hessjax.pruning.saliencies._movement import from_magnitudes, movement, soft_movement
-from hessjax.pruning.saliencies._rewiring import rigl, sparse_evolution
-from hessjax.pruning.saliencies._saliency import compensated, magnitude
+from hessjax.pruning.saliencies._drop_and_grow import rigl, sparse_evolution
+from hessjax.pruning.saliencies._saliency import compensated
 
 
 class Strict(BaseModel):
@@ -138,7 +138,7 @@ _FISHER = {
 }
 _OPTIMIZER = {"optimizer": spec(OPTIMIZERS)}
 _SINGLE_SALIENCIES = {
-    "magnitude": Kind(magnitude),
+    "magnitude": Kind(_first_order.magnitude),
     "random": Kind(_first_order.random, {_SEED: int}),
     "gradient": Kind(_first_order.gradient, {"decay": float}),
     "movement": Kind(movement, {"start": spec(STARTS), **_OPTIMIZER}),
