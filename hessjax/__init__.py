@@ -3,13 +3,13 @@
 from hessjax import estimators as estimators
 from hessjax._core._types import Eigenpairs as Eigenpairs
 from hessjax._core._types import Estimate as Estimate
+from hessjax._core._types import relative as relative
 from hessjax._fisher._inverse_fisher import inverse_fisher as inverse_fisher
 from hessjax._fisher._woodbury import InverseFisher as InverseFisher
 from hessjax._run._callbacks import progress_bar as progress_bar
 from hessjax._run._checkpoint import checkpoint as checkpoint
 from hessjax._run._drivers import Progress as Progress
 from hessjax._run._estimator import NonFiniteProductError as NonFiniteProductError
-from hessjax._run._estimator import relative as relative
 from hessjax._run._estimator import run as run
 from hessjax.analysis import directions as directions
 from hessjax.analysis._check import check as check

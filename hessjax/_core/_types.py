@@ -1,9 +1,13 @@
-"""The nouns that rooms hand to each other. No behaviour lives here."""
+"""The types that packages share: params and vectors, settings objects, tolerances, results."""
 
+import dataclasses
+import math
+import types
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, dataclass_transform, runtime_checkable
 
 import jax
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 Params: TypeAlias = PyTree
@@ -33,13 +37,176 @@ Where: TypeAlias = str | Sequence[str] | Callable[[str, Any], bool]
 """Which leaves: a glob over their paths (`"*/kernel"`), several, or `(path, leaf) -> bool`."""
 
 
-class Relative(NamedTuple):
+# -- settings --------------------------------------------------------------------------------------
+
+Class = TypeVar("Class")
+
+
+@dataclass_transform(frozen_default=True)
+def settings(*, arrays: tuple[str, ...] = ()) -> Callable[[type[Class]], type[Class]]:
+    """Make a class a settings object: a frozen dataclass that is a pytree.
+
+    Equal settings are equal, hash alike and, as arguments of `jax.jit`, share compiled code. Check values in
+    `__post_init__`: it runs when people construct one, not when jax rebuilds one around traced values.
+
+    Args:
+        arrays: the fields that hold arrays, trees of arrays, or other settings: they are the pytree's
+            children, and other values of them compile nothing anew. All other fields must hash.
+
+    Example:
+        >>> @settings(arrays=("shift",))
+        ... class Line:
+        ...     slope: float
+        ...     shift: Any = 0.0
+        >>> Line(2.0), jax.tree.leaves(Line(2.0, shift=3.0)), Line(2.0) == Line(2.0)
+        (Line(slope=2.0, shift=0.0), [3.0], True)
+    """
+
+    def decorate(cls: type[Class]) -> type[Class]:
+        own_repr = "__repr__" in vars(cls)
+        made: Any = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
+        names = [field.name for field in dataclasses.fields(made)]
+        static = tuple(name for name in names if name not in arrays)
+
+        def flatten(self: Any) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, ...]]:
+            children = ((jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in arrays)
+            return tuple(children), tuple(getattr(self, name) for name in static)
+
+        def unflatten(values: tuple[Any, ...], children: Any) -> Any:
+            # Not by the constructor: its checks read numbers, and jax also passes tracers and placeholders.
+            self = object.__new__(made)
+            for name, value in zip((*static, *arrays), (*values, *children), strict=True):
+                object.__setattr__(self, name, value)
+            return self
+
+        made.__eq__, made.__hash__ = _equal, lambda self: hash((made, flatten(self)[1]))
+        if not own_repr:
+            made.__repr__ = _settings_as_text
+        jax.tree_util.register_pytree_with_keys(made, flatten, unflatten)
+        return made
+
+    return decorate
+
+
+def _equal(self: Any, other: Any) -> bool:
+    if type(self) is not type(other):
+        return False
+    if jax.tree.structure(self) != jax.tree.structure(other):  # type: ignore[operator]
+        return False
+    return all(map(_same, jax.tree.leaves(self), jax.tree.leaves(other)))
+
+
+def _same(a: Any, b: Any) -> bool:
+    if a is b or isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
+        return a is b  # what is traced has no value to compare
+    return np.shape(a) == np.shape(b) and bool(np.all(np.asarray(a == b)))
+
+
+def _settings_as_text(self: Any) -> str:
+    fields = [f"{f.name}={_as_text(getattr(self, f.name))}" for f in dataclasses.fields(self)]
+    return f"{type(self).__name__}({', '.join(fields)})"
+
+
+def _as_text(value: Any) -> str:
+    """Functions by name, arrays by dtype and shape."""
+    if isinstance(value, (types.FunctionType, type)):
+        return value.__name__
+    if dataclasses.is_dataclass(value):
+        return repr(value)
+    return repr(jax.tree.map(lambda leaf: _Text(leaf) if np.ndim(leaf) else leaf, value))
+
+
+class _Text:
+    def __init__(self, array: Any) -> None:
+        self.array = array
+
+    def __repr__(self) -> str:
+        return f"{self.array.dtype}[{','.join(map(str, self.array.shape))}]"
+
+
+# -- tolerances and dampings ------------------------------------------------------------------------
+
+
+@settings(arrays=("amount",))
+class Amount:
+    """A tolerance or damping: a number, or (`Relative`) a fraction of a scale that is known later.
+
+    Attributes:
+        amount: the number, or the fraction.
+    """
+
+    amount: Any
+
+    @staticmethod
+    def of(value: Any, argument: str = "tol", *, meaning: str = "") -> "Amount":
+        """What a user gave: a number that is at least 0, or `hessjax.relative(r)`.
+
+        Raises:
+            ValueError: it is negative or NaN, or None where `meaning` says what a number decides.
+        """
+        if isinstance(value, Amount):
+            return value
+        if value is None:
+            raise ValueError(f"`{argument}` must be a number or `relative(r)`{meaning}.")
+        if isinstance(value, jax.core.Tracer):
+            return Amount(value)
+        if not (number := float(value)) >= 0:
+            raise ValueError(f"`{argument}` must be at least 0, got {number}.")
+        return Amount(number)
+
+    def limit(self, scale: Any) -> Any:
+        """The number that this stands for, in the units of `scale`."""
+        return self.amount
+
+    def __repr__(self) -> str:
+        return repr(self.amount)
+
+
+@settings(arrays=("amount",))
+class Relative(Amount):
     """A tolerance or damping given as a fraction of the natural scale of what it is compared with."""
 
-    factor: float
+    def limit(self, scale: Any) -> Any:
+        """The fraction of this scale."""
+        return self.amount * scale
+
+    @property
+    def factor(self) -> Any:
+        """The fraction."""
+        return self.amount
+
+    def __repr__(self) -> str:
+        return f"relative({self.amount})"
+
+
+def relative(factor: float) -> Relative:
+    """A tolerance or damping as a fraction of the natural scale of what it is compared with.
+
+    Args:
+        factor: the fraction, positive. `relative(1e-3)` as a tolerance of `eigenpairs` means 1e-3 of the
+            largest absolute eigenvalue; of `trace`, 1e-3 of the trace.
+
+    Returns:
+        The fraction, marked as one.
+
+    Raises:
+        ValueError: `factor` is not a positive finite number.
+
+    Example:
+        >>> import hessjax as hj
+        >>> hj.relative(0.1)
+        relative(0.1)
+    """
+    if not 0 < factor < math.inf:
+        raise ValueError(f"`factor` must be positive and finite, got {factor}.")
+    return Relative(float(factor))
 
 
 Tolerance: TypeAlias = float | Relative
+"""What arguments take: a number, or `relative(r)`. `Amount.of` checks it."""
+
+
+# -- results ----------------------------------------------------------------------------------------
 
 
 class Estimate(NamedTuple):

@@ -1,6 +1,5 @@
 """Drives an estimator: asks it what to multiply, multiplies, tells it, until it is good enough."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,29 +36,6 @@ class NonFiniteProductError(FloatingPointError):
         self.result = result
         self.state = state
         self.num_matvecs = num_matvecs
-
-
-def relative(factor: float) -> Relative:
-    """A tolerance or damping as a fraction of the natural scale of what it is compared with.
-
-    Args:
-        factor: the fraction, positive. `relative(1e-3)` as a tolerance of `eigenpairs` means 1e-3 of the
-            largest absolute eigenvalue; of `trace`, 1e-3 of the trace.
-
-    Returns:
-        The fraction, marked as one.
-
-    Raises:
-        ValueError: `factor` is not a positive finite number.
-
-    Example:
-        >>> import hessjax as hj
-        >>> hj.relative(0.1)
-        Relative(factor=0.1)
-    """
-    if not 0 < factor < math.inf:
-        raise ValueError(f"`factor` must be positive and finite, got {factor}.")
-    return Relative(float(factor))
 
 
 def run(
