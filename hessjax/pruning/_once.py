@@ -10,14 +10,13 @@ import optax
 from jaxtyping import Array, Float
 
 from hessjax._core import _tree
+from hessjax._core._axes import is_matrix
 from hessjax._core._types import Block, Params, Where
 from hessjax.pruning._sparsity import check_sparsity
 from hessjax.pruning._trial import Point, Trial, bearable, best_trial, loss_of, refill
 from hessjax.pruning.allocations._allocation import Allocation, global_threshold
-from hessjax.pruning.patterns._by_path import Patterns
-from hessjax.pruning.patterns._pattern import unstructured
+from hessjax.pruning.patterns._pattern import Patterns, unstructured
 from hessjax.pruning.saliencies._saliency import Context, Saliency, drop_others, is_hole
-from hessjax.pruning.training._prune import is_matrix
 
 
 class PruneStep(NamedTuple):
@@ -127,7 +126,8 @@ def prune_once(
     current = jax.tree.map(lambda x, hit: jnp.asarray(x) if hit else optax.MaskedNode(), params, hits)
     _tree.check_floating(current, "params[where]")
     active = jax.tree.map(lambda x: x != 0, current)
-    states, full, steps = [rule.init(current) for rule in rules], params, []
+    states, full = [rule.init(current) for rule in rules], params
+    steps: list[PruneStep] = []
     start = at = loss_of(loss_fn, params)
     targets = _targets(active, sparsity, recomputes)
     while targets:

@@ -10,8 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 
 from hessjax._core import _tree
 from hessjax._core._types import Params
-from hessjax.pruning.patterns._by_path import Patterns, patterns_of
-from hessjax.pruning.patterns._pattern import Pattern
+from hessjax.pruning.patterns._pattern import Pattern, Patterns, patterns_of
 
 
 def ordered_keys(scores: Sequence[Float[Array, "..."]]) -> list[UInt[Array, "..."]]:

@@ -1,6 +1,5 @@
 """Second-order saliencies: the gradients they remember, and what is compiled of them."""
 
-import dataclasses
 import functools
 import math
 from typing import Any, ClassVar, NamedTuple
@@ -10,10 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from hessjax._core import _tree
-from hessjax._core._types import Block, Params, Relative, Tolerance
+from hessjax._core._types import Block, Params, Relative, Tolerance, settings
 from hessjax._fisher import _quadratic
-from hessjax.pruning.patterns._by_path import Patterns, patterns_of
-from hessjax.pruning.patterns._pattern import Pattern
+from hessjax.pruning.patterns._pattern import Pattern, Patterns, patterns_of
 from hessjax.pruning.saliencies._saliency import Context, Saliency, drop_others
 from hessjax.pruning.saliencies._sets import are_single, set_scores
 
@@ -51,7 +49,7 @@ class _Settings(NamedTuple):
     patterns: tuple[Pattern, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True)
+@settings()
 class _FromGradients(Saliency):
     """A rule that is made of gradients, kept in a ring or handed over."""
 
@@ -75,7 +73,7 @@ class _FromGradients(Saliency):
         return Gradients(ring, state.num_seen + 1)
 
 
-@dataclasses.dataclass(frozen=True)
+@settings()
 class SecondOrder(_FromGradients):
     """Scores and moves by the inverse Fisher, as `obs` and `wood_taylor` say."""
 
@@ -108,18 +106,18 @@ class SecondOrder(_FromGradients):
         grads, filled = _gradients(state, seen)
         # Single scores and the moves that do not follow from them share what is compiled.
         update = "greedy" if self.update_by == "greedy" else "none"
-        settings = self._settings(update, _grouping(seen.pattern, seen.weights))
-        return _scores(settings, grads, (self._amount, filled, self.batch_size), seen.mask, seen.weights)
+        compiled = self._settings(update, _grouping(seen.pattern, seen.weights))
+        return _scores(compiled, grads, (self._amount, filled, self.batch_size), seen.mask, seen.weights)
 
     def compensate(self, state: Gradients, seen: Context, mask: Params) -> tuple[Params, Float[Array, ""]]:
         """The move of the kept ones."""
         grads, filled = _gradients(state, seen)
-        settings = self._settings("joint" if self.update_by == "greedy" else self.update_by)
+        compiled = self._settings("joint" if self.update_by == "greedy" else self.update_by)
         numbers = (self._amount, filled, self.batch_size)
-        return _moved(settings, grads, numbers, seen.mask, seen.weights, mask)
+        return _moved(compiled, grads, numbers, seen.mask, seen.weights, mask)
 
 
-@dataclasses.dataclass(frozen=True)
+@settings()
 class DiagonalOnly(_FromGradients):
     """½ w_q² F_qq, without moves."""
 

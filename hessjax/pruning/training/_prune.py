@@ -6,15 +6,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from hessjax._core import _tree
+from hessjax._core._axes import is_matrix
 from hessjax._core._types import Params, Where
 from hessjax.pruning._sparsity import Schedule, cond_now
 from hessjax.pruning.allocations._allocation import Allocation, global_threshold
-from hessjax.pruning.allocations._threshold import Threshold
-from hessjax.pruning.patterns._by_path import Patterns
-from hessjax.pruning.patterns._pattern import unstructured
+from hessjax.pruning.allocations._densities import Threshold
+from hessjax.pruning.patterns._pattern import Patterns, unstructured
 from hessjax.pruning.saliencies._saliency import Context, Nested, Saliency, drop_others
 from hessjax.pruning.training._state import (
     PruneState,
@@ -26,14 +26,6 @@ from hessjax.pruning.training._state import (
     unmask,
 )
 from hessjax.pruning.training._steps import Budget, MaskSteps
-
-
-def is_matrix(path: str, leaf: Any) -> bool:
-    """Whether a leaf has two or more axes: matrices, kernels, embeddings; no scales, and no biases.
-
-    (Attention has biases of two axes, heads and their entries: they are called `bias` all the same.)
-    """
-    return jnp.ndim(leaf) >= 2 and path.rsplit("/", 1)[-1] != "bias"
 
 
 def prune(

@@ -7,7 +7,8 @@ import pytest
 
 import hessjax as hj
 from hessjax.pruning._ranking import units_of
-from hessjax.pruning.patterns._by_path import patterns_of
+from hessjax.pruning.patterns._pattern import patterns_of
+from hessjax.pruning.patterns._patterns import Along
 
 SHAPES = {
     "unstructured": (hj.patterns.unstructured(), (3, 4)),
@@ -222,7 +223,7 @@ def test_impossible_patterns(bad):
 
 
 def test_tied_leaves_need_as_many_groups():
-    tied = hj.patterns.rows()._replace(tie="together")
+    tied = Along(0, "rows()", tie="together")
     with pytest.raises(ValueError, match="tied as together must have as many groups"):
         units_of({"a": jnp.ones((2, 3)), "b": jnp.ones((3, 3))}, tied)
 
