@@ -48,6 +48,12 @@ def axes_of(path: str, shape: tuple[int, ...]) -> Axes:
     )
 
 
+def within_filters(axes: Axes, num_axes: int) -> tuple[int, ...]:
+    """The axes that a filter extends over: all but the output's, and those that stack leaves."""
+    apart = {axis % num_axes for axis in (axes.output, *axes.stack)}
+    return tuple(axis for axis in range(num_axes) if axis not in apart)
+
+
 def heads_axis(path: str, is_output: bool, fused: bool) -> int:
     """The axis of an attention kernel's heads.
 
