@@ -2,6 +2,7 @@
 
 import fnmatch
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -114,7 +115,7 @@ class Blocks(Pattern):
                [0. , 0. , 0.1, 0.1]], dtype=float32)
     """
 
-    shape: tuple[int, ...]
+    shape: Sequence[int]
 
     def __post_init__(self) -> None:
         if not self.shape or min(self.shape) < 1:

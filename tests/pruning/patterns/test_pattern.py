@@ -1,5 +1,7 @@
 """Patterns: groups and back again, masks against brute force, and shapes they do not fit."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -164,6 +166,53 @@ def test_empty_leaves_pass():
         mask = hj.allocations.global_threshold()(scores, 0.25, pattern)
         assert mask["empty"].shape == (0, 4)
         assert int(mask["full"].sum()) in (6, 8)
+
+
+def test_equal_settings_are_equal_and_share_compiled_code():
+    makers = [
+        hj.patterns.unstructured,
+        hj.patterns.filters,
+        hj.patterns.rows,
+        hj.patterns.channels,
+        lambda: hj.patterns.channels(1),
+        lambda: hj.patterns.n_of_m(2, 4),
+        lambda: hj.patterns.n_of_m(2, 4, axis=1),
+        lambda: hj.patterns.blocks((2, 3)),
+        hj.patterns.heads,
+        lambda: hj.patterns.heads(2),
+    ]
+    assert len({make() for make in [*makers, *makers]}) == len(makers)
+    assert hj.patterns.blocks([2, 3]) == hj.patterns.blocks((2, 3))
+    shown = [repr(make()) for make in makers]
+    assert shown == [
+        "unstructured()",
+        "filters()",
+        "rows()",
+        "channels()",
+        "channels(1)",
+        "n_of_m(2, 4)",
+        "n_of_m(2, 4, axis=1)",
+        "blocks((2, 3))",
+        "heads()",
+        "heads(2)",
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Halves(hj.patterns.Pattern):
+    """A pattern of one's own: both halves of a leaf go as a whole."""
+
+    def group(self, leaf):
+        return leaf.reshape(2, -1)
+
+    def ungroup(self, rows, shape):
+        return rows.reshape(shape)
+
+
+def test_a_pattern_of_ones_own():
+    params = {"w": jnp.array([[1.0, 2.0], [0.1, 9.0]])}
+    mask = hj.prune_once(params, hj.saliencies.magnitude(), 0.5, pattern=Halves()).mask
+    np.testing.assert_array_equal(mask["w"], [[False, False], [True, True]])
 
 
 # -- bad input ------------------------------------------------------------------------------------
