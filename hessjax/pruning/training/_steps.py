@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Int
 
 from hessjax._core._types import Params
 from hessjax.pruning._sparsity import Schedule, check_sparsity
-from hessjax.pruning.allocations._allocation import Allocation
+from hessjax.pruning.allocations._allocation import AllocationRule
 from hessjax.pruning.allocations._densities import Threshold
 from hessjax.pruning.patterns._pattern import Patterns
 
@@ -55,7 +55,7 @@ class Budget:
     """How many zeros a mask has at a step, and how they are spread."""
 
     sparsity: Target
-    allocation: Allocation
+    allocation: AllocationRule
     pattern: Patterns
 
     def __post_init__(self) -> None:
