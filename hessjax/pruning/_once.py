@@ -206,6 +206,7 @@ class _Task:
         trials = [self._trial(seen, rule, state, target) for rule, state in pairs]
         if len(trials) == 1:
             return trials[0]
+        # On the device, so that it works inside `jit`; a loss that is NaN never wins.
         losses = jnp.stack([trial.loss for trial in trials])
         best = jnp.argmin(jnp.where(jnp.isnan(losses), jnp.inf, losses))
         return jax.tree.map(lambda *leaves: jnp.stack(leaves)[best], *trials)

@@ -208,6 +208,7 @@ class _Pruning:
             return self._choose(scorer, self._seen(dense, state.mask, count, grads, found))
 
         choice = cond_now(self.steps.are_at(count), choose, lambda: self._rest(state, dense))
+        # They went through the `cond` only where a saliency moves them.
         dense = dense if choice.moved is None else choice.moved
         landing = dense
         if self.saliency.gated:
