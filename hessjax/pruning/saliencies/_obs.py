@@ -2,7 +2,7 @@
 
 from hessjax._core._types import Relative, Tolerance
 from hessjax.pruning.saliencies._saliency import Saliency
-from hessjax.pruning.saliencies._second_order import diagonal_only, second_order
+from hessjax.pruning.saliencies._second_order import DiagonalOnly, SecondOrder
 
 
 def obs(
@@ -65,7 +65,7 @@ def obs(
         >>> pruned.params["kernel"].round(2)
         Array([[0., 3.]], dtype=float32)
     """
-    return second_order(update, damping, block_size, False, num_grads, batch_size)
+    return SecondOrder(num_grads, batch_size, update, damping, block_size, with_slope=False)
 
 
 def wood_taylor(
@@ -110,7 +110,7 @@ def wood_taylor(
         >>> pruned.params["kernel"].round(2)
         Array([[0., 2.]], dtype=float32)
     """
-    return second_order(update, damping, block_size, True, num_grads, batch_size)
+    return SecondOrder(num_grads, batch_size, update, damping, block_size, with_slope=True)
 
 
 def obd(*, num_grads: int | None = None, batch_size: int = 1) -> Saliency:
@@ -139,4 +139,4 @@ def obd(*, num_grads: int | None = None, batch_size: int = 1) -> Saliency:
         >>> hj.prune_once(params, hj.saliencies.obd(), 0.5, grads_fn=lambda p: grads).params["kernel"]
         Array([[0., 2.]], dtype=float32)
     """
-    return diagonal_only(num_grads, batch_size)
+    return DiagonalOnly(num_grads, batch_size)

@@ -2,19 +2,17 @@
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from hessjax._core import _tree
-from hessjax._core._types import Block, Params, Relative, Tolerance
+from hessjax._core._types import Block, Params, Relative, Tolerance, settings
 from hessjax._fisher import _quadratic
-from hessjax.pruning.patterns._by_path import Patterns, patterns_of
-from hessjax.pruning.patterns._pattern import Pattern
-from hessjax.pruning.saliencies._saliency import Saliency, drop_others
+from hessjax.pruning.patterns._pattern import Pattern, Patterns, patterns_of
+from hessjax.pruning.saliencies._saliency import Context, Saliency, drop_others
 from hessjax.pruning.saliencies._sets import are_single, set_scores
 
 _MOVES = {
@@ -33,12 +31,10 @@ class Gradients(NamedTuple):
     """What a second-order saliency remembers.
 
     Attributes:
-        mask: the mask at the last update.
         ring: the last gradients of the training loop, as a block; None where they are handed over.
         num_seen: how many came in so far.
     """
 
-    mask: Params
     ring: Block | None
     num_seen: Int[Array, ""]
 
@@ -53,89 +49,100 @@ class _Settings(NamedTuple):
     patterns: tuple[Pattern, ...] = ()
 
 
-def second_order(
-    update: str,
-    damping: Tolerance,
-    block_size: int | None,
-    with_slope: bool,
-    num_grads: int | None,
-    batch_size: int,
-) -> Saliency:
+@settings()
+class _FromGradients(Saliency):
+    """A rule that is made of gradients, kept in a ring or handed over."""
+
+    num_grads: int | None
+    batch_size: int
+    compensates: ClassVar[bool] = True
+
+    def init(self, weights: Params) -> Gradients:
+        """A ring of gradients, if asked for."""
+        ring = None
+        if self.num_grads is not None:
+            ring = jax.tree.map(lambda x: jnp.zeros((self.num_grads, *x.shape), x.dtype), weights)
+        return Gradients(ring, jnp.zeros((), jnp.int32))
+
+    def update(self, state: Gradients, seen: Context) -> Gradients:
+        """The newest takes the place of the oldest."""
+        if self.num_grads is None:
+            return state._replace(num_seen=state.num_seen + 1)
+        place = state.num_seen % self.num_grads
+        ring = jax.tree.map(lambda rows, g: rows.at[place].set(g.astype(rows.dtype)), state.ring, seen.grads)
+        return Gradients(ring, state.num_seen + 1)
+
+
+@settings()
+class SecondOrder(_FromGradients):
     """Scores and moves by the inverse Fisher, as `obs` and `wood_taylor` say."""
-    if update not in _MOVES:
-        names = ", ".join(f'"{name}"' for name in _MOVES)
-        raise ValueError(f'`update` must be one of {names}, got "{update}".')
-    is_relative = isinstance(damping, Relative)
-    amount = damping.factor if isinstance(damping, Relative) else damping
-    if not 0 < amount < math.inf:
-        raise ValueError(
-            f"`damping` must be positive and finite, got {amount}: F from few gradients is singular without."
-        )
-    _check_counts(num_grads=num_grads, batch_size=batch_size, block_size=block_size)
-    # Single scores and the moves that do not follow from them share what is compiled.
-    ranking = _Settings("greedy" if update == "greedy" else "none", is_relative, block_size, with_slope)
-    moving = _Settings("joint" if update == "greedy" else update, is_relative, block_size, with_slope)
 
-    def scores(state: Gradients, dense: Params, /, **extra: Any) -> Params:
-        grads, filled = _gradients(state, extra)
-        settings = ranking._replace(patterns=_grouping(extra.get("pattern"), dense))
-        return _scores(settings, grads, (amount, filled, batch_size), state.mask, dense)
+    update_by: str
+    damping: Tolerance
+    block_size: int | None
+    with_slope: bool
 
-    def compensate(
-        state: Gradients, dense: Params, mask: Params, /, **extra: Any
-    ) -> tuple[Params, Float[Array, ""]]:
-        grads, filled = _gradients(state, extra)
-        return _moved(moving, grads, (amount, filled, batch_size), state.mask, dense, mask)
+    def __post_init__(self) -> None:
+        if self.update_by not in _MOVES:
+            names = ", ".join(f'"{name}"' for name in _MOVES)
+            raise ValueError(f'`update` must be one of {names}, got "{self.update_by}".')
+        if not 0 < self._amount < math.inf:
+            raise ValueError(
+                f"`damping` must be positive and finite, got {self._amount}: F from few gradients is "
+                "singular without."
+            )
+        _check_counts(num_grads=self.num_grads, batch_size=self.batch_size, block_size=self.block_size)
 
-    return Saliency(*_memory(num_grads), scores, compensate)
+    @property
+    def _amount(self) -> Any:
+        return self.damping.factor if isinstance(self.damping, Relative) else self.damping
+
+    def _settings(self, update: str, patterns: tuple[Pattern, ...] = ()) -> _Settings:
+        is_relative = isinstance(self.damping, Relative)
+        return _Settings(update, is_relative, self.block_size, self.with_slope, patterns)
+
+    def scores(self, state: Gradients, seen: Context) -> Params:
+        """What single weights cost, or groups."""
+        grads, filled = _gradients(state, seen)
+        # Single scores and the moves that do not follow from them share what is compiled.
+        update = "greedy" if self.update_by == "greedy" else "none"
+        compiled = self._settings(update, _grouping(seen.pattern, seen.weights))
+        return _scores(compiled, grads, (self._amount, filled, self.batch_size), seen.mask, seen.weights)
+
+    def compensate(self, state: Gradients, seen: Context, mask: Params) -> tuple[Params, Float[Array, ""]]:
+        """The move of the kept ones."""
+        grads, filled = _gradients(state, seen)
+        compiled = self._settings("joint" if self.update_by == "greedy" else self.update_by)
+        numbers = (self._amount, filled, self.batch_size)
+        return _moved(compiled, grads, numbers, seen.mask, seen.weights, mask)
 
 
-def diagonal_only(num_grads: int | None, batch_size: int) -> Saliency:
+@settings()
+class DiagonalOnly(_FromGradients):
     """½ w_q² F_qq, without moves."""
-    _check_counts(num_grads=num_grads, batch_size=batch_size)
 
-    def scores(state: Gradients, dense: Params, /, **extra: Any) -> Params:
-        return _diagonal_scores(*_gradients(state, extra), state.mask, dense, batch_size)
+    def __post_init__(self) -> None:
+        _check_counts(num_grads=self.num_grads, batch_size=self.batch_size)
 
-    def compensate(
-        state: Gradients, dense: Params, mask: Params, /, **extra: Any
-    ) -> tuple[Params, Float[Array, ""]]:
+    def scores(self, state: Gradients, seen: Context) -> Params:
+        """½ w_q² F_qq."""
+        return _diagonal_scores(*_gradients(state, seen), seen.mask, seen.weights, self.batch_size)
+
+    def compensate(self, state: Gradients, seen: Context, mask: Params) -> tuple[Params, Float[Array, ""]]:
+        """The weights as they are, and the sum of what goes."""
         costs = jax.tree.map(
-            lambda s, a, m: jnp.sum(jnp.where(a & ~m, s, 0)), scores(state, dense, **extra), state.mask, mask
+            lambda s, a, m: jnp.sum(jnp.where(a & ~m, s, 0)), self.scores(state, seen), seen.mask, mask
         )
-        return dense, jnp.sum(jnp.stack(jax.tree.leaves(costs)))
-
-    return Saliency(*_memory(num_grads), scores, compensate)
+        return seen.weights, jnp.sum(jnp.stack(jax.tree.leaves(costs)))
 
 
 # -- gradients -----------------------------------------------------------------------------------
 
 
-def _memory(num_grads: int | None) -> tuple[Callable[[Params], Gradients], Callable[..., Gradients]]:
-    """`init` and `update`: a ring of gradients, if asked for, and the mask they are to be read with."""
-
-    def init(dense: Params) -> Gradients:
-        mask = jax.tree.map(lambda x: jnp.full_like(x, True, dtype=bool), dense)
-        ring = None
-        if num_grads is not None:
-            ring = jax.tree.map(lambda x: jnp.zeros((num_grads, *x.shape), x.dtype), dense)
-        return Gradients(mask, ring, jnp.zeros((), jnp.int32))
-
-    def update(state: Gradients, grads: Params, dense: Params, mask: Params, /, **extra: Any) -> Gradients:
-        if num_grads is None:
-            return state._replace(mask=mask, num_seen=state.num_seen + 1)
-        place = state.num_seen % num_grads
-        ring = jax.tree.map(lambda rows, g: rows.at[place].set(g.astype(rows.dtype)), state.ring, grads)
-        return Gradients(mask, ring, state.num_seen + 1)
-
-    return init, update
-
-
-def _gradients(state: Gradients, extra: dict[str, Any]) -> tuple[Block, Array | float]:
+def _gradients(state: Gradients, seen: Context) -> tuple[Block, Array | float]:
     """The block of gradients, and the share of its rows that are filled."""
-    given = extra.get("per_example_grads")
-    if given is not None:
-        return drop_others(given, state.mask), 1.0
+    if seen.per_example_grads is not None:
+        return drop_others(seen.per_example_grads, seen.mask), 1.0
     if state.ring is None:
         raise ValueError(
             "`per_example_grads` must be given, the gradients that make the Fisher: pass `grads_fn` to "
