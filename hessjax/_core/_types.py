@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, dataclass_transform, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
@@ -113,15 +114,22 @@ def _as_text(value: Any) -> str:
         return value.__name__
     if dataclasses.is_dataclass(value):
         return repr(value)
-    return repr(jax.tree.map(lambda leaf: _Text(leaf) if np.ndim(leaf) else leaf, value))
+    return repr(jax.tree.map(_Text, value))
 
 
 class _Text:
-    def __init__(self, array: Any) -> None:
-        self.array = array
+    """A leaf, as it is shown within a tree."""
+
+    def __init__(self, leaf: Any) -> None:
+        self.leaf = leaf
 
     def __repr__(self) -> str:
-        return f"{self.array.dtype}[{','.join(map(str, self.array.shape))}]"
+        leaf = self.leaf
+        if isinstance(leaf, types.FunctionType):
+            return leaf.__name__
+        if np.ndim(leaf) or (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)):
+            return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+        return repr(leaf)
 
 
 # -- tolerances and dampings ------------------------------------------------------------------------

@@ -121,9 +121,7 @@ def summed_move(model: Model, weights: Parts, pruned: Parts, kept: Parts) -> tup
     places = zip(best, pruned, inverse.diagonals(), strict=True)
     along = inverse.solved(tuple(jnp.where(p > 0, u / d, 0) for u, p, d in places))
     moves = zip(weights, best, along, pruned, kept, strict=True)
-    return tuple(
-        jnp.where(p > 0, -w, jnp.where(k > 0, u - w - x, 0)) for w, u, x, p, k in moves
-    ), inverse
+    return tuple(jnp.where(p > 0, -w, jnp.where(k > 0, u - w - x, 0)) for w, u, x, p, k in moves), inverse
 
 
 def no_move(model: Model, weights: Parts, pruned: Parts, kept: Parts) -> tuple[Parts, None]:
@@ -148,4 +146,3 @@ def _combined(inverse: InverseFisher, model: Model, c: Sequence[Float[Array, "_ 
     places = zip(inverse.parts, model.blocking.coupled(model.rows), c, strict=True)
     m = inverse.num_grads
     return tuple(m * x for part, rows, c in places for x in part.solve_combination(c, rows, inverse.shift))
-

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hessjax._core import _tree
+from hessjax._core._axes import is_matrix
 from hessjax._core._messages import plain
 from hessjax._core._types import Block, Params, Where
 from hessjax._run import _drivers
@@ -21,11 +22,9 @@ from hessjax.analysis._sensitivity_csv import SensitivityRow, level_name
 from hessjax.pruning._once import prune_once
 from hessjax.pruning._sparsity import check_sparsity
 from hessjax.pruning.allocations._allocation import uniform
-from hessjax.pruning.patterns._by_path import Patterns, patterns_of
-from hessjax.pruning.patterns._pattern import Pattern, unstructured
+from hessjax.pruning.patterns._pattern import Pattern, Patterns, patterns_of, unstructured
 from hessjax.pruning.saliencies._first_order import magnitude
 from hessjax.pruning.saliencies._saliency import Saliency
-from hessjax.pruning.training._prune import is_matrix
 
 _Question: TypeAlias = tuple[str, str]
 """A leaf, and a level as the file has it."""

@@ -6,20 +6,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
 from hessjax._core import _tree
-from hessjax._core._types import Params
+from hessjax._core._types import Params, settings
 from hessjax.pruning._ranking import ordered_keys, smallest, units_of
 from hessjax.pruning._sparsity import Schedule
 from hessjax.pruning.saliencies._first_order import Magnitude
 from hessjax.pruning.saliencies._saliency import Context, MaskChange, Saliency
 
+_MAGNITUDE = Magnitude()
+
 BACK, AWAY, GONE = -1.0, -2.0, -3.0
 """Where bands of what is ranked begin, each 1/2 wide; weights that stay have their scores, from 0 up."""
 
 
-@dataclasses.dataclass(frozen=True)
+@settings()
 class DropAndGrow(MaskChange):
     """In every leaf the kept units of the lowest scores go, and as many others come back, by `growth`.
 
@@ -54,7 +56,7 @@ class DropAndGrow(MaskChange):
         return jax.tree.map(lambda b, w, x: jnp.where(b == 0, w, x), bands, worth, below)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@settings(arrays=("key",))
 class RandomGrowth(DropAndGrow):
     """What comes back is drawn at random, anew at every T.
 
@@ -62,7 +64,7 @@ class RandomGrowth(DropAndGrow):
         key: of the random numbers.
     """
 
-    key: Key[Array, ""]
+    key: Any
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,7 +84,7 @@ class RandomGrowth(DropAndGrow):
         return jax.tree.unflatten(treedef, [part.reshape(x.shape) for part, x in parts])
 
 
-@dataclasses.dataclass(frozen=True)
+@settings()
 class GradientGrowth(DropAndGrow):
     """What comes back has the largest gradients."""
 
@@ -133,7 +135,7 @@ class _Rewired(Saliency):
         return self.score.gates(state)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@settings(arrays=("key", "score"))
 class SparseEvolution(_Rewired):
     """SET: at each mask step the smallest weights of a leaf go, and as many come back at random.
 
@@ -173,9 +175,9 @@ class SparseEvolution(_Rewired):
     """
 
     fraction: float | int | Schedule
-    key: Key[Array, ""]
+    key: Any
     _: dataclasses.KW_ONLY
-    score: Saliency = Magnitude()
+    score: Saliency = _MAGNITUDE
 
     def __post_init__(self) -> None:
         _ = self.change  # which refuses what it cannot use
@@ -186,7 +188,7 @@ class SparseEvolution(_Rewired):
         return RandomGrowth(self.fraction, self.key)
 
 
-@dataclasses.dataclass(frozen=True)
+@settings(arrays=("score",))
 class Rigl(_Rewired):
     """RigL: at each mask step the smallest weights of a leaf go, and those of the largest gradient come back.
 
@@ -222,7 +224,7 @@ class Rigl(_Rewired):
 
     fraction: float | int | Schedule
     _: dataclasses.KW_ONLY
-    score: Saliency = Magnitude()
+    score: Saliency = _MAGNITUDE
 
     def __post_init__(self) -> None:
         _ = self.change  # which refuses what it cannot use

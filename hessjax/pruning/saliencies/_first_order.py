@@ -1,6 +1,5 @@
 """Saliencies from the weights, from the mean gradient, from random numbers, and from the user."""
 
-import dataclasses
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -8,11 +7,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
 from hessjax._core import _tree
-from hessjax._core._types import Params
+from hessjax._core._types import Params, settings
 from hessjax.pruning.saliencies._saliency import Context, Saliency
 
 
-@dataclasses.dataclass(frozen=True)
+@settings()
 class Magnitude(Saliency):
     """The absolute value |w| of every weight.
 
@@ -52,7 +51,7 @@ class MeanGradient(NamedTuple):
     num_updates: Int[Array, ""]
 
 
-@dataclasses.dataclass(frozen=True)
+@settings()
 class Gradient(Saliency):
     """First-order Taylor: |w · ḡ|, the first-order change of the loss when the weight goes.
 
@@ -104,7 +103,7 @@ class Gradient(Saliency):
         return jax.tree.map(lambda m, w: jnp.abs(m * w), state.mean, seen.weights)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@settings(arrays=("key",))
 class Random(Saliency):
     """A random number for every weight, the same at every mask step: what any other saliency has to beat.
 
@@ -134,7 +133,7 @@ class Random(Saliency):
         )
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@settings(arrays=("given",))
 class Static(Saliency):
     """Scores given by the user, as `static` takes them."""
 

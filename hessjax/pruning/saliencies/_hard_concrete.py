@@ -8,10 +8,10 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Int, Key
 
 from hessjax._core import _tree
-from hessjax._core._types import Params
+from hessjax._core._types import Params, settings
 from hessjax.pruning._sparsity import cond_now
 from hessjax.pruning.saliencies._saliency import Context, Saliency
 
@@ -43,7 +43,7 @@ class Gates(NamedTuple):
     key: Key[Array, ""]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@settings(arrays=("key",))
 class HardConcrete(Saliency):
     """L0 regularisation: every weight times a random gate z in [0, 1], whose law learns to be 0 or 1.
 
@@ -128,7 +128,7 @@ class HardConcrete(Saliency):
         return jax.tree.map(_stretch, _shares(state.log_alpha))
 
     def gates(self, state: Gates) -> Params:
-        """z."""
+        """Z."""
         return state.open
 
     def _slopes(self, state: Gates, seen: Context) -> Params:

@@ -1,6 +1,5 @@
 """Movement pruning: weights that move away from zero stay; scores with an optimizer of their own."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -10,7 +9,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from hessjax._core import _tree
-from hessjax._core._types import Params
+from hessjax._core._types import Params, settings
 from hessjax.pruning.saliencies._saliency import Context, Saliency
 
 _ADAM = optax.adam(1e-2)  # one object, so that rules with the default optimizer are equal
@@ -30,7 +29,7 @@ class Scores(NamedTuple):
     num_updates: Int[Array, ""]
 
 
-@dataclasses.dataclass(frozen=True)
+@settings()
 class Movement(Saliency):
     """Movement: scores S trained by the straight-through gradient of the loss with respect to the mask.
 
@@ -114,7 +113,7 @@ def from_magnitudes(weights: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.abs(weights) / jnp.where(spread > 0, spread, jnp.ones_like(spread))
 
 
-@dataclasses.dataclass(frozen=True)
+@settings()
 class SoftMovement(Saliency):
     """Soft movement: as `movement`, with scores σ(S) held down by a penalty λ · mean σ(S).
 

@@ -1,7 +1,5 @@
 """What a weight is worth: the contract between scores and pruning, and two rules made one."""
 
-import dataclasses
-from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -9,9 +7,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from hessjax._core._types import Block, Params
-from hessjax.pruning.patterns._by_path import Patterns
-from hessjax.pruning.patterns._pattern import unstructured
+from hessjax._core._types import Block, Params, settings
+from hessjax.pruning.patterns._pattern import Patterns, unstructured
 
 
 class Context(NamedTuple):
@@ -51,6 +48,7 @@ class MaskChange:
         return mask
 
 
+@settings()
 class Nested(MaskChange):
     """What is pruned stays pruned: every mask lies within the one before."""
 
@@ -138,7 +136,7 @@ def drop_others(tree: Params, mask: Params) -> Params:
     return jax.tree.map(lambda x, m: m if is_hole(m) else x, tree, mask)
 
 
-@dataclasses.dataclass(frozen=True)
+@settings(arrays=("choose", "by"))
 class Compensated(Saliency):
     """Scores of one saliency, moves of the kept weights of another.
 

@@ -122,7 +122,9 @@ class SecondOrder(_FromGradients):
     def compensate(self, state: Gradients, seen: Context, mask: Params) -> tuple[Params, Float[Array, ""]]:
         """The move of the kept ones."""
         grads, count = self.gradients(state, seen)
-        kind = _Kind("joint" if self.update_by == "greedy" else self.update_by, self.block_size, self.with_slope)
+        kind = _Kind(
+            "joint" if self.update_by == "greedy" else self.update_by, self.block_size, self.with_slope
+        )
         numbers = (self._damping, self.batch_size, count)
         moved, increase, verdict = _moved(kind, grads, numbers, seen.mask, seen.weights, mask)
         if verdict is not None:
@@ -219,9 +221,7 @@ def _moved(
     cut, coupled = model.blocking.cut, model.blocking.coupled
     # A weight that comes back, as the rule that chose may have it, goes from 0 to its dense copy w: the same
     # to the others as if one of −w went to 0.
-    signed = cut(
-        jax.tree.map(lambda w, a, t: jnp.where(t, jnp.where(a, w, -w), 0), weights, active, there)
-    )
+    signed = cut(jax.tree.map(lambda w, a, t: jnp.where(t, jnp.where(a, w, -w), 0), weights, active, there))
     free = jax.tree.map(jnp.logical_and, active, mask)
     pruned, kept = cut(jax.tree.map(jnp.not_equal, active, mask)), cut(free)
     moves, inverse = _MOVES[kind.update](model, signed, pruned, kept)

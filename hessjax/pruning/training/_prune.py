@@ -9,14 +9,15 @@ import optax
 from jaxtyping import Array, Int
 
 from hessjax._core import _tree
-from hessjax._core._types import Params, Where
+from hessjax._core._axes import is_matrix
+from hessjax._core._types import Block, Params, Where
 from hessjax.pruning._sparsity import Schedule, cond_now
 from hessjax.pruning.allocations._allocation import Allocation, global_threshold
-from hessjax.pruning.allocations._threshold import Threshold
-from hessjax.pruning.patterns._by_path import Patterns
-from hessjax.pruning.patterns._pattern import unstructured
+from hessjax.pruning.allocations._densities import Threshold
+from hessjax.pruning.patterns._pattern import Patterns, unstructured
 from hessjax.pruning.saliencies._saliency import Context, Nested, Saliency, drop_others
 from hessjax.pruning.training._state import (
+    Choice,
     PruneState,
     copy_selected,
     land,
@@ -27,13 +28,7 @@ from hessjax.pruning.training._state import (
 )
 from hessjax.pruning.training._steps import Budget, MaskSteps
 
-
-def is_matrix(path: str, leaf: Any) -> bool:
-    """Whether a leaf has two or more axes: matrices, kernels, embeddings; no scales, and no biases.
-
-    (Attention has biases of two axes, heads and their entries: they are called `bias` all the same.)
-    """
-    return jnp.ndim(leaf) >= 2 and path.rsplit("/", 1)[-1] != "bias"
+NESTED = Nested()
 
 
 def prune(
@@ -171,6 +166,7 @@ class _Pruning:
         return self.saliency.gated or self.dense_dtype is not None
 
     def init(self, params: Params) -> PruneState:
+        """The state at T = 0; under `start=0` with the mask that the first update imposes."""
         dense, count = copy_selected(params, self.where, self.dense_dtype), jnp.zeros((), jnp.int32)
         self.budget.check(dense, self.steps)
         scorer, compensates = self.saliency.init(dense), self.saliency.compensates
@@ -178,12 +174,12 @@ class _Pruning:
             self.budget.check_first(self.steps.start, compensates)
         full = jax.tree.map(lambda x: jnp.full_like(x, True, dtype=bool), dense)
         # No array stands twice in the state, so that a loop may donate it.
-        choice = {"mask": full, "sparsity": jnp.zeros((), jnp.float32), "num_nan": jnp.zeros((), jnp.int32)}
-        choice |= {"predicted_increase": jnp.zeros((), jnp.float32)} if compensates else {}
+        increase = jnp.zeros((), jnp.float32) if compensates else None
+        choice = Choice(full, jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32), None, increase)
         if self.steps.start == 0 and not compensates:
             choice = self._choose(scorer, Context(dense, full, count, pattern=self.budget.pattern))
         inner = self.inner.init(params if self.dense_dtype is None else on_selected(second, params, dense))
-        return PruneState(count, inner, dense if self.regrow else None, saliency=scorer, **choice)
+        return self._state(count, inner, dense, scorer, choice)
 
     def update(
         self,
@@ -194,33 +190,30 @@ class _Pruning:
         per_example_grads: Any = None,
         **extra: Any,
     ) -> tuple[Params, PruneState]:
+        """What takes the params to the masked weights after a step of `inner`, and the next state."""
         _check_update(grads, params)
-        count, mask = optax.safe_increment(state.num_updates), state.mask
-        weights = self._weights(params, state)
+        count, weights = optax.safe_increment(state.num_updates), self._weights(params, state)
         if per_example_grads is not None:
             extra["per_example_grads"] = per_example_grads  # for a `prune` inside
-        steps, inner = self.inner.update(
-            self._masked_grads(grads, state, weights), state.inner, weights, **extra
-        )
-        before, dense = (drop_others(x, mask) for x in (weights, optax.apply_updates(weights, steps)))
-        block = None if callable(per_example_grads) else _selected(per_example_grads, mask)
-        seen = Context(before, mask, count, drop_others(grads, mask), block, self.budget.pattern)
+        through = self._masked_grads(grads, state, weights)
+        steps, inner = self.inner.update(through, state.inner, weights, **extra)
+        # Scores learn at the weights that the gradient belongs to, and rank those after the step.
+        before, dense = (drop_others(x, state.mask) for x in (weights, optax.apply_updates(weights, steps)))
+        block = None if callable(per_example_grads) else per_example_grads
+        seen = self._seen(before, state.mask, count, grads, block)
         scorer = self.saliency.update(state.saliency, seen)
-        seen = seen._replace(weights=dense)
 
-        def choose() -> dict[str, Any]:
-            found = per_example_grads(params) if callable(per_example_grads) else per_example_grads
-            return self._choose(scorer, seen._replace(per_example_grads=_selected(found, mask)))
+        def choose() -> Choice:
+            found = per_example_grads(params) if callable(per_example_grads) else block
+            return self._choose(scorer, self._seen(dense, state.mask, count, grads, found))
 
-        choice = {"dense": dense} | cond_now(
-            self.steps.are_at(count), choose, lambda: self._rest(state, dense)
-        )
-        landing = choice["dense"]
+        choice = cond_now(self.steps.are_at(count), choose, lambda: self._rest(state, dense))
+        dense = dense if choice.moved is None else choice.moved
+        landing = dense
         if self.saliency.gated:
             landing = jax.tree.map(jnp.multiply, landing, self.saliency.gates(scorer))
-        updates = on_selected(land, steps, choice["mask"], landing, params)
-        choice["dense"] = choice["dense"] if self.regrow else None
-        return updates, PruneState(count, inner, saliency=scorer, **choice)
+        updates = on_selected(land, steps, choice.mask, landing, params)
+        return updates, self._state(count, inner, dense, scorer, choice)
 
     def _weights(self, params: Params, state: PruneState) -> Params:
         """What `inner` sees for params."""
@@ -235,28 +228,41 @@ class _Pruning:
             through = on_selected(jnp.multiply, through, self.saliency.gates(state.saliency))
         return _tree.cast_like(through, weights) if self._dense_is_truth else through
 
-    def _choose(self, scorer: Any, seen: Context) -> dict[str, Any]:
-        """The fields of the state that a mask step changes."""
-        order = self.saliency.change.order(self.saliency.scores(scorer, seen), seen)
-        choice: dict[str, Any] = {"num_nan": _num_nan(order)}
-        if self.regrow:
-            mask, asked = self.budget.mask(order, seen.step)
-        else:
-            mask, asked = self.budget.mask(Nested().order(order, seen), seen.step)
-            mask = Nested().settle(mask, seen)
-        mask = self.saliency.change.settle(mask, seen)
-        choice |= {"mask": mask, "sparsity": jnp.asarray(asked, jnp.float32)}
-        if self.saliency.compensates:
-            dense, increase = self.saliency.compensate(scorer, seen, mask)
-            choice |= {"dense": dense, "predicted_increase": jnp.asarray(increase, jnp.float32)}
-        return choice
+    def _seen(
+        self, weights: Params, mask: Params, count: Int[Array, ""], grads: Params, block: Block | None
+    ) -> Context:
+        """What the saliency gets to see of it: the leaves that are pruned."""
+        rows = None if block is None else drop_others(block, mask)
+        return Context(weights, mask, count, drop_others(grads, mask), rows, self.budget.pattern)
 
-    def _rest(self, state: PruneState, dense: Params) -> dict[str, Any]:
-        """The same fields between mask steps."""
-        rest = {"mask": state.mask, "sparsity": state.sparsity, "num_nan": state.num_nan}
-        if self.saliency.compensates:  # the others need not pay for dense weights going through `cond`
-            rest |= {"dense": dense, "predicted_increase": state.predicted_increase}
-        return rest
+    def _choose(self, scorer: Any, seen: Context) -> Choice:
+        """A mask step."""
+        order = self.saliency.change.order(self.saliency.scores(scorer, seen), seen)
+        num_nan = _num_nan(order)  # before those of weights that never come back are overwritten
+        if not self.regrow:
+            order = NESTED.order(order, seen)
+        mask, asked = self.budget.mask(order, seen.step)
+        mask = self.saliency.change.settle(mask, seen)
+        if not self.regrow:
+            mask = NESTED.settle(mask, seen)
+        choice = Choice(mask, jnp.asarray(asked, jnp.float32), num_nan)
+        if not self.saliency.compensates:
+            return choice
+        moved, increase = self.saliency.compensate(scorer, seen, mask)
+        return choice._replace(moved=moved, predicted_increase=jnp.asarray(increase, jnp.float32))
+
+    def _rest(self, state: PruneState, dense: Params) -> Choice:
+        """Between mask steps all stays as it is."""
+        moved = dense if self.saliency.compensates else None
+        return Choice(state.mask, state.sparsity, state.num_nan, moved, state.predicted_increase)
+
+    def _state(
+        self, count: Int[Array, ""], inner: Any, dense: Params, scorer: Any, choice: Choice
+    ) -> PruneState:
+        """The state, without a dense copy where zeros never come back."""
+        kept = dense if self.regrow else None
+        mask, sparsity, num_nan, _, increase = choice
+        return PruneState(count, inner, kept, mask, scorer, sparsity, num_nan, increase)
 
 
 def _with_extra_args(inner: Any) -> optax.GradientTransformationExtraArgs:
@@ -265,12 +271,7 @@ def _with_extra_args(inner: Any) -> optax.GradientTransformationExtraArgs:
     return optax.with_extra_args_support(inner)
 
 
-def _selected(block: Any, mask: Params) -> Any:
-    """The part of a block that is pruned; None where there is none."""
-    return None if block is None else drop_others(block, mask)
-
-
-def _num_nan(scores: Params) -> Array:
+def _num_nan(scores: Params) -> Int[Array, ""]:
     return sum((jnp.sum(jnp.isnan(x), dtype=jnp.int32) for x in jax.tree.leaves(scores)), jnp.int32(0))
 
 

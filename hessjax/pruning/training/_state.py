@@ -54,6 +54,25 @@ def land(step: Any, mask: Any, dense: Any, param: Any) -> Array:
     return masked(dense, mask).astype(param.dtype).astype(dtype) - param.astype(dtype)
 
 
+class Choice(NamedTuple):
+    """What a mask step decides.
+
+    Attributes:
+        mask: booleans, True = kept.
+        sparsity: what was asked for, or came of a `threshold`.
+        num_nan: how many scores were NaN.
+        moved: the dense weights, by a saliency that compensates; None for the others, which need not pay for
+            dense weights going through `lax.cond`.
+        predicted_increase: of the loss, by the same.
+    """
+
+    mask: Params
+    sparsity: Float[Array, ""]
+    num_nan: Int[Array, ""]
+    moved: Params | None = None
+    predicted_increase: Float[Array, ""] | None = None
+
+
 class PruneState(NamedTuple):
     """What `prune` remembers; `optax.tree.get(opt_state, "num_nan")` reads a field wherever it is nested.
 

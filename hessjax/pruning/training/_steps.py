@@ -10,8 +10,8 @@ from jaxtyping import Array, Bool, Int
 from hessjax._core._types import Params
 from hessjax.pruning._sparsity import Schedule, check_sparsity
 from hessjax.pruning.allocations._allocation import Allocation
-from hessjax.pruning.allocations._threshold import Threshold
-from hessjax.pruning.patterns._by_path import Patterns
+from hessjax.pruning.allocations._densities import Threshold
+from hessjax.pruning.patterns._pattern import Patterns
 
 Target: TypeAlias = float | int | Schedule | Threshold
 """The fraction of zeros: a number, a schedule of numbers, or what comes of a threshold."""
