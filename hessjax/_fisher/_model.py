@@ -5,7 +5,7 @@ Around weights w the loss changes by ḡ·δ + ½ δᵀFδ, F = b/m Σ gᵢgᵢ�
 
     δ_K = −F_KK⁻¹ (F_KQ δ_Q + ḡ_K),    which is    −F⁻¹ḡ − F⁻¹_{:,Q} [F⁻¹_QQ]⁻¹ u_Q on K.
 
-The first form needs the factors of fewer weights only, the same as for all; and what F_KK⁻¹ is applied to is a
+The first form needs the factors of fewer weights only, made as those of all are; and F_KK⁻¹ is applied to a
 combination of the rows.
 """
 
@@ -43,7 +43,7 @@ class Model(NamedTuple):
     slope: Scalar | None
 
     def inverse(self, kept: Parts | None = None) -> InverseFisher:
-        """F⁻¹, or F_KK⁻¹ of the weights that are marked; measured, and NaN in blocks where it is not accurate."""
+        """F⁻¹, or F_KK⁻¹ of the weights marked; measured, and NaN in blocks where it is not accurate."""
         rows = self.rows
         if kept is not None:
             rows = tuple(jnp.where(k > 0, x, 0) for k, x in zip(kept, rows, strict=True))

@@ -1,8 +1,8 @@
 """What weights cost by optimal brain surgeon: one alone, a block's one after the other, and sets together.
 
 With u where the quadratic model is least (`_model`), a weight costs ½ u_q² / [F⁻¹]_qq and a set Q of them
-½ u_Qᵀ [F⁻¹_QQ]⁻¹ u_Q. The factors give F⁻¹ as cI ± aᵀa with a column of a for each weight (`_factors`), so that
-F⁻¹ is never formed for more weights than go together.
+½ u_Qᵀ [F⁻¹_QQ]⁻¹ u_Q. The factors give F⁻¹ as cI ± aᵀa with a column of a for each weight (`_factors`), so
+that F⁻¹ is never formed for more weights than go together.
 """
 
 import functools
@@ -15,7 +15,7 @@ from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Bool, Float, Int
 
 from hessjax._core._types import Params
-from hessjax._fisher._factors import determined, each
+from hessjax._fisher._factors import Columns, Factor, determined, each
 from hessjax._fisher._inverse_fisher import InverseFisher
 from hessjax._fisher._rows import Parts, ends, joined, split
 
@@ -32,7 +32,7 @@ def greedy_scores(inverse: InverseFisher, u: Parts, active: Parts) -> Parts:
     found: tuple[Array, ...] = ()
     places = zip(inverse.parts, inverse.widths, *map(inverse.blocking.coupled, (u, active)), strict=True)
     for factor, widths, weights, flags in places:
-        a = jnp.sqrt(inverse.num_grads) * joined(factor.columns(widths, inverse.shift))
+        a = joined(_columns(inverse, factor, widths))
         is_there, eye = joined(flags) > 0, jnp.eye(a.shape[1], dtype=a.dtype)
         core = jnp.broadcast_to(factor.sign * eye, (len(a), *eye.shape))
         constant = jnp.full(len(a), inverse.num_grads * factor.constant(inverse.shift), a.dtype)
@@ -110,7 +110,7 @@ class Sets(NamedTuple):
 
 
 def set_scores(inverse: InverseFisher, u: Params, active: Params, sets: Sequence[Sets]) -> Params:
-    """Scores whose sum over a set is what the set costs; for those that go in turn, of one after the other."""
+    """Scores whose sum over a set is what the set costs; of those in turn, of one weight after the other."""
     leaves, treedef = jax.tree.flatten(active)
     columns, owners = _by_leaf(inverse)
     trees = (jax.tree.leaves(u), owners, leaves)
@@ -134,15 +134,21 @@ def _by_leaf(inverse: InverseFisher) -> tuple[list[Float[Array, "k ..."]], list[
     """
     columns, owners, start = [], [], 1
     for factor, widths in zip(inverse.parts, inverse.widths, strict=True):
-        found = factor.columns(widths, inverse.shift)
+        found = _columns(inverse, factor, widths)
         numbers = factor.sign * (start + jnp.arange(len(found[0]), dtype=jnp.float32))
         start += len(numbers)
-        columns += [jnp.sqrt(inverse.num_grads).astype(a.dtype) * a for a in found]
+        columns += found
         owners += [jnp.broadcast_to(numbers[:, None], (len(numbers), width)) for width in widths]
     most = max(a.shape[1] for a in columns)
     padded = tuple(jnp.pad(a, ((0, 0), (0, most - a.shape[1]), (0, 0))) for a in columns)
     join = inverse.blocking.join
     return jax.tree.leaves(jax.vmap(join, in_axes=1)(padded)), jax.tree.leaves(join(tuple(owners)))
+
+
+def _columns(inverse: InverseFisher, factor: Factor, widths: Sequence[int]) -> list[Columns]:
+    """The columns a of F⁻¹, where those of the factor are of (A + κI)⁻¹ = F⁻¹/m."""
+    found = factor.columns(widths, inverse.shift)
+    return [jnp.sqrt(inverse.num_grads.astype(a.dtype)) * a for a in found]
 
 
 def _costs(

@@ -69,7 +69,8 @@ class _FromGradients(Saliency):
         if state.ring is None:
             raise ValueError(
                 "`per_example_grads` must be given, the gradients that make the Fisher: pass `grads_fn` to "
-                "`prune_once`, pass it to `tx.update(...)`, or keep those of the training loop by `num_grads=`."
+                "`prune_once`, pass it to `tx.update(...)`, or keep those of the training loop by "
+                "`num_grads=`."
             )
         return state.ring, jnp.clip(state.num_seen, 1, self.num_grads)
 
