@@ -9,6 +9,7 @@ import pytest
 from oracles import rows
 
 import hessjax as hj
+from hessjax.pruning.patterns._patterns import Along
 from hessjax.pruning.saliencies._saliency import Context
 
 DAMPING = 0.05
@@ -78,7 +79,7 @@ def test_the_scores_of_a_group_add_up_to_the_set_formula(x64, pattern, block_siz
 def test_tied_leaves_are_one_set(x64):
     params, grads = problem()
     params, grads = {"a": params["a"], "b": params["b"][:4]}, {"a": grads["a"], "b": grads["b"][:, :4]}
-    found = scores(params, grads, hj.patterns.rows()._replace(tie="together"))
+    found = scores(params, grads, Along(0, "rows()", tie="together"))
     inv, w = inverse(grads), flat(params)
     for i in range(4):
         Q = [*range(6 * i, 6 * i + 6), *range(24 + 2 * i, 26 + 2 * i)]
