@@ -6,7 +6,15 @@ import jax.numpy as jnp
 import pytest
 
 import hessjax as hj
-from hessjax.program._multiply_adds import multiply_adds
+from hessjax._core import _tree
+from hessjax.program._products import NO_LEAF
+from hessjax.program._products import multiply_adds as multiply_adds_of
+from hessjax.program._tracing import read
+
+
+def multiply_adds(model_fn, params, *args):
+    counts = multiply_adds_of(read(model_fn, params, *args)).by_leaf
+    return {path: counts[i] for i, path in enumerate(_tree.leaf_paths(params))}
 
 
 def kernels(counts):
