@@ -17,10 +17,10 @@ from jaxtyping import Bool, Int
 
 from hessjax.program._program import Operation
 
-Nodes: TypeAlias = Int[np.ndarray, "_length"]
+Nodes: TypeAlias = Int[np.ndarray, " _length"]
 """(n,) the node of every index of one axis of length n; node 0 stays always."""
 
-Kept: TypeAlias = Bool[np.ndarray, "_nodes"]
+Kept: TypeAlias = Bool[np.ndarray, " _nodes"]
 """(nodes,) of bool: what has to stay, as far as is known."""
 
 Stems: TypeAlias = frozenset[tuple[int, int]]
@@ -178,7 +178,7 @@ def _merged(merged: Nodes, factors: tuple[Nodes, ...], kept: Kept) -> None:
     kept[merged[outer([kept[nodes] for nodes in factors]).ravel()]] = True
 
 
-def outer(flags: list[Bool[np.ndarray, "_length"]]) -> Flags:
+def outer(flags: list[Bool[np.ndarray, " _length"]]) -> Flags:
     """The array of all conjunctions, an axis for each list of flags."""
     return functools.reduce(np.logical_and.outer, flags, np.ones((), bool))
 

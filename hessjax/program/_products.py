@@ -137,7 +137,7 @@ def _terms(left: Matrices, right: Matrices, a: Stack, b: Stack, kept: Kept) -> N
     mark(kept, needed.reshape(tuple(map(len, left.summed))), left.summed)
 
 
-def _staying(kept: Kept, axes: tuple[Nodes, ...], shape: tuple[int, ...]) -> Bool[np.ndarray, "_places"]:
+def _staying(kept: Kept, axes: tuple[Nodes, ...], shape: tuple[int, ...]) -> Bool[np.ndarray, " _places"]:
     """Which places on these axes, as one, stay; where all are alike, whether any does."""
     each = [kept[nodes] for nodes in axes]
     return outer(

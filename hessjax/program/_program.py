@@ -64,7 +64,7 @@ class Operation:
         bodies: the step of a `scan`; condition and step of a `while`; the branches of a `cond`. The inputs
             of a `scan` are what every step sees, what it carries, what it scans over, in this order.
         trips: how often the bodies run in one execution; None where a condition on values decides.
-        num_carry: how many values a `scan` carries: the first of its outputs.
+        carried: which inputs are the state that a loop starts from; a `scan` has its end as first outputs.
     """
 
     eqn: Any
@@ -73,12 +73,12 @@ class Operation:
     outputs: tuple[Value, ...]
     bodies: tuple[Body, ...] = ()
     trips: int | None = 1
-    num_carry: int = 0
+    carried: range = range(0)
 
     @property
     def params(self) -> dict[str, Any]:
-        """The primitive's parameters: axes, sizes, ..."""
-        return self.eqn.params
+        """The primitive's parameters: axes, sizes, `reverse`, ...; those of the object, where it is one."""
+        return getattr(self.eqn.params.get("_prim"), "params", self.eqn.params)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -147,7 +147,7 @@ def execute(operation: Operation, inputs: list[Any], **changed: Any) -> list[Any
     if operation.name == "scan" and operation.eqn.primitive.name != "scan":
         return _execute_scan(operation, inputs)
     primitive = operation.eqn.primitive
-    bound = primitive.get_bind_params({**operation.params, **changed})
+    bound = primitive.get_bind_params({**operation.eqn.params, **changed})
     functions, params = bound if isinstance(bound, tuple) else ((), bound)  # jax before and since 0.10
     outputs = primitive.bind(*functions, *inputs, **params)
     return list(outputs) if primitive.multiple_results else [outputs]
@@ -155,18 +155,14 @@ def execute(operation: Operation, inputs: list[Any], **changed: Any) -> list[Any
 
 def _execute_scan(operation: Operation, inputs: list[Any]) -> list[Any]:
     """A scan over mutable arrays: its equation wants them, here they are values."""
-    (body,), settings = operation.bodies, operation.params["_prim"].params
-    scanned = sum(
-        len(v.shape) > len(inner.shape) for v, inner in zip(operation.inputs, body.inputs, strict=True)
-    )
-    start, end = len(inputs) - scanned - operation.num_carry, len(inputs) - scanned
+    (body,), carried, num_carry = operation.bodies, operation.carried, len(operation.carried)
 
     def step(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
-        outputs = evaluate(body, [*inputs[:start], *carry, *xs], execute)
-        return outputs[: operation.num_carry], outputs[operation.num_carry :]
+        outputs = evaluate(body, [*inputs[: carried.start], *carry, *xs], execute)
+        return outputs[:num_carry], outputs[num_carry:]
 
-    rest = {name: settings[name] for name in ("length", "reverse", "unroll")}
-    carry, ys = jax.lax.scan(step, inputs[start:end], inputs[end:], **rest)
+    rest = {name: operation.params[name] for name in ("length", "reverse", "unroll")}
+    carry, ys = jax.lax.scan(step, inputs[carried.start : carried.stop], inputs[carried.stop :], **rest)
     return [*carry, *ys]
 
 

@@ -265,7 +265,7 @@ def _follow_uses(
             lost.update(v for v, source in zip(inner.inputs, inner.sources, strict=True) if source in lost)
             _follow_uses(constraints, inner, known, lost, (*loops, operation), found)
         if operation in constraints.unread or not lost.isdisjoint(operation.inputs):
-            lost.update(operation.outputs)
+            lost.update(v for v in operation.outputs if v.leaves)  # a mask's iota loses nothing
         for i, value in _meeting(operation):
             for leaf in sorted(value.leaves or ()):
                 axes = None if value in lost else _axes_of_leaf(constraints, known[value], leaf)
@@ -276,8 +276,10 @@ def _meeting(operation: Operation) -> list[tuple[int, Value]]:
     """The operands made of leaves that meet data here, not only further inside."""
     if all(v.leaves is not None for v in operation.outputs):
         return []
-    passed = {source for inner in operation.bodies for source in inner.sources}
-    return [(i, v) for i, v in enumerate(operation.inputs) if v.leaves and v not in passed]
+    inputs = range(len(operation.inputs))
+    if operation.bodies:  # what a body sees meets data in there
+        inputs = range(1) if operation.name == "cond" else operation.carried
+    return [(i, operation.inputs[i]) for i in inputs if operation.inputs[i].leaves]
 
 
 def _axes_of_leaf(constraints: Constraints, axes: Axes, leaf: int) -> tuple[tuple[int, ...], ...]:

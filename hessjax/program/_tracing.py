@@ -131,14 +131,14 @@ def _scan(frame: _Frame, eqn: Any, inputs: list[Value]) -> list[Value]:
     what is scanned over, or stacked, has one more axis outside.
     """
     closed = eqn.params["jaxpr"]
-    num_carry = _alike(eqn.outvars, closed.out_avals)
-    carried = range(_alike(inputs, closed.in_avals) - num_carry, _alike(inputs, closed.in_avals))
+    num_carry, end = _alike(eqn.outvars, closed.out_avals), _alike(inputs, closed.in_avals)
+    carried = range(end - num_carry, end)
     sources = [None if i in carried else v for i, v in enumerate(inputs)]
     steps = _entries(closed.in_avals, sources)
     body = _body(closed, steps, sources)
     made = [None] * num_carry + [v.leaves for v in body.outputs[num_carry:]]
     outputs = [Value(v.aval, leaves) for v, leaves in zip(eqn.outvars, made, strict=True)]
-    rest = {"bodies": (body,), "trips": eqn.params["length"], "num_carry": num_carry}
+    rest = {"bodies": (body,), "trips": eqn.params["length"], "carried": carried}
     _add(frame, eqn, "scan", inputs, outputs, **rest)
     return outputs
 
@@ -160,7 +160,8 @@ def _while(frame: _Frame, eqn: Any, inputs: list[Value]) -> list[Value]:
     parts = [("cond_jaxpr", inputs[:start]), ("body_jaxpr", inputs[start:end])]
     bodies = [_inner(eqn.params[name], [*consts, *carried]) for name, consts in parts]
     outputs = [Value(v.aval) for v in eqn.outvars]
-    _add(frame, eqn, "while", inputs, outputs, bodies=tuple(bodies), trips=None)
+    rest = {"bodies": tuple(bodies), "trips": None, "carried": range(end, len(inputs))}
+    _add(frame, eqn, "while", inputs, outputs, **rest)
     return outputs
 
 
@@ -213,7 +214,8 @@ def _mutable_scan(frame: _Frame, eqn: Any, inputs: list[Value]) -> list[Value]:
     state = [Value(v.aval) for v in body.outputs[: len(refs)]]
     results = [Value(v.aval, made.leaves) for v, made in zip(eqn.outvars, stacked, strict=True)]
     frame.held.update(zip([inputs[i] for i in refs], state, strict=True))
-    rest = {"bodies": (body,), "trips": primitive.length, "num_carry": len(refs)}
+    carried = range(len(consts), len(consts) + len(refs))
+    rest = {"bodies": (body,), "trips": primitive.length, "carried": carried}
     _add(frame, eqn, "scan", outside, [*state, *results], **rest)
     return results
 
@@ -250,7 +252,7 @@ def _is_whole(frame: _Frame, inputs: list[Value], aval: Any) -> bool:
 _EQUATIONS: dict[str, Callable[[_Frame, Any, list[Value]], list[Value]]] = {
     **dict.fromkeys(["jit", "pjit", "closed_call", "core_call", "eval_jaxpr", "remat", "remat2"], _call),
     **dict.fromkeys(["checkpoint", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"], _call),
-    "custom_vmap_call": _call,
+    **dict.fromkeys(["custom_vmap_call", "composite"], _call),
     "scan": _scan,
     "while": _while,
     "cond": _cond,
