@@ -9,9 +9,11 @@ import numpy as np
 from jaxtyping import Array
 
 from hessjax.program._axes import Axes, Constraints, Kept, Nodes, axes_of, constant, nonzero_of, unknown
-from hessjax.program._products import Work, multiply_adds
 from hessjax.program._program import Operation, Program, Value, evaluate, execute
 from hessjax.program._readings import follow
+
+Indices: TypeAlias = dict[int, np.ndarray]
+"""`{axis: indices}`"""
 
 
 class Narrowing(NamedTuple):
@@ -27,11 +29,6 @@ class Narrowing(NamedTuple):
     axes: dict[Value, Axes]
     kept: Kept
 
-    @property
-    def leaves(self) -> list[Axes]:
-        """The axes of the params' leaves."""
-        return [self.axes[leaf] for leaf in self.program.leaves]
-
     def shapes(self) -> list[tuple[int, ...]]:
         """Those of all inputs: params that are narrow, and the args."""
         return [self.shape(value) for value in self.program.body.inputs]
@@ -40,9 +37,10 @@ class Narrowing(NamedTuple):
         """The shape of what stays of a value."""
         return stays(self.kept, self.axes[value]) if value in self.axes else value.shape
 
-    def work(self) -> Work:
-        """The multiply-adds of what stays."""
-        return multiply_adds(self.program, self.shape)
+    def indices(self) -> list[Indices]:
+        """For every leaf what stays of the axes that become shorter."""
+        flags = [[self.kept[nodes] for nodes in self.axes[leaf].nodes] for leaf in self.program.leaves]
+        return [{a: np.flatnonzero(f) for a, f in enumerate(each) if not f.all()} for each in flags]
 
     def __call__(self, leaves: list[Any]) -> list[Any]:
         """The outputs, from params that are narrow already, and the args."""
@@ -68,6 +66,7 @@ def analyse(
     known |= dict(zip(program.leaves, params, strict=True))
     known |= {v: constant(value) for v, value in body.consts.items()}
     follow(constraints, body, known)
+    # Who calls the model sees its outputs; args are fixed by whoever makes the data.
     for value in body.outputs:
         if value.literal is None:
             constraints.keep(*known[value].nodes)
@@ -149,8 +148,7 @@ _FOLLOWING: dict[str, Callable[[Operation, list[Any], list[Axes], Kept], dict[st
 }
 
 
-Indices: TypeAlias = dict[int, np.ndarray]
-"""`{axis: indices}`"""
+# -- leaves -----------------------------------------------------------------------------------------
 
 
 def take(leaf: Any, kept: Indices) -> Any:
@@ -176,11 +174,13 @@ def shrink_leaf(
         return leaf, False
     owner = max(owners, key=len)
     shape, like, cuts = np.shape(leaf), shapes[owner], kept.get(owner, {})
+    # optax puts arrays of size 1 where a leaf has no such moment.
     if not cuts or np.size(leaf) <= 1 < np.prod(like):
         return leaf, shape == like or not cuts
     if shape[len(shape) - len(like) :] == like:
         ahead = len(shape) - len(like)
         return take(leaf, {axis + ahead: indices for axis, indices in cuts.items()}), True
+    # Adafactor keeps row and column sums of the second moments: the leaf's shape without one axis.
     missing = [axis for axis in range(len(like)) if shape == like[:axis] + like[axis + 1 :]]
     if len(missing) != 1:
         raise ValueError(

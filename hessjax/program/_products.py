@@ -50,34 +50,35 @@ def dot_general(constraints: Constraints, operation: Operation, inputs: list[Axe
 
 def conv_general_dilated(constraints: Constraints, operation: Operation, inputs: list[Axes]) -> list[Axes]:
     """A convolution: a product over the input channels at every offset; depthwise, one channel each."""
-    (x, kernel), groups, layout = (
-        inputs,
-        operation.params["feature_group_count"],
-        operation.params["dimension_numbers"],
-    )
+    (x, kernel), layout = inputs, operation.params["dimension_numbers"]
     (batch, features, *space), (outs, ins, *offsets) = layout.lhs_spec, layout.rhs_spec
     # Positions in space stay: padding and strides refer to them by number.
     constraints.keep(*(x.nodes[a] for a in space), *(kernel.nodes[a] for a in offsets))
     signal = matrices(reduced(x, (batch, *space)), (), (features,))
-    signal = signal._replace(free=(), free_shape=())
     weights = matrices(reduced(kernel, tuple(offsets)), (), (ins,))
+    # Of an image only the channels differ in what is zero: one row stands for all places.
+    signal = signal._replace(free=(), free_shape=())
     weights = weights._replace(free=(kernel.nodes[outs],), free_shape=weights.nonzero.shape[1:2])
-    shape, depthwise = operation.outputs[0].shape, len(kernel.nodes[ins]) == 1
-    if operation.params["batch_group_count"] == 1 == groups:
+    groups, in_batches = operation.params["feature_group_count"], operation.params["batch_group_count"] > 1
+    if groups == 1 and not in_batches:
         constraints.tie(x.nodes[features], kernel.nodes[ins])
         found = contract(constraints, signal, weights)
-    elif depthwise and operation.params["batch_group_count"] == 1 and len(kernel.nodes[outs]) == groups:
+    elif len(kernel.nodes[ins]) == 1 and len(kernel.nodes[outs]) == groups and not in_batches:
         constraints.tie(x.nodes[features], kernel.nodes[outs])
-        pair = [(m.nonzero.reshape(-1), m.varies.reshape(-1)) for m in (signal, weights)]
-        (nonzero, varies), (nonzero_, varies_) = pair
-        found = nonzero & nonzero_, (varies & nonzero_) | (nonzero & varies_)
+        found = _channel_by_channel(signal, weights)
     else:  # channels in groups, or a batch in groups: which index is whose follows from the widths
         constraints.keep(x.nodes[batch], x.nodes[features], kernel.nodes[ins], kernel.nodes[outs])
-        return [unknown(shape)]
-    nodes, flat = list(staying(*shape)), [1] * len(shape)
+        return [unknown(operation.outputs[0].shape)]
+    nodes = list(staying(*operation.outputs[0].shape))
     nodes[layout.out_spec[0]], nodes[layout.out_spec[1]] = x.nodes[batch], kernel.nodes[outs]
-    flat[layout.out_spec[1]] = -1
+    flat = [-1 if a == layout.out_spec[1] else 1 for a in range(len(nodes))]
     return [Axes(tuple(nodes), *(flags.reshape(flat) for flags in found))]
+
+
+def _channel_by_channel(signal: Matrices, weights: Matrices) -> tuple[Flags, Flags]:
+    """Where a depthwise convolution is nonzero and where it varies: no channel reads another."""
+    (a, a_varies), (b, b_varies) = ((m.nonzero.ravel(), m.varies.ravel()) for m in (signal, weights))
+    return a & b, (a_varies & b) | (a & b_varies)
 
 
 def contract(constraints: Constraints, left: Matrices, right: Matrices) -> tuple[Flags, Flags]:

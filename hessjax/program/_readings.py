@@ -40,6 +40,7 @@ def follow(constraints: Constraints, body: Body, known: dict[Value, Axes]) -> No
 
 def _any_operation(constraints: Constraints, operation: Operation, inputs: list[Axes]) -> list[Axes]:
     """One that nothing is known of: nothing that it touches may go."""
+    # A gather or a sort takes indices for values, a loop mixes what it carries: no axis of theirs is safe.
     constraints.unread.append(operation)
     for x in inputs:
         constraints.keep(*x.nodes)
@@ -48,6 +49,7 @@ def _any_operation(constraints: Constraints, operation: Operation, inputs: list[
 
 def _broadcast_in_dim(constraints: Constraints, operation: Operation, inputs: list[Axes]) -> list[Axes]:
     x, shape, places = inputs[0], operation.params["shape"], operation.params["broadcast_dimensions"]
+    # A new axis may become as short as what it meets is: free nodes, tied by whoever reads them.
     nodes, flat = [constraints.fresh(n) for n in shape], [1] * len(shape)
     for axis, place in enumerate(places):
         if len(x.nodes[axis]) == shape[place]:
@@ -76,7 +78,7 @@ def _reshape(constraints: Constraints, operation: Operation, inputs: list[Axes])
         factors = tuple(x.nodes[a] for a in olds)
         for axis, new in zip(news, _regrouped(constraints, factors, [shape[a] for a in news]), strict=True):
             nodes[axis] = new
-        if any(x.nonzero.shape[a] > 1 for a in olds):
+        if any(x.nonzero.shape[a] > 1 for a in olds):  # flags merge only where they are written out
             wide |= set(olds)
             for axis in news:
                 flat[axis] = shape[axis]
@@ -101,6 +103,7 @@ def _regrouped(constraints: Constraints, factors: tuple[Nodes, ...], lengths: li
         return [factors[0]]
     if not any(nodes.any() for nodes in factors):  # nothing that could go: such as a batch of examples
         return list(staying(*lengths))
+    # An axis cut up and merged anew goes through the one long axis that both are: (c, 4) -> 4c -> (2, 2c).
     stems = constraints.stems_of(*factors)
     merged = factors[0] if len(factors) == 1 else constraints.fresh(int(np.prod(lengths)), stems)
     if len(factors) > 1:
@@ -153,6 +156,7 @@ def _concatenate(constraints: Constraints, operation: Operation, inputs: list[Ax
         else common_nodes(constraints, a, n, inputs)
         for a, n in enumerate(shape)
     ]
+    # Along the joined axis the parts differ; elsewhere flags are written out where any part has them so.
     axes = {axis} | {a for x in inputs for a in range(len(shape)) if x.nonzero.shape[a] > 1}
     wide = [full(x, axes) for x in inputs]
     flags = (np.concatenate([getattr(x, kind) for x in wide], axis) for kind in ("nonzero", "varies"))
@@ -164,6 +168,7 @@ def _pad(constraints: Constraints, operation: Operation, inputs: list[Axes]) -> 
     if any(low < 0 or high < 0 or inside for low, high, inside in config):
         return _any_operation(constraints, operation, inputs)
     widths = [(int(low), int(high)) for low, high, _ in config]
+    # Padded channels are free to go, as those of a residual stream that grows by zeros (He et al., option A).
     nodes = tuple(
         np.concatenate([constraints.fresh(low), n, constraints.fresh(high)])
         for n, (low, high) in zip(x.nodes, widths, strict=True)

@@ -117,6 +117,7 @@ def _add(
 
 def _call(frame: _Frame, eqn: Any, inputs: list[Value]) -> list[Value]:
     """One that merely calls a function; it stays an operation where it takes something else as well."""
+    # jit and remat have a `jaxpr`, custom rules a `call_jaxpr` (a `fun_jaxpr` before), custom_vmap a `call`.
     names = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call")
     inner = next((eqn.params[name] for name in names if eqn.params.get(name) is not None), None)
     if inner is None or len(getattr(inner, "jaxpr", inner).invars) != len(inputs):
@@ -136,6 +137,7 @@ def _scan(frame: _Frame, eqn: Any, inputs: list[Value]) -> list[Value]:
     sources = [None if i in carried else v for i, v in enumerate(inputs)]
     steps = _entries(closed.in_avals, sources)
     body = _body(closed, steps, sources)
+    # Whatever the state starts from, data may enter it on the way: it does not count as made of leaves.
     made = [None] * num_carry + [v.leaves for v in body.outputs[num_carry:]]
     outputs = [Value(v.aval, leaves) for v, leaves in zip(eqn.outvars, made, strict=True)]
     rest = {"bodies": (body,), "trips": eqn.params["length"], "carried": carried}
@@ -167,6 +169,7 @@ def _while(frame: _Frame, eqn: Any, inputs: list[Value]) -> list[Value]:
 
 def _cond(frame: _Frame, eqn: Any, inputs: list[Value]) -> list[Value]:
     bodies = [_inner(branch, inputs[1:]) for branch in eqn.params["branches"]]
+    # Each result is one of the branches': made of leaves alone if it is so in all of them.
     ends = zip(*(body.outputs for body in bodies), strict=True)
     outputs = [Value(v.aval, _made_of(each)) for v, each in zip(eqn.outvars, ends, strict=True)]
     _add(frame, eqn, "cond", inputs, outputs, bodies=tuple(bodies))
@@ -198,7 +201,7 @@ def _high(frame: _Frame, eqn: Any, inputs: list[Value]) -> list[Value]:
 def _mutable_scan(frame: _Frame, eqn: Any, inputs: list[Value]) -> list[Value]:
     """A scan whose state is in mutable arrays, as one that carries what they hold."""
     primitive = eqn.params["_prim"]
-    scanned = list(primitive.extensives)
+    scanned = list(primitive.extensives)  # one flag for each operand, mutable arrays among them
     refs = [i for i, v in enumerate(inputs) if _is_mutable(v)]
     consts = [i for i in range(len(inputs)) if i not in refs and not scanned[i]]
     order = [*consts, *refs, *(i for i, over in enumerate(scanned) if over)]
@@ -206,6 +209,7 @@ def _mutable_scan(frame: _Frame, eqn: Any, inputs: list[Value]) -> list[Value]:
     sources = [None if i in refs else inputs[i] for i in order]
     avals = [getattr(primitive.jaxpr.in_avals[i], "inner_aval", primitive.jaxpr.in_avals[i]) for i in order]
     entries = _entries(avals, sources)
+    # Inside, every array is what is carried in; after the last operation it holds what is carried out.
     inner, known = _Frame(), dict(zip(order, entries, strict=True))
     arrays = {i: Value(inputs[i].aval) for i in refs}
     inner.held.update({arrays[i]: known[i] for i in refs})
