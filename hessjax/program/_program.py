@@ -63,7 +63,7 @@ class Operation:
         outputs: its results.
         bodies: the step of a `scan`; condition and step of a `while`; the branches of a `cond`. The inputs
             of a `scan` are what every step sees, what it carries, what it scans over, in this order.
-        trips: how often the bodies run in one execution; None where a condition on values decides.
+        trips: how often the bodies run in one execution (one of the branches once); None for a `while`.
         carried: which inputs are the state that a loop starts from; a `scan` has its end as first outputs.
     """
 
@@ -126,7 +126,7 @@ class Use(NamedTuple):
 
     @property
     def trips(self) -> int | None:
-        """How often one call executes it; None where a condition decides."""
+        """How often one call executes it, branches taken; None inside a `while` loop."""
         trips = [loop.trips for loop in self.loops]
         return None if None in trips else math.prod(n for n in trips if n is not None)
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import hessjax as hj
 from hessjax.program._products import multiply_adds
 from hessjax.program._program import evaluate, execute
 from hessjax.program._tracing import read
@@ -112,6 +113,25 @@ def test_the_newer_forms_of_jax_compute_the_same():
     with flags(*(name for name in FLAGS if hasattr(jax.config, name))):
         for name in ("custom_vjp in remat in scan", "scan, closed over", "scan in scan", "fori"):
             check(MODELS[name])
+
+
+def test_compact_reads_through_the_newer_forms():
+    """Two of six hidden units go, through remat and a custom derivative; a scan's weights stay whole."""
+    params = {"in": jnp.ones((3, 6)).at[:, 1].set(0), "out": jnp.ones((6, 3)).at[4].set(0), "step": W}
+
+    def model(p, x):
+        h = jax.checkpoint(lambda x: jnp.tanh(with_own_vjp(p["in"], x)))(x) @ p["out"]
+        return jax.lax.scan(lambda h, _: (h @ p["step"], None), h, None, length=2)[0]
+
+    plain = hj.compact(model, params, X)
+    with flags(*(name for name in FLAGS if hasattr(jax.config, name))):
+        newer = hj.compact(model, params, X)
+    for small in (plain, newer):
+        assert {path: list(axes) for path, axes in small.kept.items()} == {"in": [1], "out": [0]}
+        np.testing.assert_array_equal(small.kept["in"][1], [0, 2, 3, 5])
+        assert small.difference < 1e-6
+        assert (small.after, small.notes) == (plain.after, ())
+    assert plain.after.multiply_adds == 2 * (3 * 4 + 4 * 3) + 2 * 2 * 9
 
 
 def test_loops_carry_what_they_carry():
