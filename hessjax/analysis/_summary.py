@@ -16,7 +16,8 @@ from hessjax._core import _tree
 from hessjax._core._axes import Axes, axes_of
 from hessjax._core._messages import plain
 from hessjax._core._types import ModelFn, Params
-from hessjax.program._multiply_adds import multiply_adds
+from hessjax.program._products import multiply_adds
+from hessjax.program._tracing import read
 
 
 class SummaryRow(NamedTuple):
@@ -74,10 +75,13 @@ class Summary(NamedTuple):
     Attributes:
         rows: one per leaf, in the order of the tree.
         total: all leaves together; its `std`, `mean`, `abs_mean` are those of all weights in one bag.
+        notes: what the multiply-adds leave open: a `while` loop counts as one step, a `cond` as its most
+            expensive branch, and what some operations do inside is not counted.
     """
 
     rows: tuple[SummaryRow, ...]
     total: SummaryRow
+    notes: tuple[str, ...] = ()
 
     def __rich__(self) -> Table:
         table = Table(box=None, header_style="bold", pad_edge=False)
@@ -89,6 +93,7 @@ class Summary(NamedTuple):
                 table.add_section()
             cells = (column.form(column.value(row)) for column in columns)
             table.add_row(*cells, style="bold" if row is self.total else None)
+        table.caption, table.caption_justify = "\n".join(self.notes) or None, "left"
         return table
 
     def __str__(self) -> str:
@@ -134,6 +139,9 @@ def summary(params: Params, model_fn: ModelFn | None = None, *args: Any) -> Summ
     Zeros are counted one by one, and by rows, columns, channels, kernels and filters (`SummaryRow` says which
     axes those are): whole ones can be cut out of the network. With a model, so are its multiply-adds:
     those of matrix products and convolutions with a leaf, dense, and times the leaf's fraction of nonzeros.
+    Counted are products of which one side is a leaf, or made of leaves alone (transposed, cast, cut, masked,
+    normalised: it then counts for the largest leaf in it), not those of data with data, such as the scores of
+    attention. The step of a `scan` counts as often as it runs; `notes` names what is not known.
 
     Args:
         params: any pytree of floating-point arrays: a linen dict, an `nnx.State`, ...
@@ -168,14 +176,15 @@ def summary(params: Params, model_fn: ModelFn | None = None, *args: Any) -> Summ
         4
     """
     _tree.check_floating(params)
-    work = {} if model_fn is None else multiply_adds(model_fn, params, *args)
+    work = None if model_fn is None else multiply_adds(read(model_fn, params, *args))
     paths, leaves = _tree.leaf_paths(params), jax.tree.leaves(params)
     axes = [axes_of(path, jnp.shape(leaf)) for path, leaf in zip(paths, leaves, strict=True)]
     pairs = zip(leaves, axes, strict=True)
     counted = jax.device_get([(_moments(leaf), _zero_parts(leaf, meaning)) for leaf, meaning in pairs])
-    named = zip(paths, leaves, axes, counted, strict=True)
-    facts = [_facts(path, jnp.shape(x), a, work.get(path), *numbers) for path, x, a, numbers in named]
-    return Summary(tuple(map(_row, facts)), _row(_total(facts)))
+    spent = [None if work is None else work.by_leaf[i] for i in range(len(leaves))]
+    named = zip(paths, leaves, axes, spent, counted, strict=True)
+    facts = [_facts(path, jnp.shape(x), a, number, *moments) for path, x, a, number, moments in named]
+    return Summary(tuple(map(_row, facts)), _row(_total(facts)), () if work is None else work.notes)
 
 
 class _Facts(NamedTuple):
