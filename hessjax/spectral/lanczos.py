@@ -239,7 +239,8 @@ def _wanted(space: Krylov, which: str, wanted: int) -> tuple[Array, Array, Array
     best = _ranked(values, space.size, which)[:wanted]
     best = best[jnp.argsort(-jnp.where(best < space.size, values[best], -jnp.inf))]
     exists: Bool[Array, " wanted"] = best < space.size
-    residuals = jnp.linalg.norm(space.coupling() @ vectors[:, best], axis=0)
+    # `norm` of each column and not `jnp.linalg.norm`, whose squares leave float32 at 1e-19 and 1e19.
+    residuals = jax.vmap(_tree.norm, in_axes=1)(_coupling_of(space, vectors[:, best]))
     return (
         jnp.where(exists, values[best], jnp.nan),
         jnp.where(exists[:, None], vectors[:, best].T, 0),
@@ -256,5 +257,10 @@ def _restart(space: Krylov, which: str, keep: int) -> Krylov:
     rotation = rotation.at[:keep, :m].set(vectors[:, best].T)
     rotation = rotation.at[keep:, m:].set(jnp.eye(width, dtype=values.dtype))
     projected = jnp.zeros_like(space.projected).at[jnp.arange(keep), jnp.arange(keep)].set(values[best])
-    projected = projected.at[keep : keep + width, :keep].set(space.coupling() @ vectors[:, best])
+    projected = projected.at[keep : keep + width, :keep].set(_coupling_of(space, vectors[:, best]))
     return Krylov(krylov.rotate(space.basis, rotation), projected, jnp.int32(keep), space.asymmetry)
+
+
+def _coupling_of(space: Krylov, vectors: Array) -> Array:
+    """What of A times these vectors (columns, in the basis) lies along the pending rows: (b, n)."""
+    return jnp.matmul(space.coupling(), vectors, precision="highest")
