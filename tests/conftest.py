@@ -4,6 +4,7 @@ import os
 import pathlib
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 
 import jax
 import pytest
