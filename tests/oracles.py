@@ -76,7 +76,7 @@ def dense_hessian(loss: Callable, params: Any, *args: Any) -> np.ndarray:
 
 
 def flat(tree: Any) -> np.ndarray:
-    """All leaves end to end. As everything here that needs no derivative: in numpy, which compiles nothing."""
+    """All leaves end to end; in numpy, like all here that needs no derivative: it compiles nothing."""
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
     return np.concatenate([leaf.reshape(-1) for leaf in leaves])
 
