@@ -118,8 +118,6 @@ class InverseFisher:
         held = [part.rows[0].shape[0] for part in self.parts if isinstance(part, Dual)]
         return self.blocking.widest - held[0] if held else 0
 
-    # -- by parts ----------------------------------------------------------------------------------
-
     @property
     def widths(self) -> list[tuple[int, ...]]:
         """Of the blocks that each factor covers, group by group."""
@@ -210,9 +208,6 @@ def inverse_fisher(
     return _streamed(_built(blocking, chunk_size, first, setting, jnp.asarray(batch_size, dtype)), blocks)
 
 
-# -- driving ---------------------------------------------------------------------------------------
-
-
 def _streamed(inverse: InverseFisher, blocks: Iterator[Block]) -> InverseFisher:
     """With the blocks that are left; only then is it known how accurate the inverse is."""
     more = False
@@ -220,7 +215,7 @@ def _streamed(inverse: InverseFisher, blocks: Iterator[Block]) -> InverseFisher:
         inverse, more = _with_more(block, inverse), True
     inverse = _measured(_settled(inverse) if more else inverse)
     if not isinstance(inverse.shift, jax.core.Tracer) and not inverse.accurate:
-        _verdict(inverse).check(inverse.blocking)
+        verdict_of(inverse).check(inverse.blocking)
     return inverse
 
 
@@ -296,14 +291,12 @@ def measured(inverse: InverseFisher) -> InverseFisher:
 _measured = jax.jit(measured, donate_argnums=0)
 
 
+@jax.jit
 def verdict_of(inverse: InverseFisher) -> Verdict:
     """What an error about it would say."""
     is_whole, count = inverse.block_size is None, inverse.num_grads
     sizes = _readout.sizes(inverse.parts, inverse.widths, count, is_whole=is_whole)
     return Verdict(inverse.residuals, sizes, inverse.damping)
-
-
-_verdict = jax.jit(verdict_of)
 
 
 @jax.jit
