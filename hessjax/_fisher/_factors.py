@@ -33,9 +33,6 @@ Columns: TypeAlias = Float[Array, "_ _ _"]
 State: TypeAlias = tuple[Array, Array]
 """Roots and their smallest pivots."""
 
-PIVOT = 8
-"""A difference of numbers of size 1 below this times eps has no digit left."""
-
 _CACHED = 2**18
 """On a CPU roots of so many entries together stay in the cache while all gradients enter."""
 
@@ -52,7 +49,6 @@ class Root(NamedTuple):
     root: Float[Array, "blocks n n"]
     pivot: Float[Array, " blocks"]
     image: Cut
-    sign = 1
 
     def solve(self, v: Parts, shift: Scalar) -> Parts:
         """(A + κI)⁻¹v."""
@@ -67,8 +63,13 @@ class Root(NamedTuple):
         return tuple(jnp.split(self.root.mT, ends(widths), axis=-1))
 
     def constant(self, shift: Scalar) -> Scalar:
-        """C."""
+        """The number c."""
         return jnp.zeros_like(shift)
+
+    @property
+    def sign(self) -> int:
+        """Of aᵀa."""
+        return 1
 
     def images(self, widths: Sequence[int]) -> Parts:
         """Az, for the fixed vector z of signs."""
@@ -90,7 +91,6 @@ class Dual(NamedTuple):
 
     rows: tuple[Rows, ...]
     cholesky: Float[Array, "blocks m m"]
-    sign = -1
 
     def solve(self, v: Parts, shift: Scalar) -> Parts:
         """(A + κI)⁻¹v."""
@@ -109,8 +109,13 @@ class Dual(NamedTuple):
         return tuple(_matmul(half.astype(x.dtype), x.swapaxes(0, 1)) for x in self.rows)
 
     def constant(self, shift: Scalar) -> Scalar:
-        """C."""
+        """The number c."""
         return 1 / shift
+
+    @property
+    def sign(self) -> int:
+        """Of aᵀa."""
+        return -1
 
     def images(self, widths: Sequence[int]) -> Parts:
         """Az, for the fixed vector z of signs."""
@@ -130,35 +135,6 @@ class Dual(NamedTuple):
 
 
 Factor: TypeAlias = Root | Dual
-
-
-# -- what they say ---------------------------------------------------------------------------------
-
-
-def diagonal(factor: Factor, widths: Sequence[int], shift: Scalar) -> Parts:
-    """The diagonal of (A + κI)⁻¹; NaN where rounding has left no digit of it."""
-    constant = factor.constant(shift)
-    return tuple(
-        determined(constant.astype(a.dtype) + factor.sign * jnp.sum(a**2, axis=1), constant)
-        for a in factor.columns(widths, shift)
-    )
-
-
-def dense(factor: Factor, widths: Sequence[int], place: int, which: slice, shift: Scalar) -> Array:
-    """Some blocks of (A + κI)⁻¹ of one group, with all their entries."""
-    a = factor.columns(widths, shift)[place][which]
-    constant = factor.constant(shift).astype(a.dtype) * jnp.eye(a.shape[-1], dtype=a.dtype)
-    return constant + factor.sign * jnp.einsum("bki,bkj->bij", a, a, precision="highest")
-
-
-def determined(difference: Array, unit: Array) -> Array:
-    """The difference of numbers of this size, or NaN if it is nothing but their rounding errors.
-
-    A dual's diagonal is 1/κ minus nearly as much where a weight is well determined: κ[(A + κI)⁻¹]_jj lies
-    above κ/(A_jj + κ). Damping of `PIVOT`·eps·‖F‖ keeps all of them.
-    """
-    unit = jnp.asarray(unit, difference.dtype)
-    return jnp.where(difference >= PIVOT * jnp.finfo(difference.dtype).eps * unit, difference, jnp.nan)
 
 
 # -- how they are made -----------------------------------------------------------------------------
@@ -203,6 +179,26 @@ def shifted(part: Root, old: Scalar, new: Scalar) -> Root:
     """
     root, pivot = _in_place(functools.partial(_shift, old, new), (part.root, part.pivot))
     return Root(root, pivot, part.image)
+
+
+def extended(part: Factor, more: tuple[Rows, ...], old: Scalar, new: Scalar, chunk_size: int) -> Factor:
+    """A factor with more gradients at another κ; a dual of enough gradients becomes a root."""
+    if isinstance(part, Root):
+        return absorbed(shifted(part, old, new), more, chunk_size)
+    rows = tuple(jnp.concatenate(pair) for pair in zip(part.rows, more, strict=True))
+    return factor_of(rows, new, chunk_size)
+
+
+def followed(
+    parts: tuple[Factor, ...], old: Scalar, new: Scalar, factor: float
+) -> tuple[tuple[Root, ...], Scalar]:
+    """Roots at a κ that has grown by more than a factor, or as they are; and the κ they are at."""
+    # A loop of one turn or none: the branches of a condition would copy the roots.
+    return jax.lax.while_loop(
+        lambda state: factor * state[1] < new,
+        lambda state: (tuple(shifted(part, state[1], new) for part in state[0]), new),
+        (tuple(part for part in parts if isinstance(part, Root)), old),  # by now all of them are roots
+    )
 
 
 def _diagonal_root(eye: Float[Array, "blocks n n"], shift: Scalar) -> Array:

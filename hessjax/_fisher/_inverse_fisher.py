@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,11 +12,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hessjax._core import _tree
 from hessjax._core._messages import checked_count
-from hessjax._core._types import Amount, Block, Params, Relative, Scalar, Vector
-from hessjax._fisher import _accuracy, _factors
-from hessjax._fisher._accuracy import INACCURATE, Verdict
-from hessjax._fisher._factors import Dual, Factor, Root
-from hessjax._fisher._rows import Blocking, Parts, Rows, Totals, gathered, num_grads, row, stream
+from hessjax._core._types import Amount, Block, Relative, Scalar, Vector
+from hessjax._fisher import _factors, _readout
+from hessjax._fisher._factors import Dual, Factor
+from hessjax._fisher._readout import Verdict
+from hessjax._fisher._rows import Blocking, Parts, Rows, Totals, checked_damping, gathered, read, row, stream
 
 
 @jax.tree_util.register_dataclass
@@ -66,7 +65,7 @@ class InverseFisher:
     @property
     def accurate(self) -> Bool[Array, ""]:
         """Whether every block is; those that are not hold NaN. Outside `jit` an error has said so."""
-        return _accuracy.all_accurate(self.residuals)
+        return _readout.all_accurate(self.residuals)
 
     def apply(self, vector: Vector) -> Vector:
         """F⁻¹v, in at least float32.
@@ -119,8 +118,6 @@ class InverseFisher:
         held = [part.rows[0].shape[0] for part in self.parts if isinstance(part, Dual)]
         return self.blocking.widest - held[0] if held else 0
 
-    # -- by parts ----------------------------------------------------------------------------------
-
     @property
     def widths(self) -> list[tuple[int, ...]]:
         """Of the blocks that each factor covers, group by group."""
@@ -134,7 +131,7 @@ class InverseFisher:
     def diagonals(self) -> Parts:
         """The diagonal of F⁻¹, cut."""
         pairs = zip(self.parts, self.widths, strict=True)
-        return tuple(self.num_grads * x for part, n in pairs for x in _factors.diagonal(part, n, self.shift))
+        return tuple(self.num_grads * x for part, n in pairs for x in _readout.diagonal(part, n, self.shift))
 
 
 def inverse_fisher(
@@ -206,25 +203,9 @@ def inverse_fisher(
     first = next(blocks)
     like = row(first)
     dtype, blocking = _tree.accumulator_dtype(like), Blocking.of(like, block_size)
-    setting = _checked_damping(damping, dtype)
+    setting = checked_damping(damping, dtype)
     first = gathered(itertools.chain([first], blocks), blocking.widest if block_size else None)
     return _streamed(_built(blocking, chunk_size, first, setting, jnp.asarray(batch_size, dtype)), blocks)
-
-
-def _checked_damping(damping: Any, dtype: Any) -> Amount:
-    amount = damping.amount if isinstance(damping, Amount) else damping
-    is_traced = isinstance(amount, jax.core.Tracer)
-    if amount is None or jnp.ndim(amount) or not (is_traced or 0 < amount < math.inf):
-        raise ValueError(
-            f"`damping` must be a positive finite number or `relative(r)`, got {damping}: without it the "
-            f"Fisher of fewer gradients than weights has no inverse."
-        )
-    # An array, so that another damping compiles nothing anew.
-    kind = Relative if isinstance(damping, Relative) else Amount
-    return kind(jnp.asarray(amount, dtype))
-
-
-# -- driving ---------------------------------------------------------------------------------------
 
 
 def _streamed(inverse: InverseFisher, blocks: Iterator[Block]) -> InverseFisher:
@@ -234,7 +215,7 @@ def _streamed(inverse: InverseFisher, blocks: Iterator[Block]) -> InverseFisher:
         inverse, more = _with_more(block, inverse), True
     inverse = _measured(_settled(inverse) if more else inverse)
     if not isinstance(inverse.shift, jax.core.Tracer) and not inverse.accurate:
-        _verdict(inverse).check(inverse.blocking)
+        verdict_of(inverse).check(inverse.blocking)
     return inverse
 
 
@@ -270,27 +251,17 @@ def _extended(grads: Block, inverse: InverseFisher) -> InverseFisher:
     """With more gradients, and κ = mλ; not measured yet."""
     rows, totals, shift = _more(inverse, grads)
     parts = tuple(
-        absorbed_or_rebuilt(part, more, inverse.shift, shift, inverse.chunk_size)
+        _factors.extended(part, more, inverse.shift, shift, inverse.chunk_size)
         for part, more in zip(inverse.parts, inverse.blocking.coupled(rows), strict=True)
     )
     return dataclasses.replace(inverse, parts=parts, shift=shift, totals=totals)
-
-
-def absorbed_or_rebuilt(
-    part: Factor, more: tuple[Rows, ...], old: Scalar, new: Scalar, chunk_size: int
-) -> Factor:
-    """A factor with more gradients at another κ; a dual of enough gradients becomes a root."""
-    if isinstance(part, Root):
-        return _factors.absorbed(_factors.shifted(part, old, new), more, chunk_size)
-    rows = tuple(jnp.concatenate(pair) for pair in zip(part.rows, more, strict=True))
-    return _factors.factor_of(rows, new, chunk_size)
 
 
 @functools.partial(jax.jit, donate_argnums=1)
 def _with_more(grads: Block, inverse: InverseFisher) -> InverseFisher:
     """With more gradients, in the memory of the roots; before them κ follows if it is to double."""
     rows, totals, target = _more(inverse, grads)
-    parts, shift = _followed(inverse.parts, inverse.shift, target, 2.0)
+    parts, shift = _factors.followed(inverse.parts, inverse.shift, target, 2.0)
     pairs = zip(parts, inverse.blocking.coupled(rows), strict=True)
     parts = tuple(_factors.absorbed(part, more, inverse.chunk_size) for part, more in pairs)
     return dataclasses.replace(inverse, parts=parts, shift=shift, totals=totals)
@@ -299,20 +270,8 @@ def _with_more(grads: Block, inverse: InverseFisher) -> InverseFisher:
 @functools.partial(jax.jit, donate_argnums=0)
 def _settled(inverse: InverseFisher) -> InverseFisher:
     """With κ = mλ again."""
-    parts, shift = _followed(inverse.parts, inverse.shift, inverse.totals.shift(inverse.setting), 1.0)
+    parts, shift = _factors.followed(inverse.parts, inverse.shift, inverse.totals.shift(inverse.setting), 1.0)
     return dataclasses.replace(inverse, parts=parts, shift=shift)
-
-
-def _followed(
-    parts: tuple[Root, ...], old: Scalar, new: Scalar, factor: float
-) -> tuple[tuple[Root, ...], Scalar]:
-    """Roots at a κ that has grown by more than a factor, or as they are; and the κ they are at."""
-    # A loop of one turn or none: the branches of a condition would copy the roots.
-    return jax.lax.while_loop(
-        lambda state: factor * state[1] < new,
-        lambda state: (tuple(_factors.shifted(part, state[1], new) for part in state[0]), new),
-        (parts, old),
-    )
 
 
 def _more(inverse: InverseFisher, grads: Block) -> tuple[tuple[Rows, ...], Totals, Scalar]:
@@ -322,54 +281,22 @@ def _more(inverse: InverseFisher, grads: Block) -> tuple[tuple[Rows, ...], Total
     return rows, totals, totals.shift(inverse.setting)
 
 
-def read(
-    blocking: Blocking, grads: Block, scale: Scalar, mask: Params | None = None, count: Any = None
-) -> tuple[tuple[Rows, ...], Totals]:
-    """The gradients, cut and times √b, and what they add up to.
-
-    Args:
-        blocking: how to cut.
-        grads: m of them.
-        scale: b.
-        mask: booleans like the params, False for weights that are not there: columns of zeros. None: all are.
-        count: how many they are, if rows of zeros beside them do not count.
-    """
-    rows = tuple(jnp.sqrt(scale).astype(x.dtype) * x for x in jax.vmap(blocking.cut)(grads))
-    num_weights: Any = blocking.packing.size
-    if mask is not None:
-        there = blocking.cut(mask)
-        rows = tuple(jnp.where(x > 0, y, 0) for x, y in zip(there, rows, strict=True))
-        num_weights = sum(jnp.sum(x, dtype=jnp.int32) for x in jax.tree.leaves(mask))
-    squares = sum((jnp.sum(x**2).astype(scale.dtype) for x in rows), jnp.zeros_like(scale))
-    return rows, Totals(jnp.int32(num_grads(grads)) if count is None else count, squares, num_weights)
-
-
 def measured(inverse: InverseFisher) -> InverseFisher:
     """With its residuals, and NaN for what they show to be no inverse."""
-    is_whole = inverse.blocking.block_size is None
-    residuals = tuple(
-        _accuracy.residual(part, widths, inverse.shift, inverse.num_grads, is_whole=is_whole)
-        for part, widths in zip(inverse.parts, inverse.widths, strict=True)
-    )
-    pairs = zip(inverse.parts, residuals, strict=True)
-    parts = tuple(part.replaced(residual <= INACCURATE) for part, residual in pairs)
+    at = inverse.widths, inverse.shift, inverse.num_grads
+    parts, residuals = _readout.measured(inverse.parts, *at, is_whole=inverse.block_size is None)
     return dataclasses.replace(inverse, parts=parts, residuals=residuals)
 
 
 _measured = jax.jit(measured, donate_argnums=0)
 
 
+@jax.jit
 def verdict_of(inverse: InverseFisher) -> Verdict:
     """What an error about it would say."""
-    is_whole = inverse.blocking.block_size is None
-    sizes = [
-        _accuracy.sizes_of(part, widths, inverse.num_grads, is_whole=is_whole)
-        for part, widths in zip(inverse.parts, inverse.widths, strict=True)
-    ]
-    return Verdict(inverse.residuals, sum(sizes, ()), inverse.damping)
-
-
-_verdict = jax.jit(verdict_of)
+    is_whole, count = inverse.block_size is None, inverse.num_grads
+    sizes = _readout.sizes(inverse.parts, inverse.widths, count, is_whole=is_whole)
+    return Verdict(inverse.residuals, sizes, inverse.damping)
 
 
 @jax.jit
@@ -389,5 +316,5 @@ def _dense(index: int, inverse: InverseFisher) -> Array:
         return jnp.zeros((0, 0, 0), inverse.blocking.packing.dtypes[index])
     group, which = position
     part, place = (0, group) if inverse.blocking.block_size is None else (group, 0)
-    found = _factors.dense(inverse.parts[part], inverse.widths[part], place, which, inverse.shift)
+    found = _readout.dense(inverse.parts[part], inverse.widths[part], place, which, inverse.shift)
     return inverse.num_grads * found

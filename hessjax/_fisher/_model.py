@@ -17,8 +17,8 @@ from jaxtyping import Array, Float
 
 from hessjax._core import _tree
 from hessjax._core._types import Amount, Block, Params, Relative, Scalar
-from hessjax._fisher._inverse_fisher import InverseFisher, inverse_of, measured, read
-from hessjax._fisher._rows import Blocking, Parts, Rows, Totals, coefficients, row
+from hessjax._fisher._inverse_fisher import InverseFisher, inverse_of, measured
+from hessjax._fisher._rows import Blocking, Parts, Rows, Totals, coefficients, read, row
 
 _NOTHING = 1e-12
 

@@ -207,6 +207,41 @@ class Totals(NamedTuple):
         return jnp.asarray(damping.amount * scale, self.squares.dtype)
 
 
+def checked_damping(damping: Any, dtype: Any) -> Amount:
+    """λ as the methods want it: an array, so that another damping compiles nothing anew."""
+    amount = damping.amount if isinstance(damping, Amount) else damping
+    is_traced = isinstance(amount, jax.core.Tracer)
+    if amount is None or jnp.ndim(amount) or not (is_traced or 0 < amount < math.inf):
+        raise ValueError(
+            f"`damping` must be a positive finite number or `relative(r)`, got {damping}: without it the "
+            f"Fisher of fewer gradients than weights has no inverse."
+        )
+    kind = Relative if isinstance(damping, Relative) else Amount
+    return kind(jnp.asarray(amount, dtype))
+
+
+def read(
+    blocking: Blocking, grads: Block, scale: Scalar, mask: Params | None = None, count: Any = None
+) -> tuple[tuple[Rows, ...], Totals]:
+    """The gradients, cut and times √b, and what they add up to.
+
+    Args:
+        blocking: how to cut.
+        grads: m of them.
+        scale: b.
+        mask: booleans like the params, False for weights that are not there: columns of zeros. None: all are.
+        count: how many they are, if rows of zeros beside them do not count.
+    """
+    rows = tuple(jnp.sqrt(scale).astype(x.dtype) * x for x in jax.vmap(blocking.cut)(grads))
+    num_weights: Any = blocking.packing.size
+    if mask is not None:
+        there = blocking.cut(mask)
+        rows = tuple(jnp.where(x > 0, y, 0) for x, y in zip(there, rows, strict=True))
+        num_weights = sum(jnp.sum(x, dtype=jnp.int32) for x in jax.tree.leaves(mask))
+    squares = sum((jnp.sum(x**2).astype(scale.dtype) for x in rows), jnp.zeros_like(scale))
+    return rows, Totals(jnp.int32(num_grads(grads)) if count is None else count, squares, num_weights)
+
+
 # -- small algebra -----------------------------------------------------------------------------------
 
 

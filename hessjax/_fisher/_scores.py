@@ -15,8 +15,9 @@ from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Bool, Float, Int
 
 from hessjax._core._types import Params
-from hessjax._fisher._factors import Columns, Factor, determined, each
+from hessjax._fisher._factors import Columns, Factor, each
 from hessjax._fisher._inverse_fisher import InverseFisher
+from hessjax._fisher._readout import determined
 from hessjax._fisher._rows import Parts, ends, joined, split
 
 dot = functools.partial(jnp.matmul, precision="highest")
@@ -118,8 +119,10 @@ def set_scores(inverse: InverseFisher, u: Params, active: Params, sets: Sequence
     for tied in sets:
         places = list(zip(tied.gather, tied.members, strict=True))
         a = jnp.concatenate([jax.vmap(gather)(columns[i]) for gather, i in places], axis=2)
-        of_sets = [jnp.concatenate([gather(tree[i]) for gather, i in places], axis=1) for tree in trees]
-        found = _costs(inverse, a.swapaxes(0, 1), *of_sets, tied.in_turn)
+        weights, owner, is_there = (
+            jnp.concatenate([gather(tree[i]) for gather, i in places], axis=1) for tree in trees
+        )
+        found = _costs(inverse, a.swapaxes(0, 1), weights, owner, is_there, tied.in_turn)
         widths = [jax.eval_shape(gather, leaves[i]).shape[1] for gather, i in places]
         pieces = jnp.split(found, ends(widths), axis=1)
         for i, scatter, piece in zip(tied.members, tied.scatter, pieces, strict=True):

@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int
 from hessjax._core import _tree
 from hessjax._core._types import Amount, Block, Params, Tolerance, settings
 from hessjax._fisher import _model, _scores
-from hessjax._fisher._accuracy import INACCURATE, Verdict
 from hessjax._fisher._inverse_fisher import InverseFisher, verdict_of
+from hessjax._fisher._readout import INACCURATE, Verdict
 from hessjax._fisher._rows import Blocking, Parts, row
 from hessjax.pruning._ranking import together
 from hessjax.pruning.patterns._pattern import Pattern, Patterns, patterns_of, unstructured

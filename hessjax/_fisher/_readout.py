@@ -1,4 +1,4 @@
-"""How far an inverse Fisher is off, block by block, and the error where that is too much."""
+"""What factors say: diagonals and dense blocks, how far they are off, the error where that is too much."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,17 +9,59 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hessjax._core import _tree
 from hessjax._core._types import Scalar
-from hessjax._fisher._factors import PIVOT, Dual, Factor, diagonal
-from hessjax._fisher._rows import Blocking, ends, joined, signs
+from hessjax._fisher._factors import Dual, Factor
+from hessjax._fisher._rows import Blocking, Parts, ends, joined, signs
 
 Residuals = tuple[Float[Array, " _"], ...]
 """How far every block is off; see `InverseFisher`."""
+
+PIVOT = 8
+"""A difference of numbers of size 1 below this times eps has no digit left."""
 
 INACCURATE = 0.01
 """A block whose inverse is off by more than this fraction is not handed out."""
 
 LOST = 16
 """A pivot below this times eps times the entry it is left of is lost in that entry's rounding errors."""
+
+
+def diagonal(factor: Factor, widths: Sequence[int], shift: Scalar) -> Parts:
+    """The diagonal of (A + κI)⁻¹; NaN where rounding has left no digit of it."""
+    constant = factor.constant(shift)
+    return tuple(
+        determined(constant.astype(a.dtype) + factor.sign * jnp.sum(a**2, axis=1), constant)
+        for a in factor.columns(widths, shift)
+    )
+
+
+def dense(factor: Factor, widths: Sequence[int], place: int, which: slice, shift: Scalar) -> Array:
+    """Some blocks of (A + κI)⁻¹ of one group, with all their entries."""
+    a = factor.columns(widths, shift)[place][which]
+    constant = factor.constant(shift).astype(a.dtype) * jnp.eye(a.shape[-1], dtype=a.dtype)
+    return constant + factor.sign * jnp.einsum("bki,bkj->bij", a, a, precision="highest")
+
+
+def determined(difference: Array, unit: Array) -> Array:
+    """The difference of numbers of this size, or NaN if it is nothing but their rounding errors.
+
+    A dual's diagonal is 1/κ minus nearly as much where a weight is well determined: κ[(A + κI)⁻¹]_jj lies
+    above κ/(A_jj + κ). Damping of `PIVOT`·eps·‖F‖ keeps all of them.
+    """
+    unit = jnp.asarray(unit, difference.dtype)
+    return jnp.where(difference >= PIVOT * jnp.finfo(difference.dtype).eps * unit, difference, jnp.nan)
+
+
+# -- how far they are off ---------------------------------------------------------------------------
+
+
+def measured(
+    factors: Sequence[Factor], widths: Sequence[Sequence[int]], shift: Scalar, count: Array, *, is_whole: bool
+) -> tuple[tuple[Factor, ...], Residuals]:
+    """The factors, with NaN for what the residuals show to be no inverse, and the residuals."""
+    pairs = zip(factors, widths, strict=True)
+    residuals = tuple(residual(part, n, shift, count, is_whole=is_whole) for part, n in pairs)
+    kept = zip(factors, residuals, strict=True)
+    return tuple(part.replaced(found <= INACCURATE) for part, found in kept), residuals
 
 
 def residual(
@@ -121,10 +163,11 @@ class Verdict(NamedTuple):
         return f"block {int(bad[first].argmax())} of {paths[first]} ({total} of all {blocks} blocks)"
 
 
-def sizes_of(
-    factor: Factor, widths: Sequence[int], count: Int[Array, ""], *, is_whole: bool
+def sizes(
+    factors: Sequence[Factor], widths: Sequence[Sequence[int]], count: Int[Array, ""], *, is_whole: bool
 ) -> tuple[Float[Array, " _"], ...]:
-    """`Verdict.sizes` of the groups of one factor."""
-    if is_whole and isinstance(factor, Dual):
-        return tuple(jnp.sum(rows**2)[None] / count for rows in factor.rows)
-    return tuple(jnp.linalg.norm(image, axis=-1) / count for image in factor.images(widths))
+    """`Verdict.sizes`, group by group."""
+    if is_whole and isinstance(factors[0], Dual):
+        return tuple(jnp.sum(rows**2)[None] / count for rows in factors[0].rows)
+    images = [image for part, n in zip(factors, widths, strict=True) for image in part.images(n)]
+    return tuple(jnp.linalg.norm(image, axis=-1) / count for image in images)
