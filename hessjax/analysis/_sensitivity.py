@@ -20,7 +20,7 @@ from hessjax._run import _drivers
 from hessjax.analysis import _sensitivity_csv
 from hessjax.analysis._sensitivity_csv import SensitivityRow, level_name
 from hessjax.pruning._once import prune_once
-from hessjax.pruning._sparsity import check_sparsity
+from hessjax.pruning._ranking import check_sparsity
 from hessjax.pruning.allocations._allocation import uniform
 from hessjax.pruning.patterns._pattern import Pattern, Patterns, patterns_of, unstructured
 from hessjax.pruning.saliencies._first_order import magnitude

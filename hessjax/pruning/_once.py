@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from hessjax._core import _tree
 from hessjax._core._axes import is_matrix
 from hessjax._core._types import Block, Params, Scalar, Where
-from hessjax.pruning._sparsity import check_sparsity
+from hessjax.pruning._ranking import check_sparsity
 from hessjax.pruning.allocations._allocation import AllocationRule, global_threshold
 from hessjax.pruning.patterns._pattern import Patterns, unstructured
 from hessjax.pruning.saliencies._saliency import Context, Saliency, drop_others, is_hole

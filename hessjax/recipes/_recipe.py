@@ -11,7 +11,7 @@ import optax
 
 from hessjax._core import _tree
 from hessjax._core._types import Params, settings
-from hessjax.pruning._sparsity import Schedule
+from hessjax.pruning._ranking import Schedule
 from hessjax.pruning.allocations._densities import Threshold, threshold
 from hessjax.pruning.saliencies._saliency import Saliency
 from hessjax.pruning.training._prune import prune

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from hessjax._core._types import Params, settings
-from hessjax.pruning._ranking import Units, smallest, units_of
-from hessjax.pruning._sparsity import Sparsity, check_sparsity, num_zeros
+from hessjax.pruning._ranking import Sparsity, Units, check_sparsity, num_zeros, smallest, units_of
 from hessjax.pruning.patterns._pattern import Patterns, unstructured
 
 _ALONE = unstructured()

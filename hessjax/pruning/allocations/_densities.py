@@ -14,8 +14,7 @@ from jaxtyping import Array, Float, Int
 from hessjax._core import _tree
 from hessjax._core._axes import axes_of
 from hessjax._core._types import Params, settings
-from hessjax.pruning._ranking import Units, smallest, units_of
-from hessjax.pruning._sparsity import Schedule, Sparsity, check_sparsity, num_zeros
+from hessjax.pruning._ranking import Schedule, Sparsity, Units, check_sparsity, num_zeros, smallest, units_of
 from hessjax.pruning.allocations._allocation import (
     Allocation,
     caps_of,

@@ -12,7 +12,7 @@ from jaxtyping import Array, Int, Key
 
 from hessjax._core import _tree
 from hessjax._core._types import Params, settings
-from hessjax.pruning._sparsity import cond_now
+from hessjax.pruning._ranking import cond_now
 from hessjax.pruning.saliencies._saliency import Context, Saliency
 
 BETA, LOW, HIGH = 2 / 3, -0.1, 1.1

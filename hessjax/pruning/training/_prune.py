@@ -11,13 +11,15 @@ from jaxtyping import Array, Int
 from hessjax._core import _tree
 from hessjax._core._axes import is_matrix
 from hessjax._core._types import Block, Params, Where
-from hessjax.pruning._sparsity import Schedule, cond_now
+from hessjax.pruning._ranking import Schedule, cond_now
 from hessjax.pruning.allocations._allocation import AllocationRule, global_threshold
 from hessjax.pruning.allocations._densities import Threshold
 from hessjax.pruning.patterns._pattern import Patterns, unstructured
 from hessjax.pruning.saliencies._saliency import Context, Nested, Saliency, drop_others
 from hessjax.pruning.training._state import (
+    Budget,
     Choice,
+    MaskSteps,
     PruneState,
     copy_selected,
     land,
@@ -26,7 +28,6 @@ from hessjax.pruning.training._state import (
     second,
     unmask,
 )
-from hessjax.pruning.training._steps import Budget, MaskSteps
 
 NESTED = Nested()
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import hessjax as hj
-from hessjax.pruning._sparsity import num_zeros
+from hessjax.pruning._ranking import num_zeros
 
 GLOBAL, UNIFORM = hj.allocations.global_threshold(), hj.allocations.uniform()
 JITTED = {f: jax.jit(f) for f in (GLOBAL, UNIFORM)}

@@ -5,7 +5,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import hessjax as hj
-from hessjax.pruning.training._steps import MaskSteps
+from hessjax.pruning.training._state import MaskSteps
 
 
 def test_mask_steps_and_the_last_one_off_the_beat():
