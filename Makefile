@@ -24,7 +24,7 @@ tour: $(READY)  ## train a network, measure its curvature, prune it: tables, rep
 test: $(READY)  ## the whole test suite, docstring and README examples included
 	$(BIN)/python -m pytest
 
-smoke: $(READY)  ## the small part of the suite that also runs on the newest Python and jax
+smoke: $(READY)  ## the essential part of the suite, in two minutes
 	$(BIN)/python -m pytest -m smoke tests
 
 check: $(READY)  ## format, lint, types, direction of imports

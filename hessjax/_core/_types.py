@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, dataclass_transform, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
@@ -124,17 +125,25 @@ def _as_text(value: Any) -> str:
         return value.__name__
     if dataclasses.is_dataclass(value):
         return repr(value)
-    return repr(jax.tree.map(lambda leaf: _Text(leaf) if hasattr(leaf, "dtype") else leaf, value))
+    return repr(jax.tree.map(_Text, value))
 
 
 class _Text:
-    def __init__(self, array: Any) -> None:
-        self.array = array
+    """A leaf, as it is shown within a tree."""
+
+    def __init__(self, leaf: Any) -> None:
+        self.leaf = leaf
 
     def __repr__(self) -> str:
-        if np.ndim(self.array) == 0 and not isinstance(self.array, jax.core.Tracer):
-            return str(self.array)
-        return f"{self.array.dtype}[{','.join(map(str, self.array.shape))}]"
+        leaf = self.leaf
+        if isinstance(leaf, types.FunctionType):
+            return leaf.__name__
+        if not hasattr(leaf, "dtype"):
+            return repr(leaf)
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        if np.ndim(leaf) or is_key or isinstance(leaf, jax.core.Tracer):
+            return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+        return str(leaf)
 
 
 # -- tolerances and dampings ------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hessjax._core import _tree
 from hessjax._core._types import Block, Params, Scalar, Vector
-from hessjax.estimators.probes import hashed_signs
+from hessjax.estimators._samples import hashed_signs
 
 CHUNK = 16
 """Rows to a chunk: below, the products with a chunk no longer run at the memory's full bandwidth."""

@@ -261,7 +261,8 @@ def _wanted(
     best = best[jnp.argsort(-jnp.where(best < space.size, values[best], -jnp.inf))]
     exists: Bool[Array, " wanted"] = best < space.size
     # A(Qs) − θ(Qs) = (pending rows)ᵀ · coupling · s: the residual needs no product (Parlett 1998, §13.2).
-    residuals = jnp.linalg.norm(space.coupling() @ vectors[:, best], axis=0)
+    # `norm` of each column and not `jnp.linalg.norm`, whose squares leave float32 at 1e-19 and 1e19.
+    residuals = jax.vmap(_tree.norm, in_axes=1)(_coupling_of(space, vectors[:, best]))
     return (
         jnp.where(exists, values[best], jnp.nan),
         jnp.where(exists[:, None], vectors[:, best].T, 0),
@@ -280,5 +281,10 @@ def _restart(space: Krylov, which: str, keep: int) -> Krylov:
     rotation = rotation.at[keep:, m:].set(jnp.eye(width, dtype=values.dtype))
     # In the basis of Ritz vectors T is diagonal, but for how each couples to the pending rows: an arrow.
     projected = jnp.zeros_like(space.projected).at[jnp.arange(keep), jnp.arange(keep)].set(values[best])
-    projected = projected.at[keep : keep + width, :keep].set(space.coupling() @ vectors[:, best])
+    projected = projected.at[keep : keep + width, :keep].set(_coupling_of(space, vectors[:, best]))
     return Krylov(_krylov.rotate(space.basis, rotation), projected, jnp.int32(keep), space.asymmetry)
+
+
+def _coupling_of(space: Krylov, vectors: Array) -> Array:
+    """What of A times these vectors (columns, in the basis) lies along the pending rows: (b, n)."""
+    return jnp.matmul(space.coupling(), vectors, precision="highest")

@@ -172,3 +172,21 @@ def one_by_one(estimate: Estimate) -> list[Estimate]:
     data = [None] * len(estimate.mean) if estimate.data_stderr is None else estimate.data_stderr
     columns = zip(estimate.mean, estimate.stderr, data, strict=True)
     return [Estimate(mean, stderr, estimate.num_samples, of_data) for mean, stderr, of_data in columns]
+
+
+def hashed_signs(seed: Int[Array, ""], like: Params) -> Vector:
+    """Signs from an integer hash (the finalizer of MurmurHash3): no statistics, just no structure.
+
+    For directions that only have to be new. It compiles in a tenth of the time of a random generator.
+    """
+    leaves, structure = jax.tree.flatten(like)
+
+    def signs(index: int, leaf: Array) -> Array:
+        bits = jax.lax.iota(jnp.uint32, leaf.size) + (seed * 64 + index + 1).astype(jnp.uint32) * jnp.uint32(
+            0x9E3779B9
+        )
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+            bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+        return jnp.where(bits & 1, 1, -1).astype(leaf.dtype).reshape(leaf.shape)
+
+    return jax.tree.unflatten(structure, [signs(i, leaf) for i, leaf in enumerate(leaves)])
