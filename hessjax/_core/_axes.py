@@ -37,6 +37,7 @@ def axes_of(path: str, shape: tuple[int, ...]) -> Axes:
         path: of the leaf.
         shape: of the leaf.
     """
+    # By shape alone, whatever the path: other layouts, and stacked layers, belong here and nowhere else.
     return Axes(
         stack=(),
         spatial=tuple(range(len(shape) - 2)),
@@ -66,7 +67,7 @@ def heads_axis(path: str, is_output: bool, fused: bool) -> int:
         fused: whether heads and their entries share an axis.
     """
     if is_output:
-        return 0
+        return 0  # fused or not: heads come first in what the output sums over
     return -1 if fused else -2
 
 

@@ -127,9 +127,12 @@ class _Text:
         leaf = self.leaf
         if isinstance(leaf, types.FunctionType):
             return leaf.__name__
-        if np.ndim(leaf) or (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)):
-            return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
-        return repr(leaf)
+        if not hasattr(leaf, "dtype"):
+            return repr(leaf)
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        if leaf.shape == () and not is_key and not isinstance(leaf, jax.core.Tracer):
+            return str(leaf)
+        return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
 
 # -- tolerances and dampings ------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from hessjax._core import _tree
 from hessjax._core._axes import is_matrix
 from hessjax._core._types import Block, Params, Scalar, Where
 from hessjax.pruning._sparsity import check_sparsity
-from hessjax.pruning.allocations._allocation import Allocation, global_threshold
+from hessjax.pruning.allocations._allocation import AllocationRule, global_threshold
 from hessjax.pruning.patterns._pattern import Patterns, unstructured
 from hessjax.pruning.saliencies._saliency import Context, Saliency, drop_others, is_hole
 
@@ -59,7 +59,7 @@ def prune_once(
     *,
     grads_fn: Callable[[Params], Block] | None = None,
     recomputes: int = 1,
-    allocation: Allocation = global_threshold(),  # noqa: B008 (a value, never changed)
+    allocation: AllocationRule = global_threshold(),  # noqa: B008 (a value, never changed)
     pattern: Patterns = unstructured(),  # noqa: B008 (a value, never changed)
     where: Where = is_matrix,
     loss_fn: Callable[[Params], Any] | None = None,
@@ -162,7 +162,7 @@ class _Task:
     params: Params
     rules: tuple[Saliency, ...]
     grads_fn: Callable[[Params], Block] | None
-    allocation: Allocation | Callable[..., Params]
+    allocation: AllocationRule
     pattern: Patterns
     loss_fn: Callable[[Params], Any] | None
     max_ratio: float | int | None
@@ -206,6 +206,7 @@ class _Task:
         trials = [self._trial(seen, rule, state, target) for rule, state in pairs]
         if len(trials) == 1:
             return trials[0]
+        # On the device, so that it works inside `jit`; a loss that is NaN never wins.
         losses = jnp.stack([trial.loss for trial in trials])
         best = jnp.argmin(jnp.where(jnp.isnan(losses), jnp.inf, losses))
         return jax.tree.map(lambda *leaves: jnp.stack(leaves)[best], *trials)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, UInt
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt
 
 from hessjax._core import _tree
 from hessjax._core._types import Params
@@ -163,8 +163,8 @@ class Units(NamedTuple):
         top = ~jnp.zeros((), keys[0].dtype)
         return [k if f is None else jnp.where(f, k, top) for k, f in zip(keys, self.free, strict=True)]
 
-    def spread(self, flags: Sequence[Bool[Array, "..."]]) -> Params:
-        """The flags of all weights, as a tree, from those of the units."""
+    def spread(self, flags: Sequence[Shaped[Array, "..."]]) -> Params:
+        """Flags (or other values) of all weights, as a tree, from those of the units."""
         out: list[Any] = [None] * sum(map(len, self.places))
         for units, patterns, shapes, places in zip(
             flags, self.patterns, self.shapes, self.places, strict=True

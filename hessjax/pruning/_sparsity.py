@@ -30,11 +30,13 @@ def num_zeros(sparsity: Sparsity, size: int) -> Any:
     """
     if not isinstance(sparsity, jax.Array):
         return round(float(sparsity) * size)
+    # What cannot raise inside `jit` is taken to the nearest end; NaN fails the comparison and becomes 0.
     inside = jnp.where(sparsity > 0, jnp.minimum(sparsity, 1), 0)
     if inside.dtype == jnp.float64:
         return jnp.round(inside * size).astype(jnp.int32)
     high, low = _product((inside.astype(jnp.float32) * 2.0**31).astype(jnp.uint32), size)
     quotient, rest = high * 2 + (low >> 31), low & jnp.uint32(2**31 - 1)
+    # Halves to even, as Python's `round` for numbers that are not traced.
     up = (rest > 2**30) | ((rest == 2**30) & (quotient % 2 == 1))
     return quotient.astype(jnp.int32) + up.astype(jnp.int32)
 
@@ -43,6 +45,7 @@ def _product(a: Array, b: int) -> tuple[Array, Array]:
     """The 64 bits of a · b as two words, by the four products of 16-bit halves; a, b up to 2³¹."""
     a1, a0 = a >> 16, a & jnp.uint32(0xFFFF)
     b1, b0 = jnp.uint32(b >> 16), jnp.uint32(b & 0xFFFF)
+    # JAX has no 64-bit integers unless x64 is on; none of these sums leaves 32 bits, as a1, b1 ≤ 2¹⁵.
     middle = a1 * b0 + a0 * b1 + (a0 * b0 >> 16)
     return a1 * b1 + (middle >> 16), (middle << 16) | (a0 * b0 & jnp.uint32(0xFFFF))
 

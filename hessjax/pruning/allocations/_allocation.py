@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,10 @@ class Allocation:
             pattern: which weights go together.
         """
         raise NotImplementedError(f"{type(self).__name__} must have a method `__call__`.")
+
+
+AllocationRule: TypeAlias = Allocation | Callable[..., Params]
+"""An allocation, or a plain function like one."""
 
 
 @settings()

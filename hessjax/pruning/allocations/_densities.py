@@ -87,7 +87,9 @@ def _by_shares(shares: Float[Array, " leaves"], sizes: np.ndarray, zeros: Any) -
         enough = jnp.sum(jnp.minimum(1, middle * shares) * numbers) >= kept
         return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
 
+    # At this ε the leaf of the smallest share keeps all its weights, and so does every other.
     top = 1 / jnp.min(jnp.where(numbers > 0, shares, jnp.inf))
+    # What is kept rises with ε, so that halving finds it; 40 times is more than float32 resolves.
     _, epsilon = jax.lax.fori_loop(0, 40, halve, (jnp.zeros(()), top))
     return jnp.round((1 - jnp.minimum(1, epsilon * shares)) * numbers).astype(jnp.int32)
 
@@ -155,6 +157,7 @@ class Explicit(Allocation):
                 f"`sparsity` must be at most {total:.6g}, what the `sparsities` of `explicit` come to in "
                 f"total, got {sparsity}."
             )
+        # One factor for all leaves; never beyond what was asked for, which rounding of the factor could be.
         share = sparsity / total
         scaled = [smaller(share * level, level) for level in levels]
         return rank_each(units, [num_zeros(s, n) for s, n in zip(scaled, sizes, strict=True)], sparsity)
@@ -217,6 +220,7 @@ class ByCurvature(Allocation):
         """The mask of one ranking."""
         leaves, treedef = jax.tree.flatten(scores)
         named = zip(_tree.leaf_paths(scores), leaves, strict=True)
+        # The root, as magnitudes are squared in the quadratic model ½ h w².
         factors = [_root(self.curvature, path, x.size) for path, x in named]
         scaled = [x * jnp.asarray(f, x.dtype) for x, f in zip(leaves, factors, strict=True)]
         return rank_globally(units_of(jax.tree.unflatten(treedef, scaled), pattern), sparsity, self.floor)
@@ -279,6 +283,7 @@ class Threshold:
         """The mask at T = `step`, and the sparsity it comes to."""
         level = self.level(step) if callable(self.level) else float(self.level)
         units = units_of(scores, pattern)
+        # `not above` rather than `at most`: a NaN goes first, as in every ranking.
         low = [
             jnp.sum(~(x > level) & (True if free is None else free), dtype=jnp.int32)
             for x, free in zip(units.scores, units.free, strict=True)

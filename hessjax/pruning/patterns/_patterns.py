@@ -134,6 +134,7 @@ class Blocks(Pattern):
         """The blocks in their places."""
         fine, order = self._cut(shape)
         moved = rows.reshape([fine[i] for i in order])
+        # The inverse permutation: where each axis of the blocks came from.
         return moved.transpose([order.index(i) for i in range(len(order))]).reshape(shape)
 
     def _cut(self, full: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -176,6 +177,7 @@ class Along(Pattern):
     def ungroup(self, rows: Shaped[Array, "groups size"], shape: tuple[int, ...]) -> Shaped[Array, "..."]:
         """Back along the axis."""
         place, split = place_of(self.axis, shape), self._split(shape)
+        # The runs of indices stand at the axis' own place once it is cut in two.
         rest = (*split[:place], *split[place + 1 :])
         return jnp.moveaxis(rows.reshape(split[place], *rest), 0, place).reshape(shape)
 

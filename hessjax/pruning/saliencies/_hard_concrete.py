@@ -115,6 +115,7 @@ class HardConcrete(Saliency):
         """One step of the optimizer of log α, and new gates."""
         steps, inner = self.optimizer.update(self._slopes(state, seen), state.inner, state.log_alpha)
         count, moved = state.num_updates + 1, optax.apply_updates(state.log_alpha, steps)
+        # From `stop` on all of it rests: the mask made then belongs to these gates.
         log_alpha, inner = jax.tree.map(
             lambda new, old: jnp.where(count > self.stop, old, new),
             (moved, inner),
@@ -138,7 +139,7 @@ class HardConcrete(Saliency):
 
         def slope(log_alpha: Array, z: Array, g: Array, w: Array) -> Array:
             through = g.astype(z.dtype) * w.astype(z.dtype) * _gate_slope(z)
-            chance = jax.nn.sigmoid(log_alpha - _SHIFT)
+            chance = jax.nn.sigmoid(log_alpha - _SHIFT)  # P(z > 0), whose slope is that of a sigmoid
             return through + amount * chance * (1 - chance)
 
         return jax.tree.map(slope, state.log_alpha, state.open, seen.grads, seen.weights)
@@ -150,6 +151,7 @@ def _gates(log_alpha: Params, key: Array, count: Array, is_random: Array) -> Par
     keys = jax.random.split(jax.random.fold_in(key, count), len(leaves))
 
     def leaf(key: Array, x: Array) -> Array:
+        # Away from 0 and 1, where the logit is infinite.
         u = jax.random.uniform(key, x.shape, x.dtype, minval=1e-6, maxval=1 - 1e-6)
         return _stretched(jax.nn.sigmoid((jnp.log(u) - jnp.log1p(-u) + x) / BETA))
 

@@ -58,6 +58,7 @@ class Nested(MaskChange):
 
     def settle(self, mask: Params, seen: Context) -> Params:
         """Fewer zeros than before bring nothing back."""
+        # The order alone would not do: of too many at −inf a ranking marks only as many as it is asked to.
         return jax.tree.map(jnp.logical_and, mask, seen.mask)
 
 

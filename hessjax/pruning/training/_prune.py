@@ -12,7 +12,7 @@ from hessjax._core import _tree
 from hessjax._core._axes import is_matrix
 from hessjax._core._types import Block, Params, Where
 from hessjax.pruning._sparsity import Schedule, cond_now
-from hessjax.pruning.allocations._allocation import Allocation, global_threshold
+from hessjax.pruning.allocations._allocation import AllocationRule, global_threshold
 from hessjax.pruning.allocations._densities import Threshold
 from hessjax.pruning.patterns._pattern import Patterns, unstructured
 from hessjax.pruning.saliencies._saliency import Context, Nested, Saliency, drop_others
@@ -36,7 +36,7 @@ def prune(
     saliency: Saliency,
     sparsity: float | int | Schedule | Threshold,
     *,
-    allocation: Allocation = global_threshold(),  # noqa: B008 (a value, never changed)
+    allocation: AllocationRule = global_threshold(),  # noqa: B008 (a value, never changed)
     pattern: Patterns = unstructured(),  # noqa: B008 (a value, never changed)
     where: Where = is_matrix,
     every: int = 100,
@@ -208,6 +208,7 @@ class _Pruning:
             return self._choose(scorer, self._seen(dense, state.mask, count, grads, found))
 
         choice = cond_now(self.steps.are_at(count), choose, lambda: self._rest(state, dense))
+        # They went through the `cond` only where a saliency moves them.
         dense = dense if choice.moved is None else choice.moved
         landing = dense
         if self.saliency.gated:

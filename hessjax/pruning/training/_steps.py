@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Int
 
 from hessjax._core._types import Params
 from hessjax.pruning._sparsity import Schedule, check_sparsity
-from hessjax.pruning.allocations._allocation import Allocation
+from hessjax.pruning.allocations._allocation import AllocationRule
 from hessjax.pruning.allocations._densities import Threshold
 from hessjax.pruning.patterns._pattern import Patterns
 
@@ -45,6 +45,7 @@ class MaskSteps:
 
     def some(self) -> list[int]:
         """A sample of them that reaches far: the first, doubling gaps, the last."""
+        # A schedule changes on some scale nobody knows: doubling gaps meet every scale in 21 trials.
         far = [self.start + self.every * 2**k for k in range(21)]
         steps = [self.start, *(t for t in far if t <= FAR)]
         return steps if self.stop is None else [*(t for t in steps if t < self.stop), self.stop]
@@ -55,7 +56,7 @@ class Budget:
     """How many zeros a mask has at a step, and how they are spread."""
 
     sparsity: Target
-    allocation: Allocation
+    allocation: AllocationRule
     pattern: Patterns
 
     def __post_init__(self) -> None:
@@ -74,6 +75,7 @@ class Budget:
         if isinstance(self.sparsity, Threshold):
             jax.eval_shape(lambda scores: self.mask(scores, jnp.zeros((), jnp.int32)), weights)
             return
+        # The most zeros are the hardest to place: whatever allows them allows fewer.
         most = max(self._scheduled(steps)) if callable(self.sparsity) else self.sparsity
         jax.eval_shape(lambda scores: self.allocation(scores, most, self.pattern), weights)
 
@@ -100,6 +102,7 @@ class Budget:
         *values, at_end = _values(self.sparsity, [*some, FAR])
         for value, step in zip(values, some, strict=True):
             check_sparsity(value, f" from the schedule at step {step}")
+        # A schedule in float32 may end a hair short of its target; one that reaches 1 never gets there.
         if steps.stop is not None and values[-1] + 1e-6 < at_end < 1:
             raise ValueError(
                 f"`stop` must not come before the schedule has reached its target, which is {at_end:g}: at "
