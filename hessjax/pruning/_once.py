@@ -95,9 +95,10 @@ def prune_once(
         ValueError: for `sparsity` outside [0, 1), `recomputes` < 1, a block of another structure than
             `params`; several saliencies, or `max_ratio`, and no `loss_fn`;
             `max_ratio` not above 1; if `where` matches no leaf, or the floors of the
-            allocation cannot be met; if the saliency needs gradients and there is no `grads_fn`.
-        FloatingPointError: if the pruned weights are not finite, as when F + λI is not positive definite in
-            float32: raise the damping. (Not inside `jit`: there the weights show it.)
+            allocation cannot be met; if the saliency needs gradients and there is no `grads_fn`; if its
+            damping is too small for the precision (`obs`).
+        FloatingPointError: if scores or the pruned weights are not finite. (Not inside `jit`: there the
+            weights show it.)
 
     Cost:
         R times the gradients, and for each saliency its scores, its move, a ranking and `loss_fn`. A step
