@@ -5,10 +5,11 @@ PYTHON ?= python3
 VENV := $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+READY_DOCS := $(VENV)/.ready-docs
 QUICK ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help tour test smoke check notebooks bench clean
+.PHONY: help install tour test smoke check notebooks bench docs dist clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -17,6 +18,12 @@ $(READY): pyproject.toml
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
+
+$(READY_DOCS): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	@touch $@
+
+install: $(READY)  ## the environment alone; the other targets make it when they need it
 
 tour: $(READY)  ## train a network, measure its curvature, prune it: tables, report.json and figures (QUICK=1 for a short one)
 	$(BIN)/hessjax tour --out tour-out $(if $(QUICK),--quick)
@@ -39,5 +46,20 @@ notebooks: $(READY)  ## execute every notebook (QUICK=1 for a short form that wr
 bench: $(READY)  ## every benchmark, and the table of their results (QUICK=1 for small sizes)
 	$(BIN)/python benchmarks/run_all.py $(if $(QUICK),--quick)
 
+docs: $(READY_DOCS)  ## the site, in docs/_build/html; warnings are errors
+	$(BIN)/python -m sphinx -W --keep-going -q -a -b html docs docs/_build/html
+	$(BIN)/python docs/_ext/offline.py docs/_build/html
+
+dist: $(READY)  ## sdist and wheel in dist/, the wheel tried in an environment of its own
+	rm -rf dist
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check build
+	$(BIN)/python -m build --outdir dist
+	$(PYTHON) -m venv --clear dist/.venv
+	dist/.venv/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
+	cd dist && .venv/bin/python -I -c "import hessjax as hj; print(hj.__file__, hj.__version__)"
+	rm -rf dist/.venv
+
 clean:  ## remove environments and caches
-	rm -rf .venv* .pytest_cache .mypy_cache .ruff_cache .import_linter_cache tour-out
+	rm -rf .venv* .pytest_cache .mypy_cache .ruff_cache .import_linter_cache tour-out dist \
+	       docs/_build docs/_generated docs/reference docs/tutorials/*.ipynb docs/tutorials/figures \
+	       docs/project/benchmarks.md docs/project/changelog.md docs/project/contributing.md
