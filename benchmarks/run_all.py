@@ -1,4 +1,4 @@
-"""What do all benchmarks say? Runs every one in turn; shows their figures, and writes them into the page beside it."""
+"""What do all benchmarks say? Runs every one in turn; shows their figures, and writes the page of them."""
 
 import subprocess
 import sys
@@ -35,7 +35,7 @@ def run(script: str) -> bool:
 
 
 def into_readme(results: Sequence[dict[str, Any]]) -> None:
-    """Put the table between two marks of README.md beside it, and every grid between its own, where it has some."""
+    """Put the table between its two marks, and every grid between its own, where the page has some."""
     text = table.between(README.read_text(), "benchmarks", table.markdown(results))
     for script, matrix in table.grids(results).items():
         text = table.between(text, f"grid {script}", matrix)
