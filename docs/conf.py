@@ -1,4 +1,4 @@
-"""Sphinx's settings: the site is built offline and asks no other host for anything."""
+"""Sphinx's settings: the site is built offline and asks no other host."""
 
 import re
 import sys
@@ -60,7 +60,7 @@ copybutton_exclude = ".linenos, .gp, .go"
 
 
 def _mathml(as_block):
-    """Formulas by docutils' own MathML, which browsers read without a script."""
+    """Formulas by docutils' own MathML: browsers read it without a script."""
 
     def visit(translator, node):
         translator.body.append(

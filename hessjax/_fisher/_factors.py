@@ -30,9 +30,6 @@ from hessjax._fisher._rows import Cut, Parts, Rows, coefficients, combination, e
 Columns: TypeAlias = Float[Array, "_ _ _"]
 """(blocks, k, width): for every weight of every block a vector of k numbers."""
 
-State: TypeAlias = tuple[Array, Array]
-"""Roots and their smallest pivots."""
-
 _CACHED = 2**18
 """On a CPU roots of so many entries together stay in the cache while all gradients enter."""
 
@@ -166,9 +163,7 @@ def absorbed(part: Root, rows: tuple[Rows, ...], chunk_size: int) -> Root:
     count = stacked.shape[0]
     chunk_size = min(chunk_size, count, stacked.shape[2])  # VVᵀ of more would be singular
     stacked = jnp.pad(stacked, ((0, -count % chunk_size), (0, 0), (0, 0)))  # zero gradients change nothing
-    image = part.image + joined(images(rows))
-    state = part.root, part.pivot
-    return Root(*_in_place(functools.partial(_absorb, chunk_size), state, stacked.swapaxes(0, 1)), image)
+    return _in_place(functools.partial(_absorb, chunk_size), part, stacked)
 
 
 def shifted(part: Root, old: Scalar, new: Scalar) -> Root:
@@ -177,8 +172,7 @@ def shifted(part: Root, old: Scalar, new: Scalar) -> Root:
     L is as well conditioned as A + κI, or better where κ'/κ is near 1. So κ must grow before gradients come
     that are larger than all before: they leave too few digits in S for what a small κ is to a large one.
     """
-    root, pivot = _in_place(functools.partial(_shift, old, new), (part.root, part.pivot))
-    return Root(root, pivot, part.image)
+    return _in_place(functools.partial(_shift, old, new), part)
 
 
 def extended(part: Factor, more: tuple[Rows, ...], old: Scalar, new: Scalar, chunk_size: int) -> Factor:
@@ -206,33 +200,34 @@ def _diagonal_root(eye: Float[Array, "blocks n n"], shift: Scalar) -> Array:
     return eye / jnp.sqrt(jnp.where(shift > 0, shift, 1)).astype(eye.dtype)
 
 
-def _shift(old: Scalar, new: Scalar, state: State) -> State:
-    root, pivot = state
+def _shift(old: Scalar, new: Scalar, part: Root) -> Root:
+    root, pivot, _ = part
     scaled = jnp.sqrt(new - old).astype(root.dtype) * root  # SᵀS itself may overflow
     eye = jnp.broadcast_to(jnp.eye(root.shape[-1], dtype=root.dtype), root.shape)
     gram = jnp.einsum("bij,bik->bjk", scaled, scaled, precision="highest")
     found = each(_half_solve, each(jnp.linalg.cholesky, eye + gram), root.mT).mT
     # Errors of eps·‖A‖/κ become those of eps·‖A‖/κ'.
     pivot = jnp.where(old > 0, jnp.minimum(1, pivot * (new / old).astype(pivot.dtype)), 1)
-    return jnp.where(old > 0, found, _diagonal_root(eye, new)), pivot
+    return Root(jnp.where(old > 0, found, _diagonal_root(eye, new)), pivot, part.image)
 
 
-def _absorb(chunk_size: int, state: State, rows: Float[Array, "blocks m n"]) -> State:
-    chunks = jnp.moveaxis(rows.reshape(rows.shape[0], -1, chunk_size, rows.shape[2]), 1, 0)
-    return jax.lax.scan(lambda state, chunk: (_updated(*state, chunk), None), state, chunks)[0]
+def _absorb(chunk_size: int, part: Root, rows: Rows) -> Root:
+    chunks = rows.reshape(-1, chunk_size, *rows.shape[1:]).swapaxes(1, 2)
+    return jax.lax.scan(lambda part, chunk: (_updated(part, chunk), None), part, chunks)[0]
 
 
-def _updated(
-    root: Float[Array, "blocks n n"], pivot: Float[Array, " blocks"], chunk: Float[Array, "blocks k n"]
-) -> State:
-    V = _matmul(chunk, root)
+def _updated(part: Root, chunk: Float[Array, "blocks k n"]) -> Root:
+    V = _matmul(chunk, part.root)
     eye = jnp.eye(chunk.shape[1], dtype=chunk.dtype)
     L = each(jnp.linalg.cholesky, eye + _matmul(V, V.mT))
     # Products with inverse factors, for solves with V itself are many times slower. The product of both
     # inverses would lose digits.
     W = _matmul(each(_inverse, L + eye), V)
     W = _matmul(each(_inverse, L).mT, W)
-    return root - _matmul(_matmul(root, V.mT), W), jnp.minimum(pivot, _smallest_pivot(L))
+    root = part.root - _matmul(_matmul(part.root, V.mT), W)
+    # The image here, where the gradients are at hand: a pass over all of them costs a fifth of this.
+    image = part.image + joined(images((chunk.swapaxes(0, 1),)))
+    return Root(root, jnp.minimum(part.pivot, _smallest_pivot(L)), image)
 
 
 def _smallest_pivot(L: Float[Array, "blocks k k"]) -> Float[Array, " blocks"]:
@@ -258,32 +253,35 @@ def each(function: Callable[..., Array], *operands: Any) -> Array:
     )
 
 
-def _in_place(function: Callable[..., State], state: State, *operands: Array) -> State:
-    """The roots made anew by a function of some of them and of the operands that belong to these.
+def _in_place(function: Callable[..., Root], part: Root, *rows: Rows) -> Root:
+    """The roots made anew by a function of some of them and of the rows that belong to these.
 
     A root takes part in several products for every chunk of gradients. On a CPU all gradients enter a few
     roots, which stay in the cache, before it is the turn of the next: a loop over chunks of all roots spends
     as long on reading and writing them. Elsewhere all blocks together are the larger, better products.
     """
-    number, width, _ = state[0].shape
+    number, width, _ = part.root.shape
     together = max(1, _CACHED // width**2)
     if number <= together:
-        return function(state, *operands)
+        return function(part, *rows)
     by_turns = functools.partial(_by_turns, function, together)
-    return jax.lax.platform_dependent(state, *operands, cpu=by_turns, default=function)
+    return jax.lax.platform_dependent(part, *rows, cpu=by_turns, default=function)
 
 
-def _by_turns(function: Callable[..., State], together: int, state: State, *operands: Array) -> State:
-    def turn(start: Any, size: int, state: State) -> State:
-        some = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), (state, *operands))
+def _by_turns(function: Callable[..., Root], together: int, part: Root, *rows: Rows) -> Root:
+    def turn(start: Any, size: int, part: Root) -> Root:
+        some = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), part)
+        theirs = [jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in rows]
         return jax.tree.map(
-            lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, start, axis=0), state, function(*some)
+            lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, start, axis=0),
+            part,
+            function(some, *theirs),
         )
 
     # The roots are what the loop carries, so that they stay in their memory; `map` would make a second copy.
-    number, rest = divmod(state[0].shape[0], together)
-    state = jax.lax.fori_loop(0, number, lambda i, state: turn(i * together, together, state), state)
-    return turn(number * together, rest, state) if rest else state
+    number, rest = divmod(part.root.shape[0], together)
+    part = jax.lax.fori_loop(0, number, lambda i, part: turn(i * together, together, part), part)
+    return turn(number * together, rest, part) if rest else part
 
 
 # -- small algebra ---------------------------------------------------------------------------------
