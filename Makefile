@@ -6,6 +6,9 @@ VENV := $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 READY_DOCS := $(VENV)/.ready-docs
+READY_TOUR := $(VENV)/.ready-tour
+VENV_IS_GOOD := $(BIN)/python -m pip --version >/dev/null 2>&1
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
 QUICK ?=
 
 .DEFAULT_GOAL := help
@@ -14,24 +17,33 @@ QUICK ?=
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-$(READY): pyproject.toml
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+# The tour needs no tools of development: half of the environment, and of the waiting.
+$(READY_TOUR): pyproject.toml
+	@$(VENV_IS_GOOD) || $(PYTHON) -m venv --clear $(VENV)
+	@echo "Installing what the tour needs into $(VENV), about a minute the first time."
+	$(INSTALL) '.[tour]'
 	@touch $@
 
+$(READY): pyproject.toml
+	@$(VENV_IS_GOOD) || $(PYTHON) -m venv --clear $(VENV)
+	@echo "Installing the library and its tools into $(VENV), one to two minutes the first time."
+	$(INSTALL) '.[dev]'
+	@touch $(READY_TOUR) $@
+
 $(READY_DOCS): $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	$(INSTALL) '.[docs]'
 	@touch $@
 
 install: $(READY)  ## the environment alone; the other targets make it when they need it
 
-tour: $(READY)  ## train a network, measure its curvature, prune it: tables, report.json and figures (QUICK=1 for a short one)
+tour: $(READY_TOUR)  ## train a network, measure its curvature, prune it: tables, report.json and figures (QUICK=1 for a short one)
 	$(BIN)/hessjax tour --out tour-out $(if $(QUICK),--quick)
 
-test: $(READY)  ## the whole test suite, docstring and README examples included
+test: $(READY)  ## the whole test suite, docstrings, README and pages included (about 10 minutes on two cores)
+	@echo "The whole suite: about 10 minutes on two cores, half of that the second time. The essential part: make smoke"
 	$(BIN)/python -m pytest
 
-smoke: $(READY)  ## the small part of the suite that also runs on the newest Python and jax
+smoke: $(READY)  ## the essential part of the suite, in two minutes
 	$(BIN)/python -m pytest -m smoke tests
 
 check: $(READY)  ## format, lint, types, direction of imports

@@ -32,7 +32,7 @@ def measure(quick: bool) -> table.Measured:
         f"{timing.milliseconds(times['ours']):.0f} against {timing.milliseconds(times['recursion']):.0f} ms"
     )
     note += f"; {blocks} blocks of {width}, {count} gradients, the recursion timed on {sample} of them"
-    cost = table.Figure("ours over rank-one updates", ratio.median, "", 0.1, ratio[1:], note)
+    cost = table.Figure("ours over rank-one updates", ratio.median, "", 0.2, ratio[1:], note)
     return [cost, *errors(grads, width)], times
 
 

@@ -1,4 +1,4 @@
-"""What do all benchmarks say? Runs every one in turn; shows their figures, and puts them into the README."""
+"""What do all benchmarks say? Runs every one in turn; shows their figures, and writes the page of them."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ from typing import Any
 
 import table
 
-README = Path(__file__).parent.parent / "README.md"
+README = Path(__file__).parent / "README.md"
 SCRIPTS = (
     "product_cost",
     "estimator_cost",
@@ -35,7 +35,7 @@ def run(script: str) -> bool:
 
 
 def into_readme(results: Sequence[dict[str, Any]]) -> None:
-    """Put the table between the README's two marks, and every grid between its own, where it has some."""
+    """Put the table between its two marks, and every grid between its own, where the page has some."""
     text = table.between(README.read_text(), "benchmarks", table.markdown(results))
     for script, matrix in table.grids(results).items():
         text = table.between(text, f"grid {script}", matrix)

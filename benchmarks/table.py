@@ -139,7 +139,7 @@ def show(results: Sequence[dict[str, Any]]) -> None:
 
 
 def markdown(results: Sequence[dict[str, Any]]) -> str:
-    """The figures for the README: those that have a bar, a line above them for each question."""
+    """The figures for README.md beside it: those that have a bar, a line above them for each question."""
     lines = ["| | Measured | At most |", "|---|---|---|"]
     for result in results:
         lines.append(f"| **{result['question']}** ({result['device']}) | | |")
@@ -151,7 +151,7 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
 
 
 def grids(results: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """The matrices for the README: by script, one below the other where several devices have one."""
+    """The matrices for README.md beside it: by script, one below the other where several devices have one."""
     found: dict[str, list[str]] = {}
     for result in results:
         if "grid" in result:

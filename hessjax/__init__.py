@@ -3,14 +3,14 @@
 from hessjax import estimators as estimators
 from hessjax._core._types import Eigenpairs as Eigenpairs
 from hessjax._core._types import Estimate as Estimate
+from hessjax._core._types import relative as relative
+from hessjax._fisher._inverse_fisher import InverseFisher as InverseFisher
 from hessjax._fisher._inverse_fisher import inverse_fisher as inverse_fisher
-from hessjax._fisher._woodbury import InverseFisher as InverseFisher
+from hessjax._run._callbacks import checkpoint as checkpoint
 from hessjax._run._callbacks import progress_bar as progress_bar
-from hessjax._run._checkpoint import checkpoint as checkpoint
-from hessjax._run._drivers import Progress as Progress
-from hessjax._run._estimator import NonFiniteProductError as NonFiniteProductError
-from hessjax._run._estimator import relative as relative
-from hessjax._run._estimator import run as run
+from hessjax._run._drivers import NonFiniteProductError as NonFiniteProductError
+from hessjax._run._drivers import run as run
+from hessjax._run._estimator import Progress as Progress
 from hessjax.analysis import directions as directions
 from hessjax.analysis._check import check as check
 from hessjax.analysis._comparisons import Check as Check
@@ -66,3 +66,16 @@ from hessjax.solvers._conjugate_gradient import solve as solve
 from hessjax.solvers._system import Solution as Solution
 
 __version__ = "0.1.0"
+
+
+def __dir__() -> list[str]:
+    """What tab completion shows: verbs, result types and namespaces, not the packages that hold the code."""
+    return sorted(name for name, value in globals().items() if name == "__version__" or _shown(name, value))
+
+
+def _shown(name: str, value: object) -> bool:
+    """A package is a namespace if it has functions of its own to show; those that hold the code have none."""
+    if name.startswith("_") or not isinstance(value, type(probes)):
+        return not name.startswith("_")
+    inside = [x for key, x in vars(value).items() if not key.startswith("_")]
+    return value.__name__.startswith(f"{__name__}.") and any(map(callable, inside))

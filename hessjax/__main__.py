@@ -8,7 +8,7 @@ _EXTRAS = ("matplotlib", "sklearn", "typer")
 def main() -> None:
     """Run the command; exit with 2 where its optional packages are missing."""
     try:
-        from hessjax.cli._app import app
+        from hessjax.cli import app
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _EXTRAS:
             raise

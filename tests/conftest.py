@@ -1,15 +1,41 @@
-"""Fixtures for the whole suite."""
+"""Fixtures for the whole suite, and what makes it compile fast."""
 
 import os
 import pathlib
+import time
 
+# Compiling is nearly all that the suite does. What runs for milliseconds need not be optimised, and what one
+# worker has compiled neither the other nor the next run compiles again. All this before jax is imported; what
+# the environment asks for itself comes last, and counts.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        "--xla_backend_optimization_level=0",
+        "--xla_cpu_parallel_codegen_split_count=1",
+        os.environ.get("XLA_FLAGS", ""),
+    ]
+)
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parent.parent / ".pytest_cache" / "programs")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import jax
 import pytest
 
+PROGRAMS = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "programs"
 MAPS = pathlib.Path("/proc/self/maps")
 MOST_MAPS = 25_000
+DAY = 86_400
+
+
+def pytest_sessionstart():
+    """Programs a week old are no longer kept: nobody else takes them away."""
+    if "PYTEST_XDIST_WORKER" not in os.environ and PROGRAMS.is_dir():
+        for program in PROGRAMS.iterdir():
+            if program.stat().st_mtime < time.time() - 7 * DAY:
+                program.unlink(missing_ok=True)
 
 
 @pytest.fixture(autouse=True, scope="module")

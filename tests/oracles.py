@@ -69,21 +69,53 @@ def loss_fn(params: Any, batch: Any) -> jax.Array:
     return jnp.mean(jnp.sum((out - y) ** 2, axis=1)) + jnp.sum(empty)
 
 
-def dense_hessian(loss: Callable, params: Any, *args: Any) -> jax.Array:
-    flat, unravel = ravel_pytree(params)
-    return jax.hessian(lambda v: loss(unravel(v), *args))(flat)
+def dense_hessian(loss: Callable, params: Any, *args: Any) -> np.ndarray:
+    unravel = unraveller(params)
+    hessian = jax.jit(jax.hessian(lambda v, *args: loss(unravel(v), *args)))
+    return np.asarray(hessian(flat(params), *args))
+
+
+def flat(tree: Any) -> np.ndarray:
+    """All leaves end to end; in numpy, like all here that needs no derivative: it compiles nothing."""
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    return np.concatenate([leaf.reshape(-1) for leaf in leaves])
+
+
+def unraveller(like: Any) -> Callable:
+    """`ravel_pytree`'s way back, found without running anything."""
+    found: list[Callable] = []
+
+    def record(tree: Any) -> jax.Array:
+        vector, unravel = ravel_pytree(tree)
+        found.append(unravel)
+        return vector
+
+    jax.eval_shape(record, like)
+    return found[0]
+
+
+def tree_of(vector: Any, like: Any) -> Any:
+    """A vector as a tree like `like`, dtypes included."""
+    leaves, structure = jax.tree.flatten(like)
+    parts = np.split(np.asarray(vector), np.cumsum([np.size(leaf) for leaf in leaves])[:-1])
+    return jax.tree.unflatten(
+        structure,
+        [
+            jnp.asarray(part.reshape(np.shape(leaf)), leaf.dtype)
+            for part, leaf in zip(parts, leaves, strict=True)
+        ],
+    )
 
 
 def matrix_of(matvec: Callable, like: Any) -> np.ndarray:
     """A matvec's matrix, column by column."""
-    flat, unravel = ravel_pytree(like)
-    columns = [ravel_pytree(matvec(unravel(e)))[0] for e in jnp.eye(flat.size, dtype=flat.dtype)]
+    columns = [flat(matvec(tree_of(e, like))) for e in np.eye(flat(like).size)]
     return np.stack(columns, axis=1)
 
 
 def matvec_of(matrix: Any, like: Any) -> Partial:
     """The matvec of a dense symmetric matrix on vectors like `like`."""
-    return Partial(_dense_product, jnp.asarray(matrix), Partial(ravel_pytree(like)[1]))
+    return Partial(_dense_product, jnp.asarray(matrix), Partial(unraveller(like)))
 
 
 def _dense_product(matrix: jax.Array, unravel: Callable, vector: Any) -> Any:
@@ -106,7 +138,7 @@ def rows(block: Any) -> np.ndarray:
 def tree_like(d: int, dtype: Any = None) -> dict:
     """A pytree of d ≥ 6 zeros in a scalar, an empty, a matrix and a vector leaf."""
     shapes = {"empty": (0, 3), "matrix": (2, 2), "scalar": (), "vector": (d - 5,)}
-    return {k: jnp.zeros(shape, dtype) for k, shape in shapes.items()}
+    return {k: jnp.asarray(np.zeros(shape), dtype) for k, shape in shapes.items()}
 
 
 def close(a: Any, b: Any, rtol: float = 1e-9, atol: float = 1e-9) -> None:

@@ -1,9 +1,14 @@
-"""The nouns that rooms hand to each other. No behaviour lives here."""
+"""The types that packages share: params and vectors, settings objects, tolerances, results."""
 
+import dataclasses
+import math
+import types
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, dataclass_transform, runtime_checkable
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 Params: TypeAlias = PyTree
@@ -33,17 +38,214 @@ Where: TypeAlias = str | Sequence[str] | Callable[[str, Any], bool]
 """Which leaves: a glob over their paths (`"*/kernel"`), several, or `(path, leaf) -> bool`."""
 
 
-class Relative(NamedTuple):
+# -- settings --------------------------------------------------------------------------------------
+
+Class = TypeVar("Class")
+
+
+@dataclass_transform(frozen_default=True)
+def settings(*, arrays: tuple[str, ...] = ()) -> Callable[[type[Class]], type[Class]]:
+    """Make a class a settings object: a frozen dataclass that is a pytree.
+
+    Equal settings are equal, hash alike and, as arguments of `jax.jit`, share compiled code. Check values in
+    `__post_init__`: it runs when people construct one, not when jax rebuilds one around traced values.
+
+    Args:
+        arrays: the fields that hold arrays, trees of arrays, or other settings: they are the pytree's
+            children, and other values of them compile nothing anew. All other fields must hash.
+
+    Example:
+        >>> @settings(arrays=("shift",))
+        ... class Line:
+        ...     slope: float
+        ...     shift: Any = 0.0
+        >>> Line(2.0), jax.tree.leaves(Line(2.0, shift=3.0)), Line(2.0) == Line(2.0)
+        (Line(slope=2.0, shift=0.0), [3.0], True)
+    """
+
+    def decorate(cls: type[Class]) -> type[Class]:
+        own_repr = "__repr__" in vars(cls)
+        made: Any = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
+        names = [field.name for field in dataclasses.fields(made)]
+        static = tuple(name for name in names if name not in arrays)
+
+        def flatten(self: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+            held = vars(self)
+            return tuple([held[name] for name in arrays]), tuple([held[name] for name in static])
+
+        def flatten_with_keys(self: Any) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, ...]]:
+            children, values = flatten(self)
+            return tuple(zip(map(jax.tree_util.GetAttrKey, arrays), children, strict=True)), values
+
+        def unflatten(values: tuple[Any, ...], children: Any) -> Any:
+            # Not by the constructor: its checks read numbers, and jax also passes tracers and placeholders.
+            self = object.__new__(made)
+            for name, value in zip((*static, *arrays), (*values, *children), strict=True):
+                object.__setattr__(self, name, value)
+            return self
+
+        made.__eq__, made.__hash__ = _equal, lambda self: hash((made, flatten(self)[1]))
+        if not own_repr:
+            made.__repr__ = _settings_as_text
+        # Both forms, since every call of a compiled step flattens, and does it faster without keys.
+        jax.tree_util.register_pytree_with_keys(made, flatten_with_keys, unflatten, flatten)
+        return made
+
+    return decorate
+
+
+def assign(made: Any, **checked: Any) -> None:
+    """Put checked values in the place of those given; for `__post_init__`, and for nothing else."""
+    for name, value in checked.items():
+        object.__setattr__(made, name, value)
+
+
+def _equal(self: Any, other: Any) -> bool:
+    if type(self) is not type(other):
+        return False
+    if jax.tree.structure(self) != jax.tree.structure(other):  # type: ignore[operator]
+        return False
+    return all(map(_same, jax.tree.leaves(self), jax.tree.leaves(other)))
+
+
+def _same(a: Any, b: Any) -> bool:
+    if a is b or isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
+        return a is b  # what is traced has no value to compare
+    return np.shape(a) == np.shape(b) and bool(np.all(np.asarray(a == b)))
+
+
+def _settings_as_text(self: Any) -> str:
+    fields = [f"{f.name}={_as_text(getattr(self, f.name))}" for f in dataclasses.fields(self)]
+    return f"{type(self).__name__}({', '.join(fields)})"
+
+
+def _as_text(value: Any) -> str:
+    """Functions by name, arrays by dtype and shape."""
+    if isinstance(value, (types.FunctionType, type)):
+        return value.__name__
+    if dataclasses.is_dataclass(value):
+        return repr(value)
+    return repr(jax.tree.map(_Text, value))
+
+
+class _Text:
+    """A leaf, as it is shown within a tree."""
+
+    def __init__(self, leaf: Any) -> None:
+        self.leaf = leaf
+
+    def __repr__(self) -> str:
+        leaf = self.leaf
+        if isinstance(leaf, types.FunctionType):
+            return leaf.__name__
+        if not hasattr(leaf, "dtype"):
+            return repr(leaf)
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        if np.ndim(leaf) or is_key or isinstance(leaf, jax.core.Tracer):
+            return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+        return str(leaf)
+
+
+# -- tolerances and dampings ------------------------------------------------------------------------
+
+
+CONVERGENCE = ": it decides what counts as converged"
+"""What a tolerance that must be there is for; see `Amount.of`."""
+
+
+@settings(arrays=("amount",))
+class Amount:
+    """A tolerance or damping: a number, or (`Relative`) a fraction of a scale that is known later.
+
+    Attributes:
+        amount: the number, or the fraction.
+    """
+
+    amount: Any
+
+    @staticmethod
+    def of(value: Any, argument: str = "tol", *, meaning: str = ", got None", instead: str = "") -> "Amount":
+        """What a user gave: a number that is at least 0, or `hessjax.relative(r)`.
+
+        Raises:
+            ValueError: it is negative or NaN, or None. `meaning` may say what the number is for, `instead`
+                what a caller takes in its place.
+        """
+        if isinstance(value, Amount):
+            return value
+        if value is None:
+            raise ValueError(f"`{argument}` must be a number or `relative(r)`{meaning}.")
+        if isinstance(value, jax.core.Tracer):
+            return Amount(value)
+        if not (number := float(value)) >= 0:
+            raise ValueError(f"`{argument}` must be at least 0{instead}, got {number}.")
+        return Amount(number)
+
+    def limit(self, scale: Any) -> Any:
+        """The number that this stands for, in the units of `scale`."""
+        return self.amount
+
+    def fraction(self, scale: Any) -> Any:
+        """The number that this stands for, as a fraction of `scale`."""
+        return self.amount / scale
+
+    def __repr__(self) -> str:
+        return repr(self.amount)
+
+
+@settings(arrays=("amount",))
+class Relative(Amount):
     """A tolerance or damping given as a fraction of the natural scale of what it is compared with."""
 
-    factor: float
+    def limit(self, scale: Any) -> Any:
+        """The fraction of this scale."""
+        return self.amount * scale
+
+    def fraction(self, scale: Any) -> Any:
+        """The fraction."""
+        return self.amount
+
+    @property
+    def factor(self) -> Any:
+        """The fraction."""
+        return self.amount
+
+    def __repr__(self) -> str:
+        return f"relative({self.amount})"
+
+
+def relative(factor: float) -> Relative:
+    """A tolerance or damping as a fraction of the natural scale of what it is compared with.
+
+    Args:
+        factor: the fraction, positive. `relative(1e-3)` as a tolerance of `eigenpairs` means 1e-3 of the
+            largest absolute eigenvalue; of `trace`, 1e-3 of the trace.
+
+    Returns:
+        The fraction, marked as one.
+
+    Raises:
+        ValueError: `factor` is not a positive finite number.
+
+    Example:
+        >>> import hessjax as hj
+        >>> hj.relative(0.1)
+        relative(0.1)
+    """
+    if not 0 < factor < math.inf:
+        raise ValueError(f"`factor` must be positive and finite, got {factor}.")
+    return Relative(float(factor))
 
 
 Tolerance: TypeAlias = float | Relative
+"""What arguments take: a number, or `relative(r)`. `Amount.of` checks it."""
+
+
+# -- results ----------------------------------------------------------------------------------------
 
 
 class Estimate(NamedTuple):
-    """The mean of independent samples, with its doubt.
+    """The mean of independent samples, with its uncertainty.
 
     Attributes:
         mean: the estimate, in the units of what was estimated: a number, or a tree like the params.
@@ -60,7 +262,7 @@ class Estimate(NamedTuple):
 
 
 class Eigenpairs(NamedTuple):
-    """Eigenvalues and eigenvectors of a symmetric matrix, with their doubt.
+    """Eigenvalues and eigenvectors of a symmetric matrix, with their uncertainty.
 
     Attributes:
         values: (k,) eigenvalues, largest first, in loss per squared parameter; NaN where too few products
@@ -103,35 +305,3 @@ class BatchMatvec(Protocol):
 
     def by_batch(self, vector: Vector) -> tuple[Vector, Forms]:
         """The product, and what each batch contributes to vᵀAv."""
-
-
-class Estimator(NamedTuple):
-    """An iterative method that asks for matrix-vector products and never calls the matvec itself.
-
-    An optimizer is a pair of pure functions around a gradient; an estimator is the same around a
-    product. `hessjax.run` drives it; so can any loop of your own:
-
-        state = estimator.init(key, like)
-        while not done:
-            block = estimator.query(state)                    # leaves have a leading axis
-            state = estimator.update(state, products_of(block))
-        result = estimator.result(state)
-
-    Attributes:
-        init: `(key, like) -> state`; `like` gives structure, shapes and dtypes. It alone may carry arrays
-            (a right-hand side, vectors to start from), as a `jax.tree_util.Partial`.
-        query: `(state) -> block`, the vectors to be multiplied next (leading axis, often of length 1).
-        update: `(state, products) -> state`, with the products in the query's order and shape.
-        result: `(state) -> result`, readable after any number of products, none included.
-        error: `(state) -> scalar`, its own estimate of its error, in the result's units. NaN says that it
-            cannot go on (more products would change nothing): a run with a `tol` then ends.
-        scale: `(state) -> scalar`, the magnitude that a `relative` tolerance refers to, in the same units;
-            an estimator without one takes absolute tolerances only.
-    """
-
-    init: Callable[[Key, Params], Any]
-    query: Callable[[Any], Block]
-    update: Callable[[Any, Block], Any]
-    result: Callable[[Any], Any]
-    error: Callable[[Any], Scalar]
-    scale: Callable[[Any], Scalar] | None = None

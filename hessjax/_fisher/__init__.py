@@ -1,1 +1,1 @@
-"""From gradients to the damped inverse of the Fisher matrix."""
+"""The damped empirical Fisher: rows in, factors out; its inverse, and optimal brain surgeon on top of it."""

@@ -1,23 +1,142 @@
 """From gradients, in one block or a stream of blocks, to the inverse of their damped Fisher."""
 
+import dataclasses
+import functools
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from hessjax._core import _tree
 from hessjax._core._messages import checked_count
-from hessjax._core._types import Relative
-from hessjax._fisher._blocking import Blocking
-from hessjax._fisher._damping import Damping
-from hessjax._fisher._streams import gathered, row, stream
-from hessjax._fisher._woodbury import InverseFisher, built, streamed
+from hessjax._core._types import Amount, Block, Relative, Scalar, Vector
+from hessjax._fisher import _factors, _readout
+from hessjax._fisher._factors import Dual, Factor
+from hessjax._fisher._readout import Verdict
+from hessjax._fisher._rows import Blocking, Parts, Rows, Totals, checked_damping, gathered, read, row, stream
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class InverseFisher:
+    """F⁻¹ of F = b/m Σ gᵢgᵢᵀ + λI, block-diagonal or whole; a pytree, made by `inverse_fisher`.
+
+    Attributes:
+        parts: the factors, by groups of equally wide blocks; one with one block in all.
+        shift: κ = mλ, as the factors have it.
+        totals: the number of gradients and of weights, and the sum of their squares.
+        setting: the damping asked for.
+        scale: b, how many examples each gradient is a mean over.
+        residuals: how far every block is off, about: F⁻¹Fz − z for a fixed vector z of signs, relative to
+            what an error of 1 in every entry of F⁻¹, in units of √(F⁻¹_ii F⁻¹_jj), makes of Fz. It does not
+            depend on the weights' scales. (A dual of one block in all: in units of 1/λ.) Infinite where λ
+            is lost in the rounding errors of F.
+        blocking: how the weights are cut into blocks.
+        chunk_size: the most gradients that enter at once.
+    """
+
+    parts: tuple[Factor, ...]
+    shift: Scalar
+    totals: Totals
+    setting: Amount
+    scale: Scalar
+    residuals: tuple[Float[Array, " _"], ...]
+    blocking: Blocking = dataclasses.field(metadata={"static": True})
+    chunk_size: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def damping(self) -> Scalar:
+        """λ, absolute."""
+        return self.shift / self.totals.num_grads
+
+    @property
+    def num_grads(self) -> Int[Array, ""]:
+        """m, the number of gradients."""
+        return self.totals.num_grads
+
+    @property
+    def block_size(self) -> int | None:
+        """The most weights in a block; None: all weights are one block."""
+        return self.blocking.block_size
+
+    @property
+    def accurate(self) -> Bool[Array, ""]:
+        """Whether every block is; those that are not hold NaN. Outside `jit` an error has said so."""
+        return _readout.all_accurate(self.residuals)
+
+    def apply(self, vector: Vector) -> Vector:
+        """F⁻¹v, in at least float32.
+
+        Cost: 4·d·B operations (root), 4·m·d (dual).
+        """
+        _tree.check_like(vector, self.blocking.like, "vector", "grads")
+        return _apply(self, vector)
+
+    def diagonal(self) -> Vector:
+        """The diagonal of F⁻¹, like the params, in at least float32.
+
+        Cost: 2·d·B operations (root); m·d·min(m, B), and once more the memory of the gradients (dual).
+        """
+        return _diagonal(self)
+
+    def blocks(self, index: int) -> Float[Array, "blocks width width"]:
+        """F⁻¹ of leaf number `index` (in the order of `jax.tree.leaves`), block by block.
+
+        The last block is filled up with places that no weight has: zero outside the diagonal, 1/λ on it.
+        With `block_size=None`: the leaf's part of the whole inverse, as one block.
+
+        Cost: B numbers of memory and 2·B² operations (dual: 2·m·B) for each weight of the leaf.
+        """
+        count = len(self.blocking.packing.shapes)
+        if not -count <= index < count:
+            raise IndexError(f"`index` must be that of one of {count} leaves, got {index}.")
+        return _dense(index % count, self)
+
+    def add(self, grads: Any) -> "InverseFisher":
+        """As if built from all gradients at once: m grows, and λ is what the damping asked for makes it.
+
+        Args:
+            grads: a block of gradients or a stream of blocks, as `inverse_fisher` takes them.
+
+        Raises:
+            TypeError, ValueError: as `inverse_fisher`.
+
+        Cost: as `inverse_fisher` for the new gradients, and 5·B² operations for each weight, in blocks, to
+            keep λ as m grows. The dual is made anew.
+        """
+        blocks = stream(grads, self.blocking.like)
+        return _streamed(_extended(gathered(blocks, self._missing), self), blocks)
+
+    @property
+    def _missing(self) -> int | None:
+        """How many gradients more there must be until no dual is left; None: all, for they make one block."""
+        if self.blocking.block_size is None:
+            return None
+        held = [part.rows[0].shape[0] for part in self.parts if isinstance(part, Dual)]
+        return self.blocking.widest - held[0] if held else 0
+
+    @property
+    def widths(self) -> list[tuple[int, ...]]:
+        """Of the blocks that each factor covers, group by group."""
+        return self.blocking.coupled(tuple(group.width for group in self.blocking.groups))
+
+    def solved(self, vector: Parts) -> Parts:
+        """F⁻¹v of a vector that is cut."""
+        pairs = zip(self.parts, self.blocking.coupled(vector), strict=True)
+        return tuple(self.num_grads * x for part, v in pairs for x in part.solve(v, self.shift))
+
+    def diagonals(self) -> Parts:
+        """The diagonal of F⁻¹, cut."""
+        pairs = zip(self.parts, self.widths, strict=True)
+        return tuple(self.num_grads * x for part, n in pairs for x in _readout.diagonal(part, n, self.shift))
 
 
 def inverse_fisher(
     grads: Any,
-    damping: Any = Relative(0.01),  # noqa: B008 - immutable
+    damping: Any = Relative(0.01),  # noqa: B008 (a value, never changed)
     block_size: int | None = None,
     *,
     chunk_size: int = 64,
@@ -73,7 +192,7 @@ def inverse_fisher(
         >>> inverse = hj.inverse_fisher(grads, damping=2.0, block_size=2)
         >>> inverse.apply({"w": jnp.array([4.0, 8.0])})["w"].round(4).tolist()
         [1.0, 2.0]
-        >>> inverse.update({"w": jnp.zeros((2, 2))}).diagonal()["w"].round(4).tolist()  # F = I + λI
+        >>> inverse.add({"w": jnp.zeros((2, 2))}).diagonal()["w"].round(4).tolist()  # F = I + λI
         [0.3333, 0.3333]
     """
     block_size = None if block_size is None else checked_count("block_size", block_size)
@@ -84,6 +203,118 @@ def inverse_fisher(
     first = next(blocks)
     like = row(first)
     dtype, blocking = _tree.accumulator_dtype(like), Blocking.of(like, block_size)
-    setting = Damping.of(damping, dtype)
+    setting = checked_damping(damping, dtype)
     first = gathered(itertools.chain([first], blocks), blocking.widest if block_size else None)
-    return streamed(built(blocking, chunk_size, first, setting, jnp.asarray(batch_size, dtype)), blocks)
+    return _streamed(_built(blocking, chunk_size, first, setting, jnp.asarray(batch_size, dtype)), blocks)
+
+
+def _streamed(inverse: InverseFisher, blocks: Iterator[Block]) -> InverseFisher:
+    """With the blocks that are left; only then is it known how accurate the inverse is."""
+    more = False
+    for block in blocks:
+        inverse, more = _with_more(block, inverse), True
+    inverse = _measured(_settled(inverse) if more else inverse)
+    if not isinstance(inverse.shift, jax.core.Tracer) and not inverse.accurate:
+        verdict_of(inverse).check(inverse.blocking)
+    return inverse
+
+
+# -- what is compiled ----------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _built(
+    blocking: Blocking, chunk_size: int, grads: Block, setting: Amount, scale: Scalar
+) -> InverseFisher:
+    """From one block of gradients; not measured yet."""
+    rows, totals = read(blocking, grads, scale)
+    return inverse_of(rows, totals, setting, scale, blocking, chunk_size)
+
+
+def inverse_of(
+    rows: tuple[Rows, ...],
+    totals: Totals,
+    setting: Amount,
+    scale: Scalar,
+    blocking: Blocking,
+    chunk_size: int = 64,
+    shift: Scalar | None = None,
+) -> InverseFisher:
+    """From rows that are cut, and their κ or another one; not measured yet."""
+    shift = totals.shift(setting) if shift is None else shift
+    parts = tuple(_factors.factor_of(part, shift, chunk_size) for part in blocking.coupled(rows))
+    return InverseFisher(parts, shift, totals, setting, scale, (), blocking, chunk_size)
+
+
+@jax.jit
+def _extended(grads: Block, inverse: InverseFisher) -> InverseFisher:
+    """With more gradients, and κ = mλ; not measured yet."""
+    rows, totals, shift = _more(inverse, grads)
+    parts = tuple(
+        _factors.extended(part, more, inverse.shift, shift, inverse.chunk_size)
+        for part, more in zip(inverse.parts, inverse.blocking.coupled(rows), strict=True)
+    )
+    return dataclasses.replace(inverse, parts=parts, shift=shift, totals=totals)
+
+
+@functools.partial(jax.jit, donate_argnums=1)
+def _with_more(grads: Block, inverse: InverseFisher) -> InverseFisher:
+    """With more gradients, in the memory of the roots; before them κ follows if it is to double."""
+    rows, totals, target = _more(inverse, grads)
+    parts, shift = _factors.followed(inverse.parts, inverse.shift, target, 2.0)
+    pairs = zip(parts, inverse.blocking.coupled(rows), strict=True)
+    parts = tuple(_factors.absorbed(part, more, inverse.chunk_size) for part, more in pairs)
+    return dataclasses.replace(inverse, parts=parts, shift=shift, totals=totals)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _settled(inverse: InverseFisher) -> InverseFisher:
+    """With κ = mλ again."""
+    parts, shift = _factors.followed(inverse.parts, inverse.shift, inverse.totals.shift(inverse.setting), 1.0)
+    return dataclasses.replace(inverse, parts=parts, shift=shift)
+
+
+def _more(inverse: InverseFisher, grads: Block) -> tuple[tuple[Rows, ...], Totals, Scalar]:
+    """More gradients, what all of them add up to, and their κ."""
+    rows, new = read(inverse.blocking, grads, inverse.scale)
+    totals = inverse.totals.plus(new)
+    return rows, totals, totals.shift(inverse.setting)
+
+
+def measured(inverse: InverseFisher) -> InverseFisher:
+    """With its residuals, and NaN for what they show to be no inverse."""
+    at = inverse.widths, inverse.shift, inverse.num_grads
+    parts, residuals = _readout.measured(inverse.parts, *at, is_whole=inverse.block_size is None)
+    return dataclasses.replace(inverse, parts=parts, residuals=residuals)
+
+
+_measured = jax.jit(measured, donate_argnums=0)
+
+
+@jax.jit
+def verdict_of(inverse: InverseFisher) -> Verdict:
+    """What an error about it would say."""
+    is_whole, count = inverse.block_size is None, inverse.num_grads
+    sizes = _readout.sizes(inverse.parts, inverse.widths, count, is_whole=is_whole)
+    return Verdict(inverse.residuals, sizes, inverse.damping)
+
+
+@jax.jit
+def _apply(inverse: InverseFisher, vector: Vector) -> Vector:
+    return inverse.blocking.join(inverse.solved(inverse.blocking.cut(vector)))
+
+
+@jax.jit
+def _diagonal(inverse: InverseFisher) -> Vector:
+    return inverse.blocking.join(inverse.diagonals())
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _dense(index: int, inverse: InverseFisher) -> Array:
+    position = inverse.blocking.position(index)
+    if position is None:
+        return jnp.zeros((0, 0, 0), inverse.blocking.packing.dtypes[index])
+    group, which = position
+    part, place = (0, group) if inverse.blocking.block_size is None else (group, 0)
+    found = _readout.dense(inverse.parts[part], inverse.widths[part], place, which, inverse.shift)
+    return inverse.num_grads * found

@@ -1,187 +1,148 @@
-"""One step of an estimator, compiled once, and the two loops around it: on the host and on the device."""
+"""`run`, and the two loops behind it, on the host and on the device, around steps that are compiled once."""
 
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
+from jaxtyping import Array, Bool
 
 from hessjax._core import _tree
-from hessjax._core._types import Block, Estimator, Key, Matvec, Params, Relative, Tolerance, Vector
+from hessjax._core._messages import checked_count
+from hessjax._core._types import Amount, Block, Key, Matvec, Params, Relative, Tolerance, Vector
+from hessjax._run import _estimator
+from hessjax._run._estimator import Beginning, Callback, Carry, Estimator, Progress, begun
 
 CHECK_EVERY = 5
 """Products between two looks at the error: reading it makes the host wait for the device."""
 
 
-class Progress(NamedTuple):
-    """What a callback is told, every few products and once at the end.
+class NonFiniteProductError(FloatingPointError):
+    """A product held NaN or infinity. What was found before it is kept.
 
     Attributes:
-        num_matvecs: products absorbed so far in this run.
-        max_matvecs: the most this run may take.
-        error: the estimator's own error, in the result's units.
-        target: the error at which the run stops; `-inf` if it does not stop early.
-        state: the estimator's state. The next step re-uses its memory: copy what you keep.
-        done: True in the last call.
+        result: the estimator's result from the products before.
+        state: its state, good to go on from with a mended matvec.
+        num_matvecs: how many products are in it.
     """
 
-    num_matvecs: int
-    max_matvecs: int
-    error: float
-    target: float
-    state: Any
-    done: bool
+    def __init__(self, message: str, result: Any, state: Any, num_matvecs: int) -> None:
+        super().__init__(message)
+        self.result = result
+        self.state = state
+        self.num_matvecs = num_matvecs
 
 
-Callback = Callable[[Progress], None]
-"""Told of a run's progress. One that is also a context manager is entered for the time of the run. One with a
-method `restore(beginning) -> (state, num_matvecs) | None` is asked before the first product whether it holds
-this very run, begun earlier; the run then goes on from there, and counts those products as its own."""
+class Loop(NamedTuple):
+    """What stays the same from step to step.
 
-
-class Beginning(NamedTuple):
-    """What a run begins with: `run`'s arguments, and the state before the first product."""
+    Attributes:
+        estimator: without what `init` alone reads.
+        matvec: the symmetric linear map.
+        like: what vectors are like.
+        width: vectors to a block.
+        max_steps: the most steps, those of a restored run included.
+        tol: the tolerance; None spends all products.
+        callbacks: to be called on the way.
+    """
 
     estimator: Estimator
     matvec: Matvec
-    key: Key
     like: Params
-    state: Any
+    width: int
+    max_steps: int
+    tol: Amount | None
+    callbacks: Sequence[Callback]
 
 
-# -- one step ------------------------------------------------------------------------------------
-
-
-class Carry(NamedTuple):
-    state: Any
-    steps: jax.Array  # absorbed
-    failed_leaf: jax.Array  # the first leaf of a product that was not finite; -1: none was
-
-
-def start(estimator: Estimator, key: Key, like: Params) -> Carry:
-    carries_arrays = isinstance(estimator.init, Partial)
-    state = _init_from(estimator.init, key, like) if carries_arrays else _init(estimator.init, key, like)
-    return Carry(state, jnp.int32(0), jnp.int32(-1))
-
-
-def resume(state: Any) -> Carry:
-    return Carry(jax.tree.map(jnp.copy, state), jnp.int32(0), jnp.int32(-1))
-
-
-def restore(
-    callbacks: Sequence[Callback], beginning: Beginning, carry: Carry, width: int, max_matvecs: int
-) -> tuple[Carry, int]:
-    """Where to go on from, and how many steps were done before."""
-    steps = 0
-    for callback in callbacks:
-        ask = getattr(callback, "restore", None)
-        if ask is None or (found := ask(beginning)) is None:
-            continue
-        state, num_matvecs = found
-        if num_matvecs > max_matvecs:
-            raise ValueError(
-                f"`max_matvecs` must be at least {num_matvecs}, the products that the restored run has done, "
-                f"got {max_matvecs}."
-            )
-        steps = num_matvecs // width
-        carry = Carry(state, jnp.int32(steps), jnp.int32(-1))
-    return carry, steps
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _init(init: Callable[..., Any], key: Key, like: Params) -> Any:
-    return init(key, like)
-
-
-@jax.jit
-def _init_from(init: Partial, key: Key, like: Params) -> Any:
-    """As `_init`, for one that carries arrays: other arrays of the same shapes compile nothing anew."""
-    return init(key, like)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def read_result(result: Callable[..., Any], state: Any) -> Any:
-    return result(state)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _query(query: Callable[..., Block], dtypes: tuple[Any, ...], state: Any) -> tuple[Vector, ...]:
-    """The queried vectors, one by one, in the dtypes of the params."""
-    leaves, structure = jax.tree.flatten(query(state))
-    rows = [
-        [x.astype(dtype) for x, dtype in zip(xs, dtypes, strict=True)] for xs in zip(*leaves, strict=True)
-    ]
-    return tuple(jax.tree.unflatten(structure, row) for row in rows)
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _absorb(update: Callable[..., Any], carry: Carry, products: tuple[Vector, ...]) -> Carry:
-    return _update(update, carry, jax.tree.map(lambda *xs: jnp.stack(xs), *products))
-
-
-def _update(update: Callable[..., Any], carry: Carry, products: Block) -> Carry:
-    """One update, unless this product or an earlier one is not finite: then the state stays as it was."""
-    bad = jnp.stack([~jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(products)])
-    failed = jnp.where(jnp.any(bad), jnp.argmax(bad), -1).astype(jnp.int32)
-    failed = jnp.where(carry.failed_leaf >= 0, carry.failed_leaf, failed)
-    state = jax.lax.cond(failed < 0, update, lambda state, _: state, carry.state, _tree.wide(products))
-    return Carry(state, carry.steps + (failed < 0), failed)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _error(estimator: Estimator, tol: Any, state: Any) -> tuple[jax.Array, jax.Array]:
-    """The error, and the target it has to reach."""
-    error = jnp.asarray(estimator.error(state), jnp.result_type(float))
-    if tol is None:
-        return error, jnp.full_like(error, -jnp.inf)
-    target: Any = tol
-    if isinstance(tol, Relative) and estimator.scale is not None:
-        target = tol.factor * estimator.scale(state)
-    return error, jnp.asarray(target, error.dtype)
-
-
-# -- the two loops -------------------------------------------------------------------------------
-
-
-def loop_on_host(
+def run(
     estimator: Estimator,
     matvec: Matvec,
+    key: Key,
     like: Params,
-    max_steps: int,
-    width: int,
-    tol: Tolerance | None,
-    callbacks: Sequence[Callback],
-    carry: Carry,
-    step: int,
-) -> Carry:
-    dtypes = tuple(jnp.result_type(leaf) for leaf in jax.tree.leaves(like))
-    watched = estimator if tol is not None or callbacks else None
-    look_every = max(1, CHECK_EVERY // width)
-    with entered(callbacks):
-        while True:
-            if step and (step % look_every == 0 or step >= max_steps):
-                error, target, steps, failed = _look(watched, tol, carry)
-                done = step >= max_steps or (tol is not None and not error > target) or failed
-                for callback in callbacks:
-                    callback(Progress(steps * width, max_steps * width, error, target, carry.state, done))
-                if done:
-                    return carry
-            products = tuple(map(matvec, _query(estimator.query, dtypes, carry.state)))
-            refuse_tracers(products)
-            _check_products(products, like)
-            carry = _absorb(estimator.update, carry, products)
-            step += 1
+    *,
+    max_matvecs: int,
+    tol: Tolerance | None = None,
+    state: Any = None,
+    callbacks: Sequence[Callback] = (),
+    on_device: bool = False,
+) -> tuple[Any, Any]:
+    """Feed products to an estimator until its error is below `tol` or `max_matvecs` are spent.
+
+    The default driver is a loop on the host: the matvec may then be anything callable, compiled or
+    streaming a data set, and on a CPU it is also the fast one (XLA's CPU backend runs a convolution's
+    gradient 15 to 45 times slower inside a compiled loop). The state stays on the device and its memory
+    is re-used from step to step; the error is read every few products only.
+
+    Args:
+        estimator: what to compute, e.g. `lanczos(5)`.
+        matvec: the symmetric linear map.
+        key: random key; the same key gives the same result.
+        like: pytree that gives the vectors' structure, shapes and dtypes; usually the params.
+        max_matvecs: the most products to spend.
+        tol: stop when the estimator's error is at most this: a number in the result's units, or
+            `relative(r)`. None spends all products.
+        state: go on from here instead of starting anew (it is copied, not consumed).
+        callbacks: each is called with a `Progress` every few products and at the end; one that is also a
+            context manager is entered for the time of the run. `checkpoint` may restore an earlier run: its
+            products count towards `max_matvecs`.
+        on_device: run the whole loop in one compiled `lax.while_loop`: for accelerators, and for use inside
+            `jit`. Blocks of vectors are then multiplied together. No callbacks.
+
+    Returns:
+        `(result, state)`.
+
+    Raises:
+        NonFiniteProductError: a product held NaN or infinity: says which, and keeps the result so far.
+            (Traced code cannot raise: inside `jit` the run stops there, and fewer products are counted.)
+        TypeError: `like` has leaves that are not floating point; traced values without `on_device`;
+            `max_matvecs` is not an integer.
+        ValueError: `max_matvecs` is below one step's need; a product is not like `like`.
+
+    Cost:
+        The products, plus the estimator's own work and memory (see each).
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import hessjax as hj
+        >>> A = jax.tree_util.Partial(jnp.multiply, jnp.arange(1.0, 11.0))
+        >>> estimate, state = hj.run(hj.estimators.hutchinson(), A, jax.random.key(0), jnp.zeros(10),
+        ...     max_matvecs=3)
+        >>> float(estimate.mean), int(estimate.num_samples)
+        (55.0, 3)
+    """
+    _tree.check_floating(like, "like")
+    _check_estimator(estimator)
+    if not on_device:
+        refuse_tracers((estimator, matvec, key, like, state))
+    elif callbacks:
+        raise ValueError("`callbacks` must be empty with `on_device=True`: they run on the host.")
+    limit = None if tol is None else Amount.of(tol, instead=", or None")
+    carry = _begin(estimator, key, like) if state is None else _resume(state)
+    left = begun(estimator)
+    if isinstance(limit, Relative):
+        jax.eval_shape(_estimator.scale_of, left, carry.state)  # raises an error where there is none
+    width = _width(left, carry.state, like, "estimator.query" if state is None else "state")
+    max_matvecs = checked_count("max_matvecs", max_matvecs, width, ", one step's need")
+    loop = Loop(left, matvec, like, width, max_matvecs // width, limit, callbacks)
+    if on_device:
+        carry = loop_on_device(left, as_partial(matvec), like, loop.max_steps, limit, carry)
+    else:
+        carry = _restored(loop, Beginning(estimator, matvec, key, like, carry.state), carry, max_matvecs)
+        carry = loop_on_host(loop, carry)
+    result = _estimator.read_result(estimator, carry.state)
+    if not isinstance(carry.failed_leaf, jax.core.Tracer) and int(carry.failed_leaf) >= 0:
+        raise _non_finite(carry, width, like, result)
+    return result, carry.state
 
 
-def _look(estimator: Estimator | None, tol: Tolerance | None, carry: Carry) -> tuple[float, float, int, bool]:
-    """Wait for the device, and read error, target, steps done, and whether a product was not finite."""
-    looks = _error(estimator, tol, carry.state) if estimator else (math.inf, -math.inf)
-    (error, target), steps, failed_leaf = jax.device_get((looks, carry.steps, carry.failed_leaf))
-    return float(error), float(target), int(steps), bool(failed_leaf >= 0)
+def as_partial(matvec: Matvec) -> Partial:
+    """The matvec as a pytree, which goes through `jit` as an argument."""
+    return matvec if isinstance(matvec, Partial) else Partial(matvec)
 
 
 def refuse_tracers(tree: Any) -> None:
@@ -193,8 +154,109 @@ def refuse_tracers(tree: Any) -> None:
         )
 
 
+def _check_estimator(estimator: Any) -> None:
+    """An estimator goes through `jit` as an argument: one that is no pytree is made a static one."""
+    if not isinstance(estimator, Estimator):
+        raise TypeError(f"`estimator` must be an `Estimator`, such as `lanczos(5)`, got {estimator!r}.")
+    if not jax.tree_util.all_leaves([estimator]):
+        return
+    kind = type(estimator)
+    try:
+        hash(estimator)
+    except TypeError as error:
+        raise TypeError(
+            f"`estimator` must hash, got a {kind.__name__} that does not ({error}): make it a frozen "
+            "dataclass, and if it holds arrays a pytree with these as leaves "
+            "(`jax.tree_util.register_dataclass`)."
+        ) from None
+    jax.tree_util.register_static(kind)
+
+
+def _width(estimator: Estimator, state: Any, like: Params, argument: str) -> int:
+    """How many vectors a step multiplies, all of them like the params."""
+    # By a function of the module: a bound method would be traced anew in every run.
+    block = jax.eval_shape(_estimator.block_of, estimator, state)
+    row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), block)
+    _tree.check_like(row, like, argument, "like")
+    return jax.tree.leaves(block)[0].shape[0]
+
+
+def _non_finite(carry: Carry, width: int, like: Params, result: Any) -> NonFiniteProductError:
+    count, leaf = int(carry.steps) * width, _tree.leaf_paths(like)[int(carry.failed_leaf)]
+    where = f"product {count + 1}" if width == 1 else f"one of products {count + 1} to {count + width}"
+    return NonFiniteProductError(
+        f"{where} is not finite (first in leaf `{leaf}`): is the loss itself finite at these params? "
+        f"The result of the {count} products before is in `.result`, the state in `.state`.",
+        result,
+        carry.state,
+        count,
+    )
+
+
+# -- where a run begins ----------------------------------------------------------------------------
+
+
+def _begin(estimator: Estimator, key: Key, like: Params) -> Carry:
+    return Carry(_estimator.init(estimator, key, like), jnp.int32(0), jnp.int32(-1))
+
+
+def _resume(state: Any) -> Carry:
+    # A copy: the steps give the state's memory away, and this one is the caller's.
+    return Carry(jax.tree.map(jnp.copy, state), jnp.int32(0), jnp.int32(-1))
+
+
+def _restored(loop: Loop, beginning: Beginning, carry: Carry, max_matvecs: int) -> Carry:
+    """Where to go on from: the state that a callback has kept of this very run, if one has."""
+    for callback in loop.callbacks:
+        ask = getattr(callback, "restore", None)
+        if ask is None or (found := ask(beginning)) is None:
+            continue
+        state, num_matvecs = found
+        if num_matvecs > max_matvecs:
+            raise ValueError(
+                f"`max_matvecs` must be at least {num_matvecs}, the products that the restored run has done, "
+                f"got {max_matvecs}."
+            )
+        carry = Carry(state, jnp.int32(num_matvecs // loop.width), jnp.int32(-1))
+    return carry
+
+
+# -- on the host -----------------------------------------------------------------------------------
+
+
+def loop_on_host(loop: Loop, carry: Carry) -> Carry:
+    """Multiply and absorb; look at the error every few products, and stop where it is small enough."""
+    refuse_tracers(carry)  # as it is inside `jit`, whatever the run was given
+    dtypes = tuple(jnp.result_type(leaf) for leaf in jax.tree.leaves(loop.like))
+    step, look_every = int(carry.steps), max(1, CHECK_EVERY // loop.width)
+    with entered(loop.callbacks):
+        while True:
+            if step and (step % look_every == 0 or step >= loop.max_steps) and _look(loop, carry, step):
+                return carry
+            products = tuple(map(loop.matvec, _estimator.query(loop.estimator, dtypes, carry.state)))
+            refuse_tracers(products)
+            _check_products(products, loop.like)
+            carry = _estimator.absorb(loop.estimator, carry, products)
+            step += 1
+
+
+def _look(loop: Loop, carry: Carry, step: int) -> bool:
+    """Whether the run is over; the callbacks are told what was seen."""
+    watched = loop.tol is not None or loop.callbacks
+    looks = _estimator.error(loop.estimator, loop.tol, carry.state) if watched else (math.inf, -math.inf)
+    # One transfer: every read makes the host wait for the device.
+    (error, target), steps, failed_leaf = jax.device_get((looks, carry.steps, carry.failed_leaf))
+    satisfied = loop.tol is not None and not error > target  # a NaN: it cannot go on
+    done = bool(step >= loop.max_steps or satisfied or failed_leaf >= 0)
+    spent, most = int(steps) * loop.width, loop.max_steps * loop.width
+    for callback in loop.callbacks:
+        callback(Progress(spent, most, float(error), float(target), carry.state, done))
+    return done
+
+
 @contextlib.contextmanager
 def entered(callbacks: Sequence[Callback]) -> Iterator[None]:
+    """Inside all callbacks that are context managers."""
     with contextlib.ExitStack() as stack:
         for callback in callbacks:
             if isinstance(callback, contextlib.AbstractContextManager):
@@ -202,31 +264,43 @@ def entered(callbacks: Sequence[Callback]) -> Iterator[None]:
         yield
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def loop_on_device(
-    estimator: Estimator, matvec: Matvec, like: Params, max_steps: int, tol: Any, carry: Carry
-) -> Carry:
-    width = jax.tree.leaves(jax.eval_shape(estimator.query, carry.state))[0].shape[0]
-    look_every = max(1, CHECK_EVERY // width)
+# -- on the device ---------------------------------------------------------------------------------
 
-    def go_on(loop: tuple[Carry, jax.Array]) -> jax.Array:
+
+@jax.jit
+def loop_on_device(
+    estimator: Estimator, matvec: Matvec, like: Params, max_steps: Any, tol: Amount | None, carry: Carry
+) -> Carry:
+    """The same loop as one compiled program."""
+    step = functools.partial(_step_on_device, estimator, matvec, like, tol)
+
+    def go_on(loop: tuple[Carry, Bool[Array, ""]]) -> Bool[Array, ""]:
         carry, satisfied = loop
         return (carry.steps < max_steps) & (carry.failed_leaf < 0) & ~satisfied
 
-    def step(loop: tuple[Carry, jax.Array]) -> tuple[Carry, jax.Array]:
-        carry, _ = loop
-        block = _tree.cast_like(estimator.query(carry.state), like)
-        carry = _update(estimator.update, carry, _apply_block(matvec, block))
-        if tol is None:
-            return carry, jnp.asarray(False)
-        look_now = carry.steps % look_every == 0
-        return carry, look_now & jax.lax.cond(look_now, _satisfied, lambda _: jnp.asarray(False), carry.state)
-
-    def _satisfied(state: Any) -> jax.Array:
-        error, target = _error(estimator, tol, state)
-        return ~(error > target)  # a NaN: it cannot go on
-
     return jax.lax.while_loop(go_on, step, (carry, jnp.asarray(False)))[0]
+
+
+def _step_on_device(
+    estimator: Estimator,
+    matvec: Matvec,
+    like: Params,
+    tol: Amount | None,
+    loop: tuple[Carry, Bool[Array, ""]],
+) -> tuple[Carry, Bool[Array, ""]]:
+    block = _tree.cast_like(estimator.query(loop[0].state), like)
+    carry = _estimator.update(estimator, loop[0], _apply_block(matvec, block))
+    if tol is None:
+        return carry, jnp.asarray(False)
+    look_now = carry.steps % max(1, CHECK_EVERY // jax.tree.leaves(block)[0].shape[0]) == 0
+    satisfied = functools.partial(_satisfied, estimator, tol)
+    # The error may take an eigendecomposition: not at every step.
+    return carry, jax.lax.cond(look_now, satisfied, lambda _: jnp.asarray(False), carry.state)
+
+
+def _satisfied(estimator: Estimator, tol: Amount, state: Any) -> Bool[Array, ""]:
+    error, target = _estimator.error(estimator, tol, state)
+    return ~(error > target)  # a NaN: it cannot go on
 
 
 def _apply_block(matvec: Matvec, block: Block) -> Block:

@@ -1,177 +1,243 @@
-"""Drives an estimator: asks it what to multiply, multiplies, tells it, until it is good enough."""
+"""The protocol: what an estimator is, its compiled methods, what watches a run, and options of a run."""
 
-import math
-from collections.abc import Sequence
-from typing import Any
+import abc
+import copy
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, TypedDict, TypeVar
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from hessjax._core import _tree
-from hessjax._core._messages import checked_count
-from hessjax._core._types import Estimator, Key, Matvec, Params, Relative, Tolerance
-from hessjax._run._drivers import (
-    Beginning,
-    Callback,
-    Carry,
-    loop_on_device,
-    loop_on_host,
-    read_result,
-    refuse_tracers,
-    restore,
-    resume,
-    start,
-)
+from hessjax._core._types import Amount, Block, Key, Matvec, Params, Relative, Scalar, Vector
 
 
-class NonFiniteProductError(FloatingPointError):
-    """A product held NaN or infinity. What was found before it is kept.
+class Estimator(abc.ABC):
+    """An iterative method that asks for matrix-vector products and never calls the matvec itself.
+
+    An optimizer is a pair of pure functions around a gradient; an estimator is the same around a
+    product. `hessjax.run` drives it; so can any loop of your own:
+
+        state = estimator.init(key, like)
+        while not done:
+            block = estimator.query(state)                    # leaves have a leading axis
+            state = estimator.update(state, products_of(block))
+        result = estimator.result(state)
+
+    To make one, subclass this as a frozen dataclass: its fields are the settings, its methods pure functions.
+    Equal settings share compiled code. One that holds arrays must be a pytree with them as leaves
+    (`jax.tree_util.register_dataclass`); other arrays then compile nothing anew.
 
     Attributes:
-        result: the estimator's result from the products before.
-        state: its state, good to go on from with a mended matvec.
-        num_matvecs: how many products are in it.
-    """
-
-    def __init__(self, message: str, result: Any, state: Any, num_matvecs: int) -> None:
-        super().__init__(message)
-        self.result = result
-        self.state = state
-        self.num_matvecs = num_matvecs
-
-
-def relative(factor: float) -> Relative:
-    """A tolerance or damping as a fraction of the natural scale of what it is compared with.
-
-    Args:
-        factor: the fraction, positive. `relative(1e-3)` as a tolerance of `eigenpairs` means 1e-3 of the
-            largest absolute eigenvalue; of `trace`, 1e-3 of the trace.
-
-    Returns:
-        The fraction, marked as one.
-
-    Raises:
-        ValueError: `factor` is not a positive finite number.
+        init_only: the names of fields that `init` alone reads (a right-hand side, vectors to start from):
+            all else is compiled without them.
 
     Example:
-        >>> import hessjax as hj
-        >>> hj.relative(0.1)
-        Relative(factor=0.1)
-    """
-    if not 0 < factor < math.inf:
-        raise ValueError(f"`factor` must be positive and finite, got {factor}.")
-    return Relative(float(factor))
-
-
-def run(
-    estimator: Estimator,
-    matvec: Matvec,
-    key: Key,
-    like: Params,
-    *,
-    max_matvecs: int,
-    tol: Tolerance | None = None,
-    state: Any = None,
-    callbacks: Sequence[Callback] = (),
-    on_device: bool = False,
-) -> tuple[Any, Any]:
-    """Feed products to an estimator until its error is below `tol` or `max_matvecs` are spent.
-
-    The default driver is a loop on the host: the matvec may then be anything callable, compiled or
-    streaming a data set, and on a CPU it is also the fast one (XLA's CPU backend runs a convolution's
-    gradient 15 to 45 times slower inside a compiled loop). The state stays on the device and its memory
-    is re-used from step to step; the error is read every few products only.
-
-    Args:
-        estimator: what to compute, e.g. `lanczos(5)`.
-        matvec: the symmetric linear map.
-        key: random key; the same key gives the same result.
-        like: pytree that gives the vectors' structure, shapes and dtypes; usually the params.
-        max_matvecs: the most products to spend.
-        tol: stop when the estimator's error is at most this: a number in the result's units, or
-            `relative(r)`. None spends all products.
-        state: go on from here instead of starting anew (it is copied, not consumed).
-        callbacks: each is called with a `Progress` every few products and at the end; one that is also a
-            context manager is entered for the time of the run. `checkpoint` may restore an earlier run: its
-            products count towards `max_matvecs`.
-        on_device: run the whole loop in one compiled `lax.while_loop`: for accelerators, and for use inside
-            `jit`. Blocks of vectors are then multiplied together. No callbacks.
-
-    Returns:
-        `(result, state)`.
-
-    Raises:
-        NonFiniteProductError: a product held NaN or infinity: says which, and keeps the result so far.
-            (Traced code cannot raise: inside `jit` the run stops there, and fewer products are counted.)
-        TypeError: `like` has leaves that are not floating point; traced values without `on_device`;
-            `max_matvecs` is not an integer.
-        ValueError: `max_matvecs` is below one step's need; a product is not like `like`.
-
-    Cost:
-        The products, plus the estimator's own work and memory (see each).
-
-    Example:
+        >>> import dataclasses
         >>> import jax, jax.numpy as jnp
         >>> import hessjax as hj
-        >>> A = jax.tree_util.Partial(jnp.multiply, jnp.arange(1.0, 11.0))
-        >>> estimate, state = hj.run(hj.estimators.hutchinson(), A, jax.random.key(0), jnp.zeros(10),
-        ...     max_matvecs=3)
-        >>> float(estimate.mean), int(estimate.num_samples)
-        (55.0, 3)
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Norm(hj.estimators.Estimator):  # of A·v for a random v
+        ...     probe: object = hj.probes.rademacher
+        ...     def init(self, key, like):
+        ...         return self.probe(key, like)
+        ...     def query(self, state):
+        ...         return state[None]
+        ...     def update(self, state, products):
+        ...         return products[0]
+        ...     def result(self, state):
+        ...         return jnp.linalg.norm(state)
+        ...     def error(self, state):
+        ...         return jnp.inf
+        >>> A = jax.tree_util.Partial(jnp.multiply, jnp.array([3.0, 4.0]))
+        >>> float(hj.run(Norm(), A, jax.random.key(0), jnp.zeros(2), max_matvecs=1)[0])
+        5.0
     """
-    _tree.check_floating(like, "like")
-    if not on_device:
-        refuse_tracers((matvec, key, like, state))
-    tol = checked_tolerance(tol)
-    if isinstance(tol, Relative) and estimator.scale is None:
+
+    init_only: ClassVar[tuple[str, ...]] = ()
+
+    @abc.abstractmethod
+    def init(self, key: Key, like: Params) -> Any:
+        """The state before the first product; `like` gives structure, shapes and dtypes."""
+
+    @abc.abstractmethod
+    def query(self, state: Any) -> Block:
+        """The vectors to be multiplied next (leading axis, often of length 1)."""
+
+    @abc.abstractmethod
+    def update(self, state: Any, products: Block) -> Any:
+        """The next state, from the products in the query's order and shape."""
+
+    @abc.abstractmethod
+    def result(self, state: Any) -> Any:
+        """The result, readable after any number of products, none included."""
+
+    @abc.abstractmethod
+    def error(self, state: Any) -> Scalar:
+        """Its own estimate of its error, in the result's units.
+
+        NaN says that it cannot go on (more products would change nothing): a run with a `tol` then ends.
+        """
+
+    def scale(self, state: Any) -> Scalar:
+        """The magnitude that a `relative` tolerance refers to, in the result's units.
+
+        Raises:
+            ValueError: always, unless a subclass defines it: it then takes absolute tolerances only.
+        """
         raise ValueError(
             "`tol` must be absolute: this estimator has no `scale` for a relative one to refer to."
         )
-    carry = start(estimator, key, like) if state is None else resume(state)
-    beginning = Beginning(estimator, matvec, key, like, carry.state)
-    read = estimator.result
-    estimator = estimator._replace(init=_begun, result=_begun)  # what is left is what loops are compiled for
-    block = jax.eval_shape(estimator.query, carry.state)
-    width = jax.tree.leaves(block)[0].shape[0]
-    row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), block)
-    _tree.check_like(row, like, "state" if state is not None else "estimator.query", "like")
-    max_matvecs = checked_count("max_matvecs", max_matvecs, width, ", one step's need")
-    if on_device:
-        if callbacks:
-            raise ValueError("`callbacks` must be empty with `on_device=True`: they run on the host.")
-        matvec = matvec if isinstance(matvec, jax.tree_util.Partial) else jax.tree_util.Partial(matvec)
-        carry = loop_on_device(estimator, matvec, like, max_matvecs // width, tol, carry)
-    else:
-        carry, steps = restore(callbacks, beginning, carry, width, max_matvecs)
-        del beginning  # its state's memory is re-used
-        carry = loop_on_host(
-            estimator, matvec, like, max_matvecs // width, width, tol, callbacks, carry, steps
-        )
-    result = read_result(read, carry.state)
-    if not isinstance(carry.failed_leaf, jax.core.Tracer) and int(carry.failed_leaf) >= 0:
-        raise _non_finite(carry, width, like, result)
-    return result, carry.state
 
 
-def _begun(*_: Any) -> Any:
-    raise AssertionError("`init` is called before the loop, `result` after it")
+Method = TypeVar("Method", bound=Estimator)
 
 
-def checked_tolerance(tol: Any) -> Tolerance | None:
-    """The tolerance as a number that hashes, or `Relative`, or None."""
-    if tol is None or isinstance(tol, Relative):
-        return tol
-    if not (number := float(tol)) >= 0:
-        raise ValueError(f"`tol` must be at least 0, or None, got {number}.")
-    return number
+def begun(estimator: Method) -> Method:
+    """What is left of the settings once `init` was called: what loops are compiled for."""
+    left = copy.copy(estimator)
+    for name in estimator.init_only:
+        object.__setattr__(left, name, None)
+    return left
 
 
-def _non_finite(carry: Carry, width: int, like: Params, result: Any) -> NonFiniteProductError:
-    count, leaf = int(carry.steps) * width, _tree.leaf_paths(like)[int(carry.failed_leaf)]
-    where = f"product {count + 1}" if width == 1 else f"one of products {count + 1} to {count + width}"
-    return NonFiniteProductError(
-        f"{where} is not finite (first in leaf `{leaf}`): is the loss itself finite at these params? "
-        f"The result of the {count} products before is in `.result`, the state in `.state`.",
-        result,
-        carry.state,
-        count,
+def block_of(estimator: Estimator, state: Any) -> Block:
+    """`estimator.query(state)`."""
+    return estimator.query(state)
+
+
+def scale_of(estimator: Estimator, state: Any) -> Scalar:
+    """`estimator.scale(state)`."""
+    return estimator.scale(state)
+
+
+def limit_of(estimator: Estimator, tol: Amount, state: Any) -> Any:
+    """The error that a tolerance allows, in the result's units."""
+    return tol.limit(estimator.scale(state) if isinstance(tol, Relative) else None)
+
+
+# -- the methods, compiled once for equal settings -----------------------------------------------------
+
+
+class Carry(NamedTuple):
+    """What changes from step to step.
+
+    Attributes:
+        state: the estimator's.
+        steps: how many were absorbed.
+        failed_leaf: the first leaf of a product that was not finite; -1: none was.
+    """
+
+    state: Any
+    steps: Int[Array, ""]
+    failed_leaf: Int[Array, ""]
+
+
+@jax.jit
+def init(estimator: Estimator, key: Key, like: Params) -> Any:
+    return estimator.init(key, like)
+
+
+@jax.jit
+def read_result(estimator: Estimator, state: Any) -> Any:
+    return estimator.result(state)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def query(estimator: Estimator, dtypes: tuple[Any, ...], state: Any) -> tuple[Vector, ...]:
+    """The queried vectors, one by one, in the dtypes of the params."""
+    leaves, structure = jax.tree.flatten(estimator.query(state))
+    rows = [
+        [x.astype(dtype) for x, dtype in zip(xs, dtypes, strict=True)] for xs in zip(*leaves, strict=True)
+    ]
+    return tuple(jax.tree.unflatten(structure, row) for row in rows)
+
+
+@functools.partial(jax.jit, donate_argnums=1)
+def absorb(estimator: Estimator, carry: Carry, products: tuple[Vector, ...]) -> Carry:
+    return update(estimator, carry, jax.tree.map(lambda *xs: jnp.stack(xs), *products))
+
+
+def update(estimator: Estimator, carry: Carry, products: Block) -> Carry:
+    """One update, unless this product or an earlier one is not finite: then the state stays as it was."""
+    bad = jnp.stack([~jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(products)])
+    failed = jnp.where(jnp.any(bad), jnp.argmax(bad), -1).astype(jnp.int32)
+    failed = jnp.where(carry.failed_leaf >= 0, carry.failed_leaf, failed)
+    state = jax.lax.cond(
+        failed < 0, estimator.update, lambda state, _: state, carry.state, _tree.wide(products)
     )
+    return Carry(state, carry.steps + (failed < 0), failed)
+
+
+@jax.jit
+def error(estimator: Estimator, tol: Amount | None, state: Any) -> tuple[Scalar, Scalar]:
+    """The error, and the target it has to reach."""
+    found = jnp.asarray(estimator.error(state), jnp.result_type(float))
+    target = -jnp.inf if tol is None else limit_of(estimator, tol, state)
+    return found, jnp.asarray(target, found.dtype)
+
+
+# -- what watches a run ----------------------------------------------------------------------------
+
+
+class Progress(NamedTuple):
+    """What a callback is told, every few products and once at the end.
+
+    Attributes:
+        num_matvecs: products absorbed so far in this run.
+        max_matvecs: the most this run may take.
+        error: the estimator's own error, in the result's units.
+        target: the error at which the run stops; `-inf` if it does not stop early.
+        state: the estimator's state. The next step re-uses its memory: copy what you keep.
+        done: True in the last call.
+    """
+
+    num_matvecs: int
+    max_matvecs: int
+    error: float
+    target: float
+    state: Any
+    done: bool
+
+
+Callback = Callable[[Progress], None]
+"""Told of a run's progress. One that is also a context manager is entered for the time of the run. One with a
+method `restore(beginning) -> (state, num_matvecs) | None` is asked before the first product whether it holds
+this very run, begun earlier; the run then goes on from there, and counts those products as its own."""
+
+
+class Beginning(NamedTuple):
+    """What a run begins with: `run`'s arguments, and the state before the first product."""
+
+    estimator: Estimator
+    matvec: Matvec
+    key: Key
+    like: Params
+    state: Any
+
+
+# -- options ---------------------------------------------------------------------------------------
+
+
+class RunOptions(TypedDict, total=False):
+    """The options that every one-liner passes on to `run`.
+
+    Attributes:
+        callbacks: each is called with a `Progress` every few products and at the end; see `run`.
+        on_device: run the whole loop in one compiled `lax.while_loop`; see `run`.
+    """
+
+    callbacks: Sequence[Callback]
+    on_device: bool
+
+
+def checked_options(function: str, options: Mapping[str, Any]) -> RunOptions:
+    """The options of a one-liner of this name, none of them unknown."""
+    if unknown := options.keys() - RunOptions.__annotations__.keys():
+        raise TypeError(
+            f"{function}() got an unexpected keyword argument '{min(unknown)}'; options of a run are "
+            f"{', '.join(f'`{name}`' for name in RunOptions.__annotations__)}."
+        )
+    return RunOptions(**options)  # type: ignore[typeddict-item]

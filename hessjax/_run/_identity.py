@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from hessjax._core import _tree
-from hessjax._run._drivers import Beginning
+from hessjax._core._types import Amount
+from hessjax._run._estimator import Beginning
 
 Identity: TypeAlias = dict[str, str | list[float]]
 """By name: text that must be equal, or numbers that must be close."""
@@ -24,9 +25,7 @@ SAMPLE = 16
 def identity(beginning: Beginning) -> Identity:
     """The identity of a run: methods, arrays of the matvec, the state it begins with, key, params."""
     estimator, matvec, key, like, state = beginning
-    found: Identity = {
-        f"estimator.{name}": describe(getattr(estimator, name)) for name in ("init", "query", "update")
-    }
+    found: Identity = {"estimator": describe(estimator)}
     found |= {"matvec": describe(matvec), "key": _digest(as_numbers(key))}
     found |= {f"params {path}": f"{_kind(x)} {_digest(x)}" for path, x in _leaves(like)}
     # A Partial is a pytree: the batch and the params in it can be looked at.
@@ -76,8 +75,11 @@ def describe(thing: Any, depth: int = 4) -> str:
         parts = [inside(x) for x in thing.args if callable(x)]
         return f"{inside(thing.func)}({', '.join(parts)})" if parts else inside(thing.func)
     if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
-        fields = [f"{f.name}={inside(getattr(thing, f.name))}" for f in dataclasses.fields(thing)]
-        return f"{type(thing).__name__}({', '.join(fields)})"
+        fields = {f.name: getattr(thing, f.name) for f in dataclasses.fields(thing)}
+        # What an estimator begins with is in the state; a tolerance says when to stop, not what to do.
+        kept = {n: x for n, x in fields.items() if n not in getattr(thing, "init_only", ())}
+        shown = [f"{name}={inside(x)}" for name, x in kept.items() if not isinstance(x, Amount)]
+        return f"{type(thing).__name__}({', '.join(shown)})"
     if thing is None or isinstance(thing, (bool, int, float, str)):
         return repr(thing)
     if isinstance(thing, tuple):

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from hessjax._core import _tree
-from hessjax._core._types import Key, LossFn, Matvec, Params, Vector
+from hessjax._core._types import Key, LossFn, Matvec, Params, Scalar, Vector
 from hessjax.analysis._comparisons import (
     Check,
     CheckRow,
@@ -29,7 +29,7 @@ from hessjax.curvature._product import at_precision, scalar
 from hessjax.estimators.probes import gaussian
 
 CAUTION = 5
-"""An error counts beyond this many times its doubt: the two can differ by chance."""
+"""An error counts beyond this many times its uncertainty: the two can differ by chance."""
 
 
 def check(
@@ -52,8 +52,8 @@ def check(
     - *symmetric*: |uᵀAv − vᵀAu| / max(‖Au‖, ‖Av‖) for random u and v.
     - *linear*: ‖A(2u − 3v) − 2Au + 3Av‖, relative, in the worst leaf.
     - *gradient*, *Hessian*: relative disagreement with central differences of the loss and of the gradient
-      in the worst leaf. The limit is √eps and five times the doubt of the differences themselves, which
-      three steps show: at kinks (ReLU), and where rounding drowns them, they cannot tell much.
+      in the worst leaf. The limit is √eps and five times the uncertainty of the differences themselves,
+      which three steps show: at kinks (ReLU), and where rounding drowns them, they cannot tell much.
     - *precision*, *unused leaves*: notes. What the device's default precision changes in a product;
       leaves whose gradient and product are exactly zero.
 
@@ -125,9 +125,10 @@ def _finite(loss_fn: LossFn, params: Params, args: tuple[Any, ...]) -> list[Chec
 def _derivatives(
     loss_fn: LossFn, params: Params, args: tuple[Any, ...], matvec: Matvec | None, key: Key
 ) -> Iterator[CheckRow]:
-    value, grads = loss_and_gradient(Partial(loss_fn), params, args)
+    loss, keys = Partial(loss_fn), jax.random.split(key, 4)
+    value, grads = loss_and_gradient(loss, params, args)
+    # The coarsest dtype decides what can agree: with one bfloat16 leaf everything is known to 2⁻⁸ at best.
     eps = max(float(jnp.finfo(jnp.result_type(leaf)).eps) for leaf in [*jax.tree.leaves(params), value])
-    keys = jax.random.split(key, 4)
     yield from _repeated_losses(loss_fn, params, args, eps)
     own = hessian(loss_fn, params, *args, mode=_mode(loss_fn, params, args))
     A = own if matvec is None else matvec
@@ -136,23 +137,30 @@ def _derivatives(
     yield _same_products(A, u, Au, eps)
     yield _symmetric(A, params, (u, v), (Au, Av), eps)
     yield _linear(A, params, (u, v), (Au, Av), eps)
-    loss = Partial(loss_fn)
     yield _agreement("gradient", compare_gradient(loss, params, args, keys[2], eps), params, eps)
+    # Always the Hessian, whatever `matvec` is: a GGN does not agree with differences of the gradient.
     yield _agreement("Hessian", compare_product(own, loss, params, args, keys[3], eps), params, eps)
     yield _device_precision(loss_fn, params, args, u, own(u))
-    dead = [not (jnp.any(g) or jnp.any(x)) for g, x in zip(*map(jax.tree.leaves, (grads, Au)), strict=True)]
+    yield _unused(params, grads, Au)
+
+
+def _unused(params: Params, grads: Vector, product: Vector) -> CheckRow:
+    pairs = zip(*map(jax.tree.leaves, (grads, product)), strict=True)
+    # Both: at a stationary point a gradient may be zero where the curvature is not.
+    dead = [not (jnp.any(g) or jnp.any(x)) for g, x in pairs]
     unused = named(params, dead)
     detail = f"gradient and product are exactly zero in: {unused}" if unused else "every leaf matters"
-    yield CheckRow("unused leaves", True, sum(dead), math.inf, detail)
+    return CheckRow("unused leaves", True, sum(dead), math.inf, detail)
 
 
 # -- repetition ------------------------------------------------------------------------------------
 
 
-def _fresh(loss_fn: LossFn) -> Any:
+def _fresh(loss_fn: LossFn) -> Callable[[Params, tuple[Any, ...]], Scalar]:
     """The loss compiled anew at every call of this: what a trace freezes (`np.random`, a clock) shows."""
 
-    def loss(loss_fn: LossFn, params: Params, args: tuple[Any, ...]) -> Any:
+    # A function of its own at every call, and on purpose: jax would find the trace of an equal one.
+    def loss(loss_fn: LossFn, params: Params, args: tuple[Any, ...]) -> Scalar:
         with at_precision("highest"):
             return scalar(loss_fn, args)(params)
 
@@ -177,7 +185,7 @@ def _same_products(A: Matvec, u: Vector, Au: Vector, eps: float) -> CheckRow:
 
 
 def _same(name: str, change: float, eps: float, cause: str) -> CheckRow:
-    limit = 16 * eps
+    limit = 16 * eps  # a GPU adds in any order: the last few bits may change, no more
     detail = "to the last bit" if change == 0 else "up to rounding" if change <= limit else cause
     return CheckRow(name, change <= limit, change, limit, detail)
 
@@ -189,6 +197,7 @@ def _symmetric(
     A: Matvec, params: Params, vectors: tuple[Vector, Vector], products: tuple[Vector, Vector], eps: float
 ) -> CheckRow:
     (u, v), (Au, Av) = vectors, products
+    # u and v are of norm √n, and uᵀAv of two random vectors is about ‖A‖_F: ‖Au‖ is its size.
     size = max(float(_tree.norm(Au)), float(_tree.norm(Av))) or 1.0
     measured, limit = abs(float(_tree.inner(u, Av)) - float(_tree.inner(v, Au))) / size, eps**0.5
     if measured <= limit:
@@ -207,6 +216,7 @@ def _symmetric(
 def _linear(
     A: Matvec, params: Params, vectors: tuple[Vector, Vector], products: tuple[Vector, Vector], eps: float
 ) -> CheckRow:
+    # 2 and 3: powers of two alone scale floating-point numbers exactly, and would hide rounding.
     together = _combined(*vectors)
     change = _relative(_tree.add_scaled(A(together), -1.0, _combined(*products)), products)
     limit = eps**0.5
@@ -225,6 +235,7 @@ def _relative(change: Vector, products: Sequence[Vector]) -> np.ndarray:
         [[float(_tree.norm(x)) for x in jax.tree.leaves(_tree.wide(t))] for t in (change, *products)]
     )
     size = norms[1:].max(axis=0)
+    # A hundredth of the whole: else a leaf whose product is mere rounding would fail against its own size.
     scale = size + 0.01 * np.linalg.norm(size)
     return norms[0] / np.where(scale > 0, scale, 1)
 
@@ -234,7 +245,7 @@ def _relative(change: Vector, products: Sequence[Vector]) -> np.ndarray:
 
 def _mode(loss_fn: LossFn, params: Params, args: tuple[Any, ...]) -> str:
     """The cheapest nesting of derivatives that the loss admits."""
-    try:
+    try:  # a trace decides; nothing is computed or compiled
         jax.eval_shape(hessian(loss_fn, params, *args), params)
     except TypeError:
         return "reverse-over-reverse"
@@ -242,22 +253,26 @@ def _mode(loss_fn: LossFn, params: Params, args: tuple[Any, ...]) -> str:
 
 
 def _agreement(name: str, comparison: Comparison, params: Params, eps: float) -> CheckRow:
-    error, doubt = comparison.error, CAUTION * comparison.doubt
-    limits = eps**0.5 + doubt
-    wrong, unclear = ~(error <= limits), doubt > 0.5
+    error, uncertainty = comparison.error, CAUTION * comparison.uncertainty
+    limits = eps**0.5 + uncertainty
+    wrong, unclear = ~(error <= limits), uncertainty > 0.5  # written so that NaN is wrong
     worst = int(np.argmax(np.where(np.isfinite(error), error / limits, np.inf)))
-    paths = _tree.leaf_paths(params)
-
-    def where(flags: Any) -> str:
-        chosen = [group for group, flag in zip(comparison.leaves, flags, strict=True) if flag]
-        return ", ".join(paths[i] for group in chosen for i in group)
-
     detail = "agrees with finite differences"
     if wrong.any():
-        detail = f"disagrees with finite differences in: {where(wrong)}"
+        detail = f"disagrees with finite differences in: {_leaves_of(comparison, wrong, params)}"
     elif unclear.any():
-        detail = f"agrees, but the differences cannot tell (rounding or kinks) in: {where(unclear)}"
+        at_fault = _leaves_of(comparison, unclear, params)
+        detail = f"agrees, but the differences cannot tell (rounding or kinks) in: {at_fault}"
     return CheckRow(name, not wrong.any(), float(error[worst]), float(limits[worst]), detail)
+
+
+def _leaves_of(comparison: Comparison, flags: np.ndarray, params: Params) -> str:
+    chosen = np.isin(np.arange(len(jax.tree.leaves(params))), _flagged(comparison.leaves, flags))
+    return named(params, chosen)
+
+
+def _flagged(groups: list[list[int]], flags: np.ndarray) -> list[int]:
+    return [i for group, flag in zip(groups, flags, strict=True) if flag for i in group]
 
 
 def _device_precision(

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 from rich.table import Table
 from rich.text import Text
 
 from hessjax._core import _tree
 from hessjax._core._messages import plain
-from hessjax._core._types import Key, LossFn, Matvec, Params, Vector
+from hessjax._core._types import Key, LossFn, Matvec, Params, Scalar, Vector
 from hessjax.curvature._product import at_precision, scalar
 from hessjax.estimators.probes import gaussian, rademacher
 
@@ -78,7 +78,7 @@ def _cells(row: CheckRow) -> tuple[str | Text, ...]:
     return row.name, result, f"{row.measured:.3g}", "" if note else f"{row.limit:.3g}", Text(row.detail)
 
 
-def named(params: Params, flags: Any) -> str:
+def named(params: Params, flags: Iterable[Any]) -> str:
     """The paths of the leaves that are flagged."""
     return ", ".join(path for path, flag in zip(_tree.leaf_paths(params), flags, strict=True) if flag)
 
@@ -93,7 +93,7 @@ def dtypes(params: Params) -> str:
 
 
 STEPS = (1.0, 2**0.5, 2.0)
-"""Multiples of the basic step: what a difference changes by between them is its doubt."""
+"""Multiples of the basic step: what a difference changes by between them is its uncertainty."""
 
 MOST_GROUPS = 16
 """Leaves are tested on their own up to this number, and beyond it in groups, to spare evaluations."""
@@ -106,12 +106,12 @@ class Comparison(NamedTuple):
         leaves: which leaves, by index.
         error: the disagreement, relative to what is compared plus a hundredth of the whole, so that a leaf
             of mere rounding is not held against its own size.
-        doubt: how much the disagreement changes with the step (truncation, kinks, rounding), likewise.
+        uncertainty: how much the disagreement changes with the step (truncation, kinks, rounding), likewise.
     """
 
     leaves: list[list[int]]
     error: np.ndarray
-    doubt: np.ndarray
+    uncertainty: np.ndarray
 
 
 def compare_gradient(
@@ -123,6 +123,7 @@ def compare_gradient(
     by mistake has a signal at all.
     """
     value, grads = loss_and_gradient(loss_fn, params, args)
+    # Truncation grows as h², rounding as eps/h: the two balance at h near eps^⅓ of the scale of the weights.
     direction, sizes = _toward(grads, gaussian(key, params), params)
     steps = eps ** (1 / 3) * np.asarray(sizes, float)
 
@@ -130,6 +131,7 @@ def compare_gradient(
         here = steps * np.isin(np.arange(len(steps)), leaves)
         pairs = [_slopes(loss_fn, params, args, grads, direction, here * factor) for factor in STEPS]
         measured, expected = np.array(jax.device_get(pairs), float).T
+        # Each of the two losses is off by about eps·|f|; the ends at which they are taken round too.
         rounding = 4 * eps * abs(float(value)) / (np.linalg.norm(here) or np.inf)
         wrong = measured - expected
         return abs(wrong[0]), np.ptp(wrong) + rounding, max(abs(measured[0]), abs(expected[0]))
@@ -142,13 +144,16 @@ def compare_product(
     matvec: Matvec, loss_fn: LossFn, params: Params, args: tuple[Any, ...], key: Key, eps: float
 ) -> Comparison:
     """The product Hv against (∇f(p + hv) − ∇f(p − hv)) / 2h, v being signs in the scale of each leaf."""
+    # Signs, so that every weight moves by a like share of its leaf's scale.
     direction = _in_scale(rademacher(key, params), params)
     disagreements, sizes = [], []
     for factor in STEPS:
         h = eps ** (1 / 3) * factor
         there, back = (_moved(params, direction, np.full(_count(params), t)) for t in (h, -h))
+        # The product with the step as the params' dtype took it, not with v: rounding of p ± hv is no error.
         product = matvec(_tree.cast_like(_difference(there, back, h), params))
         ends = [loss_and_gradient(loss_fn, point, args)[1] for point in (there, back)]
+        # Kept as a vector: between two steps it may change in direction and not in length.
         disagreement, size = _residual(*ends, h, product)
         disagreements.append(disagreement)
         sizes.append(size)
@@ -158,10 +163,10 @@ def compare_product(
 
 
 def _relative(leaves: list[list[int]], columns: np.ndarray) -> Comparison:
-    error, doubt, size = columns.T
+    error, uncertainty, size = columns.T
     scale = size + 0.01 * size.max()
     scale = np.where(scale > 0, scale, 1)
-    return Comparison(leaves, error / scale, doubt / scale)
+    return Comparison(leaves, error / scale, uncertainty / scale)
 
 
 def _count(params: Params) -> int:
@@ -169,7 +174,7 @@ def _count(params: Params) -> int:
 
 
 @jax.jit
-def loss_and_gradient(loss_fn: LossFn, params: Params, args: tuple[Any, ...]) -> tuple[Array, Vector]:
+def loss_and_gradient(loss_fn: LossFn, params: Params, args: tuple[Any, ...]) -> tuple[Scalar, Vector]:
     """The loss and its gradient, in full float32."""
     with at_precision("highest"):
         return jax.value_and_grad(scalar(loss_fn, args))(params)
@@ -177,12 +182,18 @@ def loss_and_gradient(loss_fn: LossFn, params: Params, args: tuple[Any, ...]) ->
 
 @jax.jit
 def _slopes(
-    loss_fn: LossFn, params: Params, args: Any, grads: Vector, direction: Vector, t: Float[Array, " l"]
-) -> tuple[Array, Array]:
+    loss_fn: LossFn,
+    params: Params,
+    args: tuple[Any, ...],
+    grads: Vector,
+    direction: Vector,
+    t: Float[Array, " l"],
+) -> tuple[Scalar, Scalar]:
     """What the loss changes by per unit of length, measured and according to its gradient."""
     there, back = _moved(params, direction, t), _moved(params, direction, -t)
     step = _difference(there, back, 0.5)  # the step as it came out in the dtypes of the params
     loss = scalar(loss_fn, args)
+    # Subtracted on the device, in the losses' own dtype: only the difference comes to the host.
     with at_precision("highest"):
         change = loss(there) - loss(back)
     length = _tree.norm(step)
@@ -199,13 +210,15 @@ def _moved(params: Params, direction: Vector, t: Float[Array, " l"]) -> Params:
 
 
 @jax.jit
-def _difference(there: Params, back: Params, h: Any) -> Vector:
+def _difference(there: Params, back: Params, h: ArrayLike) -> Vector:
     """(there − back) / 2h."""
     return jax.tree.map(lambda x, y: (x - y) / (2 * h), _tree.wide(there), _tree.wide(back))
 
 
 @jax.jit
-def _residual(there: Vector, back: Vector, h: Any, product: Vector) -> tuple[Vector, Array]:
+def _residual(
+    there: Vector, back: Vector, h: ArrayLike, product: Vector
+) -> tuple[Vector, Float[Array, " l"]]:
     """Difference of gradients less the product, and the size of the two, leaf by leaf."""
     measured, product = _difference(there, back, h), _tree.wide(product)
     return _tree.add_scaled(measured, -1.0, product), jnp.maximum(_norms(measured), _norms(product))
@@ -237,6 +250,7 @@ def _scales(params: Params) -> Float[Array, " l"]:
     """The root mean square of every leaf; that of all weights where a leaf's is smaller."""
     sizes = jnp.array([max(jnp.size(leaf), 1) for leaf in jax.tree.leaves(params)], jnp.float32)
     norms = _norms(params)
+    # A leaf of zeros (fresh biases) has no scale of its own, and a step of zero would test nothing.
     everywhere = jnp.sqrt(jnp.sum(norms**2) / jnp.sum(sizes))
     return jnp.maximum(norms / jnp.sqrt(sizes), jnp.where(everywhere > 0, everywhere, 1.0))
 
@@ -262,9 +276,10 @@ def _digests(batches: Iterable[Any]) -> Iterator[dict[str, bytes]]:
 
 
 def _digest(leaf: Any) -> bytes:
-    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # NumPy knows no keys
         leaf = jax.random.key_data(leaf)
     array = np.ascontiguousarray(leaf)
+    # Shape and dtype too: the same bytes may be other numbers. Digests, so that no batch has to be kept.
     head = f"{array.dtype}{np.shape(leaf)}".encode()
     return hashlib.blake2b(head + array.tobytes(), digest_size=16).digest()
 

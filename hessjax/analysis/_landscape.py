@@ -8,19 +8,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 from jaxtyping import Array, ArrayLike, Float
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from hessjax._core import _tree
-from hessjax._core._types import Block, LossFn, Params, Vector
+from hessjax._core._types import Block, LossFn, Params, Scalar, Vector
 from hessjax.curvature._batches import check_batches, count_examples, leading_axis
-from hessjax.curvature._product import at_precision, scalar
+from hessjax.curvature._product import as_pytree, at_precision, scalar
 from hessjax.estimators._samples import sampling_error
 
 
 class Landscape(NamedTuple):
-    """The loss on a grid around the params, with its doubt.
+    """The loss on a grid around the params, with its standard error.
 
     Attributes:
         distances: for each direction, how far to go: an array in units of that direction's length.
@@ -114,23 +113,18 @@ def landscape(
     axes = _axes(distances, len(rows))
     if points_at_once < 1:
         raise ValueError(f"`points_at_once` must be at least 1, got {points_at_once}.")
-    loss_fn = loss_fn if isinstance(loss_fn, Partial) else Partial(loss_fn)
     dtype = _tree.accumulator_dtype(params)
     points = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).astype(dtype)
     chunks = _chunks(points.reshape(-1, len(axes)), points_at_once)
-    evaluate = functools.partial(_losses, precision, loss_fn, params, rows)
-    weights, losses = [], []
+    evaluate = functools.partial(_losses, precision, as_pytree(loss_fn), params, rows)
+    sources = _sources(args, batches, num_examples)
     with _bar(progress, batches, len(chunks)) as advance:
-        for weight, arguments in _sources(args, batches, num_examples):
-            parts = [advance(evaluate(chunk, arguments)) for chunk in chunks]
-            weights.append(weight)
-            losses.append(np.concatenate(jax.device_get(parts))[: points[..., 0].size])
-    moments = _mean_and_stderr(np.array(weights), np.array(losses))
+        weights, losses = _evaluated(evaluate, chunks, sources, advance)
+    moments = _mean_and_stderr(weights, losses[:, : points[..., 0].size])
     mean, stderr = (jax.device_put(x.reshape(points.shape[:-1]).astype(dtype)) for x in moments)
     norms = jnp.stack([_norm(row) for row in rows])
-    return Landscape(
-        tuple(jax.device_put(axis.astype(dtype)) for axis in axes), mean, stderr, norms, len(weights)
-    )
+    distances = tuple(jax.device_put(axis.astype(dtype)) for axis in axes)
+    return Landscape(distances, mean, stderr, norms, len(weights))
 
 
 # -- what is asked for -----------------------------------------------------------------------------
@@ -138,6 +132,7 @@ def landscape(
 
 def _rows(directions: Any, params: Params) -> tuple[Vector, ...]:
     """The directions one by one, from a vector, a block, or a list of vectors."""
+    # The structure tells them apart: params that are a list look like a list of directions, by type.
     same: bool = jax.tree.structure(directions) == jax.tree.structure(params)  # type: ignore[operator]
     rows = [directions]
     if same and (length := _block_length(directions, params)) is not None:
@@ -183,6 +178,7 @@ def _axes(distances: Any, number: int) -> list[np.ndarray]:
 def _chunks(points: np.ndarray, at_once: int) -> list[np.ndarray]:
     """The points, `at_once` at a time; the last chunk is filled up with its last point."""
     at_once = min(at_once, len(points))
+    # All of one shape, so that the last chunk compiles nothing of its own.
     short = -len(points) % at_once
     points = np.concatenate([points, np.repeat(points[-1:], short, axis=0)])
     return list(points.reshape(-1, at_once, points.shape[1]))
@@ -197,12 +193,29 @@ def _sources(args: tuple[Any, ...], batches: Any, num_examples: Any) -> Iterator
     index = -1
     for index, batch in enumerate(batches):
         weight = count_examples(num_examples, batch, index)
+        # Put on the device once; every point of the grid reads it from there.
         yield weight, (jax.device_put(batch), *args)
     if index < 0:
         raise ValueError("`batches` must hold at least one batch, got none.")
 
 
 # -- computing it ----------------------------------------------------------------------------------
+
+
+def _evaluated(
+    evaluate: Callable[..., Array],
+    chunks: list[np.ndarray],
+    sources: Iterable[tuple[int, tuple[Any, ...]]],
+    advance: Callable[[Array], Array],
+) -> tuple[np.ndarray, np.ndarray]:
+    """The weight of every batch (b,), and its losses at all points (b, n)."""
+    weights, losses = [], []
+    for weight, arguments in sources:
+        # Fetched once per batch, when all its points are under way: between them the device does not wait.
+        parts = [advance(evaluate(chunk, arguments)) for chunk in chunks]
+        weights.append(weight)
+        losses.append(np.concatenate(jax.device_get(parts)))
+    return np.array(weights), np.array(losses)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -216,19 +229,20 @@ def _losses(
 ) -> Float[Array, " n"]:
     loss = scalar(loss_fn, args)
 
-    def at(point: Array) -> Array:
-        there = _tree.wide(params)
+    def at(point: Float[Array, " k"]) -> Scalar:
+        there = _tree.wide(params)  # in bfloat16 a small step from the weights would be no step at all
         for t, direction in zip(point, directions, strict=True):
             there = _tree.add_scaled(there, t, direction)
         return loss(_tree.cast_like(there, params))
 
     with at_precision(precision):
+        # No vmap around one point: it would turn convolutions into grouped ones, ten times slower on a CPU.
         return at(points[0])[None] if len(points) == 1 else jax.vmap(at)(points)
 
 
 def _mean_and_stderr(weights: np.ndarray, losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The mean over batches (first axis) by weight, and its standard error."""
-    weights, losses = weights.astype(float), losses.astype(float)
+    weights, losses = weights.astype(float), losses.astype(float)  # float64: NumPy sums over batches
     with np.errstate(invalid="ignore", over="ignore"):  # infinite losses are data
         return weights @ losses / weights.sum(), sampling_error(losses, weights)
 
@@ -246,7 +260,7 @@ def _bar(shown: bool, batches: Any, calls: int) -> Iterator[Callable[[Array], Ar
         task = bar.add_task("landscape", total=number and number * calls)
 
         def advance(result: Array) -> Array:
-            if shown:
+            if shown:  # a bar of calls that were only dispatched would run ahead of the work
                 jax.block_until_ready(result)
                 bar.advance(task)
             return result

@@ -1,30 +1,30 @@
-"""What every leaf can spare: one at a time, at one sparsity at a time, measured and predicted."""
+"""How much each leaf can be pruned: one at a time, at one sparsity at a time, measured and predicted."""
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, ArrayLike, Float
 from rich.table import Table
 from rich.text import Text
 
 from hessjax._core import _tree
+from hessjax._core._axes import is_matrix
 from hessjax._core._messages import plain
-from hessjax._core._types import Block, Params, Where
+from hessjax._core._types import Block, Params, Scalar, Where
 from hessjax._run import _drivers
 from hessjax.analysis import _sensitivity_csv
 from hessjax.analysis._sensitivity_csv import SensitivityRow, level_name
 from hessjax.pruning._once import prune_once
-from hessjax.pruning._sparsity import check_sparsity
+from hessjax.pruning._ranking import check_sparsity
 from hessjax.pruning.allocations._allocation import uniform
-from hessjax.pruning.patterns._by_path import Patterns, patterns_of
-from hessjax.pruning.patterns._pattern import Pattern, unstructured
-from hessjax.pruning.saliencies._saliency import Saliency, magnitude
-from hessjax.pruning.training._prune import is_matrix
+from hessjax.pruning.patterns._pattern import Pattern, Patterns, patterns_of, unstructured
+from hessjax.pruning.saliencies._first_order import magnitude
+from hessjax.pruning.saliencies._saliency import Saliency
 
 _Question: TypeAlias = tuple[str, str]
 """A leaf, and a level as the file has it."""
@@ -66,7 +66,7 @@ class Sensitivity(NamedTuple):
 def sensitivity(
     metric: Callable[[Params], Any] | None,
     params: Params,
-    levels: Sequence[float | int] | Any,
+    levels: Iterable[float | int],
     saliency: Saliency = magnitude(),  # noqa: B008 (a value, never changed)
     *,
     grads_fn: Callable[[Params], Block] | None = None,
@@ -138,17 +138,13 @@ def sensitivity(
                         0.5     2               2
     """
     patterns, chosen = _patterns_by_leaf(params, where, pattern), _checked_levels(levels)
-    has_model = diagonal is not None or saliency.compensate is not None
-    if metric is None and not has_model:
-        raise ValueError(
-            "`metric` must be given, or something to predict from: a `diagonal`, or a saliency like `obd()`."
-        )
-    if diagonal is not None:
-        _tree.check_like(diagonal, params, "diagonal", "params")
+    has_model = diagonal is not None or saliency.compensates
+    _check_question(metric, params, diagonal, has_model)
     file = None if path is None else Path(path)
     rows = [] if file is None else _sensitivity_csv.read(file, _tree.leaf_paths(params), has_model)
     known = {(row.parameter, level_name(row.sparsity)): row for row in rows}
     questions = [(name, level_name(level)) for name in patterns for level in chosen]
+    # Gradients are what is expensive: none are taken when the file has all the answers.
     grads = None if grads_fn is None or known.keys() >= set(questions) else grads_fn(params)
     network = _Network(params, saliency, patterns, grads, diagonal, has_model)
     with _drivers.entered(callbacks):
@@ -180,11 +176,13 @@ def _answer(
     params, predicted = _pruned(network, question)
     metrics: dict[str, float] = {}
     if metric is not None:
+        # The network at level 0 is the same whichever leaf is asked about: evaluated once.
         dense = [row.metrics for row in earlier if row.sparsity == 0 == float(question[1])]
         metrics = dense[0] if dense else _sensitivity_csv.named(metric(params))
         metrics = _sensitivity_csv.in_order(metrics, earlier, file)
         _sensitivity_csv.check_numbers(metrics, question, file)
     row = SensitivityRow(question[0], float(question[1]), metrics, predicted)
+    # Written at once: an evaluation may take minutes, and a killed run goes on from here.
     if file is not None:
         _sensitivity_csv.append(file, row)
     return row
@@ -192,31 +190,39 @@ def _answer(
 
 def _pruned(network: _Network, question: _Question) -> tuple[Params, float | None]:
     """The params with one leaf pruned, and the rise of the loss that is expected of it."""
-    params, saliency, patterns, grads, diagonal, has_model = network
     name, level = question[0], float(question[1])
     if level == 0:  # even for a saliency that would move the weights without pruning any
-        return params, 0.0 if has_model else None
+        return network.params, 0.0 if network.has_model else None
     pruned = prune_once(
-        params,
-        saliency,
+        network.params,
+        network.saliency,
         level,
-        grads_fn=None if grads is None else lambda _: grads,
+        grads_fn=None if network.grads is None else lambda _: network.grads,
         allocation=uniform(),
-        pattern=patterns[name],
+        pattern=network.patterns[name],
         where=lambda path, _: path == name,
     )
-    rise = pruned.predicted_increase
-    if diagonal is not None:
-        rise = _diagonal_increase(*(_leaf(tree, name) for tree in (diagonal, params, pruned.params)))
-    return pruned.params, float(rise) if has_model else None
+    if not network.has_model:
+        return pruned.params, None
+    return pruned.params, _increase(network, name, pruned.params, pruned.predicted_increase)
 
 
-def _leaf(tree: Params, name: str) -> Any:
+def _increase(network: _Network, name: str, pruned: Params, own: Scalar | float) -> float:
+    """By the diagonal where there is one, else what the saliency itself predicts."""
+    if network.diagonal is None:
+        return float(own)
+    # Compared with the weights as they came out: a saliency may have moved the kept ones too.
+    return float(_diagonal_increase(*(_leaf(x, name) for x in (network.diagonal, network.params, pruned))))
+
+
+def _leaf(tree: Params, name: str) -> Array:
     return jax.tree.leaves(tree)[_tree.leaf_paths(tree).index(name)]
 
 
 @jax.jit
-def _diagonal_increase(diagonal: Any, before: Any, after: Any) -> Array:
+def _diagonal_increase(
+    diagonal: Float[ArrayLike, "*n"], before: Float[ArrayLike, "*n"], after: Float[ArrayLike, "*n"]
+) -> Scalar:
     """½ Σ hᵢ δᵢ² of the one leaf that changes."""
     return jnp.sum(_tree.wide(diagonal) * (_tree.wide(after) - _tree.wide(before)) ** 2) / 2
 
@@ -227,6 +233,15 @@ def _tell(callbacks: Sequence[_drivers.Callback], number: int, total: int) -> No
 
 
 # -- checks --------------------------------------------------------------------------------------
+
+
+def _check_question(metric: Any, params: Params, diagonal: Params | None, has_model: bool) -> None:
+    if metric is None and not has_model:
+        raise ValueError(
+            "`metric` must be given, or something to predict from: a `diagonal`, or a saliency like `obd()`."
+        )
+    if diagonal is not None:
+        _tree.check_like(diagonal, params, "diagonal", "params")
 
 
 def _patterns_by_leaf(params: Params, where: Where, pattern: Patterns) -> dict[str, Pattern]:
@@ -241,9 +256,9 @@ def _patterns_by_leaf(params: Params, where: Where, pattern: Patterns) -> dict[s
     return {path: found[path] for path in chosen}
 
 
-def _checked_levels(levels: Any) -> list[float]:
+def _checked_levels(levels: Iterable[float | int]) -> list[float]:
     listed = [float(level) for level in levels]
-    names = [level_name(level) for level in listed]
+    names = [level_name(level) for level in listed]  # 0.3 and 0.1 + 0.2 are one level, in the file too
     if not listed or len(set(names)) < len(names):
         raise ValueError(f"`levels` must be one or more different sparsities, got [{', '.join(names)}].")
     for level in listed:

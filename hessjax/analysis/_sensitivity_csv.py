@@ -32,6 +32,7 @@ class SensitivityRow(NamedTuple):
 
 def level_name(sparsity: float) -> str:
     """A level as the file has it, and as levels are told apart: `0.15`, whatever the last bits."""
+    # Six digits survive float32, in which levels may have been computed.
     return f"{sparsity:.6g}"
 
 
@@ -63,7 +64,7 @@ def read(path: Path, parameters: Iterable[str], has_model: bool) -> list[Sensiti
         ValueError: naming the line, if the file is not of such an analysis of these parameters.
     """
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    whole = text[: text.rfind("\n") + 1]
+    whole = text[: text.rfind("\n") + 1]  # a run killed while it wrote leaves half a line at the end
     start = ",".join(_FIRST)
     if not whole and not (start.startswith(text) or text.startswith(start)):
         raise refusal(path, 1, f"the columns must be `{start},<metrics>`, got `{text[:60]}`")
@@ -77,7 +78,7 @@ def read(path: Path, parameters: Iterable[str], has_model: bool) -> list[Sensiti
 
 
 def _metric_names(path: Path, header: list[str], has_model: bool) -> list[str]:
-    end = len(header) - (PREDICTED in header)
+    end = len(header) - (PREDICTED in header)  # the metrics stand between two fixed columns and this one
     if header[:2] != list(_FIRST) or header[end:] != [PREDICTED] * has_model:
         wanted = ",".join([*_FIRST, "<metrics>", *[PREDICTED] * has_model])
         raise refusal(path, 1, f"the columns must be `{wanted}`, got `{','.join(header)}`")
@@ -111,6 +112,7 @@ def refusal(path: Path, number: int, reason: str) -> ValueError:
 
 def _cells(row: SensitivityRow) -> list[str]:
     numbers = [*row.metrics.values(), *([] if row.predicted is None else [row.predicted])]
+    # `repr` is the shortest text that reads back to the same bits.
     return [row.parameter, level_name(row.sparsity), *map(repr, numbers)]
 
 

@@ -1,5 +1,6 @@
 """How sparse a network is: one row per leaf, as data and as a table."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -12,9 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from hessjax._core import _tree
+from hessjax._core._axes import Axes, axes_of
 from hessjax._core._messages import plain
 from hessjax._core._types import ModelFn, Params
-from hessjax.program._multiply_adds import multiply_adds
+from hessjax.program._products import multiply_adds
+from hessjax.program._tracing import read
 
 
 class SummaryRow(NamedTuple):
@@ -72,10 +75,13 @@ class Summary(NamedTuple):
     Attributes:
         rows: one per leaf, in the order of the tree.
         total: all leaves together; its `std`, `mean`, `abs_mean` are those of all weights in one bag.
+        notes: what the multiply-adds leave open: a `while` loop counts as one step, a `cond` as its most
+            expensive branch, and what some operations do inside is not counted.
     """
 
     rows: tuple[SummaryRow, ...]
     total: SummaryRow
+    notes: tuple[str, ...] = ()
 
     def __rich__(self) -> Table:
         table = Table(box=None, header_style="bold", pad_edge=False)
@@ -87,6 +93,7 @@ class Summary(NamedTuple):
                 table.add_section()
             cells = (column.form(column.value(row)) for column in columns)
             table.add_row(*cells, style="bold" if row is self.total else None)
+        table.caption, table.caption_justify = "\n".join(self.notes) or None, "left"
         return table
 
     def __str__(self) -> str:
@@ -132,6 +139,9 @@ def summary(params: Params, model_fn: ModelFn | None = None, *args: Any) -> Summ
     Zeros are counted one by one, and by rows, columns, channels, kernels and filters (`SummaryRow` says which
     axes those are): whole ones can be cut out of the network. With a model, so are its multiply-adds:
     those of matrix products and convolutions with a leaf, dense, and times the leaf's fraction of nonzeros.
+    Counted are products of which one side is a leaf, or made of leaves alone (transposed, cast, cut, masked,
+    normalised: it then counts for the largest leaf in it), not those of data with data, such as the scores of
+    attention. The step of a `scan` counts as often as it runs; `notes` names what is not known.
 
     Args:
         params: any pytree of floating-point arrays: a linen dict, an `nnx.State`, ...
@@ -166,12 +176,15 @@ def summary(params: Params, model_fn: ModelFn | None = None, *args: Any) -> Summ
         4
     """
     _tree.check_floating(params)
-    work = {} if model_fn is None else multiply_adds(model_fn, params, *args)
+    work = None if model_fn is None else multiply_adds(read(model_fn, params, *args))
     paths, leaves = _tree.leaf_paths(params), jax.tree.leaves(params)
-    counted = jax.device_get([(_moments(leaf), _zero_parts(leaf)) for leaf in leaves])
-    named = zip(paths, leaves, counted, strict=True)
-    facts = [_facts(path, jnp.shape(x), work.get(path), *numbers) for path, x, numbers in named]
-    return Summary(tuple(map(_row, facts)), _row(_total(facts)))
+    axes = [axes_of(path, jnp.shape(leaf)) for path, leaf in zip(paths, leaves, strict=True)]
+    pairs = zip(leaves, axes, strict=True)
+    counted = jax.device_get([(_moments(leaf), _zero_parts(leaf, meaning)) for leaf, meaning in pairs])
+    spent = [None if work is None else work.by_leaf[i] for i in range(len(leaves))]
+    named = zip(paths, leaves, axes, spent, counted, strict=True)
+    facts = [_facts(path, jnp.shape(x), a, number, *moments) for path, x, a, number, moments in named]
+    return Summary(tuple(map(_row, facts)), _row(_total(facts)), () if work is None else work.notes)
 
 
 class _Facts(NamedTuple):
@@ -203,33 +216,40 @@ def _moments(x: Array) -> tuple[Array, Array, Array, Array]:
     return jnp.sum(x != 0, dtype=jnp.int32), mean, jnp.mean((wide - mean) ** 2), jnp.mean(jnp.abs(wide))
 
 
-@jax.jit
-def _zero_parts(x: Array) -> dict[int, Array]:
+@functools.partial(jax.jit, static_argnums=1)
+def _zero_parts(x: Array, axes: Axes) -> dict[int, Array]:
     """How many columns (0), rows (1), channels (2), kernels (3) and filters (4) are zero throughout."""
     if x.ndim < 2 or not x.size:
         return {}
-    lines = jnp.all(x == 0, axis=tuple(range(x.ndim - 2)))  # (in, out)
+    ins, outs = axes.input % x.ndim, axes.output % x.ndim
+    lines = jnp.all(x == 0, axis=tuple(i for i in range(x.ndim) if i not in (ins, outs)))
+    lines = lines if ins < outs else lines.T  # (in, out)
     by_output, by_input = jnp.sum(jnp.all(lines, axis=0)), jnp.sum(jnp.all(lines, axis=1))
     if x.ndim == 2:
         return {0: by_output, 1: by_input}
     return {2: by_input, 3: jnp.sum(lines), 4: by_output}
 
 
-def _num_parts(shape: tuple[int, ...]) -> list[int]:
+def _num_parts(shape: tuple[int, ...], axes: Axes) -> list[int]:
     if len(shape) < 2 or 0 in shape:
         return [0] * 5
-    ins, outs = shape[-2:]
+    ins, outs = shape[axes.input], shape[axes.output]
     return [outs, ins, 0, 0, 0] if len(shape) == 2 else [0, 0, ins, ins * outs, outs]
 
 
 def _facts(
-    path: str, shape: tuple[int, ...], work: int | None, moments: tuple[Any, ...], zeros: dict[int, Any]
+    path: str,
+    shape: tuple[int, ...],
+    axes: Axes,
+    work: int | None,
+    moments: tuple[Any, ...],
+    zeros: dict[int, Any],
 ) -> _Facts:
     nonzeros, mean, variance, abs_mean = (x.item() for x in moments)
     number = math.prod(shape)
     left = None if work is None else work * nonzeros / max(number, 1)
     zero_parts = np.array([int(zeros.get(i, 0)) for i in range(5)])
-    parts = np.array(_num_parts(shape))
+    parts = np.array(_num_parts(shape, axes))
     return _Facts(path, shape, number, nonzeros, work, left, parts, zero_parts, mean, variance, abs_mean)
 
 

@@ -1,17 +1,19 @@
 """Directions in weight space worth looking along: random ones in the network's own scale, and lines."""
 
 import functools
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from hessjax._core import _tree
+from hessjax._core._axes import axes_of, within_filters
 from hessjax._core._types import Key, Params, Vector
 from hessjax.estimators.probes import gaussian
 
 
-def random(key: Key, params: Params, *, filter_axis: int | None = -1) -> Vector:
+def random(key: Key, params: Params, *, filter_axis: int | Literal["output"] | None = "output") -> Vector:
     """A Gaussian direction, each filter rescaled to the norm of the params' filter in its place.
 
     Weights that follow a normalisation or precede a ReLU can be scaled without changing the network, so
@@ -22,8 +24,9 @@ def random(key: Key, params: Params, *, filter_axis: int | None = -1) -> Vector:
     Args:
         key: random key.
         params: pytree of real floating-point arrays.
-        filter_axis: a filter is a slice of a leaf along this axis; the last counts the outputs in Flax,
-            kernels being (in, out) and (height, width, in, out). `None` rescales leaves as a whole.
+        filter_axis: a filter is a slice of a leaf along this axis. `"output"`: the one that counts the
+            outputs, the last in Flax, kernels being (in, out) and (height, width, in, out). `None` rescales
+            leaves as a whole.
 
     Returns:
         A vector like `params`, in at least float32. Where a filter of the params is zero, so is its own.
@@ -50,10 +53,10 @@ def random(key: Key, params: Params, *, filter_axis: int | None = -1) -> Vector:
     deep = [jnp.ndim(leaf) for leaf in jax.tree.leaves(params) if jnp.ndim(leaf) > 1]
     if not deep:
         raise ValueError(
-            "`params` must have a leaf with two or more axes, got none; `hessjax.gaussian` gives a "
-            "direction with every entry random."
+            "`params` must have a leaf with two or more axes, got none; `hessjax.probes.gaussian` gives "
+            "a direction with every entry random."
         )
-    if filter_axis is not None and not all(-n <= filter_axis < n for n in deep):
+    if isinstance(filter_axis, int) and not all(-n <= filter_axis < n for n in deep):
         raise ValueError(
             f"`filter_axis` must be an axis of every leaf with two or more, which have {sorted(set(deep))} "
             f"axes, got {filter_axis}."
@@ -99,12 +102,26 @@ def line(params: Params, other: Params) -> Vector:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _rescaled(axis: int | None, direction: Vector, params: Params) -> Vector:
-    def leaf(d: Array, w: Array) -> Array:
+def _rescaled(axis: int | Literal["output"] | None, direction: Vector, params: Params) -> Vector:
+    def leaf(path: Any, d: Array, w: Array) -> Array:
         if w.ndim < 2:
             return jnp.zeros_like(d)
-        others = tuple(i for i in range(w.ndim) if axis is None or i != axis % w.ndim)
+        others = _summed_over(axis, _tree.path_name(path), w.shape)
+        # Norms with their axes kept, in the direction's dtype: squares of bfloat16 weights lose their digits.
         norms = [jnp.sqrt(jnp.sum(x.astype(d.dtype) ** 2, axis=others, keepdims=True)) for x in (d, w)]
+        # A filter of the params that is zero makes the direction zero there, not NaN.
         return d * norms[1] / jnp.where(norms[0] > 0, norms[0], 1)
 
-    return jax.tree.map(leaf, direction, params)
+    return jax.tree_util.tree_map_with_path(leaf, direction, params)
+
+
+def _summed_over(axis: int | Literal["output"] | None, path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes that the norm of a filter sums over."""
+    if axis == "output":
+        return within_filters(axes_of(path, shape), len(shape))
+    return tuple(i for i in range(len(shape)) if axis is None or i != axis % len(shape))
+
+
+def __dir__() -> list[str]:
+    """What tab completion shows: the names made here, not the imports."""
+    return [name for name, value in globals().items() if getattr(value, "__module__", None) == __name__]

@@ -1,7 +1,8 @@
 """The tour: a network for handwritten digits, trained, measured, and pruned to 90 % zeros."""
 
+import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,7 +115,7 @@ def train(data: Digits, settings: Settings, seed: int) -> tuple[Params, History]
 
 
 class Curvature(NamedTuple):
-    """The measurements, each with its doubt, and the seconds each took."""
+    """The measurements, each with its uncertainty, and the seconds each took."""
 
     eigenpairs: Eigenpairs
     density: SpectralDensity
@@ -128,25 +129,35 @@ def measure(params: Params, data: Digits, settings: Settings, key: Key) -> Curva
     images, labels = (part[: settings.measured_examples] for part in data.train)
     batches = [(images[i : i + BATCH], labels[i : i + BATCH]) for i in range(0, len(labels), BATCH)]
     matvec = hj.over_batches(lambda batch: hj.hessian(loss_fn, params, batch), batches)
-    keys, seconds = jax.random.split(key), {}
-
-    def timed(name: str, measurement: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        start = time.perf_counter()
-        result = jax.block_until_ready(measurement(*args, **options))
-        seconds[name] = time.perf_counter() - start
-        return result
-
-    def estimated(name: str, estimate: Callable[..., Any], key: Key, *args: Any) -> Any:
-        return timed(name, estimate, matvec, key, params, *args, callbacks=[hj.progress_bar(name)])
-
-    pairs, density, _ = estimated(
-        "spectrum", hj.spectrum, keys[0], settings.num_eigenvalues, settings.num_lanczos
-    )
-    traces = estimated("trace", hj.trace_by_leaf, keys[1], settings.num_probes)
-    steepest = jax.tree.map(lambda rows: rows[:2], pairs.vectors)
-    plane = timed("landscape", hj.landscape, loss_fn, params, batches[0], directions=steepest,
-                  distances=np.linspace(-2, 2, settings.num_points), progress=True)  # fmt: skip
+    keys = jax.random.split(key)
+    seconds: dict[str, float] = {}
+    with timed("spectrum", seconds):
+        sizes = settings.num_eigenvalues, settings.num_lanczos
+        spectrum = hj.spectrum(matvec, keys[0], params, *sizes, callbacks=[hj.progress_bar("spectrum")])
+        pairs, density, _ = jax.block_until_ready(spectrum)
+    with timed("trace", seconds):
+        callbacks = [hj.progress_bar("trace")]
+        traces = hj.trace_by_leaf(matvec, keys[1], params, settings.num_probes, callbacks=callbacks)
+        jax.block_until_ready(traces)
+    with timed("landscape", seconds):
+        plane = around(params, batches[0], pairs, settings)
     return Curvature(pairs, density, traces, plane, seconds)
+
+
+def around(params: Params, batch: Any, pairs: Eigenpairs, settings: Settings) -> hj.Landscape:
+    """The loss of one batch across the plane of the two steepest directions."""
+    steepest = jax.tree.map(lambda rows: rows[:2], pairs.vectors)
+    distances = np.linspace(-2, 2, settings.num_points)
+    plane = hj.landscape(loss_fn, params, batch, directions=steepest, distances=distances, progress=True)
+    return jax.block_until_ready(plane)
+
+
+@contextlib.contextmanager
+def timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Note the seconds of a part under its name."""
+    start = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - start
 
 
 # -- pruning -------------------------------------------------------------------------------------
@@ -171,6 +182,17 @@ def prune_at_once(params: Params) -> Params:
 # -- the whole -----------------------------------------------------------------------------------
 
 
+class Found(NamedTuple):
+    """Everything that the tour computed: what its tables, figures and record are made from."""
+
+    params: Params
+    sparse: Params
+    training: History
+    tuning: History
+    curvature: Curvature
+    outcome: dict[str, Quality]
+
+
 def tour(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
     """Train, measure, prune; print tables, write `report.json` and the figures.
 
@@ -189,7 +211,7 @@ def tour(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
         About a minute on two cores; `quick` less.
     """
     report.prepare(out)
-    start, console, settings = time.perf_counter(), get_console(), QUICK if quick else FULL
+    start, settings = time.perf_counter(), QUICK if quick else FULL
     data = _digits.load()
     params, training = train(data, settings, seed)
     curvature = measure(params, data, settings, jax.random.key(seed))
@@ -199,14 +221,23 @@ def tour(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
         "pruned at once": jax.tree.map(float, quality(prune_at_once(params), data.test)),
         "pruned while fine-tuning": tuning.quality[-1],
     }
-    show(curvature, params, outcome, sparse)
-    record: dict[str, Any] = {
-        "seed": seed,
-        "quick": quick,
-        "settings": settings,
+    found = Found(params, sparse, training, tuning, curvature, outcome)
+    show(found)
+    record = {"seed": seed, "quick": quick, "settings": settings, **facts(found), "figures": draw(out, found)}
+    record["seconds"]["all"] = time.perf_counter() - start
+    report.write_json(out / "report.json", record)
+    told = f"\nWritten to {out}: report.json, {', '.join(record['figures'])}"
+    get_console().print(told, highlight=False, markup=False)
+    return report.to_json(record)
+
+
+def facts(found: Found) -> dict[str, Any]:
+    """The results as data."""
+    params, sparse, training, tuning, curvature, outcome = found
+    return {
         "environment": report.environment(),
         "training": training,
-        "eigenvalues": curvature.eigenpairs._replace(vectors=None),
+        "eigenvalues": curvature.eigenpairs._replace(vectors=None),  # as large as ten networks
         "trace": curvature.traces.total,
         "layers": report.layer_rows(curvature.traces, params),
         "density": curvature.density,
@@ -214,19 +245,13 @@ def tour(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
         "pruning": tuning,
         "outcome": outcome,
         "summary": hj.summary(sparse),
-        "figures": draw(out, curvature, params, tuning, outcome["dense"].accuracy, sparse),
         "seconds": {**curvature.seconds, "training": training.seconds, "pruning": tuning.seconds},
     }
-    record["seconds"]["all"] = time.perf_counter() - start
-    report.write_json(out / "report.json", record)
-    console.print(
-        f"\nWritten to {out}: report.json, {', '.join(record['figures'])}", highlight=False, markup=False
-    )
-    return report.to_json(record)
 
 
-def show(curvature: Curvature, params: Params, outcome: dict[str, Quality], sparse: Params) -> None:
+def show(found: Found) -> None:
     """Print the tables."""
+    params, curvature = found.params, found.curvature
     total, pairs = curvature.traces.total, curvature.eigenpairs
     count, size = len(pairs.values) // 2, hj.summary(params).total.number
     share = float(pairs.values[:count].sum() / total.mean)
@@ -236,26 +261,25 @@ def show(curvature: Curvature, params: Params, outcome: dict[str, Quality], spar
         "",
         report.layer_table(curvature.traces, params),
         f"\nThe {count} largest of {size:,} eigenvalues carry {share:.0%} of the trace.\n",
-        report.accuracy_table({name: (q.sparsity, q.accuracy) for name, q in outcome.items()}),
+        report.accuracy_table({name: (q.sparsity, q.accuracy) for name, q in found.outcome.items()}),
         "",
-        hj.summary(sparse),
+        hj.summary(found.sparse),
         sep="\n",
     )
 
 
-def draw(
-    out: Path, curvature: Curvature, params: Params, tuning: History, dense_accuracy: float, sparse: Params
-) -> list[str]:
+def draw(out: Path, found: Found) -> list[str]:
     """Write the figures; their names."""
+    curvature, tuning, dense_accuracy = found.curvature, found.tuning, found.outcome["dense"].accuracy
     accuracy = [seen.accuracy for seen in tuning.quality]
     zeros = [seen.sparsity for seen in tuning.quality]
     axes = {
         "density.png": plot.density(curvature.density, curvature.eigenpairs),
         "cumulative.png": plot.cumulative(curvature.density),
         "landscape.png": plot.landscape(curvature.landscape, labels=DIRECTIONS, log=True),
-        "layers.png": plot.layers(curvature.traces, params)[0],
+        "layers.png": plot.layers(curvature.traces, found.params)[0],
         "pruning.png": plot.pruning_run(tuning.steps, accuracy, zeros, dense_accuracy)[0],
-        "kept.png": plot.kept(sparse),
+        "kept.png": plot.kept(found.sparse),
     }
     for name, ax in axes.items():
         figure = ax.get_figure(root=True)

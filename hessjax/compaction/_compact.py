@@ -1,19 +1,23 @@
 """Pruned channels removed for good: smaller arrays, the same function."""
 
 import functools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 from rich.table import Table
 from rich.text import Text
 
 from hessjax._core import _tree
 from hessjax._core._messages import plain
-from hessjax._core._types import ModelFn, Params, Where
-from hessjax.compaction._narrow import Narrowing, analyse, multiply_adds, shrink_leaf, take
-from hessjax.program._program import trace
+from hessjax._core._types import ModelFn, Params, Scalar, Where
+from hessjax.compaction._narrow import Narrowing, analyse, shrink_leaf, take
+from hessjax.program._products import multiply_adds
+from hessjax.program._program import Body
+from hessjax.program._tracing import read
 
 
 class Size(NamedTuple):
@@ -22,7 +26,8 @@ class Size(NamedTuple):
     Attributes:
         weights: numbers in the params.
         bytes: of memory that they take.
-        multiply_adds: in the matrix products and convolutions of one call on the example.
+        multiply_adds: in the matrix products and convolutions of one call on the example, those inside a
+            `scan` as often as it runs.
     """
 
     weights: int
@@ -44,6 +49,8 @@ class Compacted(NamedTuple):
         model_fn: `model_fn(params, *args)` at the smaller widths, for args of the example's shapes. It is
             the program that was traced, without the calls it was made of: run it, time it, compare with it;
             to train on, build the model anew.
+        notes: what the multiply-adds leave open: a `while` loop counts as one step, a `cond` as its most
+            expensive branch, and what some operations do inside is not counted.
     """
 
     params: Params
@@ -53,6 +60,7 @@ class Compacted(NamedTuple):
     after: Size
     difference: float
     model_fn: ModelFn
+    notes: tuple[str, ...] = ()
 
     def shrink(self, tree: Any, under: str = "") -> Any:
         """Remove the same channels from anything made for the full params: gradients, an optimizer's state.
@@ -107,7 +115,7 @@ class Compacted(NamedTuple):
         Raises:
             ValueError: if its outputs differ in structure or shape.
         """
-        return float(_difference(self.model_fn, model_fn, self.params, self.params, args))
+        return float(_difference(self.model_fn, model_fn, self.params, self.params, args)[0])
 
     def __rich__(self) -> Table:
         table = Table(box=None, header_style="bold", pad_edge=False)
@@ -118,6 +126,7 @@ class Compacted(NamedTuple):
         table.add_section()
         for name, before, after in zip(Size._fields, self.before, self.after, strict=True):
             table.add_row(name.replace("_", "-"), f"{before:,}", f"{after:,}", style="bold")
+        table.caption, table.caption_justify = "\n".join(self.notes) or None, "left"
         return table
 
     def __str__(self) -> str:
@@ -161,6 +170,8 @@ def compact(
 
     Raises:
         ValueError: if `where` matches no leaf, or two leaves have the same path.
+        RuntimeError: if the outputs differ by more than rounding on the example (√ε of the coarsest dtype in
+            the model), and no constants were to be dropped.
 
     Cost:
         A trace, a few passes over the weights on the host (one byte each), and one compilation with one run
@@ -186,22 +197,27 @@ def compact(
         0.0
     """
     paths, leaves = _tree.unique_paths(params, "params"), jax.tree.leaves(params)
-    program = trace(model_fn, params, args)
+    program = read(model_fn, params, *args)
     may_shrink = jax.tree.leaves(_tree.match(params, where))
     narrowing = analyse(program, leaves, may_shrink, drop_constants=drop_constants)
-    flags = [[narrowing.kept[nodes] for nodes in axes.nodes] for axes in narrowing.leaves]
-    chosen = [{a: np.flatnonzero(f) for a, f in enumerate(each) if not f.all()} for each in flags]
+    chosen = narrowing.indices()
     small_leaves = [take(leaf, axes) for leaf, axes in zip(leaves, chosen, strict=True)]
     small = jax.tree.unflatten(jax.tree.structure(params), small_leaves)
     narrow_fn = functools.partial(_narrow_fn, narrowing, jax.tree.structure((small, args)))
+    difference, of_numbers = map(float, _difference(model_fn, narrow_fn, params, small, args))
+    kept = {path: axes for path, axes in zip(paths, chosen, strict=True) if axes}
+    work = multiply_adds(program)
+    if not drop_constants:
+        _check_same(of_numbers, program.body, kept)
     return Compacted(
         params=small,
-        kept={path: axes for path, axes in zip(paths, chosen, strict=True) if axes},
+        kept=kept,
         shapes={p: (jnp.shape(x), jnp.shape(y)) for p, x, y in zip(paths, leaves, small_leaves, strict=True)},
-        before=_size(params, multiply_adds(narrowing, np.ones_like(narrowing.kept))),
-        after=_size(small, multiply_adds(narrowing, narrowing.kept)),
-        difference=float(_difference(model_fn, narrow_fn, params, small, args)),
+        before=_size(params, work.total),
+        after=_size(small, multiply_adds(program, narrowing.shape).total),
+        difference=difference,
         model_fn=narrow_fn,
+        notes=work.notes,
     )
 
 
@@ -222,23 +238,49 @@ def _size(params: Params, products: int) -> Size:
     return Size(_tree.size(params), sum(x.nbytes for x in leaves), products)
 
 
-def _difference(full: ModelFn, small: ModelFn, params: Params, fewer: Params, args: Any) -> Any:
-    """Max |y − y'| / max |y| over all outputs."""
+def _check_same(difference: float, body: Body, kept: Iterable[str]) -> None:
+    """Refuse a compact model that computes something else."""
+    # Rounding grows with depth, so that ε itself is too strict; a misread channel shows at the order of 1.
+    allowed = _rounding(body) ** 0.5
+    if not difference <= allowed:
+        raise RuntimeError(
+            f"The compact model's outputs must be those of the full one to rounding, {allowed:.1e}, but on "
+            f"the example they differ by {difference:.1e}. An operation must have been misread: `where` can "
+            f"leave out what was cut ({', '.join(kept)})."
+        )
 
-    @jax.jit
-    def both(params: Params, fewer: Params, args: Any) -> Any:
-        want, got = full(params, *args), small(fewer, *args)
-        _tree.check_like(got, want, "model_fn(params, *args)", "the compact model's outputs")
-        gaps = [jnp.max(jnp.abs(a - b), initial=0) for a, b in zip(_wide(got), _wide(want), strict=True)]
-        sizes = [jnp.max(jnp.abs(b), initial=0) for b in _wide(want)]
-        gap, size = (functools.reduce(jnp.maximum, x, jnp.zeros(())) for x in (gaps, sizes))
-        return jnp.where(gap == 0, 0.0, gap / size)
 
+def _rounding(body: Body) -> float:
+    """The ε of the coarsest floating dtype that the operations give: a bfloat16 inside sets the error."""
+    dtypes = (getattr(v.aval, "dtype", np.int32) for operation in body.operations for v in operation.outputs)
+    own = [float(jnp.finfo(x).eps) for x in dtypes if jnp.issubdtype(x, jnp.inexact)]
+    inner = [_rounding(each) for operation in body.operations for each in operation.bodies]
+    return max([*own, *inner], default=0.0)
+
+
+def _difference(full: ModelFn, small: ModelFn, params: Params, fewer: Params, args: Any) -> tuple[Any, Any]:
+    """Max |y − y'| / max |y| over all outputs, and over those that are floating-point numbers."""
+    # In the fast modes of accelerators (TF32) sums in another order differ by far more than float32 rounds.
     with jax.default_matmul_precision("highest"):
-        return both(params, fewer, args)
+        return jax.jit(functools.partial(_both, full, small))(params, fewer, args)
 
 
-def _wide(outputs: Any) -> list[Any]:
-    return [
-        x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in map(jnp.asarray, jax.tree.leaves(outputs))
+def _both(full: ModelFn, small: ModelFn, params: Params, fewer: Params, args: Any) -> tuple[Scalar, Scalar]:
+    want, got = full(params, *args), small(fewer, *args)
+    _tree.check_like(got, want, "model_fn(params, *args)", "the compact model's outputs")
+    pairs = [
+        (jnp.asarray(a), jnp.asarray(b)) for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True)
     ]
+    # An argmax may jump where two numbers tie to rounding: it is reported, and not held against the model.
+    return _gap(pairs), _gap([(a, b) for a, b in pairs if jnp.issubdtype(b.dtype, jnp.inexact)])
+
+
+def _gap(pairs: list[tuple[Array, Array]]) -> Scalar:
+    """Max |a − b| / max |b|; the same infinity (a masked logit) or NaN on both sides is no difference."""
+    gap = size = jnp.zeros(())
+    for a, b in pairs:
+        a, b = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (a, b))
+        same = (a == b) | (jnp.isnan(a) & jnp.isnan(b))
+        gap = jnp.maximum(gap, jnp.max(jnp.where(same, 0, jnp.abs(a - b)), initial=0))
+        size = jnp.maximum(size, jnp.max(jnp.where(jnp.isfinite(b), jnp.abs(b), 0), initial=0))
+    return jnp.where(gap == 0, 0.0, gap / size)

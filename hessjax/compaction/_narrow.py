@@ -6,15 +6,14 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Literal
+from jaxtyping import Array
 
-from hessjax.program._axes import Axes, Constraints, Kept, Nodes, axes_of, staying, unknown
-from hessjax.program._multiply_adds import equation_multiply_adds
-from hessjax.program._program import Program, bind, evaluate
-from hessjax.program._readings import read
+from hessjax.program._axes import Axes, Constraints, Kept, Nodes, axes_of, constant, nonzero_of, unknown
+from hessjax.program._program import Operation, Program, Value, evaluate, execute
+from hessjax.program._readings import follow
 
-Step: TypeAlias = tuple[list[Any], list[Axes]]
-"""What is known of the inputs and of the results of one operation."""
+Indices: TypeAlias = dict[int, np.ndarray]
+"""`{axis: indices}`"""
 
 
 class Narrowing(NamedTuple):
@@ -22,55 +21,60 @@ class Narrowing(NamedTuple):
 
     Attributes:
         program: the program at its full widths.
-        steps: the axes of every operation's inputs and results.
+        axes: those of every value, outside loops and branches: what these touch stays whole.
         kept: which nodes stay.
-        leaves: the axes of the params' leaves.
     """
 
     program: Program
-    steps: tuple[Step, ...]
+    axes: dict[Value, Axes]
     kept: Kept
-    leaves: tuple[Axes, ...]
 
     def shapes(self) -> list[tuple[int, ...]]:
         """Those of all inputs: params that are narrow, and the args."""
-        args: list[Any] = [v.aval for v in self.program.jaxpr.invars[len(self.leaves) :]]
-        return [stays(self.kept, axes) for axes in self.leaves] + [x.shape for x in args]
+        return [self.shape(value) for value in self.program.body.inputs]
+
+    def shape(self, value: Value) -> tuple[int, ...]:
+        """The shape of what stays of a value."""
+        return stays(self.kept, self.axes[value]) if value in self.axes else value.shape
+
+    def indices(self) -> list[Indices]:
+        """For every leaf what stays of the axes that become shorter."""
+        flags = [[self.kept[nodes] for nodes in self.axes[leaf].nodes] for leaf in self.program.leaves]
+        return [{a: np.flatnonzero(f) for a, f in enumerate(each) if not f.all()} for each in flags]
 
     def __call__(self, leaves: list[Any]) -> list[Any]:
         """The outputs, from params that are narrow already, and the args."""
-        steps = iter(self.steps)
+        return evaluate(self.program.body, leaves, self._execute)
 
-        def apply(eqn: Any, inputs: list[Any]) -> list[Any]:
-            values = [x.val if isinstance(x, Literal) else x for x in inputs]
-            return _run(eqn, values, next(steps), self.kept)
-
-        return evaluate(self.program, leaves, apply, self.program.consts)
+    def _execute(self, operation: Operation, values: list[Any]) -> list[Any]:
+        if operation.name == "slice":  # the entries that stay need not lie at equal steps any more
+            return [_slice(operation, values[0], self.axes[operation.inputs[0]], self.kept)]
+        outputs = [self.axes[v] for v in operation.outputs]
+        following = _FOLLOWING.get(operation.name)
+        if following is None:
+            return execute(operation, values)
+        return execute(operation, values, **following(operation, values, outputs, self.kept))
 
 
 def analyse(
     program: Program, leaves: list[Any], may_shrink: list[bool], *, drop_constants: bool
 ) -> Narrowing:
     """Read the whole program, and find the least of it that computes the same."""
-    constraints, steps = Constraints(drop_constants), list[Step]()
+    constraints, body = Constraints(drop_constants), program.body
     params = [_leaf(constraints, leaf) for leaf in leaves]
-
-    def apply(eqn: Any, inputs: list[Any]) -> list[Axes]:
-        outputs = read(constraints, eqn, inputs)
-        steps.append((inputs, outputs))
-        return outputs
-
-    args = [unknown(getattr(v.aval, "shape", ())) for v in program.jaxpr.invars[len(leaves) :]]
-    consts = [_constant(value) for value in program.consts]
-    outputs = evaluate(program, [*params, *args], apply, consts)
-    for axes in outputs:
-        if not isinstance(axes, Literal):
-            constraints.keep(*axes.nodes)
+    known = {v: unknown(v.shape) for v in body.inputs}
+    known |= dict(zip(program.leaves, params, strict=True))
+    known |= {v: constant(value) for v, value in body.consts.items()}
+    follow(constraints, body, known)
+    # Who calls the model sees its outputs; args are fixed by whoever makes the data.
+    for value in body.outputs:
+        if value.literal is None:
+            constraints.keep(*known[value].nodes)
     for axes, free, used in zip(params, may_shrink, program.used, strict=True):
         if not (free and used):
             constraints.keep(*axes.nodes)
     kept = constraints.solve(nodes for axes in params for nodes in axes.nodes)
-    return Narrowing(program, tuple(steps), kept, tuple(params))
+    return Narrowing(program, known, kept)
 
 
 def stays(kept: Kept, axes: Axes) -> tuple[int, ...]:
@@ -78,58 +82,36 @@ def stays(kept: Kept, axes: Axes) -> tuple[int, ...]:
     return tuple(int(kept[nodes].sum()) for nodes in axes.nodes)
 
 
-def multiply_adds(narrowing: Narrowing, kept: Kept) -> int:
-    """In the matrix products and convolutions of the program, at the widths of `kept`."""
-    total = 0
-    for eqn, (inputs, outputs) in zip(narrowing.program.eqns, narrowing.steps, strict=True):
-        if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
-            shapes = (stays(kept, axes) for axes in (*inputs[:2], outputs[0]))
-            total += equation_multiply_adds(eqn, *shapes)
-    return total
-
-
 def _leaf(constraints: Constraints, leaf: Any) -> Axes:
-    return axes_of(tuple(constraints.fresh(n) for n in np.shape(leaf)), _nonzero(leaf), np.zeros((), bool))
+    return axes_of(tuple(constraints.fresh(n) for n in np.shape(leaf)), nonzero_of(leaf), np.zeros((), bool))
 
 
-def _constant(value: Any) -> Axes:
-    """A constant of the program: a rebuilt model may make another, so that nothing of it goes."""
-    return axes_of(staying(*np.shape(value)), _nonzero(value), np.zeros((), bool))
+# -- parameters of operations that follow the widths ------------------------------------------------
 
 
-def _nonzero(value: Any) -> np.ndarray:
-    """Where an array is not exactly zero; everywhere, if it is no array of numbers."""
-    if jax.dtypes.issubdtype(getattr(value, "dtype", np.float32), jax.dtypes.extended):
-        return np.ones((1,) * np.ndim(value), bool)
-    return np.asarray(np.asarray(value) != 0)
+def _broadcast(operation: Operation, values: list[Any], outputs: list[Axes], kept: Kept) -> dict[str, Any]:
+    return {"shape": stays(kept, outputs[0])}
 
 
-def _run(eqn: Any, values: list[Any], step: Step, kept: Kept) -> list[Any]:
-    inputs, outputs = step
-    name = eqn.primitive.name
-    if name == "broadcast_in_dim":
-        return bind(eqn, values, shape=stays(kept, outputs[0]))
-    if name == "reshape":
-        return bind(eqn, values, new_sizes=stays(kept, outputs[0]))
-    if name in FOLLOWING:
-        return bind(eqn, values, **FOLLOWING[name](eqn, inputs, outputs, kept))
-    if name == "slice":
-        return [_slice(eqn, values[0], inputs[0], kept)]
-    return bind(eqn, values)
+def _reshape(operation: Operation, values: list[Any], outputs: list[Axes], kept: Kept) -> dict[str, Any]:
+    return {"new_sizes": stays(kept, outputs[0])}
 
 
-def _conv(eqn: Any, inputs: list[Any], outputs: list[Axes], kept: Kept) -> dict[str, Any]:
-    features = inputs[0].nodes[eqn.params["dimension_numbers"].lhs_spec[1]]
-    groups = eqn.params["feature_group_count"]  # above 1 and depthwise, or nothing goes
-    return {"feature_group_count": groups * _width(kept, features) // len(features) if groups > 1 else 1}
+def _conv(operation: Operation, values: list[Any], outputs: list[Axes], kept: Kept) -> dict[str, Any]:
+    groups = operation.params["feature_group_count"]
+    if groups == 1:
+        return {}
+    # Depthwise, or nothing went: as many groups as channels, or as before.
+    features = operation.params["dimension_numbers"].lhs_spec[1]
+    return {"feature_group_count": groups * values[0].shape[features] // operation.inputs[0].shape[features]}
 
 
-def _split(eqn: Any, inputs: list[Any], outputs: list[Axes], kept: Kept) -> dict[str, Any]:
-    return {"sizes": tuple(_width(kept, x.nodes[eqn.params["axis"]]) for x in outputs)}
+def _split(operation: Operation, values: list[Any], outputs: list[Axes], kept: Kept) -> dict[str, Any]:
+    return {"sizes": tuple(_width(kept, x.nodes[operation.params["axis"]]) for x in outputs)}
 
 
-def _pad(eqn: Any, inputs: list[Any], outputs: list[Axes], kept: Kept) -> dict[str, Any]:
-    config = eqn.params["padding_config"]
+def _pad(operation: Operation, values: list[Any], outputs: list[Axes], kept: Kept) -> dict[str, Any]:
+    config = operation.params["padding_config"]
     if any(low < 0 or high < 0 or inside for low, high, inside in config):
         return {}
     ends = zip(config, outputs[0].nodes, strict=True)
@@ -141,10 +123,12 @@ def _width(kept: Kept, nodes: Nodes) -> int:
     return int(kept[nodes].sum())
 
 
-def _slice(eqn: Any, value: Any, axes: Axes, kept: Kept) -> Any:
+def _slice(operation: Operation, value: Array, axes: Axes, kept: Kept) -> Array:
     """The entries that were cut out, as far as they stay: where each lies among those that stay."""
-    steps = eqn.params["strides"] or (1,) * len(axes.nodes)
-    cuts = zip(axes.nodes, eqn.params["start_indices"], eqn.params["limit_indices"], steps, strict=True)
+    steps = operation.params["strides"] or (1,) * len(axes.nodes)
+    cuts = zip(
+        axes.nodes, operation.params["start_indices"], operation.params["limit_indices"], steps, strict=True
+    )
     for axis, (nodes, start, limit, step) in enumerate(cuts):
         flags = kept[nodes]
         if flags.all():
@@ -155,15 +139,16 @@ def _slice(eqn: Any, value: Any, axes: Axes, kept: Kept) -> Any:
     return value
 
 
-FOLLOWING: dict[str, Callable[[Any, list[Any], list[Axes], Kept], dict[str, Any]]] = {
+_FOLLOWING: dict[str, Callable[[Operation, list[Any], list[Axes], Kept], dict[str, Any]]] = {
+    "broadcast_in_dim": _broadcast,
     "conv_general_dilated": _conv,
     "pad": _pad,
+    "reshape": _reshape,
     "split": _split,
 }
 
 
-Indices: TypeAlias = dict[int, np.ndarray]
-"""`{axis: indices}`"""
+# -- leaves -----------------------------------------------------------------------------------------
 
 
 def take(leaf: Any, kept: Indices) -> Any:
@@ -189,11 +174,13 @@ def shrink_leaf(
         return leaf, False
     owner = max(owners, key=len)
     shape, like, cuts = np.shape(leaf), shapes[owner], kept.get(owner, {})
+    # optax puts arrays of size 1 where a leaf has no such moment.
     if not cuts or np.size(leaf) <= 1 < np.prod(like):
         return leaf, shape == like or not cuts
     if shape[len(shape) - len(like) :] == like:
         ahead = len(shape) - len(like)
         return take(leaf, {axis + ahead: indices for axis, indices in cuts.items()}), True
+    # Adafactor keeps row and column sums of the second moments: the leaf's shape without one axis.
     missing = [axis for axis in range(len(like)) if shape == like[:axis] + like[axis + 1 :]]
     if len(missing) != 1:
         raise ValueError(

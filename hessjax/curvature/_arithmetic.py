@@ -9,14 +9,18 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.tree_util import Partial
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from hessjax._core import _tree
 from hessjax._core._types import Matvec, Params, Vector
 from hessjax.curvature._product import as_pytree
 
 
-def weighted_sum(matvecs: Sequence[Matvec], weights: Any = None, shift: Any = 0.0) -> Matvec:
+def weighted_sum(
+    matvecs: Sequence[Matvec],
+    weights: Sequence[ArrayLike] | ArrayLike | None = None,
+    shift: ArrayLike = 0.0,
+) -> Matvec:
     """The matvec v ↦ Σᵢ wᵢ Aᵢ v + shift · v.
 
     Scaling is `weighted_sum([A], [2.0])`, damping `weighted_sum([A], shift=1e-3)`, and what the
@@ -49,12 +53,8 @@ def weighted_sum(matvecs: Sequence[Matvec], weights: Any = None, shift: Any = 0.
         >>> hj.weighted_sum([A, B], [1.0, 0.5], shift=0.1)(jnp.ones(2)).tolist()
         [5.1, 8.1]
     """
-    if not isinstance(matvecs, Sequence) or not all(map(callable, matvecs)):
-        raise TypeError(
-            f"`matvecs` must be a sequence of matvecs, got {type(matvecs).__name__}: put one into a list."
-        )
-    if not matvecs:
-        raise ValueError("`matvecs` must hold at least one matvec, got none.")
+    _check_matvecs(matvecs)
+    # As arrays they are leaves of the Partial: other weights or another damping retrace nothing.
     weights = jnp.asarray([1.0] * len(matvecs) if weights is None else weights, float)
     if weights.shape != (len(matvecs),):
         raise ValueError(
@@ -67,9 +67,22 @@ def weighted_sum(matvecs: Sequence[Matvec], weights: Any = None, shift: Any = 0.
     return Partial(_sum, tuple(map(as_pytree, matvecs)), weights, shift)
 
 
-def _sum(matvecs: tuple[Matvec, ...], weights: Array, shift: Array, vector: Vector) -> Vector:
+def _check_matvecs(matvecs: Any) -> None:
+    if not isinstance(matvecs, Sequence) or not all(map(callable, matvecs)):
+        raise TypeError(
+            f"`matvecs` must be a sequence of matvecs, got {type(matvecs).__name__}: put one into a list."
+        )
+    if not matvecs:
+        raise ValueError("`matvecs` must hold at least one matvec, got none.")
+
+
+def _sum(
+    matvecs: tuple[Matvec, ...], weights: Float[Array, " k"], shift: Float[Array, ""], vector: Vector
+) -> Vector:
+    # A loop on the host over small compiled steps, not one jit: a part may stream its data from the host.
     total = _shifted(shift, vector)
     for index, matvec in enumerate(matvecs):
+        # The index is traced and the sum donated: one compiled step and one buffer serve every part.
         total = _accumulate(total, weights, index, matvec(vector))
     return _narrow(total, vector)
 
@@ -80,7 +93,7 @@ def _shifted(shift: Float[Array, ""], vector: Vector) -> Vector:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _accumulate(total: Vector, weights: Float[Array, " k"], index: Any, product: Vector) -> Vector:
+def _accumulate(total: Vector, weights: Float[Array, " k"], index: Int[Array, ""], product: Vector) -> Vector:
     _tree.check_like(product, total, "matvec(vector)", "vector")
     return _tree.add_scaled(total, weights[index], product)
 
@@ -124,17 +137,19 @@ def preconditioned(matvec: Matvec, diagonal: Params) -> Matvec:
         [2.0, 0.5]
     """
     _tree.check_floating(diagonal, "diagonal")
+    # Values can only be looked at outside `jit`; inside it a bad entry shows as NaN in the products.
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(diagonal)):
         _check_positive(diagonal)
     return Partial(_scaled_product, as_pytree(matvec), diagonal)
 
 
 def _scaled_product(matvec: Matvec, diagonal: Params, vector: Vector) -> Vector:
+    # Half of D on either side, not D⁻¹A: similar to it, and symmetric, which Lanczos and CG rely on.
     return _over_root(diagonal, matvec(_over_root(diagonal, vector)), vector)
 
 
 @jax.jit
-def _over_root(diagonal: Params, vector: Vector, like: Vector = None) -> Vector:
+def _over_root(diagonal: Params, vector: Vector, like: Vector | None = None) -> Vector:
     """D^-½ v, in the dtypes of `like`, or of `vector`."""
     _tree.check_like(vector, diagonal, "vector", "diagonal")
     scaled = jax.tree.map(lambda d, x: x / jnp.sqrt(d), *map(_tree.wide, (diagonal, vector)))
@@ -142,23 +157,23 @@ def _over_root(diagonal: Params, vector: Vector, like: Vector = None) -> Vector:
 
 
 def _check_positive(diagonal: Params) -> None:
-    smallest = jax.device_get(_smallest(diagonal))
+    smallest = jax.device_get(_smallest(diagonal))  # one transfer for all leaves
     for path, low in zip(_tree.leaf_paths(diagonal), smallest, strict=True):
-        if not low > 0:
+        if not low > 0:  # written so that NaN fails too
             raise ValueError(
                 f"`diagonal` must be positive and finite, but leaf `{path}` is not: add a damping to it."
             )
 
 
 @jax.jit
-def _smallest(diagonal: Params) -> list[Array]:
+def _smallest(diagonal: Params) -> list[Float[Array, ""]]:
     """The smallest entry of every leaf; NaN if one is not finite."""
     leaves = jax.tree.leaves(_tree.wide(diagonal))
     return [jnp.min(jnp.where(jnp.isfinite(x), x, jnp.nan), initial=math.inf) for x in leaves]
 
 
 def adam_preconditioner(
-    opt_state: Any, *, b2: float = 0.999, eps: float = 1e-8, eps_root: float = 0.0
+    opt_state: Any, *, b2: ArrayLike = 0.999, eps: ArrayLike = 1e-8, eps_root: ArrayLike = 0.0
 ) -> Params:
     """What Adam divides its momentum by: D = √(ν̂ + eps_root) + eps, read out of an optimizer's state.
 
@@ -214,8 +229,11 @@ def _is_adam(node: Any) -> bool:
 
 
 @jax.jit
-def _denominator(nu: Params, count: Array, b2: Any, eps: Any, eps_root: Any) -> Params:
+def _denominator(
+    nu: Params, count: Int[Array, ""], b2: ArrayLike, eps: ArrayLike, eps_root: ArrayLike
+) -> Params:
     nu = jax.tree.map(_without_hole, nu, is_leaf=_is_hole)
+    # ν starts at zero, so early means are too small by 1 − b2ᵗ (Kingma and Ba, §3).
     return jax.tree.map(
         lambda x: jnp.sqrt(x + eps_root) + eps, optax.tree.bias_correction(_tree.wide(nu), b2, count)
     )

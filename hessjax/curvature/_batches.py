@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float
 
 from hessjax._core import _tree
 from hessjax._core._types import Forms, Matvec, Vector
@@ -116,13 +117,14 @@ class _BatchMean:
     def __call__(self, vector: Vector) -> Vector:
         total, count = zero(vector), 0
         for weight, product in self._products(vector):
+            # Weights enter as floats: traced, so that a batch of another size compiles nothing here.
             total, count = add(total, float(weight), product), count + weight
         return divide(total, float(count), vector)
 
     def by_batch(self, vector: Vector) -> tuple[Vector, Forms]:
         total, weights, parts = zero(vector), [], []
         for weight, product in self._products(vector):
-            parts.append(_parts(vector, product))
+            parts.append(_parts(vector, product))  # a few numbers of each product; the product itself goes
             weights.append(float(weight))
             total = add(total, float(weight), product)
         forms = Forms(jnp.stack(parts), jnp.asarray(weights, parts[0].dtype))
@@ -136,6 +138,7 @@ class _BatchMean:
             )
         index = -1
         for index, batch in enumerate(self.batches):
+            # A matvec for every batch and product: it is a pytree, so its code is compiled once per shape.
             yield count_examples(self.num_examples, batch, index), self.make_matvec(batch)(vector)
         if index < 0:
             raise ValueError("`batches` must hold at least one batch, got none.")
@@ -144,21 +147,22 @@ class _BatchMean:
 @jax.jit
 def zero(vector: Vector) -> Vector:
     """A sum of no vectors, in float32 at least."""
+    # bfloat16 has 8 bits: a sum of some hundred batches in it would stop growing.
     return jax.tree.map(jnp.zeros_like, _tree.wide(vector))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def add(total: Vector, weight: Any, product: Vector) -> Vector:
+def add(total: Vector, weight: ArrayLike, product: Vector) -> Vector:
     """`total + weight · product`, in the memory of `total`."""
     return _tree.add_scaled(total, weight, product)
 
 
 @jax.jit
-def _parts(vector: Vector, product: Vector) -> jax.Array:
+def _parts(vector: Vector, product: Vector) -> Float[Array, " leaves"]:
     return jnp.stack(_tree.inner_by_leaf(vector, product))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def divide(total: Vector, count: Any, like: Vector) -> Vector:
+def divide(total: Vector, count: ArrayLike, like: Vector) -> Vector:
     """`total / count`, in the dtypes of `like`."""
     return _tree.cast_like(_tree.scale(1.0 / count, total), like)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
+from jaxtyping import Array, Float
 
 from hessjax._core import _tree
 from hessjax._core._messages import checked_count
@@ -145,6 +146,7 @@ def fisher(
 
 
 def _loss_curvature(output_loss: LossFn, outputs: Any, args: tuple[Any, ...]) -> Partial:
+    # Reverse over reverse: outputs are few, so it costs little, and a `custom_vjp` in the loss can stay.
     return Partial(pull_back, jax.vjp(jax.grad(scalar(output_loss, args, "output_loss")), outputs)[1])
 
 
@@ -153,7 +155,10 @@ def _exact_fisher(information: Callable[..., Any], outputs: Any, _args: Any) -> 
     return Partial(_mean_information, information, _tree.wide(outputs))
 
 
-def _mean_information(information: Callable[..., Any], outputs: jax.Array, tangents: jax.Array) -> jax.Array:
+def _mean_information(
+    information: Callable[..., Any], outputs: Float[Array, "... c"], tangents: Float[Array, "... c"]
+) -> Float[Array, "... c"]:
+    # p − p² cancels where a class is nearly certain: in bfloat16 nothing would be left of it.
     return information(outputs, _tree.wide(tangents)) / _num_examples(outputs)
 
 
@@ -163,12 +168,15 @@ class _SampledFisher:
 
     def __call__(self, score: Callable[..., Any], key: Key, outputs: Any, _args: Any) -> Partial:
         _check_examples(outputs)
+        # Folded in, not split: sample i is the same whatever `num_samples`.
         keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(self.num_samples))
         return Partial(_mean_outer, jax.vmap(score, in_axes=(0, None))(keys, _tree.wide(outputs)))
 
 
-def _mean_outer(scores: jax.Array, tangents: jax.Array) -> jax.Array:
+def _mean_outer(scores: Float[Array, "samples *n c"], tangents: Float[Array, "*n c"]) -> Float[Array, "*n c"]:
     """The mean of s sᵀ t over the samples, in every example."""
+    # Scores of different examples are independent with mean zero: their cross terms, zero on average, are
+    # left out, which takes nothing from the expectation and most of the variance.
     slopes = jnp.sum(scores * _tree.wide(tangents), axis=-1, keepdims=True)
     return jnp.mean(scores * slopes, axis=0) / _num_examples(tangents)
 
@@ -186,5 +194,6 @@ def _check_examples(outputs: Any) -> None:
         )
 
 
-def _num_examples(outputs: jax.Array) -> int:
+def _num_examples(outputs: Float[Array, "... c"]) -> int:
+    # All axes but the last: tokens and pixels count as examples, as in a loss that is a mean over them.
     return max(1, outputs[..., 0].size)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from hessjax._core import _tree
-from hessjax._core._types import LossFn, Matvec, ModelFn, Params, Vector
+from hessjax._core._types import LossFn, Matvec, ModelFn, Params, Scalar, Vector
 
 
 def as_pytree(function: Callable[..., Any]) -> Partial:
@@ -19,10 +19,10 @@ def as_pytree(function: Callable[..., Any]) -> Partial:
     return function if isinstance(function, Partial) else Partial(function)
 
 
-def scalar(loss_fn: LossFn, args: tuple[Any, ...], argument: str = "loss_fn") -> Callable[[Any], Any]:
+def scalar(loss_fn: LossFn, args: tuple[Any, ...], argument: str = "loss_fn") -> Callable[[Any], Scalar]:
     """The loss in its first argument alone, refusing anything but one real number."""
 
-    def loss(first: Any) -> Any:
+    def loss(first: Any) -> Scalar:
         value = loss_fn(first, *args)
         if isinstance(value, jax.Array) and value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.floating):
             return value
@@ -42,6 +42,7 @@ def described(value: Any) -> str:
 
 def at_precision(precision: str | None) -> contextlib.AbstractContextManager[Any]:
     """Matrix products and convolutions at this precision; None leaves it as it is."""
+    # On GPUs float32 products may run in TF32, with an error near 1e-3: as large as many an eigenvalue.
     return contextlib.nullcontext() if precision is None else jax.default_matmul_precision(precision)
 
 
@@ -51,6 +52,7 @@ def explained(way_out: str) -> Iterator[None]:
     try:
         yield
     except (TypeError, NotImplementedError) as error:
+        # jax has no type for these errors; other words mean that something else is wrong.
         if "custom_vjp" not in str(error) and "custom_lin" not in str(error):
             raise
         raise TypeError(way_out) from error
@@ -64,13 +66,14 @@ def pull_back(pullback: Callable[[Any], tuple[Any]], cotangents: Any) -> Any:
 @jax.jit
 def multiply_linear(linear: Callable[[Vector], Vector], params: Params, vector: Vector) -> Vector:
     """The product with a linear map that was made, and is kept, at these params."""
+    # A linear map takes tangents in exactly the dtypes it was traced at, while vectors may come wider.
     _tree.check_like(vector, params, "vector", "params")
     return linear(_tree.cast_like(vector, params))
 
 
 def sandwich(
     model_fn: ModelFn,
-    curvature: Partial,
+    curvature: Callable[[Any, tuple[Any, ...]], Partial],
     params: Params,
     args: tuple[Any, ...],
     linearize: bool,
@@ -98,7 +101,12 @@ class _Product:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _multiply(
-    precision: str | None, model_fn: ModelFn, curvature: Partial, params: Params, args: Any, vector: Vector
+    precision: str | None,
+    model_fn: ModelFn,
+    curvature: Partial,
+    params: Params,
+    args: tuple[Any, ...],
+    vector: Vector,
 ) -> Vector:
     _tree.check_like(vector, params, "vector", "params")
     return _linearize(precision, model_fn, curvature, params, args)(_tree.cast_like(vector, params))
@@ -106,7 +114,7 @@ def _multiply(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _linearize(
-    precision: str | None, model_fn: ModelFn, curvature: Partial, params: Params, args: Any
+    precision: str | None, model_fn: ModelFn, curvature: Partial, params: Params, args: tuple[Any, ...]
 ) -> Partial:
     # Out of `jit`, so that the linear maps' structure is one object for all params: see `hessian`.
     with at_precision(precision):
@@ -133,6 +141,7 @@ class _Through:
         vector: Vector,
     ) -> Vector:
         with at_precision(self.precision):
+            # The pullback is linear, so the point of its own vjp is immaterial: `outputs` lends its shapes.
             tangents = jax.vjp(pullback, outputs)[1]((vector,))[0]
             return pullback(_tree.cast_like(middle(tangents), tangents))[0]
 

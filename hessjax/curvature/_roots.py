@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from hessjax._core import _tree
@@ -22,7 +23,7 @@ def ggn_roots(
     params: Params,
     *args: Any,
     likelihood: Likelihood = likelihoods.categorical,
-    temperature: Any = 1.0,
+    temperature: float | int | Float[Array, ""] = 1.0,
     precision: str | None = "highest",
 ) -> Block:
     """Exact square roots of the Fisher, which is also the GGN of the likelihood: 1/m Σ rrᵀ = 1/n Σ JᵀHJ.
@@ -119,16 +120,22 @@ def sampled_grads(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _ggn_roots(
-    precision: str | None, model_fn: Any, information: Any, params: Params, args: Any, temperature: Any
+    precision: str | None,
+    model_fn: Partial,
+    information: Partial,
+    params: Params,
+    args: tuple[Any, ...],
+    temperature: Float[Array, ""],
 ) -> Block:
     def of_example(example: tuple[Any, ...]) -> Block:
         outputs, pullback = jax.vjp(lambda p: _checked(model_fn(p, *example)), params)
         positions = outputs.reshape(-1, outputs.shape[-1])
         roots = jax.vmap(lambda z: _root(information, z / temperature))(positions)
-        size = positions.shape[1]
+        size = positions.shape[1]  # √c below: c vectors for each example, whose mean counts each as 1/c
         # The columns of all positions' roots, each a cotangent that is zero at the other positions.
         cotangents = jnp.einsum("pq,pck->pkqc", jnp.eye(len(positions), dtype=roots.dtype), roots)
         cotangents = (jnp.sqrt(size) * cotangents).astype(outputs.dtype).reshape(-1, *outputs.shape)
+        # One forward pass for all of them: the backward passes share its activations.
         return jax.vmap(lambda t: pullback(t)[0])(cotangents)
 
     with at_precision(precision):
@@ -137,12 +144,20 @@ def _ggn_roots(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _sampled_grads(
-    precision: str | None, num_samples: int, model_fn: Any, score: Any, params: Params, args: Any, keys: Any
+    precision: str | None,
+    num_samples: int,
+    model_fn: Partial,
+    score: Partial,
+    params: Params,
+    args: tuple[Any, ...],
+    keys: Key,
 ) -> Block:
     def of_example(example: tuple[Any, ...]) -> Block:
         (batch, key), *rest = example
         outputs, pullback = jax.vjp(lambda p: _checked(model_fn(p, batch, *rest)), params)
         scores = jax.vmap(lambda key: score(key, outputs))(jax.random.split(key[0], num_samples))
+        # A row sums the positions of an example; their scores are independent, so rows over √positions have
+        # the mean over positions for their outer product on average.
         scale = (outputs.size // outputs.shape[-1]) ** -0.5
         return jax.vmap(lambda t: pullback(scale * t)[0])(scores.astype(outputs.dtype))
 
@@ -150,15 +165,17 @@ def _sampled_grads(
         return _end_to_end(of_each(of_example, ((args[0], keys), *args[1:])))
 
 
-def _root(information: Any, outputs: Float[Array, " c"]) -> Float[Array, "c c"]:
+def _root(information: Partial, outputs: Float[Array, " c"]) -> Float[Array, "c c"]:
     """S with SSᵀ the information of one position."""
+    # By eigh, not Cholesky: softmax's information is singular (its rows sum to zero), and rounding may make
+    # an eigenvalue of zero slightly negative.
     wide = outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
     matrix = jax.vmap(lambda t: information(wide, t))(jnp.eye(wide.size, dtype=wide.dtype))
     values, vectors = jnp.linalg.eigh(matrix)
     return vectors * jnp.sqrt(jnp.maximum(values, 0))
 
 
-def _checked(outputs: Any) -> Array:
+def _checked(outputs: Any) -> Float[Array, "... c"]:
     if not isinstance(outputs, jax.Array) or outputs.ndim < 2:
         raise TypeError(
             "`model_fn` must return one array, examples first and the outputs of each last: this likelihood "
@@ -167,6 +184,6 @@ def _checked(outputs: Any) -> Array:
     return outputs
 
 
-def _end_to_end(rows: Any) -> Block:
+def _end_to_end(rows: Block) -> Block:
     """Several vectors for each example, as one block."""
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)

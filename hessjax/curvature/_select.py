@@ -32,6 +32,7 @@ class Selection(NamedTuple):
         is a pytree that carries the rest along, so other params of the same shapes compile nothing
         anew.
         """
+        # The rest is a leaf of the Partial, not a constant of a closure: other weights retrace nothing.
         return Partial(_restricted, as_pytree(loss_fn), self.rest)
 
 
@@ -64,6 +65,7 @@ def select(params: Params, where: Where) -> Selection:
         [6.0, 12.0]
     """
     mask = _tree.match(params, where)
+    # None is a subtree without leaves: jax maps and differentiates each half as if the other were not there.
     part = jax.tree.map(lambda keep, leaf: leaf if keep else None, mask, params)
     rest = jax.tree.map(lambda keep, leaf: None if keep else leaf, mask, params)
     return Selection(part, rest)

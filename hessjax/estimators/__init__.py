@@ -1,6 +1,6 @@
 """Iterative methods that ask for matrix-vector products, and what they estimate."""
 
-from hessjax._core._types import Estimator as Estimator
+from hessjax._run._estimator import Estimator as Estimator
 from hessjax.estimators._diagonal import hutchinson_diagonal as hutchinson_diagonal
 from hessjax.estimators._diagonal import hutchinson_frobenius as hutchinson_frobenius
 from hessjax.estimators._hutchinson import hutchinson as hutchinson

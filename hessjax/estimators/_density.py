@@ -13,7 +13,7 @@ from hessjax._core._types import Estimate
 from hessjax.estimators._quadrature import bulk, bumps, ends, quadrature_bounds, sphere_deviation
 
 Grid: TypeAlias = Float[Array, " n"] | Float[np.ndarray, " n"]
-Number: TypeAlias = float | int | Array
+Number: TypeAlias = float | int | Float[Array, ""]
 
 
 class SpectralDensity(NamedTuple):
@@ -87,13 +87,14 @@ class SpectralDensity(NamedTuple):
             self.nodes, self.weights, jnp.asarray(grid)
         )
         deviation = sphere_deviation(self.dimension, self.num_probes, confidence)
+        # Bounds of the mean of the probes, then of its distance from the truth.
         lower, upper = self._mean(lower) - deviation, self._mean(upper) + deviation
         known = self.num_probes > 0
         return jnp.where(known, jnp.clip(lower, 0, 1), 0), jnp.where(known, jnp.clip(upper, 0, 1), 1)
 
     # -- functions of the matrix ------------------------------------------------------------------
 
-    def trace_of(self, function: Callable[[Array], Array]) -> Estimate:
+    def trace_of(self, function: Callable[[Float[Array, "..."]], Float[Array, "..."]]) -> Estimate:
         """The trace of a function of the matrix, tr f(A) = Σ f(λ), with its standard error.
 
         The mean over the probes of d Σ w f(θ). For v uniform on the sphere, with B = f(A) of eigenvalues b,
@@ -102,11 +103,11 @@ class SpectralDensity(NamedTuple):
 
         so every probe tells its own variance, 2/d · (Σ w f² − (Σ w f)²), without a second one. For few
         probes this is better than their spread: ±2 of it hold the truth in 94 % of simulated runs from one
-        probe on, ±2 of the sample deviation in 70 % with two probes and 85 % with four. One probe is too
-        sure where few eigenvalues make up the sum, for it may miss them and its doubt together (87 % with
-        ten of them, 75 % with one): take ten probes there. With signs it is on average not below the truth,
-        but for a factor 1 − 2/d. The error of the quadrature is not in it; it is gone when `num_matvecs`
-        resolves f.
+        probe on, ±2 of the sample deviation in 70 % with two probes and 85 % with four. One probe claims too
+        small an error where few eigenvalues make up the sum, for it may miss them and their variance together
+        (87 % with ten of them, 75 % with one): take ten probes there. With signs it is on average not below
+        the truth, but for a factor 1 − 2/d. The error of the quadrature is not in it; it is gone when
+        `num_matvecs` resolves f.
 
         Args:
             function: f, elementwise on an array of eigenvalues.
@@ -131,6 +132,7 @@ class SpectralDensity(NamedTuple):
         """
         # Not where there is no weight: f may be infinite there, and nothing times infinity is no number.
         values = jnp.where(self.weights > 0, function(self.nodes), 0)
+        # Of each probe: the trace is d·Σ w f, its variance d² · 2/d · Σ w (f − Σ w f)².
         means = jnp.sum(self.weights * values, axis=1)
         spreads = jnp.sum(self.weights * (values - means[:, None]) ** 2, axis=1)
         stderr = jnp.sqrt(2 * self.dimension * self._mean(spreads) / jnp.maximum(self.num_probes, 1))
@@ -230,6 +232,7 @@ class SpectralDensity(NamedTuple):
         """
         low, high = ends(self.nodes, self.weights)
         if bandwidth is None:
+            # The 5 % and 95 % quantiles leave outliers out: a width from the range would blur the bulk away.
             share = bulk(self.nodes, self.weights) / self.nodes.shape[1]
             width = jnp.maximum(share, (high - low) / 2000)
             width = jnp.where(width > 0, width, jnp.maximum(jnp.abs(high), 1) * 1e-3)  # a single eigenvalue
@@ -263,12 +266,13 @@ class SpectralDensity(NamedTuple):
         low, high = ends(self.nodes, self.weights)
         top = jnp.maximum(jnp.abs(low), jnp.abs(high))
         unit = 1e-3 * jnp.where(top > 0, top, 1) if threshold is None else jnp.asarray(threshold)
+        # asinh is linear near 0 and ± log far from it; unlike log it takes both signs.
         first, last = jnp.arcsinh(low / unit) - 4 * bandwidth, jnp.arcsinh(high / unit) + 4 * bandwidth
         u = jnp.linspace(first, last, num_points)
         smooth = bumps(u, jnp.arcsinh(self.nodes / unit), self.weights, jnp.asarray(bandwidth))
         return jnp.sinh(u) * unit, self._mean(smooth)
 
-    def _mean(self, values: Array) -> Array:
+    def _mean(self, values: Float[Array, "probes ..."]) -> Float[Array, "..."]:
         """The mean over the probes that took place; NaN if none did."""
         took_place = jnp.arange(len(values)) < self.num_probes
         took_place = took_place.reshape(-1, *[1] * (values.ndim - 1))

@@ -1,19 +1,17 @@
 """The diagonal of a matvec and its Frobenius norm, from random probes."""
 
-import functools
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from hessjax._core import _tree
 from hessjax._core._messages import checked_count
-from hessjax._core._types import Block, Estimate, Estimator, Key, Matvec, Params, Scalar, Tolerance
-from hessjax._run._drivers import Callback
-from hessjax._run._estimator import run
-from hessjax.estimators import _samples
+from hessjax._core._types import Block, Estimate, Key, Matvec, Params, Scalar, Tolerance, settings
+from hessjax._run._drivers import run
+from hessjax._run._estimator import RunOptions, checked_options
+from hessjax.estimators._samples import Moments, Sampling, estimate, no_samples, push, stopping_error
 from hessjax.estimators.probes import Probe, rademacher
 
 
@@ -37,8 +35,8 @@ class DiagonalState(NamedTuple):
     num_samples: Int[Array, ""]
 
 
-@functools.lru_cache(maxsize=64)
-def hutchinson_diagonal(probe: Probe = rademacher) -> Estimator:
+@settings()
+class HutchinsonDiagonal(Sampling):
     """The diagonal as Σ v⊙Av / Σ v⊙v over random v.
 
     (Av)_i = a_ii·v_i + noise from the row's other entries, so this is the slope of a regression through the
@@ -68,45 +66,52 @@ def hutchinson_diagonal(probe: Probe = rademacher) -> Estimator:
         [0.0, 1.0, 2.0]
     """
 
-    def init(key: Key, like: Params) -> DiagonalState:
+    def init(self, key: Key, like: Params) -> DiagonalState:
+        """The first probe, and an empty regression."""
         zeros = jax.tree.map(jnp.zeros_like, _tree.wide(like))
-        return DiagonalState(key, probe(jax.random.fold_in(key, 0), like), zeros, zeros, zeros, jnp.int32(0))
+        return DiagonalState(key, self.draw(key, 0, like), zeros, zeros, zeros, jnp.int32(0))
 
-    def query(state: DiagonalState) -> Block:
-        return jax.tree.map(lambda x: x[None], state.probe)
-
-    def update(state: DiagonalState, products: Block) -> DiagonalState:
+    def update(self, state: DiagonalState, products: Block) -> DiagonalState:
+        """One observation more in the regression of every entry, and the next probe."""
+        # Recursive least squares with one regressor: as Welford's update, no large squares are subtracted.
         count = state.num_samples + 1
-        following = probe(jax.random.fold_in(state.key, count), state.probe)
         weight = jax.tree.map(lambda w, v: w + v**2, state.weight, state.probe)
         # The share of the weight that is new; an entry that no probe has touched has none.
         gain = jax.tree.map(lambda w, v: v / jnp.where(w > 0, w, 1), weight, state.probe)
+        # How far the product is from what the slope so far predicts.
         surprise = jax.tree.map(lambda y, s, v: y - s * v, _tree.row(products, 0), state.slope, state.probe)
         slope = jax.tree.map(lambda s, g, e: s + g * e, state.slope, gain, surprise)
         residual = jax.tree.map(
             lambda r, e, g, v: r + e**2 * (1 - g * v), state.residual, surprise, gain, state.probe
         )
+        following = self.draw(state.key, count, state.probe)
         return DiagonalState(state.key, following, slope, weight, residual, count)
 
-    def result(state: DiagonalState) -> Estimate:
+    def result(self, state: DiagonalState) -> Estimate:
+        """The slopes and their standard errors."""
         n = state.num_samples
         mean = jax.tree.map(lambda s: jnp.where(n > 0, s, jnp.nan), state.slope)
-        stderr = jax.tree.map(
-            lambda r, w: jnp.where(
-                n > 1, jnp.sqrt(r / (jnp.maximum(n - 1, 1) * jnp.where(w > 0, w, 1))), jnp.inf
-            ),
-            state.residual,
-            state.weight,
-        )
+        stderr = jax.tree.map(lambda r, w: _slope_error(r, w, n), state.residual, state.weight)
         return Estimate(mean, stderr, n)
 
-    def error(state: DiagonalState) -> Scalar:
-        return _samples.stopping_error(_tree.norm(result(state).stderr), state.num_samples)
+    def error(self, state: DiagonalState) -> Scalar:
+        """The 2-norm of the standard errors."""
+        return stopping_error(_tree.norm(self.result(state).stderr), state.num_samples)
 
-    def scale(state: DiagonalState) -> Scalar:
+    def scale(self, state: DiagonalState) -> Scalar:
+        """The 2-norm of the diagonal."""
         return _tree.norm(state.slope)
 
-    return Estimator(init, query, update, result, error, scale)
+
+def _slope_error(
+    residual: Float[Array, "..."], weight: Float[Array, "..."], n: Int[Array, ""]
+) -> Float[Array, "..."]:
+    """√(Σ (Av − slope⊙v)² / ((n − 1)·Σ v⊙v)), infinite with fewer than two samples."""
+    square = residual / (jnp.maximum(n - 1, 1) * jnp.where(weight > 0, weight, 1))
+    return jnp.where(n > 1, jnp.sqrt(square), jnp.inf)
+
+
+hutchinson_diagonal = HutchinsonDiagonal
 
 
 def diagonal(
@@ -117,8 +122,7 @@ def diagonal(
     *,
     tol: Tolerance | None = None,
     probe: Probe = rademacher,
-    callbacks: Sequence[Callback] = (),
-    on_device: bool = False,
+    **options: Unpack[RunOptions],
 ) -> Estimate:
     """The diagonal of a matvec, with a standard error for every entry.
 
@@ -130,8 +134,7 @@ def diagonal(
         tol: stop when the 2-norm of all standard errors is at most this: absolute, or `relative` to the
             2-norm of the diagonal. A run takes 20 samples before it stops.
         probe: see `hutchinson_diagonal`.
-        callbacks: see `run`.
-        on_device: see `run`.
+        **options: `callbacks` and `on_device`, see `run`.
 
     Returns:
         `Estimate(mean, stderr, num_samples)`: two trees like the params, in loss per squared parameter.
@@ -151,17 +154,9 @@ def diagonal(
         >>> jax.tree.map(lambda x: x.tolist(), hj.diagonal(A, jax.random.key(0), like, num_probes=2).mean)
         {'bias': [2.0, 2.0], 'scale': -1.0}
     """
+    checked = checked_options("diagonal", options)
     num_probes = checked_count("num_probes", num_probes)
-    return run(
-        hutchinson_diagonal(probe),
-        matvec,
-        key,
-        like,
-        max_matvecs=num_probes,
-        tol=tol,
-        callbacks=callbacks,
-        on_device=on_device,
-    )[0]
+    return run(hutchinson_diagonal(probe), matvec, key, like, max_matvecs=num_probes, tol=tol, **checked)[0]
 
 
 class FrobeniusState(NamedTuple):
@@ -177,11 +172,11 @@ class FrobeniusState(NamedTuple):
     key: Key
     probe: Any
     unit: Scalar
-    samples: _samples.Moments
+    samples: Moments
 
 
-@functools.lru_cache(maxsize=64)
-def hutchinson_frobenius(probe: Probe = rademacher) -> Estimator:
+@settings()
+class HutchinsonFrobenius(Sampling):
     """The Frobenius norm: E‖Av‖² = ‖A‖²_F = Σ λᵢ² over random v, and the root of the mean.
 
     The standard error of the norm is that of the square over twice the norm (the delta method). The root of
@@ -207,33 +202,38 @@ def hutchinson_frobenius(probe: Probe = rademacher) -> Estimator:
         5.0
     """
 
-    def init(key: Key, like: Params) -> FrobeniusState:
+    def init(self, key: Key, like: Params) -> FrobeniusState:
+        """The first probe, and no samples."""
         zero = jnp.zeros((), _tree.accumulator_dtype(like))
-        return FrobeniusState(key, probe(jax.random.fold_in(key, 0), like), zero, _samples.no_samples(zero))
+        return FrobeniusState(key, self.draw(key, 0, like), zero, no_samples(zero))
 
-    def query(state: FrobeniusState) -> Block:
-        return jax.tree.map(lambda x: x[None], state.probe)
-
-    def update(state: FrobeniusState, products: Block) -> FrobeniusState:
+    def update(self, state: FrobeniusState, products: Block) -> FrobeniusState:
+        """One sample ‖Av‖² more, and the next probe."""
         norm = _tree.norm(_tree.row(products, 0))
+        # In units of the first norm: the moments are fourth powers of A's entries, which leave float32.
         unit = jnp.where(state.unit > 0, state.unit, norm)
-        samples = _samples.push(state.samples, (norm / jnp.where(unit > 0, unit, 1)) ** 2)
-        following = probe(jax.random.fold_in(state.key, samples.num_samples), state.probe)
+        samples = push(state.samples, (norm / jnp.where(unit > 0, unit, 1)) ** 2)
+        following = self.draw(state.key, samples.num_samples, state.probe)
         return FrobeniusState(state.key, following, unit, samples)
 
-    def result(state: FrobeniusState) -> Estimate:
-        square = _samples.estimate(state.samples)
+    def result(self, state: FrobeniusState) -> Estimate:
+        """The norm and its standard error."""
+        square = estimate(state.samples)
         norm = jnp.sqrt(square.mean)
+        # Delta method: d√x = dx / (2√x).
         stderr = square.stderr / jnp.where(norm > 0, 2 * norm, 1)
         return square._replace(mean=_in(state.unit, norm), stderr=_in(state.unit, stderr))
 
-    def error(state: FrobeniusState) -> Scalar:
-        return _samples.stopping_error(result(state).stderr, state.samples.num_samples)
+    def error(self, state: FrobeniusState) -> Scalar:
+        """The standard error of the norm."""
+        return stopping_error(self.result(state).stderr, state.samples.num_samples)
 
-    def scale(state: FrobeniusState) -> Scalar:
+    def scale(self, state: FrobeniusState) -> Scalar:
+        """The norm."""
         return state.unit * jnp.sqrt(state.samples.mean)
 
-    return Estimator(init, query, update, result, error, scale)
+
+hutchinson_frobenius = HutchinsonFrobenius
 
 
 def _in(unit: Scalar, number: Scalar) -> Scalar:
@@ -249,8 +249,7 @@ def frobenius_norm(
     *,
     tol: Tolerance | None = None,
     probe: Probe = rademacher,
-    callbacks: Sequence[Callback] = (),
-    on_device: bool = False,
+    **options: Unpack[RunOptions],
 ) -> Estimate:
     """The Frobenius norm ‖A‖_F = √(Σ λᵢ²) of a matvec, with its standard error.
 
@@ -262,8 +261,7 @@ def frobenius_norm(
         tol: stop when the standard error is at most this: absolute, or `relative` to the norm. A run takes
             20 samples before it stops.
         probe: see `hutchinson_frobenius`.
-        callbacks: see `run`.
-        on_device: see `run`.
+        **options: `callbacks` and `on_device`, see `run`.
 
     Returns:
         `Estimate(mean, stderr, num_samples)` of the norm (not of its square), in loss per squared
@@ -283,14 +281,6 @@ def frobenius_norm(
         >>> float(hj.frobenius_norm(A, jax.random.key(0), jnp.zeros(2), num_probes=2).mean)
         5.0
     """
+    checked = checked_options("frobenius_norm", options)
     num_probes = checked_count("num_probes", num_probes)
-    return run(
-        hutchinson_frobenius(probe),
-        matvec,
-        key,
-        like,
-        max_matvecs=num_probes,
-        tol=tol,
-        callbacks=callbacks,
-        on_device=on_device,
-    )[0]
+    return run(hutchinson_frobenius(probe), matvec, key, like, max_matvecs=num_probes, tol=tol, **checked)[0]

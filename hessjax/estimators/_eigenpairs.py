@@ -1,28 +1,28 @@
 """Eigenpairs in one line, with residuals that were measured."""
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from hessjax._core import _tree
 from hessjax._core._types import (
+    Amount,
     BatchMatvec,
     Block,
     Eigenpairs,
-    Estimator,
     Forms,
     Key,
     Matvec,
     Params,
     Relative,
+    Scalar,
     Tolerance,
     Vector,
 )
-from hessjax._run._drivers import Callback
-from hessjax._run._estimator import checked_tolerance, run
+from hessjax._run._drivers import as_partial, run
+from hessjax._run._estimator import RunOptions, checked_options, limit_of
 from hessjax.estimators._lanczos import lanczos
 from hessjax.estimators._samples import sampling_error
 
@@ -39,8 +39,7 @@ def eigenpairs(
     basis_size: int | None = None,
     block_size: int = 1,
     start: Block | None = None,
-    callbacks: Sequence[Callback] = (),
-    on_device: bool = False,
+    **options: Unpack[RunOptions],
 ) -> Eigenpairs:
     """The extreme eigenpairs of a symmetric matvec, by thick-restart Lanczos.
 
@@ -60,8 +59,7 @@ def eigenpairs(
         start: block of vectors to start near: the `vectors` found a few training steps ago save a third of
             the products, or more where little has changed. Ask for a pair or two more than you watch: one
             that is about to overtake the others is then among them.
-        callbacks: see `run`.
-        on_device: see `run`.
+        **options: `callbacks` and `on_device`, see `run`.
 
     Returns:
         `Eigenpairs`, largest value first. The residuals are recomputed: ‖Av − θv‖ from one more product
@@ -83,42 +81,24 @@ def eigenpairs(
         >>> pairs.values.round(3).tolist(), pairs.converged.tolist()
         ([4.0, -1.0], [True, True])
     """
-    if (number := checked_tolerance(tol)) is None:
-        raise ValueError("`tol` must be a number or `relative(r)`: it decides what counts as converged.")
-    tol = number
+    checked = checked_options("eigenpairs", options)
     estimator = lanczos(k, which, basis_size=basis_size, block_size=block_size, start=start, tol=tol)
-    pairs, state = run(
-        estimator,
-        matvec,
-        key,
-        like,
-        max_matvecs=max_matvecs,
-        tol=tol,
-        callbacks=callbacks,
-        on_device=on_device,
-    )
-    return measured(pairs, matvec, like, convergence_limit(estimator, tol, state), on_device)
-
-
-def convergence_limit(estimator: Estimator, tol: Tolerance, state: Any) -> Any:
-    """The residual that `tol` allows."""
-    if isinstance(tol, Relative):
-        assert estimator.scale is not None
-        return tol.factor * estimator.scale(state)
-    return tol
+    pairs, state = run(estimator, matvec, key, like, max_matvecs=max_matvecs, tol=tol, **checked)
+    limit = limit_of(estimator, Amount.of(tol), state)
+    return measured(pairs, matvec, like, limit, options.get("on_device", False))
 
 
 def measured(pairs: Eigenpairs, matvec: Matvec, like: Params, limit: Any, on_device: bool) -> Eigenpairs:
     """The pairs with Rayleigh quotients and residuals from one more product each."""
     if on_device:
-        matvec = matvec if isinstance(matvec, jax.tree_util.Partial) else jax.tree_util.Partial(matvec)
-        return _judged(pairs, *_quotients(matvec, pairs.vectors, like), limit)
+        return _judged(pairs, *_quotients(as_partial(matvec), pairs.vectors, like), limit)
+    # One by one from the host: the matvec may stream data, and a CPU is fast only outside loops.
     quotients, errors = zip(*(_measure(matvec, v, like) for v in _rows(pairs.vectors)), strict=True)
     pairs = pairs._replace(data_stderr=None if errors[0] is None else jnp.stack(errors))
     return _judged(pairs, *_columns(quotients), limit)
 
 
-def _measure(matvec: Matvec, vector: Vector, like: Params) -> tuple[tuple[Array, Array], Array | None]:
+def _measure(matvec: Matvec, vector: Vector, like: Params) -> tuple[tuple[Scalar, Scalar], Scalar | None]:
     """Rayleigh quotient and residual, and the quotient's sampling error where there are batches."""
     if not isinstance(matvec, BatchMatvec):
         return _quotient(vector, matvec(_tree.cast_like(vector, like))), None
@@ -130,32 +110,39 @@ _rows = jax.jit(_tree.rows)
 
 
 @jax.jit
-def _sampling_error(forms: Forms) -> Array:
+def _sampling_error(forms: Forms) -> Scalar:
     return sampling_error(jnp.sum(forms.parts, axis=1), forms.weights)
 
 
 @jax.jit
-def _quotient(vector: Vector, product: Vector) -> tuple[Array, Array]:
+def _quotient(vector: Vector, product: Vector) -> tuple[Scalar, Scalar]:
     """The Rayleigh quotient of a vector of norm 1, and its residual."""
+    # bfloat16 products are summed in float32, as in the run.
     product = _tree.wide(product)
     value = _tree.inner(vector, product)
     return value, _tree.norm(_tree.add_scaled(product, -value, vector))
 
 
 @jax.jit
-def _quotients(matvec: Matvec, vectors: Block, like: Params) -> tuple[Array, Array]:
+def _quotients(matvec: Matvec, vectors: Block, like: Params) -> tuple[Float[Array, " k"], Float[Array, " k"]]:
+    # Not `vmap`: that would hold all products, and their activations, at once.
     return jax.lax.map(lambda v: _quotient(v, matvec(_tree.cast_like(v, like))), vectors)
 
 
 @jax.jit
-def _columns(measured: tuple[tuple[Array, Array], ...]) -> tuple[Array, Array]:
+def _columns(
+    measured: tuple[tuple[Scalar, Scalar], ...],
+) -> tuple[Float[Array, " k"], Float[Array, " k"]]:
     values, residuals = zip(*measured, strict=True)
     return jnp.stack(values), jnp.stack(residuals)
 
 
 @jax.jit
-def _judged(pairs: Eigenpairs, values: Array, residuals: Array, limit: Any) -> Eigenpairs:
+def _judged(
+    pairs: Eigenpairs, values: Float[Array, " k"], residuals: Float[Array, " k"], limit: Any
+) -> Eigenpairs:
     """The pairs with measured values and residuals, where there is a pair at all."""
+    # The vector of a pair that was not found is zero, with a quotient of 0 that means nothing.
     found = jnp.isfinite(pairs.values)
     residuals = jnp.where(found, residuals, jnp.inf)
     return pairs._replace(

@@ -1,12 +1,11 @@
 """Hutchinson's estimator of the trace, in all and by leaf or group of leaves."""
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from hessjax._core import _tree
 from hessjax._core._messages import checked_count
@@ -14,19 +13,18 @@ from hessjax._core._types import (
     BatchMatvec,
     Block,
     Estimate,
-    Estimator,
-    Forms,
     Key,
     Matvec,
     Params,
     Scalar,
     Tolerance,
     Where,
+    settings,
 )
-from hessjax._run._drivers import Callback
-from hessjax._run._estimator import run
+from hessjax._run._drivers import run
+from hessjax._run._estimator import Estimator, RunOptions, checked_options
 from hessjax.estimators import _samples
-from hessjax.estimators._samples import Watched, sampling_error
+from hessjax.estimators._samples import Moments, Sampling
 from hessjax.estimators.probes import Probe, rademacher
 
 
@@ -41,11 +39,11 @@ class HutchinsonState(NamedTuple):
 
     key: Key
     probe: Any
-    samples: _samples.Moments
+    samples: Moments
 
 
-@functools.lru_cache(maxsize=64)
-def hutchinson(probe: Probe = rademacher) -> Estimator:
+@settings()
+class Hutchinson(Sampling):
     """Hutchinson's trace estimator: the mean of vᵀAv over random v.
 
     The variance of one sample with signs is 2(‖A‖²_F − Σ aᵢᵢ²). The error reported is the standard error
@@ -76,11 +74,46 @@ def hutchinson(probe: Probe = rademacher) -> Estimator:
         >>> abs(float(estimate.mean) - 8.0) < 3 * float(estimate.stderr)
         True
     """
-    return _hutchinson(probe, None)
+
+    def init(self, key: Key, like: Params) -> HutchinsonState:
+        """The first probe, and no samples."""
+        # All samples in one array: one update instead of one for every leaf.
+        zeros = jnp.zeros(1 + self._num_parts(like), _tree.accumulator_dtype(like))
+        return HutchinsonState(key, self.draw(key, 0, like), _samples.no_samples(zeros))
+
+    def update(self, state: HutchinsonState, products: Block) -> HutchinsonState:
+        """One sample vᵀAv more, and the next probe."""
+        # Leaf by leaf and then their sum: the parts cost nothing beyond the total.
+        leaves = jnp.stack(_tree.inner_by_leaf(state.probe, _tree.row(products, 0)))
+        sample = jnp.concatenate([jnp.sum(leaves, keepdims=True), *self._parts(leaves)])
+        samples = _samples.push(state.samples, sample.astype(state.samples.mean.dtype))
+        return HutchinsonState(state.key, self.draw(state.key, samples.num_samples, state.probe), samples)
+
+    def result(self, state: HutchinsonState) -> Estimate:
+        """The mean and its standard error."""
+        parts = _samples.estimate(state.samples)
+        return parts._replace(mean=parts.mean[0], stderr=parts.stderr[0])
+
+    def error(self, state: HutchinsonState) -> Scalar:
+        """The standard error of the total."""
+        parts = _samples.estimate(state.samples)
+        return _samples.stopping_error(parts.stderr[0], parts.num_samples)
+
+    def scale(self, state: HutchinsonState) -> Scalar:
+        """The absolute value of the total."""
+        # Where eigenvalues cancel the trace is small beside its error: such a run spends all its products.
+        return jnp.abs(state.samples.mean[0])
+
+    def _num_parts(self, like: Params) -> int:
+        return 0
+
+    def _parts(self, leaves: Float[Array, " leaves"]) -> list[Float[Array, " n"]]:
+        """Beside the total, what is sampled of the leaves' shares."""
+        return []
 
 
-@functools.lru_cache(maxsize=64)
-def hutchinson_by_leaf(probe: Probe = rademacher, groups: tuple[tuple[int, ...], ...] = ()) -> Estimator:
+@settings()
+class HutchinsonByLeaf(Hutchinson):
     """`hutchinson`, with the trace of every leaf's diagonal block from the same products.
 
     v_l·(Av)_l is an unbiased estimate of tr A_ll, so all layers cost what the total costs. The sample of a
@@ -107,43 +140,23 @@ def hutchinson_by_leaf(probe: Probe = rademacher, groups: tuple[tuple[int, ...],
         ...                                                              max_matvecs=2)[0].mean.tolist()
         [19.0, 4.0, 15.0]
     """
-    return _hutchinson(probe, groups)
+
+    groups: tuple[tuple[int, ...], ...] = ()
+
+    def result(self, state: HutchinsonState) -> Estimate:
+        """The means and their standard errors: the total, the leaves, the groups."""
+        return _samples.estimate(state.samples)
+
+    def _num_parts(self, like: Params) -> int:
+        return len(jax.tree.leaves(like)) + len(self.groups)
+
+    def _parts(self, leaves: Float[Array, " leaves"]) -> list[Float[Array, " n"]]:
+        # Summed probe by probe, before the moments: leaves vary together.
+        return [leaves, *(jnp.sum(leaves[jnp.array(group)], keepdims=True) for group in self.groups)]
 
 
-def _hutchinson(probe: Probe, groups: tuple[tuple[int, ...], ...] | None) -> Estimator:
-    """With `groups` None, of the total alone."""
-
-    def init(key: Key, like: Params) -> HutchinsonState:
-        num_parts = 0 if groups is None else len(jax.tree.leaves(like)) + len(groups)
-        zeros = jnp.zeros(1 + num_parts, _tree.accumulator_dtype(like))
-        return HutchinsonState(key, probe(jax.random.fold_in(key, 0), like), _samples.no_samples(zeros))
-
-    def query(state: HutchinsonState) -> Block:
-        return jax.tree.map(lambda x: x[None], state.probe)
-
-    def update(state: HutchinsonState, products: Block) -> HutchinsonState:
-        leaves = jnp.stack(_tree.inner_by_leaf(state.probe, _tree.row(products, 0)))
-        sample = [jnp.sum(leaves, keepdims=True)]
-        if groups is not None:
-            sample += [leaves, *(jnp.sum(leaves[jnp.array(group)], keepdims=True) for group in groups)]
-        samples = _samples.push(state.samples, jnp.concatenate(sample).astype(state.samples.mean.dtype))
-        following = probe(jax.random.fold_in(state.key, samples.num_samples), state.probe)
-        return HutchinsonState(state.key, following, samples)
-
-    def result(state: HutchinsonState) -> Estimate:
-        parts = _samples.estimate(state.samples)
-        if groups is None:
-            return parts._replace(mean=parts.mean[0], stderr=parts.stderr[0])
-        return parts
-
-    def error(state: HutchinsonState) -> Scalar:
-        parts = _samples.estimate(state.samples)
-        return _samples.stopping_error(parts.stderr[0], parts.num_samples)
-
-    def scale(state: HutchinsonState) -> Scalar:
-        return jnp.abs(state.samples.mean[0])
-
-    return Estimator(init, query, update, result, error, scale)
+hutchinson = Hutchinson
+hutchinson_by_leaf = HutchinsonByLeaf
 
 
 class TraceByLeaf(NamedTuple):
@@ -151,8 +164,8 @@ class TraceByLeaf(NamedTuple):
 
     Attributes:
         total: the trace of the whole matrix.
-        leaves: for the path of each leaf, the trace of its diagonal block; these sum to the total.
-        groups: for the name of each group asked for, the trace of its leaves' diagonal blocks together.
+        leaves: by path, the trace of each leaf's diagonal block; these sum to the total.
+        groups: by name, the trace of the diagonal blocks of all leaves of a group.
     """
 
     total: Estimate
@@ -169,8 +182,7 @@ def trace(
     tol: Tolerance | None = None,
     probe: Probe = rademacher,
     estimator: Callable[[int], Estimator] | None = None,
-    callbacks: Sequence[Callback] = (),
-    on_device: bool = False,
+    **options: Unpack[RunOptions],
 ) -> Estimate:
     """The trace of a matvec, with its standard error.
 
@@ -187,8 +199,7 @@ def trace(
         probe: see `hutchinson`.
         estimator: makes another estimator from the number of products: `hj.estimators.xtrace`,
             `hj.estimators.hutchpp`.
-        callbacks: see `run`.
-        on_device: see `run`.
+        **options: `callbacks` and `on_device`, see `run`.
 
     Returns:
         `Estimate(mean, stderr, num_samples)`, in loss per squared parameter; with `data_stderr` for a matvec
@@ -211,26 +222,17 @@ def trace(
         ...                                                      estimator=hj.estimators.xtrace).mean), 3)
         55.0
     """
+    checked = checked_options("trace", options)
     if estimator is None and isinstance(matvec, BatchMatvec):
-        return trace_by_leaf(
-            matvec, key, like, num_probes, tol=tol, probe=probe, callbacks=callbacks, on_device=on_device
-        ).total
+        return trace_by_leaf(matvec, key, like, num_probes, tol=tol, probe=probe, **checked).total
     num_probes = checked_count("num_probes", num_probes)
     if estimator is not None and probe is not rademacher:
         raise ValueError(
             "`probe` must be left out with `estimator`: where the estimator takes one, bind it, as in "
             "`functools.partial(hj.estimators.hutchpp, probe=hj.probes.gaussian)`."
         )
-    return run(
-        hutchinson(probe) if estimator is None else estimator(num_probes),
-        matvec,
-        key,
-        like,
-        max_matvecs=num_probes,
-        tol=tol,
-        callbacks=callbacks,
-        on_device=on_device,
-    )[0]
+    method = hutchinson(probe) if estimator is None else estimator(num_probes)
+    return run(method, matvec, key, like, max_matvecs=num_probes, tol=tol, **checked)[0]
 
 
 def trace_by_leaf(
@@ -242,8 +244,7 @@ def trace_by_leaf(
     groups: Mapping[str, Where] | None = None,
     tol: Tolerance | None = None,
     probe: Probe = rademacher,
-    callbacks: Sequence[Callback] = (),
-    on_device: bool = False,
+    **options: Unpack[RunOptions],
 ) -> TraceByLeaf:
     """The trace of every leaf's diagonal block, and of groups of leaves, for the price of the total's.
 
@@ -257,8 +258,7 @@ def trace_by_leaf(
             everything.
         tol: stop when the total's standard error is at most this, see `trace`.
         probe: see `hutchinson`.
-        callbacks: see `run`.
-        on_device: see `run`.
+        **options: `callbacks` and `on_device`, see `run`.
 
     Returns:
         `TraceByLeaf(total, leaves, groups)`, `leaves` by path, `groups` by name. The standard error of a
@@ -284,43 +284,22 @@ def trace_by_leaf(
         >>> float(parts.groups["both"].mean)
         16.0
     """
+    checked = checked_options("trace_by_leaf", options)
     num_probes = checked_count("num_probes", num_probes)
     paths = _tree.unique_paths(like, "like")
     groups = groups or {}
     members = tuple(_members(like, name, where) for name, where in groups.items())
-    watched = Watched(matvec) if isinstance(matvec, BatchMatvec) else None
-    estimate, _ = run(
-        hutchinson_by_leaf(probe, members),
-        watched or matvec,
-        key,
-        like,
-        max_matvecs=num_probes,
-        tol=tol,
-        callbacks=callbacks,
-        on_device=on_device,
-    )
+    # The batches of every product are listened to: they say how far other data would move the result.
+    watched = _samples.Watched(matvec) if isinstance(matvec, BatchMatvec) else None
+    method = hutchinson_by_leaf(probe, members)
+    estimate, _ = run(method, watched or matvec, key, like, max_matvecs=num_probes, tol=tol, **checked)
     if watched and (forms := watched.forms(estimate.num_samples)):
-        estimate = estimate._replace(data_stderr=_sampling_errors(forms, members))
-    total, *parts = _one_by_one(estimate)
+        estimate = estimate._replace(data_stderr=_samples.sampling_errors(forms, members))
+    total, *parts = _samples.one_by_one(estimate)
     leaves, of_groups = parts[: len(paths)], parts[len(paths) :]
     return TraceByLeaf(
         total, dict(zip(paths, leaves, strict=True)), dict(zip(groups, of_groups, strict=True))
     )
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _sampling_errors(forms: Forms, groups: tuple[tuple[int, ...], ...]) -> Array:
-    """Of the total, the leaves and the groups."""
-    sums = [jnp.sum(forms.parts[:, jnp.array(group)], axis=1) for group in groups]
-    columns = jnp.column_stack([jnp.sum(forms.parts, axis=1), forms.parts, *sums])
-    return sampling_error(columns, forms.weights)
-
-
-def _one_by_one(estimate: Estimate) -> list[Estimate]:
-    """An estimate of several numbers as so many estimates."""
-    data = [None] * len(estimate.mean) if estimate.data_stderr is None else estimate.data_stderr
-    columns = zip(estimate.mean, estimate.stderr, data, strict=True)
-    return [Estimate(mean, stderr, estimate.num_samples, of_data) for mean, stderr, of_data in columns]
 
 
 def _members(like: Params, name: str, where: Where) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """Hutch++: the large part of the trace from a sketch of the range, exactly; the rest by Hutchinson."""
 
-import functools
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -10,9 +10,18 @@ from jaxtyping import Array, Float, Int
 from hessjax._core import _tree
 from hessjax._core._messages import checked_count
 from hessjax._core._packing import Packed, Packing
-from hessjax._core._types import Block, Estimate, Estimator, Key, Params, Scalar
-from hessjax.estimators import _krylov, _samples
-from hessjax.estimators._samples import when
+from hessjax._core._types import Block, Estimate, Key, Params, Scalar, assign, settings
+from hessjax._run._estimator import Estimator
+from hessjax.estimators import _krylov
+from hessjax.estimators._samples import (
+    Moments,
+    check_probe,
+    estimate,
+    no_samples,
+    push,
+    stopping_error,
+    when,
+)
 from hessjax.estimators.probes import Probe, rademacher
 
 
@@ -35,13 +44,13 @@ class HutchppState(NamedTuple):
     basis: _krylov.Basis
     largest: Float[Array, ""]
     captured: Float[Array, ""]
-    samples: _samples.Moments
+    samples: Moments
     num_matvecs: Int[Array, ""]
     packing: Packing
 
 
-@functools.lru_cache(maxsize=64)
-def hutchpp(num_matvecs: int = 100, *, probe: Probe = rademacher) -> Estimator:
+@settings()
+class Hutchpp(Estimator):
     """Hutch++, as an estimator of the trace: a third of the products finds where A is large.
 
     With Q an orthonormal basis of A·(k probes), k = `num_matvecs // 3`, and P = I − QQᵀ,
@@ -82,53 +91,75 @@ def hutchpp(num_matvecs: int = 100, *, probe: Probe = rademacher) -> Estimator:
         >>> round(float(estimate.mean), 4)
         5.0
     """
-    num_matvecs = checked_count("num_matvecs", num_matvecs, 3)
-    rank = num_matvecs // 3
 
-    def init(key: Key, like: Params) -> HutchppState:
+    num_matvecs: int = 100
+    _: dataclasses.KW_ONLY
+    probe: Probe = rademacher
+
+    def __post_init__(self) -> None:
+        assign(self, num_matvecs=checked_count("num_matvecs", self.num_matvecs, 3))
+        check_probe(self.probe)
+
+    @property
+    def rank(self) -> int:
+        """k, the number of probes that the basis is made of."""
+        return self.num_matvecs // 3
+
+    def init(self, key: Key, like: Params) -> HutchppState:
+        """The first probe, and an empty basis."""
         packing = Packing.of(like)
-        _check_size(num_matvecs, packing.size)
-        vector = packing.pack(probe(jax.random.fold_in(key, 0), like))
+        _check_size(self.num_matvecs, packing.size)
+        vector = packing.pack(self.probe(jax.random.fold_in(key, 0), like))
         zero = jnp.zeros((), _tree.accumulator_dtype(like))
-        basis = _krylov.allocate(vector, rank)
-        return HutchppState(key, vector, basis, zero, zero, _samples.no_samples(zero), jnp.int32(0), packing)
+        basis = _krylov.allocate(vector, self.rank)
+        return HutchppState(key, vector, basis, zero, zero, no_samples(zero), jnp.int32(0), packing)
 
-    def query(state: HutchppState) -> Block:
+    def query(self, state: HutchppState) -> Block:
+        """A probe, a row of the basis, or a probe outside its span."""
         return jax.tree.map(lambda x: x[None], state.packing.unpack(state.vector))
 
-    def update(state: HutchppState, products: Block) -> HutchppState:
+    def update(self, state: HutchppState, products: Block) -> HutchppState:
+        """By its place a product gives a row of the basis, a share of tr QᵀAQ, or a sample of the rest."""
         product, i = state.packing.pack(_tree.row(products, 0)), state.num_matvecs
         form = _tree.inner(state.vector, product)
-        state = when(i < rank, _sketch, state, product)
-        samples = when(i >= 2 * rank, _samples.push, state.samples, form)
-        captured = state.captured + jnp.where((i >= rank) & (i < 2 * rank), form, 0)
+        state = when(i < self.rank, _sketch, state, product)
+        # vᵀAv is vᵀPAPv already: v was projected before it was multiplied (algorithm 1, line 4).
+        samples = when(i >= 2 * self.rank, push, state.samples, form)
+        captured = state.captured + jnp.where((i >= self.rank) & (i < 2 * self.rank), form, 0)
         state = state._replace(captured=captured, samples=samples, num_matvecs=i + 1)
-        return state._replace(vector=_next_vector(state, product))
+        return state._replace(vector=self._next_vector(state, product))
 
-    def _next_vector(state: HutchppState, like: Packed) -> Packed:
-        i = state.num_matvecs
+    def _next_vector(self, state: HutchppState, like: Packed) -> Packed:
+        i, rank = state.num_matvecs, self.rank
 
         def fresh() -> Packed:
-            vector = state.packing.pack(probe(jax.random.fold_in(state.key, i), state.packing.unpack(like)))
-            return _krylov.project_out(state.basis, jnp.where(i < rank, 0, rank), vector)[0]
+            probe = self.probe(jax.random.fold_in(state.key, i), state.packing.unpack(like))
+            # While the basis grows its probes must not depend on it: they are projected onto nothing.
+            return _krylov.project_out(state.basis, jnp.where(i < rank, 0, rank), state.packing.pack(probe))[
+                0
+            ]
 
         def row() -> Packed:
             return _krylov.read(state.basis, i - rank)
 
         return jax.lax.cond((i >= rank) & (i < 2 * rank), row, fresh)
 
-    def result(state: HutchppState) -> Estimate:
-        rest = _samples.estimate(state.samples)
+    def result(self, state: HutchppState) -> Estimate:
+        """The trace on the basis and the mean of the rest."""
+        rest = estimate(state.samples)
         return rest._replace(mean=state.captured + rest.mean)
 
-    def error(state: HutchppState) -> Scalar:
-        rest = _samples.estimate(state.samples)
-        return _samples.stopping_error(rest.stderr, rest.num_samples)
+    def error(self, state: HutchppState) -> Scalar:
+        """The standard error of the rest."""
+        rest = estimate(state.samples)
+        return stopping_error(rest.stderr, rest.num_samples)
 
-    def scale(state: HutchppState) -> Scalar:
+    def scale(self, state: HutchppState) -> Scalar:
+        """The absolute value of the trace."""
         return jnp.abs(state.captured + state.samples.mean)
 
-    return Estimator(init, query, update, result, error, scale)
+
+hutchpp = Hutchpp
 
 
 def _check_size(num_matvecs: int, dimension: int) -> None:
@@ -141,8 +172,10 @@ def _check_size(num_matvecs: int, dimension: int) -> None:
 
 def _sketch(state: HutchppState, product: Packed) -> HutchppState:
     """The product of a probe: a row of the basis, or of zeros if the rows before it span it."""
+    # Judged against the largest product so far: a small one is not noise by itself, but beside a large one.
     largest = jnp.maximum(state.largest, _tree.norm(product))
     tiny = 64 * jnp.finfo(largest.dtype).eps * largest
     row, _, left = _krylov.orthogonalise(state.basis, state.num_matvecs, product, tiny)
+    # A row of zeros takes no part in any projection, and its product is zero: tr QᵀAQ stays exact.
     basis = _krylov.write(state.basis, state.num_matvecs, _tree.scale(left > 0, row))
     return state._replace(basis=basis, largest=largest)

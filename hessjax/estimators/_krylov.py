@@ -5,11 +5,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from hessjax._core import _tree
 from hessjax._core._types import Block, Params, Scalar, Vector
-from hessjax.estimators.probes import hashed_signs
+from hessjax.estimators._samples import hashed_signs
 
 CHUNK = 16
 """Rows to a chunk: below, the products with a chunk no longer run at the memory's full bandwidth."""
@@ -29,19 +29,19 @@ def allocate(like: Params, num_rows: int) -> Basis:
     )
 
 
-def read(basis: Basis, index: Array) -> Vector:
+def read(basis: Basis, index: Int[Array, ""]) -> Vector:
     """Row `index`."""
+    # A switch over whole chunks: only the one that holds the row is read.
     readers = [lambda i, j=j: _tree.row(basis[j], i - j * CHUNK) for j in range(len(basis))]
     return jax.lax.switch(index // CHUNK, readers, index)
 
 
-def write(basis: Basis, index: Array, vector: Vector) -> Basis:
+def write(basis: Basis, index: Int[Array, ""], vector: Vector) -> Basis:
     """The basis with row `index` replaced; in place where the memory is donated."""
 
     def write_chunk(chunk: Block, start: int, stop: int) -> Block:
-        local = jnp.where(
-            (start <= index) & (index < stop), index - start, stop - start
-        )  # else: past the end
+        # Past the end nothing is written: one scatter to every chunk, and no branch that would copy it.
+        local = jnp.where((start <= index) & (index < stop), index - start, stop - start)
         return jax.tree.map(
             lambda rows, x: rows.at[local].set(x.astype(rows.dtype), mode="drop"), chunk, vector
         )
@@ -51,16 +51,19 @@ def write(basis: Basis, index: Array, vector: Vector) -> Basis:
     )
 
 
-def project_out(basis: Basis, count: Array, vector: Vector) -> tuple[Vector, Float[Array, " rows"]]:
+def project_out(basis: Basis, count: Int[Array, ""], vector: Vector) -> tuple[Vector, Float[Array, " rows"]]:
     """`vector` less its components along the first `count` rows, and these components.
 
     One pass of classical Gram–Schmidt. Chunks beyond `count` are not touched.
     """
+    # All components of the same vector first: classical Gram–Schmidt reads the basis in matrix products,
+    # the modified form row by row.
     bounds = list(_bounds(_rows(basis)))
     parts = []
     for chunk, (start, stop) in zip(basis, bounds, strict=True):
         inside = jnp.arange(start, stop) < count
         zeros = jnp.zeros(stop - start, _tree.accumulator_dtype(vector))
+        # Rows that are not filled yet are zero: to multiply them would cost their bandwidth for nothing.
         part = jax.lax.cond(start < count, _tree.block_inner, lambda *_, z=zeros: z, chunk, vector)
         parts.append(jnp.where(inside, part, 0))
     for chunk, part, (start, _) in zip(basis, parts, bounds, strict=True):
@@ -82,26 +85,31 @@ class Orthogonal(NamedTuple):
     norm: Scalar
 
 
-def orthogonalise(basis: Basis, count: Array, vector: Vector, tiny: Scalar) -> Orthogonal:
+def orthogonalise(basis: Basis, count: Int[Array, ""], vector: Vector, tiny: Scalar) -> Orthogonal:
     """A unit vector orthogonal to the first `count` rows: passes of `project_out` until one loses little.
 
     A pass that leaves at least 0.7 of the norm was accurate; "twice is enough" (Parlett 1998, §6.9). A
     vector of which no more than `tiny` is left was inside the span: a fresh direction takes its place.
     """
 
-    def unsettled(loop: tuple[Orthogonal, Array, Array]) -> Array:
+    def unsettled(loop: tuple[Orthogonal, Bool[Array, ""], Int[Array, ""]]) -> Bool[Array, ""]:
         _, settled, passes = loop
         return ~settled & (passes < 5)
 
-    def one_pass(loop: tuple[Orthogonal, Array, Array]) -> tuple[Orthogonal, Array, Array]:
+    def one_pass(
+        loop: tuple[Orthogonal, Bool[Array, ""], Int[Array, ""]],
+    ) -> tuple[Orthogonal, Bool[Array, ""], Int[Array, ""]]:
         # `norm` is positive here until the vector collapses, then minus the fresh direction's.
         (vector, components, before), _, passes = loop
         fresh = before < 0
         vector, part = project_out(basis, count, vector)
         after = _tree.norm(vector)
+        # What a pass leaves has errors of eps · before along the rows: where it left much they are
+        # small beside it, where it left little another pass takes them out.
         collapsed = ~fresh & (after <= tiny)
         settled = ~collapsed & (after >= 0.7 * jnp.abs(before))
         vector = jax.lax.cond(collapsed, lambda v: hashed_signs(count, v), lambda v: v, vector)
+        # The norm of a vector of signs.
         size = jnp.sqrt(jnp.asarray(_tree.size(vector), after.dtype))
         norm = jnp.where(collapsed, -size, jnp.where(fresh, -after, after))
         return Orthogonal(vector, components + jnp.where(fresh, 0, part), norm), settled, passes + 1
@@ -122,9 +130,10 @@ def orthonormal(block: Block) -> Block:
     """
     num_rows = jax.tree.leaves(block)[0].shape[0]
 
-    def clean(i: Array, block: Block) -> Block:
+    def clean(i: Int[Array, ""], block: Block) -> Block:
         row = _tree.row(block, i)
         row = _tree.scale(1 / jnp.maximum(_tree.norm(row), jnp.finfo(jnp.float32).tiny), row)
+        # Two passes are enough where a row keeps a part of its own; the third is for fresh directions.
         for _ in range(3):
             components = jnp.where(jnp.arange(num_rows) < i, _tree.block_inner(block, row), 0)
             row = _tree.add_scaled(row, -1, _tree.combine(components, block))
@@ -151,13 +160,14 @@ def rotate(basis: Basis, coefficients: Float[Array, "n rows"]) -> Basis:
     In place, one strip of columns after the other: a basis is too large to have twice.
     """
     num_rows = _rows(basis)
+    # One square matrix for all strips: rows of zeros clear what is dropped.
     square = jnp.pad(coefficients, ((0, num_rows - len(coefficients)), (0, 0)))
     leaves = [_rotate_leaf(chunks, square) for chunks in zip(*map(jax.tree.leaves, basis), strict=True)]
     structure = jax.tree.structure(basis[0])
     return tuple(jax.tree.unflatten(structure, chunk) for chunk in zip(*leaves, strict=True))
 
 
-def _rotate_leaf(chunks: tuple[Array, ...], square: Array) -> tuple[Array, ...]:
+def _rotate_leaf(chunks: tuple[Array, ...], square: Float[Array, "rows rows"]) -> tuple[Array, ...]:
     flat = tuple(chunk.reshape(len(chunk), -1) for chunk in chunks)
     bounds, length = _bounds(len(square)), flat[0].shape[1]
 
@@ -176,7 +186,7 @@ def _rotate_leaf(chunks: tuple[Array, ...], square: Array) -> tuple[Array, ...]:
     return tuple(new.reshape(old.shape) for new, old in zip(flat, chunks, strict=True))
 
 
-def _subtract(chunk: Block, components: Array, vector: Vector) -> Vector:
+def _subtract(chunk: Block, components: Float[Array, " rows"], vector: Vector) -> Vector:
     return _tree.add_scaled(vector, -1, _tree.combine(components, chunk))
 
 
@@ -224,9 +234,10 @@ class Krylov(NamedTuple):
 
 
 def start(block: Block, capacity: int) -> Krylov:
-    """The space to be grown from these vectors, with room for `capacity`."""
+    """The space to be grown from these vectors, of at most `capacity` rows besides the pending ones."""
     width = jax.tree.leaves(block)[0].shape[0]
     basis = allocate(_tree.row(block, 0), capacity + width)
+    # The start is the first pending block: nothing is multiplied yet, so `size` is 0.
     for i, vector in enumerate(_tree.rows(orthonormal(block))):
         basis = write(basis, jnp.int32(i), vector)
     dtype = _tree.accumulator_dtype(block)
@@ -257,11 +268,14 @@ def extend(space: Krylov, product: Vector) -> Krylov:
     alpha = _tree.inner(row, product)
     previous = jnp.maximum(k - space.width, 0)
     back = jnp.where(k >= space.width, T[k, previous], 0)
+    # The three-term recurrence, with b rows to a block a band of 2b + 1; the rest of the band is taken out by
+    # the pass over the basis.
     residual = _tree.add_scaled(product, -alpha, row)
     residual = _tree.add_scaled(residual, -back, read(space.basis, previous))
     known = jnp.minimum(last, min(_tree.size(product), len(T)))  # rows beyond the dimension hold nothing
     following, components, beta = orthogonalise(space.basis, known, residual, _tiny(T, product))
     column = components.at[k].add(alpha).at[last].set(beta, mode="drop")
+    # Row k of T is what earlier products said of qₖᵀAqᵢ; this one says qᵢᵀAqₖ. T keeps the former.
     mirrored = jnp.pad(T[k], (0, space.width))
     asymmetry = jnp.max(jnp.abs(column.at[previous].add(back) - mirrored), where=index < k, initial=0)
     T = T.at[:, k].set(jnp.where(index >= k, column, T[:, k]))
@@ -269,7 +283,7 @@ def extend(space: Krylov, product: Vector) -> Krylov:
     return Krylov(basis, T, k + 1, jnp.maximum(space.asymmetry, asymmetry))
 
 
-def _tiny(projected: Array, product: Vector) -> Array:
+def _tiny(projected: Float[Array, "rows m"], product: Vector) -> Scalar:
     """The norm below which what is left of a product is nothing but rounding."""
     size_of_matrix = jnp.maximum(jnp.max(jnp.sum(jnp.abs(projected), axis=0)), _tree.norm(product))
     return 64 * jnp.finfo(projected.dtype).eps * size_of_matrix
@@ -278,6 +292,7 @@ def _tiny(projected: Array, product: Vector) -> Array:
 def ritz(space: Krylov) -> tuple[Float[Array, " m"], Float[Array, "m m"]]:
     """Eigenvalues (ascending) and eigenvectors (columns) of T; entries from `size` on are meaningless."""
     inside = jnp.arange(space.capacity) < space.size
+    # `extend` fills the lower triangle only.
     lower = jnp.where(inside[:, None] & inside[None, :], space.projected[: space.capacity], 0)
     filled = lower + jnp.tril(lower, -1).T
     # Where T is not filled stands a number above all its eigenvalues, so that these sort last.

@@ -3,28 +3,30 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import Partial
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from hessjax._core import _tree
 from hessjax._core._messages import checked_count
 from hessjax._core._packing import Packing
 from hessjax._core._types import (
+    CONVERGENCE,
+    Amount,
     Block,
     Eigenpairs,
-    Estimator,
     Key,
     Params,
     Relative,
     Scalar,
     Tolerance,
     Vector,
+    assign,
+    settings,
 )
-from hessjax._run._estimator import checked_tolerance
+from hessjax._run._estimator import Estimator, limit_of
 from hessjax.estimators import _krylov
 from hessjax.estimators._krylov import Krylov, extend, pending, ritz
 from hessjax.estimators._krylov import start as start_space
@@ -32,7 +34,7 @@ from hessjax.estimators.probes import gaussian
 
 # -- which eigenvalues ---------------------------------------------------------------------------
 
-_PRIORITY: dict[str, Callable[[Array, Array, Array], Array]] = {
+_PRIORITY: dict[str, Callable[[Array, Array, Array], Float[Array, " m"] | Int[Array, " m"]]] = {
     "both": lambda values, index, size: jnp.minimum(index, size - 1 - index),
     "largest": lambda values, index, size: size - 1 - index,
     "smallest": lambda values, index, size: index,
@@ -40,7 +42,7 @@ _PRIORITY: dict[str, Callable[[Array, Array, Array], Array]] = {
 }
 
 
-def _ranked(values: Array, size: Array, which: str) -> Int[Array, " m"]:
+def _ranked(values: Float[Array, " m"], size: Int[Array, ""], which: str) -> Int[Array, " m"]:
     """Indices of the Ritz values, the most wanted first, those that mean nothing last."""
     index = jnp.arange(values.shape[0])
     priority = _PRIORITY[which](values, index, size).astype(values.dtype)
@@ -63,15 +65,8 @@ class LanczosState(NamedTuple):
     num_matvecs: Int[Array, ""]
 
 
-def lanczos(
-    k: int = 5,
-    which: str = "both",
-    *,
-    basis_size: int | None = None,
-    block_size: int = 1,
-    start: Block | None = None,
-    tol: Tolerance | None = Relative(1e-4),  # noqa: B008 - immutable
-) -> Estimator:
+@settings(arrays=("start", "tol"))
+class Lanczos(Estimator):
     """Thick-restart Lanczos with full reorthogonalisation, as an estimator of eigenpairs.
 
     Full reorthogonalisation is what makes every Ritz value count once: without it 10 outliers in 2000
@@ -96,7 +91,7 @@ def lanczos(
 
     Raises:
         ValueError: unknown `which`, `k` or `block_size` below 1, or, when it meets the params, more pairs
-            wanted than there are parameters, a basis with no room for them, a `start` unlike the params.
+            wanted than there are parameters, a basis too small for them, a `start` unlike the params.
 
     Cost:
         `block_size` products a step; 4·j·d operations for the j-th basis vector, twice that with blocks;
@@ -117,40 +112,52 @@ def lanczos(
         >>> [round(float(value), 3) for value in pairs.values]
         [100.0, 99.0]
     """
-    if which not in _PRIORITY:
-        raise ValueError(f"`which` must be one of {', '.join(map(repr, _PRIORITY))}, got {which!r}.")
-    for name, number in (("k", k), ("block_size", block_size)):
-        checked_count(name, number)
-    if (checked := checked_tolerance(tol)) is None:
-        raise ValueError("`tol` must be a number or `relative(r)`: it decides what counts as converged.")
-    wanted = num_wanted(k, which)
-    begin = Partial(_Begin(wanted, which, basis_size, block_size), start)
-    query, update, error, scale = _methods(wanted, which, block_size)
-    return Estimator(begin, query, update, _result(wanted, which, block_size, checked), error, scale)
 
+    init_only = ("basis_size", "start")
 
-@dataclasses.dataclass(frozen=True)
-class _Begin:
-    """How a run starts; equal settings hash alike."""
+    k: int = 5
+    which: str = "both"
+    _: dataclasses.KW_ONLY
+    basis_size: int | None = None
+    block_size: int = 1
+    start: Block | None = None
+    tol: Tolerance | None = Relative(1e-4)
 
-    wanted: int
-    which: str
-    basis_size: int | None
-    block_size: int
+    def __post_init__(self) -> None:
+        if self.which not in _PRIORITY:
+            raise ValueError(f"`which` must be one of {', '.join(map(repr, _PRIORITY))}, got {self.which!r}.")
+        assign(self, k=checked_count("k", self.k), block_size=checked_count("block_size", self.block_size))
+        if self.basis_size is not None:
+            assign(
+                self,
+                basis_size=checked_count("basis_size", self.basis_size, self.wanted, ", the pairs wanted"),
+            )
+        assign(self, tol=Amount.of(self.tol, meaning=CONVERGENCE))
 
-    def __call__(self, near: Block | None, key: Key, like: Params) -> LanczosState:
+    @property
+    def wanted(self) -> int:
+        """How many pairs are asked for: with `"both"`, k from each end."""
+        return num_wanted(self.k, self.which)
+
+    def init(self, key: Key, like: Params) -> LanczosState:
+        """An empty space, with a random start or one near the vectors given."""
         packing = Packing.of(like)
         capacity = self._capacity(packing.size)
         keys = jax.random.split(key, self.block_size)
         block = jax.vmap(lambda key: packing.pack(gaussian(key, like)))(keys)
-        if near is not None:
-            if any(jnp.shape(leaf)[:1] in ((), (0,)) for leaf in jax.tree.leaves(near)):
-                raise ValueError("`start` must be a block of at least one vector, got none.")
-            _tree.check_like(_tree.row(near, 0), like, "start[0]", "like")
-            block = jax.vmap(_near)(_dealt(jax.vmap(packing.pack)(near), self.block_size), block)
+        if self.start is not None:
+            block = jax.vmap(_near)(self._given(packing, like), block)
         return LanczosState(start_space(block, capacity), packing, jnp.int32(0))
 
+    def _given(self, packing: Packing, like: Params) -> Block:
+        """The vectors to start near, as many as a block has."""
+        if any(jnp.shape(leaf)[:1] in ((), (0,)) for leaf in jax.tree.leaves(self.start)):
+            raise ValueError("`start` must be a block of at least one vector, got none.")
+        _tree.check_like(_tree.row(self.start, 0), like, "start[0]", "like")
+        return _distributed(jax.vmap(packing.pack)(self.start), self.block_size)
+
     def _capacity(self, dimension: int) -> int:
+        """How many vectors are kept."""
         wanted, width = self.wanted, self.block_size
         if wanted > dimension:
             ends = ' (`which="both"` wants k from each end)' if self.which == "both" else ""
@@ -170,71 +177,71 @@ class _Begin:
             )
         return capacity
 
+    def query(self, state: LanczosState) -> Block:
+        """The last rows of the basis, which are not multiplied yet."""
+        return state.packing.unpack_block(pending(state.space))
 
-def _dealt(vectors: Block, num_hands: int) -> Block:
-    """The sums of every `num_hands`-th vector; those with NaN (pairs that were never found) are left out."""
+    def update(self, state: LanczosState, products: Block) -> LanczosState:
+        """A step of the recurrence for every product, and a restart where the basis is full."""
+        products = jax.vmap(state.packing.pack)(products)
+        absorb = functools.partial(
+            _absorb, which=self.which, wanted=self.wanted, dimension=state.packing.size
+        )
+        # One by one also where a block was multiplied: each new row is made orthogonal to the one before.
+        if self.block_size == 1:
+            space = absorb(state.space, _tree.row(products, 0))
+        else:
+            space = jax.lax.fori_loop(
+                0, self.block_size, lambda i, space: absorb(space, _tree.row(products, i)), state.space
+            )
+        return LanczosState(space, state.packing, state.num_matvecs + self.block_size)
+
+    def result(self, state: LanczosState) -> Eigenpairs:
+        """The Ritz pairs wanted, with the residuals of the recurrence."""
+        values, coefficients, residuals = _wanted(state.space, self.which, self.wanted)
+        limit = limit_of(self, Amount.of(self.tol), state)
+        # The pending rows are in the basis too, but no part of a Ritz vector.
+        coefficients = jnp.pad(coefficients, ((0, 0), (0, self.block_size)))
+        vectors = state.packing.unpack_block(_krylov.combine(state.space.basis, coefficients))
+        pairs = Eigenpairs(values, vectors, residuals, residuals <= limit, state.num_matvecs)
+        return pairs._replace(asymmetry=state.space.asymmetry)
+
+    def error(self, state: LanczosState) -> Scalar:
+        """The largest residual among the pairs wanted."""
+        return jnp.max(_wanted(state.space, self.which, self.wanted)[2])
+
+    def scale(self, state: LanczosState) -> Scalar:
+        """The largest absolute Ritz value."""
+        values, _ = ritz(state.space)
+        return jnp.max(jnp.abs(jnp.where(jnp.arange(values.shape[0]) < state.space.size, values, 0)))
+
+
+lanczos = Lanczos
+
+
+def _distributed(vectors: Block, num_sums: int) -> Block:
+    """The vectors distributed over so many sums; those with NaN (pairs never found) are left out."""
     finite = [jnp.all(jnp.isfinite(x), axis=range(1, x.ndim)) for x in jax.tree.leaves(vectors)]
     found = functools.reduce(jnp.logical_and, finite)
-    vectors = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0), vectors)
-    hands = jnp.arange(len(found)) % num_hands == jnp.arange(num_hands)[:, None]
-    return _tree.combine((hands & found).astype(_tree.accumulator_dtype(vectors)), vectors)
+    vectors = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0), vectors)  # 0 · NaN would be NaN
+    members = jnp.arange(len(found)) % num_sums == jnp.arange(num_sums)[:, None]
+    return _tree.combine((members & found).astype(_tree.accumulator_dtype(vectors)), vectors)
 
 
 def _near(vector: Vector, noise: Vector) -> Vector:
     """The direction of `vector` with 2 % of noise; noise alone where there is no direction."""
     length = _tree.norm(vector)
     unit = _tree.scale(1 / jnp.where(length > 0, length, 1), vector)
+    # Without noise the space would stay in what was found before: a new outlier would never be seen.
     return _tree.add_scaled(unit, 0.02 / _tree.norm(noise), noise)
-
-
-@functools.lru_cache(maxsize=64)
-def _methods(wanted: int, which: str, block_size: int) -> tuple[Callable[..., Any], ...]:
-    """`query`, `update`, `error` and `scale`: one set of functions, and compiled code, for equal settings."""
-
-    def query(state: LanczosState) -> Block:
-        return state.packing.unpack_block(pending(state.space))
-
-    def update(state: LanczosState, products: Block) -> LanczosState:
-        products = jax.vmap(state.packing.pack)(products)
-        absorb = functools.partial(_absorb, which=which, wanted=wanted, dimension=state.packing.size)
-        if block_size == 1:
-            space = absorb(state.space, _tree.row(products, 0))
-        else:
-            space = jax.lax.fori_loop(
-                0, block_size, lambda i, space: absorb(space, _tree.row(products, i)), state.space
-            )
-        return LanczosState(space, state.packing, state.num_matvecs + block_size)
-
-    def error(state: LanczosState) -> Scalar:
-        return jnp.max(_wanted(state.space, which, wanted)[2])
-
-    return query, update, error, _scale
-
-
-def _scale(state: LanczosState) -> Scalar:
-    values, _ = ritz(state.space)
-    return jnp.max(jnp.abs(jnp.where(jnp.arange(values.shape[0]) < state.space.size, values, 0)))
-
-
-@functools.lru_cache(maxsize=64)
-def _result(wanted: int, which: str, block_size: int, tol: Tolerance) -> Callable[..., Eigenpairs]:
-    """`result`, which alone depends on the tolerance."""
-
-    def result(state: LanczosState) -> Eigenpairs:
-        values, coefficients, residuals = _wanted(state.space, which, wanted)
-        limit = tol.factor * _scale(state) if isinstance(tol, Relative) else tol
-        vectors = _krylov.combine(state.space.basis, jnp.pad(coefficients, ((0, 0), (0, block_size))))
-        vectors = state.packing.unpack_block(vectors)
-        pairs = Eigenpairs(values, vectors, residuals, residuals <= limit, state.num_matvecs)
-        return pairs._replace(asymmetry=state.space.asymmetry)
-
-    return result
 
 
 def _absorb(space: Krylov, product: Vector, *, which: str, wanted: int, dimension: int) -> Krylov:
     """One product more, and a restart where that fills the basis."""
     if space.capacity == dimension:  # the basis can hold everything there is
         return jax.lax.cond(space.size < dimension, extend, lambda space, _: space, space, product)
+    # Half of the other Ritz vectors stay too: with the wanted alone convergence slows down after a restart
+    # (Wu & Simon 2000 keep more than are wanted for the same reason).
     keep = wanted + (space.capacity - wanted) // 2
     # A `cond` would copy the basis at every step, taken or not; a loop only when it is entered.
     return jax.lax.while_loop(
@@ -244,13 +251,18 @@ def _absorb(space: Krylov, product: Vector, *, which: str, wanted: int, dimensio
     )
 
 
-def _wanted(space: Krylov, which: str, wanted: int) -> tuple[Array, Array, Array]:
+def _wanted(
+    space: Krylov, which: str, wanted: int
+) -> tuple[Float[Array, " k"], Float[Array, "k m"], Float[Array, " k"]]:
     """Values (largest first), coefficients in the basis (rows) and residuals of the pairs wanted."""
     values, vectors = ritz(space)
     best = _ranked(values, space.size, which)[:wanted]
+    # NaN has no place in an order: pairs that do not exist count as −∞ and come last.
     best = best[jnp.argsort(-jnp.where(best < space.size, values[best], -jnp.inf))]
     exists: Bool[Array, " wanted"] = best < space.size
-    residuals = jnp.linalg.norm(space.coupling() @ vectors[:, best], axis=0)
+    # A(Qs) − θ(Qs) = (pending rows)ᵀ · coupling · s: the residual needs no product (Parlett 1998, §13.2).
+    # `norm` of each column and not `jnp.linalg.norm`, whose squares leave float32 at 1e-19 and 1e19.
+    residuals = jax.vmap(_tree.norm, in_axes=1)(_coupling_of(space, vectors[:, best]))
     return (
         jnp.where(exists, values[best], jnp.nan),
         jnp.where(exists[:, None], vectors[:, best].T, 0),
@@ -263,9 +275,16 @@ def _restart(space: Krylov, which: str, keep: int) -> Krylov:
     values, vectors = ritz(space)
     best = _ranked(values, space.size, which)[:keep]
     (rows, m), width = space.projected.shape, space.width
+    # The pending rows come along unchanged: they are orthogonal to every Ritz vector.
     rotation = jnp.zeros((keep + width, rows), values.dtype)
     rotation = rotation.at[:keep, :m].set(vectors[:, best].T)
     rotation = rotation.at[keep:, m:].set(jnp.eye(width, dtype=values.dtype))
+    # In the basis of Ritz vectors T is diagonal, but for how each couples to the pending rows: an arrow.
     projected = jnp.zeros_like(space.projected).at[jnp.arange(keep), jnp.arange(keep)].set(values[best])
-    projected = projected.at[keep : keep + width, :keep].set(space.coupling() @ vectors[:, best])
+    projected = projected.at[keep : keep + width, :keep].set(_coupling_of(space, vectors[:, best]))
     return Krylov(_krylov.rotate(space.basis, rotation), projected, jnp.int32(keep), space.asymmetry)
+
+
+def _coupling_of(space: Krylov, vectors: Array) -> Array:
+    """What of A times these vectors (columns, in the basis) lies along the pending rows: (b, n)."""
+    return jnp.matmul(space.coupling(), vectors, precision="highest")

@@ -1,6 +1,6 @@
 """Block power iteration: there because people expect it, and honest about when it is done."""
 
-import functools
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -10,8 +10,21 @@ from jaxtyping import Array, Float, Int
 from hessjax._core import _tree
 from hessjax._core._messages import checked_count
 from hessjax._core._packing import Packing
-from hessjax._core._types import Block, Eigenpairs, Estimator, Key, Params, Relative, Scalar, Tolerance
-from hessjax._run._estimator import checked_tolerance
+from hessjax._core._types import (
+    CONVERGENCE,
+    Amount,
+    Block,
+    Eigenpairs,
+    Key,
+    Params,
+    Relative,
+    Scalar,
+    Tolerance,
+    Vector,
+    assign,
+    settings,
+)
+from hessjax._run._estimator import Estimator, limit_of
 from hessjax.estimators._krylov import orthonormal
 from hessjax.estimators.probes import gaussian
 
@@ -36,8 +49,8 @@ class PowerState(NamedTuple):
     num_matvecs: Int[Array, ""]
 
 
-@functools.lru_cache(maxsize=64)
-def power_iteration(k: int = 1, *, tol: Tolerance = Relative(1e-3)) -> Estimator:  # noqa: B008 - immutable
+@settings(arrays=("tol",))
+class PowerIteration(Estimator):
     """Subspace iteration with Rayleigh–Ritz, for the k eigenvalues of largest magnitude.
 
     It stops on the residual ‖Av − θv‖. (The change of θ from step to step, which others watch, has
@@ -72,50 +85,60 @@ def power_iteration(k: int = 1, *, tol: Tolerance = Relative(1e-3)) -> Estimator
         >>> pairs.values.round(3).tolist(), pairs.converged.tolist()
         ([9.0, -4.0], [True, True])
     """
-    k = checked_count("k", k)
-    if (checked := checked_tolerance(tol)) is None:
-        raise ValueError("`tol` must be a number or `relative(r)`: it decides what counts as converged.")
 
-    def init(key: Key, like: Params) -> PowerState:
-        packing = Packing.of(like)
+    k: int = 1
+    _: dataclasses.KW_ONLY
+    tol: Tolerance = Relative(1e-3)
+
+    def __post_init__(self) -> None:
+        assign(self, k=checked_count("k", self.k), tol=Amount.of(self.tol, meaning=CONVERGENCE))
+
+    def init(self, key: Key, like: Params) -> PowerState:
+        """A random orthonormal block."""
+        k, packing = self.k, Packing.of(like)
         if k > packing.size:
             raise ValueError(f"`k` must be at most {packing.size}, the number of parameters, got {k}.")
         probes = jax.vmap(lambda key: packing.pack(gaussian(key, like)))(jax.random.split(key, k))
+        # Orthonormal at every step: otherwise all columns turn into the first eigenvector.
         iterate = orthonormal(probes)
-        nothing = jnp.zeros(k, _tree.accumulator_dtype(like))
-        return PowerState(
-            iterate,
-            jax.tree.map(jnp.zeros_like, iterate),
-            nothing + jnp.nan,
-            nothing + jnp.inf,
-            packing,
-            jnp.int32(0),
-        )
+        none = jax.tree.map(jnp.zeros_like, iterate)
+        zeros = jnp.zeros(k, _tree.accumulator_dtype(like))
+        return PowerState(iterate, none, zeros + jnp.nan, zeros + jnp.inf, packing, jnp.int32(0))
 
-    def update(state: PowerState, products: Block) -> PowerState:
+    def query(self, state: PowerState) -> Block:
+        """The iterate."""
+        return state.packing.unpack_block(state.iterate)
+
+    def update(self, state: PowerState, products: Block) -> PowerState:
+        """Rayleigh–Ritz on the iterate, and the products made orthonormal as the next one."""
         products = jax.vmap(state.packing.pack)(products)
         projected = _tree.gram(state.iterate, products)
+        # Symmetric but for rounding; `eigh` reads one triangle only, and the mean of both is closer.
         values, rotation = jnp.linalg.eigh((projected + projected.T) / 2)
         values, rotation = values[::-1], rotation[:, ::-1]
+        # The products are rotated with the vectors: residuals then cost no product of their own.
         vectors, products = _tree.combine(rotation.T, state.iterate), _tree.combine(rotation.T, products)
-        residuals = jax.vmap(lambda v, w, value: _tree.norm(_tree.add_scaled(w, -value, v)))(
-            vectors, products, values
-        )
-        iterate = orthonormal(products)
-        return PowerState(iterate, vectors, values, residuals, state.packing, state.num_matvecs + k)
+        residuals = jax.vmap(_residual)(vectors, products, values)
+        count = state.num_matvecs + self.k
+        return PowerState(orthonormal(products), vectors, values, residuals, state.packing, count)
 
-    def result(state: PowerState) -> Eigenpairs:
-        limit = checked.factor * scale(state) if isinstance(checked, Relative) else checked
+    def result(self, state: PowerState) -> Eigenpairs:
+        """The Ritz pairs of the last iterate that was multiplied."""
+        limit = limit_of(self, Amount.of(self.tol), state)
         vectors = state.packing.unpack_block(state.vectors)
         return Eigenpairs(state.values, vectors, state.residuals, state.residuals <= limit, state.num_matvecs)
 
-    def error(state: PowerState) -> Scalar:
+    def error(self, state: PowerState) -> Scalar:
+        """The largest residual."""
         return jnp.max(state.residuals)
 
-    def scale(state: PowerState) -> Scalar:
+    def scale(self, state: PowerState) -> Scalar:
+        """The largest absolute value."""
         return jnp.max(jnp.abs(state.values))
 
-    def query(state: PowerState) -> Block:
-        return state.packing.unpack_block(state.iterate)
 
-    return Estimator(init, query, update, result, error, scale)
+power_iteration = PowerIteration
+
+
+def _residual(vector: Vector, product: Vector, value: Scalar) -> Scalar:
+    return _tree.norm(_tree.add_scaled(product, -value, vector))

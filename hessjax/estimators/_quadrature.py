@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from hessjax._core import _tree
-from hessjax._core._types import Block, Vector
+from hessjax._core._types import Block, Scalar, Vector
 from hessjax.estimators import _krylov
 from hessjax.estimators._krylov import Krylov
 
@@ -38,9 +38,11 @@ def quadrature_bounds(
     References:
         Szegő (1975), Orthogonal Polynomials, §3.41; Chen, Trogdon & Ubaru (2021), arXiv 2105.06595, §3.
     """
+    # `eigh` returns nodes within eps · ‖T‖; the factor is the same as for breakdowns.
     slack = 64 * jnp.finfo(nodes.dtype).eps * jnp.max(jnp.abs(nodes))
     there = weights > jnp.finfo(weights.dtype).eps
     up_to = jnp.cumsum(weights)
+    # Running extremes, since a node of weight zero must not tighten what its neighbours bound.
     below = jax.lax.cummax(jnp.where(there, up_to - weights, 0))
     above = jax.lax.cummin(jnp.where(there, up_to, 1), reverse=True)
     certain = jnp.searchsorted(nodes + slack, grid, side="right")  # nodes at or below x for sure
@@ -49,7 +51,7 @@ def quadrature_bounds(
 
 
 def sphere_deviation(
-    dimension: Array, num_probes: Array, confidence: float | int | Array
+    dimension: Float[Array, ""], num_probes: Int[Array, ""], confidence: float | int | Float[Array, ""]
 ) -> Float[Array, ""]:
     """How far the mean of the probes' cumulative functions is from the true one, for all x at once.
 
@@ -76,20 +78,24 @@ def sphere_deviation(
 
 
 def bumps(
-    grid: Float[Array, " n"], nodes: Float[Array, "probes m"], weights: Float[Array, "probes m"], width: Array
+    grid: Float[Array, " n"],
+    nodes: Float[Array, "probes m"],
+    weights: Float[Array, "probes m"],
+    width: Scalar,
 ) -> Float[Array, "probes n"]:
     """A Gaussian for every node, of its weight; summed for each probe."""
     return jnp.sum(weights[..., None] * jax.scipy.stats.norm.pdf(grid, nodes[..., None], width), axis=1)
 
 
-def ends(nodes: Float[Array, "probes m"], weights: Float[Array, "probes m"]) -> tuple[Array, Array]:
+def ends(nodes: Float[Array, "probes m"], weights: Float[Array, "probes m"]) -> tuple[Scalar, Scalar]:
     """The extremes over all probes."""
     there = weights > 0
     return jnp.min(jnp.where(there, nodes, jnp.inf)), jnp.max(jnp.where(there, nodes, -jnp.inf))
 
 
-def bulk(nodes: Float[Array, "probes m"], weights: Float[Array, "probes m"]) -> Array:
+def bulk(nodes: Float[Array, "probes m"], weights: Float[Array, "probes m"]) -> Scalar:
     """The distance from the 5 % to the 95 % quantile."""
+    # Quantiles of the mixture over all probes: each alone may miss an end of the bulk.
     order = jnp.argsort(nodes, axis=None)
     places, shares = nodes.reshape(-1)[order], jnp.cumsum(weights.reshape(-1)[order])
     quantiles = jnp.searchsorted(shares / shares[-1], jnp.array([0.05, 0.95], shares.dtype))
@@ -108,7 +114,7 @@ class Recurrence(NamedTuple):
     """A Lanczos recurrence from g start vectors at once.
 
     Attributes:
-        start: `(vectors, capacity) -> space`, with room for `capacity` steps.
+        start: `(vectors, capacity) -> space`, for `capacity` steps.
         restart: `(space, vectors) -> space`, the same memory begun anew.
         rows: `(space) -> block`, what is to be multiplied next.
         extend: `(space, products) -> space`, one step.
@@ -193,13 +199,20 @@ def _extend_two(space: TwoVectors, products: Block) -> TwoVectors:
 
 
 def _step(
-    row: Vector, back: Vector, diagonal: Array, off: Array, size: Array, product: Vector
-) -> tuple[Vector, Vector, Array, Array]:
+    row: Vector,
+    back: Vector,
+    diagonal: Float[Array, " m"],
+    off: Float[Array, " m"],
+    size: Int[Array, ""],
+    product: Vector,
+) -> tuple[Vector, Vector, Float[Array, " m"], Float[Array, " m"]]:
+    # α from Aq − β · (row before), β as a norm: Paige's variant (2,7), with errors of order eps.
     residual = _tree.add_scaled(back, 1, product)
     alpha = _tree.inner(row, residual)
     residual = _tree.add_scaled(residual, -alpha, row)
     beta = _tree.norm(residual)
     diagonal = diagonal.at[size].set(alpha, mode="drop")
+    # A bound of ‖T‖ in infinity norm: a breakdown is judged relative to the matrix, whatever its units.
     tiny = 64 * jnp.finfo(off.dtype).eps * (jnp.max(jnp.abs(diagonal)) + 2 * jnp.max(off))
     beta = jnp.where(beta > tiny, beta, 0)
     inverse = jnp.where(beta > 0, 1 / jnp.where(beta > 0, beta, 1), 0)
@@ -211,13 +224,17 @@ def _quadrature_of_two(space: TwoVectors) -> Quadrature:
     return Quadrature(*jax.vmap(_gauss, in_axes=(0, 0, None))(space.diagonal, space.off_diagonal, space.size))
 
 
-def _gauss(diagonal: Array, off: Array, size: Array) -> tuple[Array, Array]:
+def _gauss(
+    diagonal: Float[Array, " m"], off: Float[Array, " m"], size: Int[Array, ""]
+) -> tuple[Float[Array, " m"], Float[Array, " m"]]:
     """Nodes and weights of a tridiagonal T up to its first breakdown (Golub & Welsch 1969)."""
+    # After β = 0 rows are zero, and what T holds there says nothing of A.
     unbroken = jnp.cumprod(jnp.where(off > 0, 1, 0))
     inside = (jnp.arange(len(off)) < size) & jnp.roll(unbroken, 1).at[0].set(1).astype(bool)
     off = jnp.where(inside[1:], off[:-1], 0)
     # Where T is not filled stands a number above all its eigenvalues, so that these sort last.
     above = 4 * jnp.max(jnp.abs(jnp.where(inside, diagonal, 0))) + 4 * jnp.max(off, initial=0)
+    # Weights are squared first components of the eigenvectors: a dense `eigh` of a small T has both.
     T = jnp.diag(jnp.where(inside, diagonal, above)) + jnp.diag(off, 1) + jnp.diag(off, -1)
     values, vectors = jnp.linalg.eigh(T)
     return _those_inside(values, vectors[0], jnp.arange(len(values)) < jnp.sum(inside))
@@ -226,7 +243,9 @@ def _gauss(diagonal: Array, off: Array, size: Array) -> tuple[Array, Array]:
 without_basis = Recurrence(_start_two, _restart_two, lambda space: space.row, _extend_two, _quadrature_of_two)
 
 
-def _those_inside(values: Array, components: Array, inside: Bool[Array, " m"]) -> tuple[Array, Array]:
+def _those_inside(
+    values: Float[Array, " m"], components: Float[Array, " m"], inside: Bool[Array, " m"]
+) -> tuple[Float[Array, " m"], Float[Array, " m"]]:
     """Nodes and weights; what is outside repeats the largest node, with weight 0."""
     largest = jnp.max(values, where=inside, initial=-jnp.inf)
     largest = jnp.where(jnp.isfinite(largest), largest, 0)

@@ -1,8 +1,7 @@
 """Stochastic Lanczos quadrature: the density of all eigenvalues from a few Lanczos runs."""
 
-import functools
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +11,12 @@ from jaxtyping import Array, Float, Int
 from hessjax._core import _tree
 from hessjax._core._messages import checked_count
 from hessjax._core._packing import Packing
-from hessjax._core._types import Block, Estimator, Key, Matvec, Params, Scalar
-from hessjax._run._drivers import Callback
-from hessjax._run._estimator import run
+from hessjax._core._types import Block, Key, Matvec, Params, Scalar, assign, settings
+from hessjax._run._drivers import run
+from hessjax._run._estimator import Estimator, RunOptions, checked_options
 from hessjax.estimators._density import SpectralDensity
-from hessjax.estimators._quadrature import Quadrature, with_basis, without_basis
+from hessjax.estimators._quadrature import Quadrature, Recurrence, with_basis, without_basis
+from hessjax.estimators._samples import check_probe, when
 from hessjax.estimators.probes import Probe, gaussian
 
 
@@ -44,15 +44,8 @@ class SlqState(NamedTuple):
     dimension: Float[Array, ""]
 
 
-@functools.lru_cache(maxsize=64)
-def slq(
-    num_probes: int = 1,
-    num_matvecs: int = 80,
-    *,
-    probe: Probe = gaussian,
-    reorthogonalise: bool = True,
-    at_once: int = 1,
-) -> Estimator:
+@settings(arrays=("leaf",))
+class Slq(Estimator):
     """Stochastic Lanczos quadrature, as an estimator of the spectral density.
 
     Every probe is the start of a Lanczos run of `num_matvecs` steps; the Ritz values with the squared first
@@ -70,6 +63,8 @@ def slq(
         at_once: probes whose vectors are multiplied together, as one block. It must divide `num_probes`,
             and needs `reorthogonalise=False`: more than one basis is too much memory, and the work on
             filled rows alone cannot be shared by several.
+        leaf: index, in the order of `jax.tree.leaves`, of the only leaf whose diagonal block is looked at: an
+            integer array, so that all leaves share compiled code. None for the whole matrix.
 
     Returns:
         An `Estimator` with result `SpectralDensity` and error the standard error of the mean eigenvalue
@@ -94,88 +89,112 @@ def slq(
         >>> density.nodes.round(4).tolist()
         [[1.0, 5.0]]
     """
-    _check(num_probes, num_matvecs, reorthogonalise, at_once)
-    recurrence = with_basis if reorthogonalise else without_basis
-    num_groups = num_probes // at_once
 
-    def init(key: Key, like: Params, leaf: Array | None = None) -> SlqState:
-        packing = Packing.of(like)
-        if num_matvecs > packing.size:
+    init_only = ("leaf",)
+
+    num_probes: int = 1
+    num_matvecs: int = 80
+    _: dataclasses.KW_ONLY
+    probe: Probe = gaussian
+    reorthogonalise: bool = True
+    at_once: int = 1
+    leaf: Int[Array, ""] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_probes", "num_matvecs", "at_once"):
+            assign(self, **{name: checked_count(name, getattr(self, name))})
+        check_probe(self.probe)
+        if self.num_probes % self.at_once:
+            raise ValueError(f"`at_once` must divide `num_probes`, {self.num_probes}, got {self.at_once}.")
+        if self.at_once > 1 and self.reorthogonalise:
             raise ValueError(
-                f"`num_matvecs` must be at most {packing.size}, the number of parameters, got {num_matvecs}."
+                f"`at_once` must be 1 where every probe keeps a basis, got {self.at_once}: pass "
+                "`reorthogonalise=False`."
             )
+
+    @property
+    def _recurrence(self) -> Recurrence:
+        return with_basis if self.reorthogonalise else without_basis
+
+    def init(self, key: Key, like: Params) -> SlqState:
+        """The recurrences of the first probes, begun."""
+        packing = Packing.of(like)
+        if self.num_matvecs > packing.size:
+            raise ValueError(
+                f"`num_matvecs` must be at most {packing.size}, the number of parameters, got "
+                f"{self.num_matvecs}."
+            )
+        # As floats: a network may have more parameters than an int32 can count.
         sizes = np.array([np.prod(shape) for shape in packing.shapes])
-        dtype = _tree.accumulator_dtype(like)
+        dtype, leaf = _tree.accumulator_dtype(like), self.leaf
         dimension = jnp.asarray(sizes.sum() if leaf is None else jnp.asarray(sizes, dtype)[leaf], dtype)
-        space = recurrence.start(draw(key, packing, 0, like, leaf), num_matvecs)
-        nothing = jnp.zeros((num_probes, num_matvecs), dtype)
+        # With a leaf chosen all vectors are zero elsewhere, and A_ll is met without a program of its own.
+        space = self._recurrence.start(self._draw(key, packing, 0, like, leaf), self.num_matvecs)
+        nothing = jnp.zeros((self.num_probes, self.num_matvecs), dtype)
         return SlqState(key, space, packing, nothing, nothing, jnp.int32(0), leaf, dimension)
 
-    def draw(key: Key, packing: Packing, group: Any, like: Params, leaf: Array | None) -> Block:
+    def _draw(
+        self, key: Key, packing: Packing, group: Any, like: Params, leaf: Int[Array, ""] | None
+    ) -> Block:
         """The group's probes, one after the other: whoever draws, the numbers are the same."""
-        indices = group * at_once + jnp.arange(at_once)
+        indices = group * self.at_once + jnp.arange(self.at_once)
         return jax.lax.map(
-            lambda i: packing.pack(_within(leaf, probe(jax.random.fold_in(key, i), like))), indices
+            lambda i: packing.pack(_within(leaf, self.probe(jax.random.fold_in(key, i), like))), indices
         )
 
-    def query(state: SlqState) -> Block:
-        return _within(state.leaf, state.packing.unpack_block(recurrence.rows(state.space)))
+    def query(self, state: SlqState) -> Block:
+        """The vectors of the recurrences under way."""
+        return _within(state.leaf, state.packing.unpack_block(self._recurrence.rows(state.space)))
 
-    def update(state: SlqState, products: Block) -> SlqState:
+    def update(self, state: SlqState, products: Block) -> SlqState:
+        """A step of the recurrences; the last one stores their quadratures and begins the next probes."""
+        # P_l A P_l v: the query was masked, and so is the product.
         packed = jax.vmap(state.packing.pack)(_within(state.leaf, products))
-        group = state.num_matvecs // (at_once * num_matvecs)  # the one that these products belong to
-        count = state.num_matvecs + at_once
-        state = state._replace(space=recurrence.extend(state.space, packed), num_matvecs=count)
-        full = (count % (at_once * num_matvecs) == 0) & (group < num_groups)
+        group = state.num_matvecs // (self.at_once * self.num_matvecs)  # the one that these belong to
+        count = state.num_matvecs + self.at_once
+        state = state._replace(space=self._recurrence.extend(state.space, packed), num_matvecs=count)
+        full = (count % (self.at_once * self.num_matvecs) == 0) & (group < self.num_probes // self.at_once)
+        return when(full, self._next_group, state, group, _tree.row(products, 0))
 
-        def finish(loop: tuple[SlqState, Array]) -> tuple[SlqState, Array]:
-            state, _ = loop
-            state = _store(state, group * at_once, recurrence.quadrature(state.space))
-            vectors = draw(state.key, state.packing, group + 1, _tree.row(products, 0), state.leaf)
-            return state._replace(space=recurrence.restart(state.space, vectors)), jnp.asarray(False)
+    def _next_group(self, state: SlqState, group: Int[Array, ""], like: Params) -> SlqState:
+        state = _store(state, group * self.at_once, self._recurrence.quadrature(state.space))
+        vectors = self._draw(state.key, state.packing, group + 1, like, state.leaf)
+        return state._replace(space=self._recurrence.restart(state.space, vectors))
 
-        # A `cond` would copy the space at every step, taken or not; a loop only when it is entered.
-        return jax.lax.while_loop(lambda loop: loop[1], finish, (state, full))[0]
+    def _num_finished(self, state: SlqState) -> Int[Array, ""]:
+        return jnp.minimum(
+            state.num_matvecs // self.num_matvecs // self.at_once * self.at_once, self.num_probes
+        )
 
-    def result(state: SlqState) -> SpectralDensity:
+    def result(self, state: SlqState) -> SpectralDensity:
         """Finished probes; while the first are under way, their quadrature so far."""
-        finished = jnp.minimum(state.num_matvecs // num_matvecs // at_once * at_once, num_probes)
+        finished = self._num_finished(state)
+        # An unfinished probe would enter with fewer nodes: it counts only while there is no other.
         begun = (finished == 0) & (state.num_matvecs > 0)
-        so_far = _store(state, 0, recurrence.quadrature(state.space))
+        so_far = _store(state, 0, self._recurrence.quadrature(state.space))
         nodes, weights = (
             jnp.where(begun, *pair) for pair in ((so_far.nodes, state.nodes), (so_far.weights, state.weights))
         )
-        num = finished + at_once * begun
+        num = finished + self.at_once * begun
         return SpectralDensity(nodes, weights, num, state.num_matvecs, state.dimension)
 
-    def error(state: SlqState) -> Scalar:
-        n = jnp.minimum(state.num_matvecs // num_matvecs // at_once * at_once, num_probes)
+    def error(self, state: SlqState) -> Scalar:
+        """The standard error of the mean eigenvalue over the finished probes."""
+        n = self._num_finished(state)
         means = jnp.sum(state.weights * state.nodes, axis=1)
-        squares = jnp.sum(
-            jnp.where(jnp.arange(num_probes) < n, (means - jnp.sum(means) / jnp.maximum(n, 1)) ** 2, 0)
-        )
+        deviations = (means - jnp.sum(means) / jnp.maximum(n, 1)) ** 2
+        squares = jnp.sum(jnp.where(jnp.arange(self.num_probes) < n, deviations, 0))
         return jnp.where(n > 1, jnp.sqrt(squares / jnp.maximum(n * (n - 1), 1)), jnp.inf)
 
-    def scale(state: SlqState) -> Scalar:
+    def scale(self, state: SlqState) -> Scalar:
+        """The largest absolute node."""
         return jnp.max(jnp.abs(state.nodes))
 
-    return Estimator(init, query, update, result, error, scale)
+
+slq = Slq
 
 
-def _check(num_probes: int, num_matvecs: int, reorthogonalise: bool, at_once: int) -> None:
-    numbers = (("num_probes", num_probes), ("num_matvecs", num_matvecs), ("at_once", at_once))
-    for name, number in numbers:
-        checked_count(name, number)
-    if num_probes % at_once:
-        raise ValueError(f"`at_once` must divide `num_probes`, {num_probes}, got {at_once}.")
-    if at_once > 1 and reorthogonalise:
-        raise ValueError(
-            f"`at_once` must be 1 where every probe keeps a basis, got {at_once}: pass "
-            "`reorthogonalise=False`."
-        )
-
-
-def _within(leaf: Array | None, tree: Any) -> Any:
+def _within(leaf: Int[Array, ""] | None, tree: Any) -> Any:
     """A vector or block with zeros in all leaves but this one."""
     if leaf is None:
         return tree
@@ -186,6 +205,7 @@ def _within(leaf: Array | None, tree: Any) -> Any:
 def _store(state: SlqState, first: Any, quadrature: Quadrature) -> SlqState:
     where = first + jnp.arange(len(quadrature.nodes))
     return state._replace(
+        # Dropped past the end: more products than asked for change nothing.
         nodes=state.nodes.at[where].set(quadrature.nodes, mode="drop"),
         weights=state.weights.at[where].set(quadrature.weights, mode="drop"),
     )
@@ -201,8 +221,7 @@ def spectral_density(
     probe: Probe = gaussian,
     reorthogonalise: bool = True,
     at_once: int = 1,
-    callbacks: Sequence[Callback] = (),
-    on_device: bool = False,
+    **options: Unpack[RunOptions],
 ) -> SpectralDensity:
     """The distribution of all eigenvalues of a matvec, by stochastic Lanczos quadrature.
 
@@ -215,8 +234,7 @@ def spectral_density(
         probe: see `slq`.
         reorthogonalise: see `slq`: without, memory for two vectors is enough.
         at_once: see `slq`.
-        callbacks: see `run`.
-        on_device: see `run`.
+        **options: `callbacks` and `on_device`, see `run`.
 
     Returns:
         A `SpectralDensity`: nodes and weights; computed from them `.curve()`, `.signed_log_curve()`,
@@ -240,12 +258,6 @@ def spectral_density(
         True
         >>> grid, curve = density.curve()
     """
-    return run(
-        slq(num_probes, num_matvecs, probe=probe, reorthogonalise=reorthogonalise, at_once=at_once),
-        matvec,
-        key,
-        like,
-        max_matvecs=num_probes * num_matvecs,
-        callbacks=callbacks,
-        on_device=on_device,
-    )[0]
+    checked = checked_options("spectral_density", options)
+    method = slq(num_probes, num_matvecs, probe=probe, reorthogonalise=reorthogonalise, at_once=at_once)
+    return run(method, matvec, key, like, max_matvecs=num_probes * num_matvecs, **checked)[0]

@@ -1,19 +1,19 @@
 """Several answers from few runs: eigenpairs, density and trace at once; the density of every leaf."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import dataclasses
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import Partial
+from jaxtyping import Array, Float
 
 from hessjax._core import _tree
 from hessjax._core._messages import checked_count
-from hessjax._core._types import Eigenpairs, Estimate, Key, Matvec, Params, Relative, Tolerance
-from hessjax._run._drivers import Callback
-from hessjax._run._estimator import run
+from hessjax._core._types import Amount, Eigenpairs, Estimate, Key, Matvec, Params, Relative, Tolerance
+from hessjax._run._drivers import run
+from hessjax._run._estimator import RunOptions, checked_options, limit_of
 from hessjax.estimators._density import SpectralDensity
-from hessjax.estimators._eigenpairs import convergence_limit, measured
+from hessjax.estimators._eigenpairs import measured
 from hessjax.estimators._lanczos import LanczosState, lanczos
 from hessjax.estimators._quadrature import quadrature_of_basis
 from hessjax.estimators._slq import slq
@@ -30,8 +30,7 @@ def spectral_density_by_leaf(
     probe: Probe = gaussian,
     reorthogonalise: bool = False,
     at_once: int = 1,
-    callbacks: Sequence[Callback] = (),
-    on_device: bool = False,
+    **options: Unpack[RunOptions],
 ) -> dict[str, SpectralDensity]:
     """The distribution of the eigenvalues of every leaf's diagonal block A_ll.
 
@@ -49,8 +48,8 @@ def spectral_density_by_leaf(
         reorthogonalise: see `slq`. Off by default: a basis of vectors of full length is a lot of memory for
             one leaf's numbers.
         at_once: see `slq`.
-        callbacks: see `run`; they hear of one run for each leaf, so `checkpoint` is refused.
-        on_device: see `run`.
+        **options: `callbacks` and `on_device`, see `run`. Callbacks hear of one run for each leaf, so
+            `checkpoint` is refused.
 
     Returns:
         For the path of each leaf that is not empty, a `SpectralDensity` with `dimension` the leaf's size.
@@ -72,28 +71,27 @@ def spectral_density_by_leaf(
         >>> {path: round(float(density.moment()), 5) for path, density in densities.items()}
         {'bias': 2.0, 'kernel': 3.0}
     """
+    checked = checked_options("spectral_density_by_leaf", options)
     paths, leaves = _tree.unique_paths(like, "like"), jax.tree.leaves(like)
-    if any(hasattr(callback, "restore") for callback in callbacks):
+    if any(hasattr(callback, "restore") for callback in options.get("callbacks", ())):
         raise ValueError(
             "`callbacks` must not hold a `checkpoint`, which is of one run: this makes one for every leaf. "
             "For checkpoints take the densities of `hessjax.select(params, path)` one by one."
         )
-    estimator = slq(num_probes, num_matvecs, probe=probe, reorthogonalise=reorthogonalise, at_once=at_once)
-
-    def density_of(index: int) -> SpectralDensity:
-        init = Partial(estimator.init, leaf=jnp.int32(index))
-        density, _ = run(
-            estimator._replace(init=init),
+    # The leaf is an array: all of them share what is compiled for one.
+    method = slq(num_probes, num_matvecs, probe=probe, reorthogonalise=reorthogonalise, at_once=at_once)
+    return {
+        path: run(
+            dataclasses.replace(method, leaf=jnp.int32(index)),
             matvec,
             jax.random.fold_in(key, index),
             like,
             max_matvecs=num_probes * num_matvecs,
-            callbacks=callbacks,
-            on_device=on_device,
-        )
-        return density
-
-    return {path: density_of(i) for i, path in enumerate(paths) if jnp.size(leaves[i])}
+            **checked,
+        )[0]
+        for index, path in enumerate(paths)
+        if jnp.size(leaves[index])
+    }
 
 
 class Spectrum(NamedTuple):
@@ -118,8 +116,7 @@ def spectrum(
     num_matvecs: int = 80,
     *,
     tol: Tolerance = Relative(1e-4),  # noqa: B008 - immutable
-    callbacks: Sequence[Callback] = (),
-    on_device: bool = False,
+    **options: Unpack[RunOptions],
 ) -> Spectrum:
     """Both ends of the spectrum, the density between them and the trace, for the price of one of them.
 
@@ -135,8 +132,7 @@ def spectrum(
         tol: residual below which a pair counts as converged: absolute, or `relative` to the largest absolute
             eigenvalue. All products are made in any case; if `num_matvecs` were too few for a pair, it says
             so, and `eigenpairs` goes on for as long as it takes.
-        callbacks: see `run`.
-        on_device: see `run`.
+        **options: `callbacks` and `on_device`, see `run`.
 
     Returns:
         `Spectrum(eigenpairs, density, trace)`.
@@ -160,6 +156,7 @@ def spectrum(
         >>> round(float(pairs.values[0]), 4), abs(float(trace.mean) - 508.5) < 3 * float(trace.stderr)
         (9.0, True)
     """
+    checked = checked_options("spectrum", options)
     k = checked_count("k", k)
     num_matvecs = checked_count("num_matvecs", num_matvecs, 2 * k + 1, ", one more than the pairs wanted")
     if num_matvecs > (size := _tree.size(like)):
@@ -167,20 +164,21 @@ def spectrum(
             f"`num_matvecs` must be at most {size}, the number of parameters, got {num_matvecs}."
         )
     estimator = lanczos(k, basis_size=num_matvecs + 1, tol=tol)  # one more than it will fill: no restart
-    pairs, state = run(
-        estimator, matvec, key, like, max_matvecs=num_matvecs, callbacks=callbacks, on_device=on_device
-    )
-    pairs = measured(pairs, matvec, like, convergence_limit(estimator, tol, state), on_device)
+    pairs, state = run(estimator, matvec, key, like, max_matvecs=num_matvecs, **checked)
+    limit = limit_of(estimator, Amount.of(tol), state)
+    # The residuals of the recurrence hold for a symmetric matvec only: products of the vectors tell.
+    pairs = measured(pairs, matvec, like, limit, options.get("on_device", False))
     density = _density(state)
     return Spectrum(pairs, density, density.trace_of(_identity))
 
 
-def _identity(values: jax.Array) -> jax.Array:
+def _identity(values: Float[Array, "..."]) -> Float[Array, "..."]:
     return values
 
 
 @jax.jit
 def _density(state: LanczosState) -> SpectralDensity:
+    # Valid because the run never restarted: the first row of the basis is still the random start.
     nodes, weights = quadrature_of_basis(state.space)
     dimension = jnp.asarray(state.packing.size, weights.dtype)
     return SpectralDensity(nodes, weights, jnp.minimum(state.num_matvecs, 1), state.num_matvecs, dimension)

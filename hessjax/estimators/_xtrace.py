@@ -1,18 +1,18 @@
 """XTrace: the trace from a basis that grows, every test vector judged by the basis of the others."""
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from hessjax._core import _tree
 from hessjax._core._messages import checked_count
 from hessjax._core._packing import Packed, Packing
-from hessjax._core._types import Block, Estimate, Estimator, Key, Params, Scalar
-from hessjax.estimators import _krylov, _samples
-from hessjax.estimators._samples import when
+from hessjax._core._types import Block, Estimate, Key, Params, Scalar, assign, settings
+from hessjax._run._estimator import Estimator
+from hessjax.estimators import _krylov
+from hessjax.estimators._samples import Moments, estimate, stopping_error, when
 from hessjax.estimators.probes import gaussian
 
 
@@ -48,8 +48,8 @@ class XtraceState(NamedTuple):
     packing: Packing
 
 
-@functools.lru_cache(maxsize=64)
-def xtrace(num_matvecs: int = 100) -> Estimator:
+@settings()
+class Xtrace(Estimator):
     """XTrace, as an estimator of the trace: for spectra that decay, far better than `hutchinson`.
 
     Each of n test vectors ω_i gives one estimate: the trace on the span Q_(i) of the products of the other
@@ -91,42 +91,57 @@ def xtrace(num_matvecs: int = 100) -> Estimator:
         >>> round(float(estimate.mean), 4)
         2.0
     """
-    num_matvecs = checked_count("num_matvecs", num_matvecs, 2)
-    num_tests = num_matvecs // 2
 
-    def init(key: Key, like: Params) -> XtraceState:
+    num_matvecs: int = 100
+
+    def __post_init__(self) -> None:
+        assign(self, num_matvecs=checked_count("num_matvecs", self.num_matvecs, 2))
+
+    @property
+    def num_tests(self) -> int:
+        """n, the number of test vectors."""
+        return self.num_matvecs // 2
+
+    def init(self, key: Key, like: Params) -> XtraceState:
+        """The first test vector, and an empty basis."""
         packing = Packing.of(like)
-        _check_size(num_matvecs, packing.size)
+        _check_size(self.num_matvecs, packing.size)
         vector = packing.pack(gaussian(jax.random.fold_in(key, 0), like))
-        tests, basis = (_krylov.allocate(vector, num_tests) for _ in range(2))
-        zeros = jnp.zeros(num_tests, _tree.accumulator_dtype(like))
-        square = jnp.zeros((num_tests, num_tests), zeros.dtype)
+        tests, basis = (_krylov.allocate(vector, self.num_tests) for _ in range(2))
+        zeros = jnp.zeros(self.num_tests, _tree.accumulator_dtype(like))
+        square = jnp.zeros((self.num_tests, self.num_tests), zeros.dtype)
         return XtraceState(
             key, vector, tests, basis, square, square, square, zeros, zeros, jnp.int32(0), packing
         )
 
-    def query(state: XtraceState) -> Block:
+    def query(self, state: XtraceState) -> Block:
+        """A test vector and the row of the basis that it gave, in turns."""
         return jax.tree.map(lambda x: x[None], state.packing.unpack(state.vector))
 
-    def update(state: XtraceState, products: Block) -> XtraceState:
+    def update(self, state: XtraceState, products: Block) -> XtraceState:
+        """The product of a test vector or of a row; once all are known, none changes anything."""
         product = state.packing.pack(_tree.row(products, 0))
-        room, second = state.num_matvecs < 2 * num_tests, state.num_matvecs % 2 == 1
-        state = when(room & ~second, _take_test, state, product)
-        state = when(room & second, _take_row, state, product)
+        unfinished, second = state.num_matvecs < 2 * self.num_tests, state.num_matvecs % 2 == 1
+        state = when(unfinished & ~second, _take_test, state, product)
+        state = when(unfinished & second, _take_row, state, product)
         return state._replace(num_matvecs=state.num_matvecs + 1)
 
-    def result(state: XtraceState) -> Estimate:
-        return _samples.estimate(_moments(state))
+    def result(self, state: XtraceState) -> Estimate:
+        """The mean of the t_i and its standard error."""
+        return estimate(_moments(state))
 
-    def error(state: XtraceState) -> Scalar:
-        estimate = result(state)
-        full = state.num_matvecs >= 2 * num_tests  # more products would change nothing
-        return jnp.where(full, jnp.nan, _samples.stopping_error(estimate.stderr, estimate.num_samples))
+    def error(self, state: XtraceState) -> Scalar:
+        """The standard error; NaN once all test vectors were used."""
+        found = self.result(state)
+        full = state.num_matvecs >= 2 * self.num_tests  # more products would change nothing
+        return jnp.where(full, jnp.nan, stopping_error(found.stderr, found.num_samples))
 
-    def scale(state: XtraceState) -> Scalar:
+    def scale(self, state: XtraceState) -> Scalar:
+        """The absolute value of the trace."""
         return jnp.abs(_moments(state).mean)
 
-    return Estimator(init, query, update, result, error, scale)
+
+xtrace = Xtrace
 
 
 def _check_size(num_matvecs: int, dimension: int) -> None:
@@ -145,9 +160,11 @@ def _take_test(state: XtraceState, product: Packed) -> XtraceState:
     j, test = state.num_matvecs // 2, state.vector
     largest = jnp.maximum(jnp.max(jnp.linalg.norm(state.R, axis=0)), _tree.norm(product))
     tiny = 64 * jnp.finfo(largest.dtype).eps * largest
+    # The QR factorisation of AΩ, a column at a time: so the estimate may be read at any moment.
     row, column, left = _krylov.orthogonalise(state.basis, j, product, tiny)
     row = _tree.scale(left > 0, row)
     tests = _krylov.write(state.tests, j, test)
+    # W gains a column (this test along the rows so far) and a row (all tests along the new row).
     return state._replace(
         vector=row,
         tests=tests,
@@ -164,19 +181,20 @@ def _take_row(state: XtraceState, product: Packed) -> XtraceState:
     j = state.num_matvecs // 2
     column = _components(state.basis, j + 1, product)
     following = gaussian(jax.random.fold_in(state.key, j + 1), state.packing.unpack(product))
+    # H = QᵀAQ is symmetric: its new row is its new column.
     return state._replace(
         vector=state.packing.pack(following), H=state.H.at[:, j].set(column).at[j].set(column)
     )
 
 
-def _components(basis: _krylov.Basis, count: Array, vector: Packed) -> Float[Array, " rows"]:
+def _components(basis: _krylov.Basis, count: Int[Array, ""], vector: Packed) -> Float[Array, " rows"]:
     return _krylov.project_out(basis, count, vector)[1]
 
 
 # -- the estimate --------------------------------------------------------------------------------
 
 
-def _moments(state: XtraceState) -> _samples.Moments:
+def _moments(state: XtraceState) -> Moments:
     """Of the estimates t_i of all test vectors whose two products are known."""
     num_tests = len(state.forms)
     count = jnp.minimum(state.num_matvecs // 2, num_tests)
@@ -184,45 +202,54 @@ def _moments(state: XtraceState) -> _samples.Moments:
     estimates = _leave_one_out(state, inside)
     mean = jnp.sum(jnp.where(inside, estimates, 0)) / jnp.maximum(count, 1)
     squares = jnp.sum(jnp.where(inside, (estimates - mean) ** 2, 0))
-    return _samples.Moments(mean, squares, count)
+    return Moments(mean, squares, count)
 
 
-def _leave_one_out(state: XtraceState, inside: Array) -> Float[Array, " n"]:
+def _leave_one_out(state: XtraceState, inside: Bool[Array, " n"]) -> Float[Array, " n"]:
     """t_i of every test vector (arXiv 2301.07825, §2.1 and §3.1; row i of what is here speaks of it).
 
     The basis without i is Q less one direction s_i, the i-th column of R⁻ᵀ: I − Q_(i)Q_(i)ᵀ comes from Q
     and P = I − s_i s_iᵀ. Where the rank is smaller than the number of products, see `_missing`.
     """
+    # Transposed once here, so that row i of every matrix belongs to test vector i.
     R = jnp.where(inside, state.R, 0).T
     H = jnp.where(inside[:, None] & inside, state.H, 0)
     W = jnp.where(inside[:, None] & inside, state.W, 0).T
     S, rank = _missing(R.T)
+    # P_i Qᵀω_i: the components of ω_i in the span of the others.
     along = jnp.sum(S * W, axis=1)
     PW = W - along[:, None] * S
+    # tr Q_(i)ᵀAQ_(i) = tr H − s_iᵀH s_i.
     captured = jnp.trace(H) - jnp.sum(_product(S, H) * S, axis=1)
+    # μᵀAμ with μ = ω_i − Q P_i Qᵀω_i, where ω_iᵀAQ is row i of Rᵀ: no product with μ is needed.
     form = state.forms + jnp.sum(PW * (_product(PW, H) - 2 * R), axis=1)
+    # ‖μ‖² by Pythagoras.
     square = state.squares - jnp.sum(W**2, axis=1) + along**2
     rest = float(state.packing.size) - rank.astype(form.dtype)
+    # μ = 0: the others span all, and there is nothing left to sample.
     enough = (rest > 0) & (square > 0)
     return captured + jnp.where(enough, rest * form / jnp.where(enough, square, 1), 0)
 
 
-def _missing(R: Array) -> tuple[Float[Array, "n n"], Int[Array, " n"]]:
+def _missing(R: Float[Array, "n n"]) -> tuple[Float[Array, "n n"], Int[Array, " n"]]:
     """Row i: the direction s_i of the span that only product i gives (0 if the others span it too).
 
     And the dimension of the span of the others. A product inside the span of those before it (a zero on the
     diagonal of R) is a combination of them: each that takes part in it could be replaced by it.
     """
     own = jnp.diag(R) > 0
+    # To entries of order 1: the triangular solve has no scaling of its own, and float32 ends at 1e38.
     R = R / jnp.where(jnp.any(own), jnp.max(jnp.abs(R)), 1)
     square = jnp.where(own[:, None] & own, R, 0) + jnp.diag(jnp.where(own, 0, 1).astype(R.dtype))
     inverse = jax.scipy.linalg.solve_triangular(square, jnp.eye(len(R), dtype=R.dtype))
     shares = _product(inverse, jnp.where(own, 0, R))
+    # √eps: below it a share is what rounding makes of none.
     replaceable = jnp.max(jnp.abs(shares), axis=1) > jnp.sqrt(jnp.finfo(R.dtype).eps)
     needed = own & ~replaceable
     directions = inverse / jnp.linalg.norm(inverse, axis=1, keepdims=True)
     return jnp.where(needed[:, None], directions, 0), jnp.sum(own) - needed
 
 
-def _product(a: Array, b: Array) -> Array:
+def _product(a: Float[Array, "n k"], b: Float[Array, "k m"]) -> Float[Array, "n m"]:
+    # By default accelerators multiply in fewer digits than float32 has.
     return jnp.matmul(a, b, precision="highest")

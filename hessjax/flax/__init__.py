@@ -7,11 +7,11 @@ again for the next checkpoint hits the compiled code of the last.
 
 from hessjax.flax._batch_norm import linen_recalibrate as linen_recalibrate
 from hessjax.flax._batch_norm import nnx_recalibrate as nnx_recalibrate
+from hessjax.flax._linen import Inputs as Inputs
+from hessjax.flax._linen import OutputLoss as OutputLoss
 from hessjax.flax._linen import linen_loss as linen_loss
 from hessjax.flax._linen import linen_model as linen_model
 from hessjax.flax._nnx import NnxLoss as NnxLoss
 from hessjax.flax._nnx import NnxModel as NnxModel
 from hessjax.flax._nnx import nnx_loss as nnx_loss
 from hessjax.flax._nnx import nnx_model as nnx_model
-from hessjax.flax._parts import Inputs as Inputs
-from hessjax.flax._parts import OutputLoss as OutputLoss

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from flax import core, linen, nnx, traverse_util
 from jaxtyping import Array, Float, Int
 
-from hessjax.flax._linen import LinenModel
-from hessjax.flax._parts import Inputs, arguments, check_hashable, frozen
+from hessjax.flax._linen import Inputs, LinenModel, arguments, check_hashable, frozen
 
 Moments: TypeAlias = dict[str, tuple[Float[Array, "..."], Float[Array, "..."]]]
 """`{path: (mean, variance)}` of every BatchNorm."""
@@ -94,13 +93,17 @@ def linen_recalibrate(
         raise ValueError(
             _NO_NORM.format("`apply_kwargs`", "such as `train=True` or `use_running_average=False`")
         )
-    stats = traverse_util.flatten_dict(core.unfreeze(variables["batch_stats"]), sep="/")
+    return type(variables)({**variables, "batch_stats": _replaced(variables["batch_stats"], pooled)})
+
+
+def _replaced(stats: Any, pooled: Moments) -> Any:
+    """The collection with new moments where there are any, in its own containers and dtypes."""
+    flat = traverse_util.flatten_dict(core.unfreeze(stats), sep="/")
     for path, moments in pooled.items():
         for name, new in zip((_join(path, "mean"), _join(path, "var")), moments, strict=True):
-            stats[name] = new.astype(stats[name].dtype)
-    leaves = jax.tree.leaves(traverse_util.unflatten_dict(stats, sep="/"))
-    structure = jax.tree.structure(variables["batch_stats"])
-    return type(variables)({**variables, "batch_stats": jax.tree.unflatten(structure, leaves)})
+            flat[name] = new.astype(flat[name].dtype)
+    leaves = jax.tree.leaves(traverse_util.unflatten_dict(flat, sep="/"))
+    return jax.tree.unflatten(jax.tree.structure(stats), leaves)
 
 
 def nnx_recalibrate(model: Any, batches: Iterable[Any], *, inputs: Inputs = 0, **call_kwargs: Any) -> Any:
@@ -144,8 +147,7 @@ def nnx_recalibrate(model: Any, batches: Iterable[Any], *, inputs: Inputs = 0, *
     run = functools.partial(_nnx_moments, nnx.graphdef(copy), inputs, tuple(sorted(call_kwargs.items())))
     first = list(itertools.islice(batches, 1))
     active = _nnx_active(run, copy, *first) if first else {}
-    for norm in active.values():
-        norm.mean[...], norm.var[...] = jnp.zeros_like(norm.mean[...]), jnp.zeros_like(norm.var[...])
+    _clear(active)
     state = nnx.state(copy)
     pooled = _pool(lambda batch: run(state, batch), itertools.chain(first, batches), inputs)
     if not active:
@@ -174,6 +176,7 @@ _NO_NORM = "{} must put BatchNorm into training mode, {}: no BatchNorm took the 
 @jax.jit
 def _merge(a: _Pooled, b: _Pooled) -> _Pooled:
     """The moments of two sets of examples together (Chan et al., equation 1.5)."""
+    # Pairwise, not by sums of squares: E[x²] − m² cancels where the mean is large beside the deviation.
     num = a.num + b.num
     share = b.num / num
 
@@ -195,15 +198,12 @@ def _linen_moments(model: LinenModel, variables: Any, batch: Any, rngs: Any) -> 
         norm = context.module
         if isinstance(norm, linen.BatchNorm) and context.method_name == "__call__":
             object.__setattr__(norm, "momentum", 0.0)  # a call then leaves the batch's own moments
-            given = args[1] if len(args) > 1 else kwargs.get("use_running_average")
-            if not (norm.use_running_average if given is None else given):
+            if not _uses_running_average(norm, args, kwargs):
                 seen.add("/".join(norm.path))
-                for name in ("mean", "var"):  # 0 · NaN would keep a NaN of the old ones
-                    norm.put_variable(
-                        "batch_stats", name, jnp.zeros_like(norm.get_variable("batch_stats", name))
-                    )
+                _clear_linen(norm)
         return call(*args, **kwargs)
 
+    # By intercepting calls, not by reading the module's fields: only a call tells which mode it is in.
     with linen.intercept_methods(forget):
         _, state = model.module.apply(
             variables,
@@ -214,6 +214,16 @@ def _linen_moments(model: LinenModel, variables: Any, batch: Any, rngs: Any) -> 
         )
     found = traverse_util.flatten_dict(core.unfreeze(state["batch_stats"]), sep="/")
     return {path: (found[_join(path, "mean")], found[_join(path, "var")]) for path in seen}
+
+
+def _uses_running_average(norm: linen.BatchNorm, args: Any, kwargs: Any) -> bool:
+    given = args[1] if len(args) > 1 else kwargs.get("use_running_average")
+    return bool(norm.use_running_average if given is None else given)
+
+
+def _clear_linen(norm: linen.BatchNorm) -> None:
+    for name in ("mean", "var"):  # 0 · NaN would keep a NaN of the old ones
+        norm.put_variable("batch_stats", name, jnp.zeros_like(norm.get_variable("batch_stats", name)))
 
 
 def _join(path: str, name: str) -> str:
@@ -235,6 +245,11 @@ def _nnx_active(run: Callable[[Any, Any], Moments], model: Any, batch: Any) -> d
     norms, found = _nnx_norms(model), run(nnx.state(marked), batch)
     changed = jax.device_get({path: jnp.any(found[path][1] != _mark(x)) for path, x in norms.items()})
     return {path: norm for path, norm in norms.items() if changed[path]}
+
+
+def _clear(norms: dict[str, nnx.BatchNorm]) -> None:
+    for norm in norms.values():  # 0 · NaN would keep a NaN of the old ones
+        norm.mean[...], norm.var[...] = jnp.zeros_like(norm.mean[...]), jnp.zeros_like(norm.var[...])
 
 
 def _mark(norm: nnx.BatchNorm) -> Any:

@@ -1,13 +1,21 @@
-"""Loss and model functions from linen modules."""
+"""Loss and model functions from linen modules, and what they share with those from nnx models."""
 
-from collections.abc import Hashable
-from dataclasses import dataclass, field
-from typing import Any
+import contextlib
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, TypeAlias
 
+import jax
+import numpy as np
 from flax import errors
 
 from hessjax._core._types import LossFn, ModelFn, Params
-from hessjax.flax._parts import Inputs, Loss, OutputLoss, arguments, check_hashable, frozen
+
+OutputLoss: TypeAlias = Callable[[Any, Any], Any]
+"""`loss(outputs, batch) -> scalar`, the mean over the batch."""
+
+Inputs: TypeAlias = int | str | tuple[int | str, ...] | Callable[[Any], Any]
+"""Which part of a batch the model takes: a key, several keys (positional arguments), or a function."""
 
 
 def linen_loss(module: Any, loss: OutputLoss, *, inputs: Inputs = 0, **apply_kwargs: Any) -> LossFn:
@@ -66,7 +74,7 @@ def linen_model(module: Any, *, inputs: Inputs = 0, **apply_kwargs: Any) -> Mode
 
     Returns:
         `model_fn(params, batch, state=None, rngs=None) -> outputs`, hashable, equal when made of equal parts.
-        `ggn` hands all these arguments to its loss too: with a state, write `def loss(outputs, batch, *_)`.
+        `ggn` passes all these arguments to its loss too: with a state, write `def loss(outputs, batch, *_)`.
 
     Raises:
         TypeError: if the module, `inputs` or an argument is not hashable.
@@ -106,7 +114,8 @@ class LinenModel:
     def __call__(self, params: Params, batch: Any, state: Any = None, rngs: Any = None) -> Any:
         """Outputs for a batch."""
         state = dict(state or {})
-        try:
+        with _explained(state):
+            # All but the params may be written to, and what is written is dropped: the loss stays pure.
             outputs, _ = self.module.apply(
                 {**state, "params": params},
                 *arguments(batch, self.inputs),
@@ -114,14 +123,78 @@ class LinenModel:
                 mutable=list(state),
                 **dict(self.kwargs),
             )
-        except errors.ScopeCollectionNotFound as error:
-            raise ValueError(
-                "`state` must hold every collection that the module reads, as `module.init` made them, e.g. "
-                f'`{{"batch_stats": variables["batch_stats"]}}`; got {sorted(state) or "none"}. {error}'
-            ) from error
-        except errors.InvalidRngError as error:
-            raise ValueError(
-                "`rngs` must hold a fixed key for every stream that the module draws from, e.g. "
-                f'`{{"dropout": jax.random.key(0)}}`. {error}'
-            ) from error
         return outputs
+
+
+@contextlib.contextmanager
+def _explained(state: Mapping[str, Any]) -> Iterator[None]:
+    """Turns Flax's errors about what is missing into ones that name the argument."""
+    try:
+        yield
+    except errors.ScopeCollectionNotFound as error:
+        raise ValueError(
+            "`state` must hold every collection that the module reads, as `module.init` made them, e.g. "
+            f'`{{"batch_stats": variables["batch_stats"]}}`; got {sorted(state) or "none"}. {error}'
+        ) from error
+    except errors.InvalidRngError as error:
+        raise ValueError(
+            "`rngs` must hold a fixed key for every stream that the module draws from, e.g. "
+            f'`{{"dropout": jax.random.key(0)}}`. {error}'
+        ) from error
+
+
+# -- what losses of linen and of nnx models are made of ---------------------------------------------
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss of a model, equal to any other of equal parts."""
+
+    model_fn: ModelFn
+    loss: OutputLoss
+
+    def __call__(self, params: Params, batch: Any, *state: Any, **named_state: Any) -> Any:
+        """The mean over the batch."""
+        return self.loss(self.model_fn(params, batch, *state, **named_state), batch)
+
+
+def arguments(batch: Any, inputs: Inputs) -> tuple[Any, ...]:
+    """The positional arguments of the model."""
+    if callable(inputs):
+        return (inputs(batch),)
+    if isinstance(batch, (jax.Array, np.ndarray)) and inputs == 0:
+        return (batch,)  # `batch[0]` would be its first example
+    keys = inputs if isinstance(inputs, tuple) else (inputs,)
+    try:
+        return tuple(batch[key] for key in keys)
+    except (KeyError, IndexError, TypeError) as error:
+        has = f"keys {list(batch)}" if isinstance(batch, Mapping) else f"{type(batch).__name__}"
+        raise ValueError(
+            f"`inputs` must say what the model takes from a batch ({has}): a key, several or a function, "
+            f"got {inputs!r}."
+        ) from error
+
+
+def frozen(value: Any) -> Any:
+    """What tells a module from another, in hashable containers: its type and its fields."""
+    if isinstance(value, (list, tuple)):
+        return type(value), tuple(map(frozen, value))
+    if isinstance(value, Mapping):
+        return type(value), tuple((key, frozen(item)) for key, item in sorted(value.items()))
+    if is_dataclass(value) and not isinstance(value, type):
+        # Without the parent: a module that is bound in another's scope would never equal one that is not.
+        items = ((f.name, frozen(getattr(value, f.name))) for f in fields(value) if f.name != "parent")
+        return type(value), tuple(items)
+    return value
+
+
+def check_hashable(**arguments: Any) -> None:
+    """Raise a TypeError for an argument that cannot be told from another."""
+    for name, value in arguments.items():
+        try:
+            hash(value)
+        except TypeError as error:
+            raise TypeError(
+                f"`{name}` must be hashable, so that the loss or model can be told from another without "
+                f"retracing, got {value!r}. Tuples are, lists and arrays are not."
+            ) from error

@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 
 from hessjax._core._types import LossFn, ModelFn, Params
-from hessjax.flax._parts import Inputs, Loss, OutputLoss, arguments, check_hashable
+from hessjax.flax._linen import Inputs, Loss, OutputLoss, arguments, check_hashable
 
 
 class NnxModel(NamedTuple):
@@ -107,8 +107,8 @@ def nnx_model(model: Any, *, inputs: Inputs = 0, mode: str = "eval", **call_kwar
 
     Returns:
         `NnxModel(model_fn, params, state)`: `model_fn(params, batch, state=None) -> outputs`, hashable, equal
-        for models of equal architecture. `ggn` hands all these arguments to its loss too: with a state, write
-        `def loss(outputs, batch, *_)`.
+        for models of equal architecture. `ggn` passes all these arguments to its loss too: with a state,
+        write `def loss(outputs, batch, *_)`.
 
     Raises:
         TypeError: if `inputs` or an argument is not hashable.
@@ -131,7 +131,7 @@ def nnx_model(model: Any, *, inputs: Inputs = 0, mode: str = "eval", **call_kwar
     check_hashable(inputs=inputs, **call_kwargs)
     if mode not in ("eval", "train"):
         raise ValueError(f'`mode` must be "eval" or "train", got {mode!r}.')
-    copy = nnx.merge(*nnx.split(model))
+    copy = nnx.merge(*nnx.split(model))  # `eval` and `train` change a model in place
     copy.eval() if mode == "eval" else copy.train()
     graphdef, params, state = nnx.split(copy, nnx.Param, ...)
     if not jax.tree.leaves(params):
@@ -148,6 +148,7 @@ class _NnxModel:
 
     def __call__(self, params: Params, batch: Any, state: Any = None) -> Any:
         try:
+            # A fresh copy at every call: what the model updates on the way is dropped with it.
             model = nnx.merge(self.graphdef, params, state or {}, copy=True)
         except ValueError as error:
             raise ValueError(

@@ -103,20 +103,23 @@ def landscape_surface(
     losses = _finite(result, log)
     if losses.ndim != 2:
         raise ValueError("`result` must be of two directions, got one: `plot.landscape` draws its curve.")
-    height = np.log10(losses) if log else losses
     with plt.rc_context(STYLE if ax is None else {}):
         if ax is None:  # the layout engines leave a broad margin round three dimensions
             ax = plt.figure(figsize=(6.4, 5.2)).add_axes((-0.04, 0.02, 0.98, 0.98), projection="3d")
-        grid = np.meshgrid(*map(np.asarray, result.distances), indexing="ij")
-        ax.plot_surface(*grid, height, cmap="viridis", rstride=1, cstride=1, lw=0.3, edgecolor="#00000030")
-        for axis in (ax.xaxis, ax.yaxis, ax.zaxis):
-            axis.set_major_locator(MaxNLocator(5))
+        _surface(ax, result, np.log10(losses) if log else losses)
         ax.set_xlabel(f"distance along {labels[0]}", labelpad=8)
         ax.set_ylabel(f"distance along {labels[1]}", labelpad=8)
         ax.set_zlabel("log₁₀ loss" if log else "loss", labelpad=6)
         ax.set_title("Loss across two directions", loc="left", x=0.08, y=0.92)
-        ax.set_box_aspect(None, zoom=0.94)
     return ax
+
+
+def _surface(ax: Any, result: Landscape, height: np.ndarray) -> None:
+    grid = np.meshgrid(*map(np.asarray, result.distances), indexing="ij")
+    ax.plot_surface(*grid, height, cmap="viridis", rstride=1, cstride=1, lw=0.3, edgecolor="#00000030")
+    for axis in (ax.xaxis, ax.yaxis, ax.zaxis):
+        axis.set_major_locator(MaxNLocator(5))
+    ax.set_box_aspect(None, zoom=0.94)
 
 
 def _finite(result: Landscape, log: bool) -> np.ma.MaskedArray:
@@ -133,12 +136,7 @@ def _finite(result: Landscape, log: bool) -> np.ma.MaskedArray:
 
 def _curve(ax: Axes, result: Landscape, losses: np.ma.MaskedArray, log: bool) -> None:
     (x,) = map(np.asarray, result.distances)
-    stderr = np.asarray(result.stderr, float)
-    known = np.isfinite(stderr) & ~np.ma.getmaskarray(losses)
-    if known.any():
-        low, high = (np.where(known, losses.filled(0) + sign * stderr, np.nan) for sign in (-1, 1))
-        ax.fill_between(x, low, high, color=BLUE, alpha=0.22, lw=0, label="± standard error")
-        ax.legend(loc="best")
+    _band(ax, x, losses, np.asarray(result.stderr, float))
     ax.plot(x, losses, color=BLUE, lw=1.8)
     if x[0] <= 0 <= x[-1]:
         ax.axvline(0, color=GREY, lw=1.0, ls=(0, (5, 3)), zorder=1)
@@ -150,6 +148,14 @@ def _curve(ax: Axes, result: Landscape, losses: np.ma.MaskedArray, log: bool) ->
         ax.yaxis.set_minor_locator(NullLocator())
         ax.yaxis.set_major_formatter(_as_number)
     ax.set_ylabel("loss")
+
+
+def _band(ax: Axes, x: np.ndarray, losses: np.ma.MaskedArray, stderr: np.ndarray) -> None:
+    known = np.isfinite(stderr) & ~np.ma.getmaskarray(losses)  # of one batch the standard error is infinite
+    if known.any():
+        low, high = (np.where(known, losses.filled(0) + sign * stderr, np.nan) for sign in (-1, 1))
+        ax.fill_between(x, low, high, color=BLUE, alpha=0.22, lw=0, label="± standard error")
+        ax.legend(loc="best")
 
 
 def _contours(ax: Axes, result: Landscape, losses: np.ma.MaskedArray, log: bool) -> None:
@@ -165,14 +171,18 @@ def _contours(ax: Axes, result: Landscape, losses: np.ma.MaskedArray, log: bool)
     levels = _levels(low, high, log)
     inks = ["white" if norm(level) < 0.6 else "#333333" for level in levels]
     ax.contour(x, y, losses.T, levels=levels, colors=inks, linewidths=0.9)
+    _colour_bar(ax, norm, levels)
+    if x[0] <= 0 <= x[-1] and y[0] <= 0 <= y[-1]:
+        ax.plot(0, 0, "o", ms=7, mfc=ORANGE, mec="white", mew=1.4, zorder=3)
+    ax.margins(0)
+
+
+def _colour_bar(ax: Axes, norm: Normalize, levels: np.ndarray) -> None:
     bar = ax.figure.colorbar(mpl.cm.ScalarMappable(norm, "viridis"), ax=ax, label="loss", pad=0.03)
     bar.ax.yaxis.set_major_locator(FixedLocator(levels.tolist()))  # a tick for every line
     bar.ax.yaxis.set_minor_locator(NullLocator())
     bar.ax.yaxis.set_major_formatter(_as_number)
     bar.outline.set_visible(False)
-    if x[0] <= 0 <= x[-1] and y[0] <= 0 <= y[-1]:
-        ax.plot(0, 0, "o", ms=7, mfc=ORANGE, mec="white", mew=1.4, zorder=3)
-    ax.margins(0)
 
 
 def _as_number(value: float, _: Any) -> str:

@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 from hessjax._core import _tree
 from hessjax._core._types import Params
 from hessjax.analysis._sensitivity import Sensitivity, SensitivityRow
-from hessjax.plot._style import BLUE, GREEN, GREY, ORANGE, Numbers, Pair, axes_of, number
+from hessjax.plot._style import BLUE, GREEN, GREY, ORANGE, Numbers, Pair, axes_of, dense_line, number
 
 
 def pruning_run(
@@ -47,18 +47,13 @@ def pruning_run(
     """
     x, y, zeros = map(np.asarray, (steps, accuracy, sparsity))
     with axes_of(axes, 2, 1, figsize=(7.6, 5.0), sharex=True, height_ratios=(3, 2)) as (upper, lower):
-        if dense_accuracy is not None:
-            label = f"dense network, {dense_accuracy:.1%}"
-            upper.axhline(dense_accuracy, color=GREY, ls=(0, (5, 3)), lw=1.3, label=label)
+        dense_line(upper, dense_accuracy)
         upper.plot(x, y, color=BLUE, lw=1.8, label=f"pruned network, {y[-1]:.1%} at the end")
         upper.legend(loc="lower right")
-        upper.set_ylabel("test accuracy")
-        upper.set_title("Pruning while fine-tuning")
+        upper.set(ylabel="test accuracy", title="Pruning while fine-tuning")
         lower.plot(x, zeros, color=ORANGE, lw=1.8, drawstyle="steps-post")
         lower.fill_between(x, zeros, color=ORANGE, alpha=0.18, lw=0, step="post")
-        lower.set_ylim(0, 1)
-        lower.set_ylabel("weights at zero")
-        lower.set_xlabel("step of fine-tuning")
+        lower.set(ylim=(0, 1), ylabel="weights at zero", xlabel="step of fine-tuning")
         lower.margins(x=0.01)
         for each in (upper, lower):
             each.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
@@ -92,27 +87,25 @@ def accuracy_left(
         ['dense network, 85.0%', 'magnitude', 'movement']
     """
     with axes_of(ax, figsize=(7.6, 4.4)) as (ax,):
-        if dense_accuracy is not None:
-            label = f"dense network, {dense_accuracy:.1%}"
-            ax.axhline(dense_accuracy, color=GREY, ls=(0, (5, 3)), lw=1.3, label=label)
-        ticks = set()
+        dense_line(ax, dense_accuracy)
         for i, (name, (left, accuracy)) in enumerate(curves.items()):
             order = np.argsort(np.asarray(left))
-            x, y = np.asarray(left)[order], np.asarray(accuracy)[order]
             color, marker = (ORANGE, BLUE, GREEN)[i % 3], "osD^v"[i // 3 % 5]
+            x, y = np.asarray(left)[order], np.asarray(accuracy)[order]
             ax.plot(x, y, color=color, marker=marker, lw=1.8, label=name)
-            ticks |= set(x.tolist())
-        ax.set_xscale("log")
-        ax.set_xticks(sorted(ticks))
-        ax.xaxis.set_minor_locator(NullLocator())
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{number(100 * x)}%"))
+        _shares_left(ax, {x for left, _ in curves.values() for x in np.asarray(left).tolist()})
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-        ax.margins(x=0.08)
         ax.legend(loc="best")
-        ax.set_xlabel("weights left")
-        ax.set_ylabel("test accuracy")
-        ax.set_title("What accuracy the weights that are left still give")
+        ax.set(ylabel="test accuracy", title="What accuracy the weights that are left still give")
     return ax
+
+
+def _shares_left(ax: Axes, shares: set[float]) -> None:
+    """A logarithmic axis with a tick at every share, and at no other."""
+    ax.set(xscale="log", xticks=sorted(shares), xlabel="weights left")
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{number(100 * x)}%"))
+    ax.margins(x=0.08)
 
 
 def kept(params: Params, ax: Axes | None = None) -> Axes:
@@ -146,11 +139,9 @@ def kept(params: Params, ax: Axes | None = None) -> Axes:
             ax.annotate(f"{number:,} of {size:,}", (1, row), (8, 0), textcoords="offset points", va="center")
         ax.set_yticks(rows, paths)
         ax.invert_yaxis()
-        ax.set_xlim(0, 1)
         ax.grid(visible=False)
         ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        ax.set_xlabel("weights that are not zero")
-        ax.set_title("What is left of every layer")
+        ax.set(xlim=(0, 1), xlabel="weights that are not zero", title="What is left of every layer")
     return ax
 
 
@@ -183,31 +174,40 @@ def sensitivity(result: Sensitivity, metric: str | None = None, ax: Axes | None 
         >>> ax.get_ylabel(), len(ax.lines)
         ('metric', 2)
     """
+    shown = _shown(result, metric)
+    curves = {k: list(rows) for k, rows in itertools.groupby(result.rows, key=lambda row: row.parameter)}
+    with axes_of(ax, figsize=(8.8, 0.15 * len(curves) + 4.0)) as (ax,):
+        ax.legend(
+            handles=_curves(ax, curves, shown), loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=9
+        )
+        ax.set(xlabel="sparsity of that leaf alone", ylabel=shown or "predicted rise of the loss")
+        ax.set_title("What every leaf can spare")
+        ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        ax.margins(x=0.01)
+    return ax
+
+
+def _shown(result: Sensitivity, metric: str | None) -> str | None:
+    """The metric to draw; None where nothing was measured."""
     names = list(result.rows[0].metrics)
     if metric is not None and metric not in names:
         raise ValueError(
             f"`metric` must be one of {', '.join(names) or '(none was measured)'}, got {metric}."
         )
-    shown = metric or (names[0] if names else None)
-    curves = {k: list(rows) for k, rows in itertools.groupby(result.rows, key=lambda row: row.parameter)}
-    with axes_of(ax, figsize=(8.8, 0.15 * len(curves) + 4.0)) as (ax,):
-        looks = zip(curves.items(), _colors(len(curves)), itertools.cycle(".sD^v"), strict=False)
-        handles = []
-        for (name, rows), color, marker in looks:
-            look = {"color": color, "marker": marker, "ms": 3.5 if marker != "." else 7}
-            rows = sorted(rows, key=lambda row: row.sparsity)
-            line, is_predicted = _curve(ax, name, rows, shown, look)
-            handles.append(line)
-        handles.sort(key=lambda line: -np.asarray(line.get_ydata())[-1])
-        if is_predicted:
-            handles += ax.plot([], [], color=GREY, ls="--", lw=1.3, label="predicted")
-        ax.set_xlabel("sparsity of that leaf alone")
-        ax.set_ylabel(shown or "predicted rise of the loss")
-        ax.set_title("What every leaf can spare")
-        ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        ax.margins(x=0.01)
-        ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=9)
-    return ax
+    return metric or (names[0] if names else None)
+
+
+def _curves(ax: Axes, curves: dict[str, list[SensitivityRow]], metric: str | None) -> list[Line2D]:
+    """Every leaf's curve; the entries of the legend, the leaf that ends highest first."""
+    looks = zip(curves.items(), _colors(len(curves)), itertools.cycle(".sD^v"), strict=False)
+    handles, is_predicted = [], False
+    for (name, rows), color, marker in looks:
+        look = {"color": color, "marker": marker, "ms": 3.5 if marker != "." else 7}
+        line, is_predicted = _curve(ax, name, sorted(rows, key=lambda row: row.sparsity), metric, look)
+        handles.append(line)
+    handles.sort(key=lambda line: -np.asarray(line.get_ydata())[-1])
+    dashed = ax.plot([], [], color=GREY, ls="--", lw=1.3, label="predicted") if is_predicted else []
+    return [*handles, *dashed]
 
 
 def _curve(

@@ -13,6 +13,8 @@ from hessjax.estimators._density import SpectralDensity
 from hessjax.estimators._hutchinson import TraceByLeaf
 from hessjax.plot._style import BLUE, GREEN, GREY, ORANGE, Numbers, Pair, axes_of, number
 
+EIGENVALUE = "eigenvalue (loss per squared parameter)"
+
 
 def density(
     density: SpectralDensity,
@@ -57,12 +59,10 @@ def density(
     with axes_of(ax, figsize=(8.4, 4.4)) as (ax,):
         ax.fill_between(grid, floor, np.maximum(share, floor), color=BLUE, alpha=0.22, lw=0)
         ax.plot(grid, np.maximum(share, floor), color=BLUE, lw=1.6)
-        ax.set_yscale("log")
-        ax.set_ylim(floor * 3, share.max() * 3)
+        ax.set(yscale="log", ylim=(floor * 3, share.max() * 3))
         if not linear:
             _signed_log_axis(ax, grid, 1e-3 * top)
-        ax.set_xlabel("eigenvalue (loss per squared parameter)")
-        ax.set_ylabel("share of eigenvalues\nper unit of the axis")
+        ax.set(xlabel=EIGENVALUE, ylabel="share of eigenvalues\nper unit of the axis")
         ax.set_title("Spectral density of the Hessian")
         if eigenpairs is not None:
             _mark(ax, eigenpairs)
@@ -97,18 +97,16 @@ def cumulative(density: SpectralDensity, ax: Axes | None = None, *, confidence: 
     """
     top = float(np.max(np.abs(density.nodes))) or 1.0
     smooth, _ = map(np.asarray, density.signed_log_curve(2000, threshold=1e-3 * top))
+    # With the nodes themselves, where the staircase jumps: a smooth grid alone would miss the steps.
     grid = np.union1d(smooth, np.asarray(density.nodes)[np.asarray(density.weights) > 0])
     lower, upper = density.bounds(grid, confidence)
     with axes_of(ax, figsize=(8.4, 4.4)) as (ax,):
-        label = f"{100 * confidence:.3g} % bounds"
-        share = density.cumulative(grid)
+        share, label = density.cumulative(grid), f"{100 * confidence:.3g} % bounds"
         ax.plot(grid, share, color=BLUE, lw=1.6, drawstyle="steps-post", label="estimate")
         ax.fill_between(grid, lower, upper, color=BLUE, alpha=0.22, lw=0, step="post", label=label)
-        ax.set_ylim(-0.02, 1.02)
         _signed_log_axis(ax, smooth, 1e-3 * top)
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        ax.set_xlabel("eigenvalue (loss per squared parameter)")
-        ax.set_ylabel("eigenvalues at or below")
+        ax.set(ylim=(-0.02, 1.02), xlabel=EIGENVALUE, ylabel="eigenvalues at or below")
         ax.set_title("Cumulative spectral density of the Hessian")
         ax.legend(loc="lower right")
     return ax
@@ -151,10 +149,8 @@ def layers(traces: TraceByLeaf, params: Params, axes: Pair | None = None) -> tup
         _bars(left, paths, mean, stderr, BLUE)
         _bars(right, paths, mean / sizes, stderr / sizes, GREEN)
         left.invert_yaxis()
-        left.set_title("Curvature by layer")
-        left.set_xlabel("trace of the layer's block  (± standard error)")
-        right.set_title("… per parameter")
-        right.set_xlabel("trace / parameters = mean eigenvalue")
+        left.set(title="Curvature by layer", xlabel="trace of the layer's block  (± standard error)")
+        right.set(title="… per parameter", xlabel="trace / parameters = mean eigenvalue")
     return left, right
 
 
@@ -238,27 +234,16 @@ def eigenvalues_over_training(
         >>> ax.get_ylabel()
         'eigenvalue (loss per squared parameter)'
     """
-    x, lines, doubt = _training(steps, values, residuals)
-    limit = None if threshold is None else np.asarray(threshold, float)
-    if limit is not None and limit.shape not in ((), x.shape):
-        raise ValueError(f"`threshold` must be one number or ({len(x)},), got {limit.shape}.")
+    x, lines, errors = _training(steps, values, residuals)
+    limit = None if threshold is None else _limit(threshold, x)
     with axes_of(ax, figsize=(7.2, 4.2)) as (ax,):
-        for i, (line, error) in enumerate(zip(lines.T, doubt.T, strict=True)):
+        for i, (line, error) in enumerate(zip(lines.T, errors.T, strict=True)):
             color = CURVES[i % len(CURVES)]
             ax.plot(x, line, color=color, lw=1.8, label=f"λ{str(i + 1).translate(_SUBSCRIPTS)}")
             ax.fill_between(x, line - error, line + error, color=color, alpha=0.22, lw=0)
         if limit is not None:
-            ax.plot(
-                x,
-                np.broadcast_to(limit, x.shape),
-                color="#222222",
-                ls=(0, (5, 3)),
-                lw=1.4,
-                label=threshold_label,
-            )
-        ax.set_xlabel("step of training")
-        ax.set_ylabel("eigenvalue (loss per squared parameter)")
-        ax.set_title("Largest eigenvalues over training")
+            ax.plot(x, limit, color="#222222", ls=(0, (5, 3)), lw=1.4, label=threshold_label)
+        ax.set(xlabel="step of training", ylabel=EIGENVALUE, title="Largest eigenvalues over training")
         ax.margins(x=0.01)
         ax.legend(loc="best")
     return ax
@@ -270,11 +255,18 @@ _SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 def _training(steps: Any, values: Any, residuals: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Steps (n,), values (n, k), and residuals like them, zero where there are none."""
     x, lines = np.asarray(steps), np.asarray(values, float)
-    doubt = np.zeros_like(lines) if residuals is None else np.asarray(residuals, float)
+    errors = np.zeros_like(lines) if residuals is None else np.asarray(residuals, float)
     if x.ndim != 1 or lines.shape[:1] != x.shape or lines.ndim > 2:
         raise ValueError(
             f"`values` must be ({len(x)},) or ({len(x)}, k), a row for each step, got {lines.shape}."
         )
-    if doubt.shape != lines.shape:
-        raise ValueError(f"`residuals` must have the shape of `values`, {lines.shape}, got {doubt.shape}.")
-    return x, lines.reshape(len(x), -1), doubt.reshape(len(x), -1)
+    if errors.shape != lines.shape:
+        raise ValueError(f"`residuals` must have the shape of `values`, {lines.shape}, got {errors.shape}.")
+    return x, lines.reshape(len(x), -1), errors.reshape(len(x), -1)
+
+
+def _limit(threshold: Any, x: np.ndarray) -> np.ndarray:
+    limit = np.asarray(threshold, float)
+    if limit.shape not in ((), x.shape):
+        raise ValueError(f"`threshold` must be one number or ({len(x)},), got {limit.shape}.")
+    return np.broadcast_to(limit, x.shape)

@@ -47,6 +47,12 @@ def axes_of(axes: Any, rows: int = 1, columns: int = 1, **figure: Any) -> Iterat
         yield list(np.atleast_1d(made))
 
 
+def dense_line(ax: Axes, accuracy: float | None) -> None:
+    """The accuracy before pruning, to compare with."""
+    if accuracy is not None:
+        ax.axhline(accuracy, color=GREY, ls=(0, (5, 3)), lw=1.3, label=f"dense network, {accuracy:.1%}")
+
+
 def number(value: float) -> str:
     """As it stands on an axis."""
     return f"{value:.3g}".replace("-", "−")

@@ -1,6 +1,7 @@
 """Pruning at one go: scores, mask and the move of the kept weights, in one step or in several."""
 
-import functools
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,14 +11,12 @@ import optax
 from jaxtyping import Array, Float
 
 from hessjax._core import _tree
-from hessjax._core._types import Block, Params, Where
-from hessjax.pruning._sparsity import check_sparsity
-from hessjax.pruning._trial import Point, Trial, bearable, best_trial, loss_of, refill
-from hessjax.pruning.allocations._allocation import Allocation, global_threshold
-from hessjax.pruning.patterns._by_path import Patterns
-from hessjax.pruning.patterns._pattern import unstructured
-from hessjax.pruning.saliencies._saliency import Saliency, drop_others, is_hole
-from hessjax.pruning.training._prune import is_matrix
+from hessjax._core._axes import is_matrix
+from hessjax._core._types import Block, Params, Scalar, Where
+from hessjax.pruning._ranking import check_sparsity
+from hessjax.pruning.allocations._allocation import AllocationRule, global_threshold
+from hessjax.pruning.patterns._pattern import Patterns, unstructured
+from hessjax.pruning.saliencies._saliency import Context, Saliency, drop_others, is_hole
 
 
 class PruneStep(NamedTuple):
@@ -60,7 +59,7 @@ def prune_once(
     *,
     grads_fn: Callable[[Params], Block] | None = None,
     recomputes: int = 1,
-    allocation: Allocation = global_threshold(),  # noqa: B008 (a value, never changed)
+    allocation: AllocationRule = global_threshold(),  # noqa: B008 (a value, never changed)
     pattern: Patterns = unstructured(),  # noqa: B008 (a value, never changed)
     where: Where = is_matrix,
     loss_fn: Callable[[Params], Any] | None = None,
@@ -82,8 +81,7 @@ def prune_once(
         recomputes: R, the number of steps.
         allocation: how zeros are spread over the leaves, as in `prune`.
         pattern: which weights go together, as in `prune`.
-        where: which leaves are pruned: a glob over their paths, several, or `(path, leaf) -> bool`. By
-            default all with two or more axes.
+        where: which leaves are pruned, as in `prune`.
         loss_fn: `(params) -> scalar`, to hold the predicted increase against, and to choose by.
         max_ratio: the most that the realised increase of a step may be of its predicted one: a step beyond
             goes half as far (in the logarithm of the density), again and again, and the gradients are taken
@@ -97,9 +95,10 @@ def prune_once(
         ValueError: for `sparsity` outside [0, 1), `recomputes` < 1, a block of another structure than
             `params`; several saliencies, or `max_ratio`, and no `loss_fn`;
             `max_ratio` not above 1; if `where` matches no leaf, or the floors of the
-            allocation cannot be met; if the saliency needs gradients and there is no `grads_fn`.
-        FloatingPointError: if the pruned weights are not finite, as when F + λI is not positive definite in
-            float32: raise the damping. (Not inside `jit`: there the weights show it.)
+            allocation cannot be met; if the saliency needs gradients and there is no `grads_fn`; if its
+            damping is too small for the precision (`obs`).
+        FloatingPointError: if scores or the pruned weights are not finite. (Not inside `jit`: there the
+            weights show it.)
 
     Cost:
         R times the gradients, and for each saliency its scores, its move, a ranking and `loss_fn`. A step
@@ -119,53 +118,148 @@ def prune_once(
     check_sparsity(sparsity)
     if recomputes < 1:
         raise ValueError(f"`recomputes` must be at least 1, the number of steps, got {recomputes}.")
-    rules = [saliency] if isinstance(saliency, Saliency) else list(saliency)
+    rules = (saliency,) if isinstance(saliency, Saliency) else tuple(saliency)
     _check_loss(rules, loss_fn, max_ratio)
     if grads_fn is None and any(rule.needs_grads for rule in rules):
         raise ValueError("`grads_fn` must be given for a saliency that needs gradients, got None.")
-    hits = _tree.match(params, where)
-    current = jax.tree.map(lambda x, hit: jnp.asarray(x) if hit else optax.MaskedNode(), params, hits)
-    _tree.check_floating(current, "params[where]")
-    active = jax.tree.map(lambda x: x != 0, current)
-    states, full, steps = [rule.init(current) for rule in rules], params, []
-    start = at = loss_of(loss_fn, params)
-    targets = _targets(active, sparsity, recomputes)
+    task = _Task(params, rules, grads_fn, allocation, pattern, loss_fn, max_ratio)
+    weights = _selected(params, where)
+    active = jax.tree.map(lambda x: x != 0, weights)
+    point, states = _Point(weights, active, task.loss_at(weights)), [rule.init(weights) for rule in rules]
+    start, targets, steps = point.loss, _targets(active, sparsity, recomputes), list[PruneStep]()
     while targets:
-        extra: dict[str, Any] = {"pattern": pattern}
-        if grads_fn is not None:
-            block, mean = _gradients(grads_fn(full), params, current)
-            extra["per_example_grads"] = block
-            states = [rule.update(rule.init(current), mean, current, active, **extra) for rule in rules]
-        point = Point(current, active, params, at)
-
-        def attempt(target: Any, point: Point = point, states: Any = states, extra: Any = extra) -> Trial:
-            choose = functools.partial(allocation, sparsity=target, pattern=pattern)
-            return best_trial(point, rules, states, choose, loss_fn, extra)
-
-        best = attempt(targets[0]) if max_ratio is None else bearable(point, targets, attempt, max_ratio)
-        steps.append(PruneStep(targets.pop(0), best.increase, best.loss - at))
-        current, at = best.weights, best.loss
-        active = jax.tree.map(jnp.logical_and, active, best.mask)
-        full = refill(params, current)
-    _check_finite(current)
+        seen, states = task.look(point, states, len(steps) + 1)
+        best = task.step(point, seen, states, targets)
+        steps.append(PruneStep(targets.pop(0), best.increase, best.loss - point.loss))
+        point = _Point(best.weights, jax.tree.map(jnp.logical_and, point.active, best.mask), best.loss)
+    _check_finite(point.weights)
     mask = jax.tree.map(lambda m: jnp.asarray(True) if is_hole(m) else m, best.mask, is_leaf=is_hole)
     predicted = jnp.sum(jnp.stack([step.predicted_increase for step in steps]))
-    return Pruned(full, mask, predicted, None if loss_fn is None else at - start, tuple(steps))
+    rise = None if loss_fn is None else point.loss - start
+    return Pruned(_refilled(params, point.weights), mask, predicted, rise, tuple(steps))
 
 
-def _check_loss(rules: Sequence[Saliency], loss_fn: Any, max_ratio: float | int | None) -> None:
-    if not rules or (len(rules) > 1 and loss_fn is None):
-        raise ValueError(
-            f"`loss_fn` must be given to choose between several saliencies, of which there are {len(rules)}."
-        )
-    if max_ratio is None:
-        return
-    if not max_ratio > 1:
-        raise ValueError(f"`max_ratio` must be above 1, of realised to predicted increase, got {max_ratio}.")
-    if loss_fn is None:
-        raise ValueError("`loss_fn` must be given for a `max_ratio`, to measure what a step does.")
-    if any(rule.compensate is None for rule in rules):
-        raise ValueError("`saliency` must predict an increase for a `max_ratio`, as `obs()` and `obd()` do.")
+class _Point(NamedTuple):
+    """Where a step begins: the selected weights, which of them are not pruned yet, and the loss (or NaN)."""
+
+    weights: Params
+    active: Params
+    loss: Scalar
+
+
+class _Trial(NamedTuple):
+    """Where a step would lead: the weights, the mask, the predicted increase, and the loss (or NaN)."""
+
+    weights: Params
+    mask: Params
+    increase: Scalar
+    loss: Scalar
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Task:
+    """What is the same in all steps: the arguments of `prune_once`."""
+
+    params: Params
+    rules: tuple[Saliency, ...]
+    grads_fn: Callable[[Params], Block] | None
+    allocation: AllocationRule
+    pattern: Patterns
+    loss_fn: Callable[[Params], Any] | None
+    max_ratio: float | int | None
+
+    def look(self, point: _Point, states: list[Any], number: int) -> tuple[Context, list[Any]]:
+        """What the rules get to see at the start of a step, and their states."""
+        step = jnp.asarray(number, jnp.int32)
+        seen = Context(point.weights, point.active, step, pattern=self.pattern)
+        if self.grads_fn is None:
+            return seen, states
+        block = self.grads_fn(_refilled(self.params, point.weights))
+        rows, mean = _gradients(block, self.params, point.weights)
+        seen = seen._replace(grads=mean, per_example_grads=rows)
+        # States from scratch: gradients taken elsewhere say nothing here.
+        return seen, [rule.update(rule.init(point.weights), seen) for rule in self.rules]
+
+    def step(self, point: _Point, seen: Context, states: list[Any], targets: list[Any]) -> _Trial:
+        """The step to the first target, or within the trust region half as far, again and again.
+
+        The targets it stops at on the way are put in front of the others. Where half as far would remove
+        nothing, groups being as large as they are, the shortest step there is has to do.
+        """
+        trial = self._best(seen, states, targets[0])
+        while self.max_ratio is not None and _goes_too_far(point, trial, self.max_ratio):
+            halfway = _halfway(point, trial)
+            nearer = self._best(seen, states, halfway)
+            before, after, _ = _counts(point, nearer)
+            if before == after:
+                break
+            targets.insert(0, halfway)
+            trial = nearer
+        return trial
+
+    def loss_at(self, weights: Params) -> Scalar:
+        """The loss; NaN if there is no function for it."""
+        return jnp.asarray(jnp.nan if self.loss_fn is None else self.loss_fn(_refilled(self.params, weights)))
+
+    def _best(self, seen: Context, states: list[Any], target: Any) -> _Trial:
+        """The step, of those of all rules, after which the loss is least."""
+        pairs = zip(self.rules, states, strict=True)
+        trials = [self._trial(seen, rule, state, target) for rule, state in pairs]
+        if len(trials) == 1:
+            return trials[0]
+        # On the device, so that it works inside `jit`; a loss that is NaN never wins.
+        losses = jnp.stack([trial.loss for trial in trials])
+        best = jnp.argmin(jnp.where(jnp.isnan(losses), jnp.inf, losses))
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves)[best], *trials)
+
+    def _trial(self, seen: Context, rule: Saliency, state: Any, target: Any) -> _Trial:
+        weights, active = seen.weights, seen.mask
+        scores = rule.scores(state, seen)
+        _check_scores(scores, active)
+        # What is zero already is ranked below everything, whatever a rule says of it: it stays zero.
+        order = jax.tree.map(lambda s, a: jnp.where(a, s, -jnp.inf), scores, active)
+        mask = self.allocation(order, target, self.pattern)
+        moved, increase = weights, jnp.asarray(jnp.nan)
+        if rule.compensates:
+            moved, increase = rule.compensate(state, seen, mask)
+        landed = jax.tree.map(lambda w, a, m: jnp.where(a & m, w, jnp.zeros_like(w)), moved, active, mask)
+        return _Trial(landed, mask, increase, self.loss_at(landed))
+
+
+def _goes_too_far(point: _Point, trial: _Trial, max_ratio: float | int) -> bool:
+    """Whether the loss rises by more than so many times the prediction, and a shorter step is possible."""
+    rounding = 1e-5 * (1 + abs(float(point.loss)))  # of a loss in float32, where the prediction is near 0
+    allowed = max_ratio * max(float(trial.increase), 0.0) + rounding
+    before, after, _ = _counts(point, trial)
+    # `not <=` rather than `>`: a loss that is NaN goes too far.
+    return not float(trial.loss - point.loss) <= allowed and before - after > 1 and after > 0
+
+
+def _halfway(point: _Point, trial: _Trial) -> float:
+    """The sparsity between, where the density is the geometric mean of those at both ends."""
+    before, after, total = _counts(point, trial)
+    return 1 - math.sqrt(before * after) / total
+
+
+def _counts(point: _Point, trial: _Trial) -> tuple[int, int, int]:
+    """Weights left before and after, and all."""
+    pairs = list(zip(jax.tree.leaves(point.active), jax.tree.leaves(trial.mask), strict=True))
+    before = sum(int(jnp.sum(active)) for active, _ in pairs)
+    after = sum(int(jnp.sum(active & mask)) for active, mask in pairs)
+    return before, after, sum(active.size for active, _ in pairs)
+
+
+def _selected(params: Params, where: Where) -> Params:
+    """The leaves that are pruned; holes in place of the others."""
+    hits = _tree.match(params, where)
+    found = jax.tree.map(lambda x, hit: jnp.asarray(x) if hit else optax.MaskedNode(), params, hits)
+    _tree.check_floating(found, "params[where]")
+    return found
+
+
+def _refilled(params: Params, weights: Params) -> Params:
+    """The params with these weights where they are selected."""
+    return jax.tree.map(lambda p, w: p if is_hole(w) else w, params, weights)
 
 
 def _gradients(block: Block, params: Params, current: Params) -> tuple[Block, Params]:
@@ -185,6 +279,34 @@ def _targets(active: Params, sparsity: float | int, recomputes: int) -> list[Any
     ratio = min((1 - sparsity) / start, 1.0) if start else 1.0
     between = [max(1 - start * ratio ** (i / recomputes), 0.0) for i in range(1, recomputes)]
     return [*(min(s, sparsity) for s in between), sparsity]
+
+
+# -- checks --------------------------------------------------------------------------------------
+
+
+def _check_loss(rules: Sequence[Saliency], loss_fn: Any, max_ratio: float | int | None) -> None:
+    if not rules or (len(rules) > 1 and loss_fn is None):
+        raise ValueError(
+            f"`loss_fn` must be given to choose between several saliencies, of which there are {len(rules)}."
+        )
+    if max_ratio is None:
+        return
+    if not max_ratio > 1:
+        raise ValueError(f"`max_ratio` must be above 1, of realised to predicted increase, got {max_ratio}.")
+    if loss_fn is None:
+        raise ValueError("`loss_fn` must be given for a `max_ratio`, to measure what a step does.")
+    if not all(rule.compensates for rule in rules):
+        raise ValueError("`saliency` must predict an increase for a `max_ratio`, as `obs()` and `obd()` do.")
+
+
+def _check_scores(scores: Params, active: Params) -> None:
+    pairs = list(zip(jax.tree.leaves(scores), jax.tree.leaves(active), strict=True))
+    bad = sum(jnp.sum(jnp.isnan(s) & a) for s, a in pairs)
+    if not isinstance(bad, jax.core.Tracer) and bad > 0:
+        raise FloatingPointError(
+            f"`saliency` must give every weight a score, got NaN for {int(bad)}: weights or gradients are "
+            "not finite, or F + λI is not positive definite in this precision: raise the `damping`."
+        )
 
 
 def _check_finite(current: Params) -> None:

@@ -1,17 +1,65 @@
-"""What a ranking ranks, and how: the scores of single weights or of groups that go together."""
+"""What a ranking ranks, and how: counts, the scores of single weights or of groups that go together."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, UInt
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt
 
 from hessjax._core import _tree
 from hessjax._core._types import Params
-from hessjax.pruning.patterns._by_path import Patterns, patterns_of
-from hessjax.pruning.patterns._pattern import Pattern
+from hessjax.pruning.patterns._pattern import Pattern, Patterns, patterns_of
+
+Sparsity: TypeAlias = float | int | Float[Array, ""]
+"""The fraction of zeros, in [0, 1): a number, checked, or a traced scalar, which cannot be."""
+
+Schedule: TypeAlias = Callable[[Any], Any]
+"""`T -> sparsity`, as optax writes schedules."""
+
+
+def check_sparsity(sparsity: Any, note: str = "") -> None:
+    """Raise a ValueError for a number outside [0, 1); traced values pass."""
+    if isinstance(sparsity, jax.core.Tracer) or 0 <= sparsity < 1:
+        return
+    hint = f" For {sparsity:g} % write {sparsity / 100:g}." if 2 <= sparsity < 100 else ""
+    raise ValueError(f"`sparsity` must be in [0, 1), the fraction of zeros, got {sparsity}{note}.{hint}")
+
+
+def num_zeros(sparsity: Sparsity, size: int) -> Any:
+    """`round(sparsity · size)`, halves to even, without the rounding of a float32 product.
+
+    In float32 0.9 · 25,000,001 is off by more than one weight, so that a traced sparsity is written as a
+    multiple of 2⁻³¹ (exact from 2⁻⁷ up, and within half a weight below) and multiplied in integers.
+    """
+    if not isinstance(sparsity, jax.Array):
+        return round(float(sparsity) * size)
+    # What cannot raise inside `jit` is taken to the nearest end; NaN fails the comparison and becomes 0.
+    inside = jnp.where(sparsity > 0, jnp.minimum(sparsity, 1), 0)
+    if inside.dtype == jnp.float64:
+        return jnp.round(inside * size).astype(jnp.int32)
+    high, low = _product((inside.astype(jnp.float32) * 2.0**31).astype(jnp.uint32), size)
+    quotient, rest = high * 2 + (low >> 31), low & jnp.uint32(2**31 - 1)
+    # Halves to even, as Python's `round` for numbers that are not traced.
+    up = (rest > 2**30) | ((rest == 2**30) & (quotient % 2 == 1))
+    return quotient.astype(jnp.int32) + up.astype(jnp.int32)
+
+
+def _product(a: Array, b: int) -> tuple[Array, Array]:
+    """The 64 bits of a · b as two words, by the four products of 16-bit halves; a, b up to 2³¹."""
+    a1, a0 = a >> 16, a & jnp.uint32(0xFFFF)
+    b1, b0 = jnp.uint32(b >> 16), jnp.uint32(b & 0xFFFF)
+    # JAX has no 64-bit integers unless x64 is on; none of these sums leaves 32 bits, as a1, b1 ≤ 2¹⁵.
+    middle = a1 * b0 + a0 * b1 + (a0 * b0 >> 16)
+    return a1 * b1 + (middle >> 16), (middle << 16) | (a0 * b0 & jnp.uint32(0xFFFF))
+
+
+def cond_now(predicate: Array, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
+    """`lax.cond`; outside `jit`, where it would compile both branches at every call, a plain `if`."""
+    if isinstance(predicate, jax.core.Tracer):
+        return jax.lax.cond(predicate, yes, no)
+    return yes() if predicate else no()
 
 
 def ordered_keys(scores: Sequence[Float[Array, "..."]]) -> list[UInt[Array, "..."]]:
@@ -63,6 +111,8 @@ def smallest(
     def below(cut: Array) -> Array:
         return _count([k < c for k, c in zip(keys, _each(cut, keys), strict=True)], n, sizes)
 
+    # The n-th smallest key by bisection over its bits: counting passes need no memory, a sort needs twice
+    # the keys and, across leaves, a copy of all of them.
     cut = _largest(below, n, keys[0].dtype.itemsize * 8, keys[0].dtype)
     missing = n - below(cut)
     cuts = _each(cut, keys)
@@ -72,6 +122,7 @@ def smallest(
         columns = zip(keys, cuts, _places(keys), _each(last, keys), strict=True)
         return [(k == c) & (i < x) for k, c, i, x in columns]
 
+    # No equal keys straddle the cut: then there is nothing to search for, and the loop runs no times.
     bits = jnp.where(jnp.any(missing > 0), total.bit_length(), 0)
     last = _largest(lambda t: _count(ties_before(t), n, sizes), missing, bits, jnp.dtype("uint32"))
     return [(k < c) | tie for k, c, tie in zip(keys, cuts, ties_before(last), strict=True)]
@@ -81,6 +132,7 @@ def _largest(count_below: Callable[[Array], Array], n: Array, bits: Any, dtype: 
     """The largest integer t of `bits` bits with `count_below(t) <= n`, its bits found from the top."""
 
     def body(i: Any, t: Array) -> Array:
+        # A bit stays set while no more than n lie below: t ends as the largest such integer.
         candidate = t | (jnp.ones((), dtype) << (bits - 1 - i).astype(dtype))
         return jnp.where(count_below(candidate) <= n, candidate, t)
 
@@ -129,7 +181,9 @@ class Units(NamedTuple):
         most: how many units may go.
         paths: the leaves of each set.
         shapes: their shapes.
-        spread: `(units' flags) -> weights' flags`, as a tree.
+        patterns: and their patterns.
+        places: and which leaves of the tree they are.
+        treedef: of the tree.
     """
 
     scores: list[Float[Array, "..."]]
@@ -138,7 +192,9 @@ class Units(NamedTuple):
     most: list[int]
     paths: list[list[str]]
     shapes: list[list[tuple[int, ...]]]
-    spread: Callable[[list[Array]], Params]
+    patterns: list[list[Pattern]]
+    places: list[list[int]]
+    treedef: Any
 
     @property
     def counts(self) -> list[int]:
@@ -156,29 +212,33 @@ class Units(NamedTuple):
         top = ~jnp.zeros((), keys[0].dtype)
         return [k if f is None else jnp.where(f, k, top) for k, f in zip(keys, self.free, strict=True)]
 
+    def spread(self, flags: Sequence[Shaped[Array, "..."]]) -> Params:
+        """Flags (or other values) of all weights, as a tree, from those of the units."""
+        out: list[Any] = [None] * sum(map(len, self.places))
+        for units, patterns, shapes, places in zip(
+            flags, self.patterns, self.shapes, self.places, strict=True
+        ):
+            for pattern, shape, place in zip(patterns, shapes, places, strict=True):
+                out[place] = _spread(units, pattern, shape)
+        return jax.tree.unflatten(self.treedef, out)
+
 
 def units_of(scores: Params, pattern: Patterns) -> Units:
     """The units that a pattern makes of a tree of scores."""
     leaves, treedef = jax.tree.flatten(scores)
-    patterns, paths = patterns_of(pattern, scores), _tree.leaf_paths(scores)
-    sets = together(patterns)
-    made = [_set([leaves[i] for i in members], [patterns[i] for i in members]) for members in sets]
-    unit_scores, free, sizes, most = (list(column) for column in zip(*made, strict=True))
-
-    def spread(flags: list[Array]) -> Params:
-        out: list[Array] = list(leaves)
-        for members, units in zip(sets, flags, strict=True):
-            for i in members:
-                out[i] = _spread(units, patterns[i], leaves[i].shape)
-        return jax.tree.unflatten(treedef, out)
-
     _check_total(leaves)
-    set_paths = [[paths[i] for i in members] for members in sets]
-    shapes = [[leaves[i].shape for i in members] for members in sets]
-    return Units(unit_scores, free, sizes, most, set_paths, shapes, spread)
+    patterns, paths = patterns_of(pattern, scores), _tree.leaf_paths(scores)
+    places = together(patterns)
+    grouped = [[patterns[i] for i in members] for members in places]
+    made = [_set([leaves[i] for i in members], same) for members, same in zip(places, grouped, strict=True)]
+    unit_scores, free, sizes, most = (list(column) for column in zip(*made, strict=True))
+    set_paths = [[paths[i] for i in members] for members in places]
+    shapes = [[leaves[i].shape for i in members] for members in places]
+    return Units(unit_scores, free, sizes, most, set_paths, shapes, grouped, places, treedef)
 
 
 def _check_total(leaves: list[Array]) -> None:
+    """Raise a ValueError for more weights than an int32 counts."""
     total = sum(leaf.size for leaf in leaves)
     if total >= 2**31:
         raise ValueError(
@@ -199,6 +259,7 @@ def _set(leaves: list[Array], patterns: list[Pattern]) -> tuple[Array, Array | N
     """Scores, free, size and most of the units of one set."""
     pattern, leaf = patterns[0], leaves[0]
     if pattern.at_most is not None:
+        # n of m: weights are ranked one by one, but only the lowest m − n of each group may go at all.
         rows = pattern.group(leaf)
         free = pattern.ungroup(_lowest(rows, pattern.at_most), leaf.shape)
         return leaf, free, 1, rows.shape[0] * pattern.at_most
@@ -209,6 +270,7 @@ def _set(leaves: list[Array], patterns: list[Pattern]) -> tuple[Array, Array | N
     if size == 1:
         return leaf, None, 1, leaf.size
     grouped = [p.group(x) for p, x in zip(patterns, leaves, strict=True)]
+    # A group by the mean of what is left of it: weights that are gone already do not drag it along.
     gone = [jnp.isneginf(rows) for rows in grouped]
     total = sum(jnp.sum(jnp.where(g, 0, rows), axis=1) for g, rows in zip(gone, grouped, strict=True))
     left = size - sum(jnp.sum(g, axis=1) for g in gone)
@@ -226,9 +288,11 @@ def _spread(units: Array, pattern: Pattern, shape: tuple[int, ...]) -> Array:
 def _lowest(rows: Float[Array, "groups m"], number: int) -> Bool[Array, "groups m"]:
     """The lowest so many of every row; NaN below all, of equal ones those that come first."""
     (keys,) = ordered_keys([rows])
+    # Each weight's rank by m comparisons with its group: m is small, and they fuse into one pass; a sort
+    # would not.
     place = jnp.zeros(rows.shape, jnp.int32)
     for j in range(rows.shape[1]):
         other = keys[:, j : j + 1]
-        before = jnp.arange(rows.shape[1]) > j
+        before = jnp.arange(rows.shape[1]) > j  # of equal ones the earlier goes first
         place += (other < keys) | ((other == keys) & before)
     return place < number

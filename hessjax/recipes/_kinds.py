@@ -10,13 +10,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 
 from hessjax._core._types import Relative
 from hessjax.pruning.allocations import _allocation, _densities
-from hessjax.pruning.patterns import _pattern
-from hessjax.pruning.patterns._by_path import heads
+from hessjax.pruning.patterns import _patterns
+from hessjax.pruning.patterns._pattern import unstructured
+from hessjax.pruning.patterns._patterns import heads
 from hessjax.pruning.saliencies import _first_order, _obs
+from hessjax.pruning.saliencies._drop_and_grow import rigl, sparse_evolution
 from hessjax.pruning.saliencies._hard_concrete import hard_concrete
 from hessjax.pruning.saliencies._movement import from_magnitudes, movement, soft_movement
-from hessjax.pruning.saliencies._rewiring import rigl, sparse_evolution
-from hessjax.pruning.saliencies._saliency import compensated, magnitude
+from hessjax.pruning.saliencies._saliency import compensated
 
 
 class Strict(BaseModel):
@@ -138,7 +139,7 @@ _FISHER = {
 }
 _OPTIMIZER = {"optimizer": spec(OPTIMIZERS)}
 _SINGLE_SALIENCIES = {
-    "magnitude": Kind(magnitude),
+    "magnitude": Kind(_first_order.magnitude),
     "random": Kind(_first_order.random, {_SEED: int}),
     "gradient": Kind(_first_order.gradient, {"decay": float}),
     "movement": Kind(movement, {"start": spec(STARTS), **_OPTIMIZER}),
@@ -164,12 +165,12 @@ ALLOCATIONS = {
 }
 
 PATTERNS = {
-    "unstructured": Kind(_pattern.unstructured),
-    "n_of_m": Kind(_pattern.n_of_m, {"n": int, "m": int, "axis": int}),
-    "blocks": Kind(_pattern.blocks, {"shape": list[int]}),
-    "channels": Kind(_pattern.channels, {"axis": int}),
-    "filters": Kind(_pattern.filters),
-    "rows": Kind(_pattern.rows),
+    "unstructured": Kind(unstructured),
+    "n_of_m": Kind(_patterns.n_of_m, {"n": int, "m": int, "axis": int}),
+    "blocks": Kind(_patterns.blocks, {"shape": list[int]}),
+    "channels": Kind(_patterns.channels, {"axis": int}),
+    "filters": Kind(_patterns.filters),
+    "rows": Kind(_patterns.rows),
     "heads": Kind(heads, {"num_heads": int | None, "out": str}),
 }
 

@@ -10,9 +10,9 @@ import jax
 import optax
 
 from hessjax._core import _tree
-from hessjax._core._types import Params
-from hessjax.pruning._sparsity import Schedule
-from hessjax.pruning.allocations._threshold import Threshold, threshold
+from hessjax._core._types import Params, settings
+from hessjax.pruning._ranking import Schedule
+from hessjax.pruning.allocations._densities import Threshold, threshold
 from hessjax.pruning.saliencies._saliency import Saliency
 from hessjax.pruning.training._prune import prune
 
@@ -20,7 +20,7 @@ _Place: TypeAlias = Callable[[tuple[Any, ...]], tuple[int, str]]
 
 
 class Rule(NamedTuple):
-    """One pruner of a recipe, as `prune` takes it.
+    """One pruner of a recipe, as `prune` takes it; printed, its settings.
 
     Attributes:
         name: of the pruner in the file.
@@ -41,6 +41,12 @@ class Rule(NamedTuple):
     ) -> optax.GradientTransformationExtraArgs:
         """Train with `inner` while this rule prunes."""
         return prune(inner, self.saliency, self.sparsity, **self.options)
+
+    def __repr__(self) -> str:
+        options = [f"{name}={value!r}" for name, value in self.options.items()]
+        return (
+            f"{self.name} ({self.place}): {', '.join([repr(self.saliency), repr(self.sparsity), *options])}"
+        )
 
 
 class Recipe(NamedTuple):
@@ -73,6 +79,9 @@ class Recipe(NamedTuple):
             return transformation.init(params)
 
         return optax.GradientTransformationExtraArgs(init, transformation.update)
+
+    def __repr__(self) -> str:
+        return "\n".join([f"Recipe of `{self.path}`:", *(f"  {rule!r}" for rule in self.rules)])
 
 
 def load_recipe(path: str | os.PathLike[str], *, steps_per_epoch: int | None = None) -> Recipe:
@@ -155,16 +164,16 @@ def _read(path: str) -> tuple[Any, _Place]:
     try:
         import pydantic
 
-        from hessjax.recipes import _lines, _models
+        from hessjax.recipes import _models
     except ImportError as error:
         raise ImportError(
             "`load_recipe` needs pydantic and PyYAML: pip install 'hessjax[recipes]'."
         ) from error
     try:
-        content, node = _lines.load(Path(path).read_text(encoding="utf-8"))
-    except _lines.YamlError as error:
+        content, node = _models.load_yaml(Path(path).read_text(encoding="utf-8"))
+    except _models.YamlError as error:
         raise _refusal(path, [(error.line, error.field, error.reason)]) from error
-    place = functools.partial(_lines.find, node)
+    place = functools.partial(_models.find_in_yaml, node)
     try:
         return _models.RecipeFile.model_validate(content), place
     except pydantic.ValidationError as error:
@@ -192,11 +201,28 @@ def _rule(name: str, place: str, pruner: Any, policy: Any, steps_per_epoch: int 
 _OPTIONS = ("where", "allocation", "pattern", "regrow", "straight_through")
 
 
+@settings()
+class _Rise:
+    """s_f + (s_i − s_f)(1 − (t − t₀)/n)^power, as a schedule that can be printed."""
+
+    initial: float
+    final: float
+    power: float
+    start: int
+    stop: int
+
+    def __call__(self, step: Any) -> Any:
+        """The target at T = `step`."""
+        n = self.stop - self.start
+        return optax.polynomial_schedule(self.initial, self.final, self.power, n, self.start)(step)
+
+    def __repr__(self) -> str:
+        return f"{self.initial:g} to {self.final:g} (power {self.power:g})"
+
+
 def _risen(initial: float, final: float, power: float, start: int, stop: int) -> Any:
-    """s_f + (s_i − s_f)(1 − (t − t₀)/n)^power; s_f alone where there is no time to rise."""
-    if stop == start:
-        return final
-    return optax.polynomial_schedule(initial, final, power, stop - start, start)
+    """A schedule; its end alone where there is no time to rise."""
+    return final if stop == start else _Rise(initial, final, power, start, stop)
 
 
 # -- errors ----------------------------------------------------------------------------------------

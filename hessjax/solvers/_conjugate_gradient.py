@@ -1,18 +1,18 @@
 """Conjugate gradients, and `solve`, which runs them unless another method is asked for."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
 from hessjax._core import _tree
 from hessjax._core._packing import Packed, Packing
-from hessjax._core._types import Block, Estimator, Key, Matvec, Params, Relative, Scalar, Tolerance, Vector
-from hessjax._run._drivers import Callback
-from hessjax._run._estimator import run
+from hessjax._core._types import Block, Key, Matvec, Params, Relative, Scalar, Tolerance, Vector, settings
+from hessjax._run._drivers import as_partial, run
+from hessjax._run._estimator import Estimator, RunOptions, checked_options
 from hessjax.solvers._system import Solution, System, checked_vector
 
 
@@ -52,13 +52,8 @@ class CgState(NamedTuple):
     num_matvecs: Int[Array, ""]
 
 
-def conjugate_gradient(
-    rhs: Vector,
-    damping: Any = 0.0,
-    *,
-    start: Vector | None = None,
-    tol: Tolerance = Relative(1e-5),  # noqa: B008 - immutable
-) -> Estimator:
+@settings(arrays=("rhs", "damping", "start", "tol"))
+class ConjugateGradient(System, Estimator):
     """Conjugate gradients for (A + λI)x = b, as an estimator of x.
 
     Every iterate minimises ½xᵀ(A + λI)x − bᵀx over a Krylov space. Where a search direction p has
@@ -96,95 +91,111 @@ def conjugate_gradient(
         >>> solution.x.round(4).tolist()
         [1.0, 0.5, 0.25]
     """
-    system = System.of(rhs, damping, tol)
-    if start is not None:
-        checked_vector(start, "start")
-        _tree.check_like(start, rhs, "start", "rhs")
-    return Estimator(Partial(_init, system, start), _query, _update, _result, _error, _scale)
+
+    init_only = ("rhs", "damping", "start", "tol")
+
+    rhs: Vector
+    damping: Any = 0.0
+    _: dataclasses.KW_ONLY
+    start: Vector | None = None
+    tol: Tolerance | None = Relative(1e-5)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.start is not None:
+            checked_vector(self.start, "start")
+            _tree.check_like(self.start, self.rhs, "start", "rhs")
+
+    def init(self, key: Key, like: Params) -> CgState:
+        """The zero vector, or the one to start from, whose product is asked for first."""
+        _tree.check_like(self.rhs, like, "rhs", "like")
+        packing = Packing.of(like)
+        rhs, unit, limit = self.scaled(packing)
+        squares = _tree.inner(rhs, rhs)
+        # From a vector to start from: a first step of length 1 along that vector, from zero.
+        along = rhs if self.start is None else _tree.scale(1 / unit, packing.pack(_tree.wide(self.start)))
+        length = _tree.norm(along)
+        return CgState(
+            x=jax.tree.map(jnp.zeros_like, rhs),
+            residual=rhs,
+            direction=_tree.scale(_over(1.0, length), along),
+            length=length,
+            squares=squares,
+            damping=self.damping,
+            unit=unit,
+            limit=limit,
+            curvature=jnp.full_like(unit, jnp.inf),
+            largest=jnp.zeros_like(unit),
+            begun=jnp.asarray(self.start is None),
+            negative_curvature=jnp.asarray(False),
+            packing=packing,
+            num_matvecs=jnp.int32(0),
+        )
+
+    def query(self, state: CgState) -> Block:
+        """The direction."""
+        return state.packing.unpack_block(tuple(x[None] for x in state.direction))
+
+    def update(self, state: CgState, products: Block) -> CgState:
+        """A step along the direction multiplied, and the next direction."""
+        p, eps = state.direction, jnp.finfo(state.unit.dtype).eps
+        # p has norm 1 here and `length` carries ‖p‖: pᵀp itself would leave float32.
+        product = _tree.add_scaled(state.packing.pack(_tree.row(products, 0)), state.damping, p)
+        largest = jnp.maximum(state.largest, _tree.norm(product))
+        searching = state.begun & (
+            state.squares > eps**2
+        )  # else the start's product, or nothing left to gain
+        curvature = jnp.where(searching, _tree.inner(p, product), jnp.inf)
+        # Rounding alone gives pᵀ(A + λI)p an error of eps·‖A + λI‖.
+        negative = state.negative_curvature | (curvature <= eps * largest)
+        step = jnp.where(searching & ~negative, _over(state.squares, state.length * curvature), 0)
+        step = jnp.where(state.begun, step, state.length)
+        residual = _tree.add_scaled(state.residual, -step, product)
+        squares = _tree.inner(residual, residual)
+        moving = ~negative & (searching | ~state.begun)
+        kept = jnp.where(searching, _over(squares, state.squares), 0) * state.length
+        length = jnp.where(moving, jnp.sqrt(squares + kept**2), state.length)  # the two are orthogonal
+        new, old = jnp.where(moving, _over(1.0, length), 0), jnp.where(moving, _over(kept, length), 1)
+        return state._replace(
+            x=_tree.add_scaled(state.x, step, p),
+            residual=residual,
+            direction=_tree.add_scaled(_tree.scale(new, residual), old, p),
+            length=length,
+            squares=squares,
+            curvature=jnp.minimum(state.curvature, curvature),
+            largest=largest,
+            begun=jnp.asarray(True),
+            negative_curvature=negative,
+            num_matvecs=state.num_matvecs + 1,
+        )
+
+    def result(self, state: CgState) -> Solution:
+        """The iterate, in units of b again."""
+        residual = jnp.sqrt(state.squares)
+        return Solution(
+            state.packing.unpack(_tree.scale(state.unit, state.x)),
+            state.unit * residual,
+            residual <= state.limit,
+            state.negative_curvature,
+            state.curvature,
+            state.num_matvecs,
+        )
+
+    def error(self, state: CgState) -> Scalar:
+        """The residual of the recurrence; NaN once a direction of negative curvature was met."""
+        return jnp.where(state.negative_curvature, jnp.nan, state.unit * jnp.sqrt(state.squares))
+
+    def scale(self, state: CgState) -> Scalar:
+        """‖b‖."""
+        return state.unit
 
 
-def _init(system: System, start: Vector | None, key: Key, like: Params) -> CgState:
-    _tree.check_like(system.rhs, like, "rhs", "like")
-    packing = Packing.of(like)
-    rhs, unit, limit = system._replace(rhs=packing.pack(system.rhs)).scaled()
-    squares = _tree.inner(rhs, rhs)
-    # From a vector to start from: a first step of length 1 along that vector, from zero.
-    along = rhs if start is None else _tree.scale(1 / unit, packing.pack(_tree.wide(start)))
-    length = _tree.norm(along)
-    return CgState(
-        x=jax.tree.map(jnp.zeros_like, rhs),
-        residual=rhs,
-        direction=_tree.scale(_over(1.0, length), along),
-        length=length,
-        squares=squares,
-        damping=system.damping,
-        unit=unit,
-        limit=limit,
-        curvature=jnp.full_like(unit, jnp.inf),
-        largest=jnp.zeros_like(unit),
-        begun=jnp.asarray(start is None),
-        negative_curvature=jnp.asarray(False),
-        packing=packing,
-        num_matvecs=jnp.int32(0),
-    )
+conjugate_gradient = ConjugateGradient
 
 
-def _query(state: CgState) -> Block:
-    return state.packing.unpack_block(tuple(x[None] for x in state.direction))
-
-
-def _update(state: CgState, products: Block) -> CgState:
-    p, eps = state.direction, jnp.finfo(state.unit.dtype).eps
-    product = _tree.add_scaled(state.packing.pack(_tree.row(products, 0)), state.damping, p)
-    largest = jnp.maximum(state.largest, _tree.norm(product))
-    searching = state.begun & (state.squares > eps**2)  # else the start's product, or nothing left to gain
-    curvature = jnp.where(searching, _tree.inner(p, product), jnp.inf)
-    negative = state.negative_curvature | (curvature <= eps * largest)
-    step = jnp.where(searching & ~negative, _over(state.squares, state.length * curvature), 0)
-    step = jnp.where(state.begun, step, state.length)
-    residual = _tree.add_scaled(state.residual, -step, product)
-    squares = _tree.inner(residual, residual)
-    moving = ~negative & (searching | ~state.begun)
-    kept = jnp.where(searching, _over(squares, state.squares), 0) * state.length
-    length = jnp.where(moving, jnp.sqrt(squares + kept**2), state.length)  # the two are orthogonal
-    new, old = jnp.where(moving, _over(1.0, length), 0), jnp.where(moving, _over(kept, length), 1)
-    return state._replace(
-        x=_tree.add_scaled(state.x, step, p),
-        residual=residual,
-        direction=_tree.add_scaled(_tree.scale(new, residual), old, p),
-        length=length,
-        squares=squares,
-        curvature=jnp.minimum(state.curvature, curvature),
-        largest=largest,
-        begun=jnp.asarray(True),
-        negative_curvature=negative,
-        num_matvecs=state.num_matvecs + 1,
-    )
-
-
-def _over(a: Any, b: Array) -> Array:
+def _over(a: Any, b: Float[Array, ""]) -> Float[Array, ""]:
     """a/b, and 0 where b is 0."""
     return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
-
-
-def _result(state: CgState) -> Solution:
-    residual = jnp.sqrt(state.squares)
-    return Solution(
-        state.packing.unpack(_tree.scale(state.unit, state.x)),
-        state.unit * residual,
-        residual <= state.limit,
-        state.negative_curvature,
-        state.curvature,
-        state.num_matvecs,
-    )
-
-
-def _error(state: CgState) -> Scalar:
-    return jnp.where(state.negative_curvature, jnp.nan, state.unit * jnp.sqrt(state.squares))
-
-
-def _scale(state: CgState) -> Scalar:
-    return state.unit
 
 
 def solve(
@@ -195,8 +206,7 @@ def solve(
     method: Callable[..., Estimator] = conjugate_gradient,
     max_matvecs: int = 100,
     tol: Tolerance = Relative(1e-5),  # noqa: B008 - immutable
-    callbacks: Sequence[Callback] = (),
-    on_device: bool = False,
+    **options: Unpack[RunOptions],
 ) -> Solution:
     """Solve (A + λI)x = b: a Newton step, or an inverse curvature times a gradient.
 
@@ -217,8 +227,7 @@ def solve(
             `functools.partial(hj.estimators.conjugate_gradient, start=x)`.
         max_matvecs: the most products to spend on the search.
         tol: stop at this residual: absolute, or `relative` to ‖b‖.
-        callbacks: see `run`.
-        on_device: see `run`.
+        **options: `callbacks` and `on_device`, see `run`.
 
     Returns:
         A `Solution`. Its residual is recomputed, ‖b − (A + λI)x‖ from one more product, and `converged`
@@ -241,20 +250,12 @@ def solve(
         >>> solution.x.round(4).tolist(), bool(solution.converged)
         ([1.0, 0.5, 0.25], True)
     """
-    system = System.of(rhs, damping, tol)
-    solution, _ = run(
-        method(rhs, damping, tol=tol),
-        matvec,
-        jax.random.key(0),  # nothing here is random
-        rhs,
-        max_matvecs=max_matvecs,
-        tol=tol,
-        callbacks=callbacks,
-        on_device=on_device,
-    )
-    if on_device:
-        matvec = matvec if isinstance(matvec, jax.tree_util.Partial) else jax.tree_util.Partial(matvec)
-        return _multiplied_and_measured(matvec, solution, system, rhs)
+    checked = checked_options("solve", options)
+    system, estimator = System(rhs, damping, tol), method(rhs, damping, tol=tol)
+    key = jax.random.key(0)  # nothing here is random
+    solution, _ = run(estimator, matvec, key, rhs, max_matvecs=max_matvecs, tol=tol, **checked)
+    if options.get("on_device"):
+        return _multiplied_and_measured(as_partial(matvec), solution, system, rhs)
     return _measured(solution, matvec(_cast(solution.x, rhs)), system)
 
 
@@ -271,7 +272,7 @@ def _measured(solution: Solution, product: Vector, system: System) -> Solution:
     packing = Packing.of(system.rhs)
     rhs, x, product = map(packing.pack, (system.rhs, solution.x, product))
     residual = _tree.norm(_tree.add_scaled(rhs, -1, _tree.add_scaled(product, system.damping, x)))
-    _, unit, limit = system._replace(rhs=rhs).scaled()
+    _, unit, limit = system.scaled(packing)
     return solution._replace(
         residual=residual,
         converged=jnp.asarray(residual <= unit * limit),

@@ -1,15 +1,16 @@
 """MINRES: (A + λI)x = b for any symmetric A, indefinite or singular, with five vectors of memory."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
 from hessjax._core import _tree
 from hessjax._core._packing import Packed, Packing
-from hessjax._core._types import Block, Estimator, Key, Params, Relative, Scalar, Tolerance, Vector
+from hessjax._core._types import Block, Key, Params, Relative, Scalar, Tolerance, Vector, settings
+from hessjax._run._estimator import Estimator
 from hessjax.solvers._system import Solution, System
 
 
@@ -67,12 +68,8 @@ class MinresState(NamedTuple):
     num_matvecs: Int[Array, ""]
 
 
-def minres(
-    rhs: Vector,
-    damping: Any = 0.0,
-    *,
-    tol: Tolerance = Relative(1e-5),  # noqa: B008 - immutable
-) -> Estimator:
+@settings(arrays=("rhs", "damping", "tol"))
+class Minres(System, Estimator):
     """MINRES for (A + λI)x = b, as an estimator of x: A may be indefinite, or singular.
 
     Every iterate has the smallest residual ‖b − (A + λI)x‖ in a Krylov space, which therefore never grows.
@@ -109,70 +106,105 @@ def minres(
         >>> solution.x.round(4).tolist(), bool(solution.negative_curvature)
         ([1.0, -0.5, 0.25], True)
     """
-    system = System.of(rhs, damping, tol)
-    return Estimator(Partial(_init, system), _query, _update, _result, _error, _scale)
+
+    init_only = ("rhs", "damping", "tol")
+
+    rhs: Vector
+    damping: Any = 0.0
+    _: dataclasses.KW_ONLY
+    tol: Tolerance | None = Relative(1e-5)
+
+    def init(self, key: Key, like: Params) -> MinresState:
+        """The zero vector."""
+        _tree.check_like(self.rhs, like, "rhs", "like")
+        packing = Packing.of(like)
+        rhs, unit, limit = self.scaled(packing)
+        zero, nothing = jnp.zeros_like(unit), jax.tree.map(jnp.zeros_like, rhs)
+        return MinresState(
+            # From zero: the residual is then b, and its norm 1 in units of ‖b‖.
+            x=nothing,
+            lanczos=(nothing, rhs),
+            steps=(nothing, nothing),
+            reflection=Reflection(zero - 1, zero, zero, zero, zero),
+            residual=_tree.norm(rhs),
+            damping=self.damping,
+            unit=unit,
+            limit=limit,
+            curvature=zero + jnp.inf,
+            largest=zero,
+            negative_curvature=jnp.asarray(False),
+            finished=jnp.asarray(False),
+            packing=packing,
+            num_matvecs=jnp.int32(0),
+        )
+
+    def query(self, state: MinresState) -> Block:
+        """The last Lanczos vector."""
+        return state.packing.unpack_block(tuple(x[None] for x in state.lanczos[1]))
+
+    def update(self, state: MinresState, products: Block) -> MinresState:
+        """A Lanczos step, a reflection more, and a step along the direction that it gives."""
+        eps, (before, v), last = jnp.finfo(state.unit.dtype).eps, state.lanczos, state.reflection
+        product = _tree.add_scaled(state.packing.pack(_tree.row(products, 0)), state.damping, v)
+        largest = jnp.maximum(state.largest, _tree.norm(product))
+        alpha = _tree.inner(v, product)
+        # No reorthogonalisation: MINRES needs the residual of the recurrence, not an orthogonal basis.
+        following = _tree.add_scaled(_tree.add_scaled(product, -alpha, v), -last.beta, before)
+        reflection, delta, gamma, curvature, descent = _reflect(last, alpha, _tree.norm(following))
+        moved = _step(state, following, reflection, delta, gamma)
+        searching = ~state.finished & (state.residual > eps)
+        # A step of c·‖r‖·w lowers ‖r‖ by c²/2 and adds rounding errors of eps·‖A + λI‖·c·‖w‖ to it.
+        futile = jnp.abs(reflection.cosine) <= 2 * eps * largest * _tree.norm(moved.steps[1])
+        finished = state.finished | (searching & futile & (descent <= 4 * jnp.sqrt(eps) * largest))
+        moved = jax.tree.map(lambda new, old: jnp.where(searching & ~finished, new, old), moved, state)
+        curvature = jnp.where(searching, curvature, jnp.inf)
+        return moved._replace(
+            curvature=jnp.minimum(state.curvature, curvature),
+            largest=largest,
+            negative_curvature=state.negative_curvature | (curvature <= eps * largest),
+            finished=finished,
+            num_matvecs=state.num_matvecs + 1,
+        )
+
+    def result(self, state: MinresState) -> Solution:
+        """The iterate, in units of b again."""
+        return Solution(
+            state.packing.unpack(_tree.scale(state.unit, state.x)),
+            state.unit * state.residual,
+            state.residual <= state.limit,
+            state.negative_curvature,
+            state.curvature,
+            state.num_matvecs,
+        )
+
+    def error(self, state: MinresState) -> Scalar:
+        """The residual of the recurrence; NaN once no x has a smaller one."""
+        # A least squares solution: more products would change nothing, and a run with a `tol` is told so.
+        stuck = state.finished & (state.residual > state.limit)
+        return jnp.where(stuck, jnp.nan, state.unit * state.residual)
+
+    def scale(self, state: MinresState) -> Scalar:
+        """‖b‖."""
+        return state.unit
 
 
-def _init(system: System, key: Key, like: Params) -> MinresState:
-    _tree.check_like(system.rhs, like, "rhs", "like")
-    packing = Packing.of(like)
-    rhs, unit, limit = system._replace(rhs=packing.pack(system.rhs)).scaled()
-    zero, nothing = jnp.zeros_like(unit), jax.tree.map(jnp.zeros_like, rhs)
-    return MinresState(
-        x=nothing,
-        lanczos=(nothing, rhs),
-        steps=(nothing, nothing),
-        reflection=Reflection(zero - 1, zero, zero, zero, zero),
-        residual=_tree.norm(rhs),
-        damping=system.damping,
-        unit=unit,
-        limit=limit,
-        curvature=zero + jnp.inf,
-        largest=zero,
-        negative_curvature=jnp.asarray(False),
-        finished=jnp.asarray(False),
-        packing=packing,
-        num_matvecs=jnp.int32(0),
-    )
+minres = Minres
 
 
-def _query(state: MinresState) -> Block:
-    return state.packing.unpack_block(tuple(x[None] for x in state.lanczos[1]))
-
-
-def _update(state: MinresState, products: Block) -> MinresState:
-    eps, (before, v), last = jnp.finfo(state.unit.dtype).eps, state.lanczos, state.reflection
-    product = _tree.add_scaled(state.packing.pack(_tree.row(products, 0)), state.damping, v)
-    largest = jnp.maximum(state.largest, _tree.norm(product))
-    alpha = _tree.inner(v, product)
-    following = _tree.add_scaled(_tree.add_scaled(product, -alpha, v), -last.beta, before)
-    reflection, delta, gamma, curvature, descent = _reflect(last, alpha, _tree.norm(following))
-    moved = _step(state, following, reflection, delta, gamma)
-    searching = ~state.finished & (state.residual > eps)
-    # A step of c·‖r‖·w lowers ‖r‖ by c²/2 and adds rounding errors of eps·‖A + λI‖·c·‖w‖ to it.
-    futile = jnp.abs(reflection.cosine) <= 2 * eps * largest * _tree.norm(moved.steps[1])
-    finished = state.finished | (searching & futile & (descent <= 4 * jnp.sqrt(eps) * largest))
-    moved = jax.tree.map(lambda new, old: jnp.where(searching & ~finished, new, old), moved, state)
-    curvature = jnp.where(searching, curvature, jnp.inf)
-    return moved._replace(
-        curvature=jnp.minimum(state.curvature, curvature),
-        largest=largest,
-        negative_curvature=state.negative_curvature | (curvature <= eps * largest),
-        finished=finished,
-        num_matvecs=state.num_matvecs + 1,
-    )
-
-
-def _reflect(last: Reflection, alpha: Array, beta: Array) -> tuple[Reflection, Array, Array, Array, Array]:
+def _reflect(
+    last: Reflection, alpha: Scalar, beta: Scalar
+) -> tuple[Reflection, Scalar, Scalar, Scalar, Scalar]:
     """The next column (…, β, α, β') of T, made upper triangular (Paige & Saunders, §5).
 
     Returns:
         The next reflection; the entries of R above and on the diagonal; and of the residual r before this
         step rᵀ(A + λI)r / rᵀr and ‖(A + λI)r‖ / ‖r‖ (Liu & Roosta, lemma 3.1).
     """
+    # T is symmetric tridiagonal: a column meets the last two reflections only (Paige & Saunders, §5).
     above = last.cosine * last.above + last.sine * alpha
     rest = last.sine * last.above - last.cosine * alpha
     gamma = jnp.hypot(rest, beta)
+    # γ = 0 where A + λI is singular on the space so far: `finished` then keeps the iterate as it is.
     safe = jnp.where(gamma > 0, gamma, 1)
     next_above = -last.cosine * beta
     reflection = Reflection(rest / safe, beta / safe, next_above, last.sine * beta, beta)
@@ -180,12 +212,13 @@ def _reflect(last: Reflection, alpha: Array, beta: Array) -> tuple[Reflection, A
 
 
 def _step(
-    state: MinresState, following: Packed, new: Reflection, above: Array, diagonal: Array
+    state: MinresState, following: Packed, new: Reflection, above: Scalar, diagonal: Scalar
 ) -> MinresState:
     """Along w = (v − R-entries · the two directions before) / diagonal, by cosine · residual."""
     (_, v), (older, old) = state.lanczos, state.steps
     w = _tree.add_scaled(_tree.add_scaled(v, -state.reflection.far, older), -above, old)
     w = _tree.scale(1 / diagonal, w)
+    # β = 0: the space is invariant, the iterate solves the system in it, and the next row stays zero.
     length = jnp.where(new.beta > 0, new.beta, 1)
     return state._replace(
         x=_tree.add_scaled(state.x, new.cosine * state.residual, w),
@@ -194,23 +227,3 @@ def _step(
         reflection=new,
         residual=new.sine * state.residual,
     )
-
-
-def _result(state: MinresState) -> Solution:
-    return Solution(
-        state.packing.unpack(_tree.scale(state.unit, state.x)),
-        state.unit * state.residual,
-        state.residual <= state.limit,
-        state.negative_curvature,
-        state.curvature,
-        state.num_matvecs,
-    )
-
-
-def _error(state: MinresState) -> Scalar:
-    stuck = state.finished & (state.residual > state.limit)
-    return jnp.where(stuck, jnp.nan, state.unit * state.residual)
-
-
-def _scale(state: MinresState) -> Scalar:
-    return state.unit

@@ -1,4 +1,4 @@
-"""What the solvers of (A + λI)x = b share: the solution with its doubt, and the checks of b and λ."""
+"""What the solvers of (A + λI)x = b share: the solution with its residual, and the checks of b and λ."""
 
 import math
 from typing import Any, NamedTuple
@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from hessjax._core import _tree
-from hessjax._core._types import Relative, Scalar, Tolerance, Vector
-from hessjax._run._estimator import checked_tolerance
+from hessjax._core._packing import Packed, Packing
+from hessjax._core._types import CONVERGENCE, Amount, Relative, Scalar, Tolerance, Vector, assign, settings
 
 
 class Solution(NamedTuple):
-    """The solution of (A + λI)x = b, with its doubt.
+    """The solution of (A + λI)x = b, with its residual.
 
     Attributes:
         x: like the params, in at least float32.
@@ -35,39 +35,44 @@ class Solution(NamedTuple):
     num_matvecs: Int[Array, ""]
 
 
-class System(NamedTuple):
-    """The right-hand side b, the damping λ and the tolerance, as arrays."""
+@settings(arrays=("rhs", "damping", "tol"))
+class System:
+    """The right-hand side b, the damping λ and the tolerance, checked; b in at least float32."""
 
     rhs: Vector
-    damping: Scalar
-    tol: Any
+    damping: Any = 0.0
+    tol: Tolerance | None = Relative(1e-5)
 
-    @classmethod
-    def of(cls, rhs: Vector, damping: Any, tol: Tolerance | None) -> "System":
-        """Checked, in at least float32."""
-        checked_vector(rhs, "rhs")
-        if isinstance(damping, Relative):
-            raise TypeError(
-                "`damping` must be a number: a matvec alone has no scale for `relative` to refer to. The "
-                "mean of A's diagonal, for one, is `hessjax.trace(A, key, params).mean` over their number."
-            )
-        if (checked := checked_tolerance(tol)) is None:
-            raise ValueError("`tol` must be a number or `relative(r)`: it decides what counts as converged.")
-        damping = jnp.asarray(damping, _tree.accumulator_dtype(rhs))
-        if damping.shape or (not isinstance(damping, jax.core.Tracer) and not math.isfinite(damping)):
-            raise ValueError(f"`damping` must be one finite number, got {damping}.")
-        return cls(_tree.wide(rhs), damping, checked)
+    def __post_init__(self) -> None:
+        checked_vector(self.rhs, "rhs")
+        assign(self, damping=_checked_damping(self.damping, self.rhs), rhs=_tree.wide(self.rhs))
+        assign(self, tol=Amount.of(self.tol, meaning=CONVERGENCE))
 
-    def scaled(self) -> tuple[Vector, Scalar, Scalar]:
-        """b/‖b‖, ‖b‖ and the largest residual that counts as converged, in units of ‖b‖.
+    def scaled(self, packing: Packing) -> tuple[Packed, Scalar, Scalar]:
+        """b/‖b‖ packed, ‖b‖ and the largest residual that counts as converged, in units of ‖b‖.
 
         The methods run on b/‖b‖, so that squares of gradients of any size stay within float32. b = 0 counts
         as of norm 1.
         """
-        norm = _tree.norm(self.rhs)
+        rhs = packing.pack(self.rhs)
+        norm = _tree.norm(rhs)
+        # b = 0 has the solution 0, which is found without dividing by its norm.
         unit = jnp.where(norm > 0, norm, 1)
-        limit = self.tol.factor if isinstance(self.tol, Relative) else self.tol / unit
-        return _tree.scale(1 / unit, self.rhs), unit, jnp.asarray(limit, unit.dtype)
+        limit = Amount.of(self.tol).fraction(unit)
+        return _tree.scale(1 / unit, rhs), unit, jnp.asarray(limit, unit.dtype)
+
+
+def _checked_damping(damping: Any, rhs: Vector) -> Scalar:
+    if isinstance(damping, Relative):
+        raise TypeError(
+            "`damping` must be a number: a matvec alone has no scale for `relative` to refer to. The "
+            "mean of A's diagonal, for one, is `hessjax.trace(A, key, params).mean` over their number."
+        )
+    # An array: other dampings compile nothing anew.
+    number = jnp.asarray(damping, _tree.accumulator_dtype(rhs))
+    if number.shape or (not isinstance(number, jax.core.Tracer) and not math.isfinite(number)):
+        raise ValueError(f"`damping` must be one finite number, got {number}.")
+    return number
 
 
 def checked_vector(vector: Vector, argument: str) -> None:

@@ -1,4 +1,4 @@
-"""The grids that the README shows, and the marks they go between."""
+"""The grids that the page of benchmarks shows, and the marks they go between."""
 
 import json
 

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hessjax import __main__
-from hessjax.cli import _app
+from hessjax.cli import app
 
 
 def test_version():
@@ -15,33 +15,33 @@ def test_version():
         want = version("hessjax")
     except PackageNotFoundError:
         pytest.skip("hessjax is on the path, not installed")
-    result = CliRunner().invoke(_app.app, ["--version"])
+    result = CliRunner().invoke(app, ["--version"])
     assert (result.exit_code, result.output) == (0, f"hessjax {want}\n")
 
 
 def test_help_names_the_tour():
-    result = CliRunner().invoke(_app.app, ["--help"])
+    result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
     assert "tour" in result.output
 
 
 def test_unwritable_out_is_one_line_before_any_work(tmp_path, monkeypatch):
-    monkeypatch.setattr("hessjax.digits.load", lambda: pytest.fail("began to work"))
+    monkeypatch.setattr("hessjax.cli._digits.load", lambda: pytest.fail("began to work"))
     (tmp_path / "file").touch()
-    result = CliRunner().invoke(_app.app, ["tour", "--out", str(tmp_path / "file" / "below")])
+    result = CliRunner().invoke(app, ["tour", "--out", str(tmp_path / "file" / "below")])
     assert result.exit_code == 2
     assert result.stderr.startswith("hessjax: cannot write to `")
     assert result.stderr.count("\n") == 1
 
 
 def test_negative_seed_is_refused():
-    result = CliRunner().invoke(_app.app, ["tour", "--seed", "-1"])
+    result = CliRunner().invoke(app, ["tour", "--seed", "-1"])
     assert result.exit_code == 2
 
 
 @pytest.mark.parametrize("package", ["typer", "sklearn"])
 def test_missing_extra_is_one_line(package, monkeypatch, capsys):
-    for module in ("hessjax.cli", "hessjax.tour", "hessjax.digits"):
+    for module in ("hessjax.cli", "hessjax.cli._tour", "hessjax.cli._digits"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setitem(sys.modules, f"{package}.datasets", None)

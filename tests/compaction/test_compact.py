@@ -14,6 +14,7 @@ from flax import nnx
 
 import hessjax as hj
 from hessjax.flax import linen_recalibrate
+from hessjax.program._readings import READINGS
 
 
 def random(shapes, seed=0):
@@ -375,6 +376,67 @@ def test_operations_that_count_or_are_not_understood_keep_all(between):
     small = hj.compact(two_layers(between), params, images(2, 3))
     assert small.kept == {}
     assert small.difference == 0
+
+
+STACKED = {"w": images(3, 4, 4), "o": images(4, 2)}
+PAIR = {"a": images(4, 8), "b": images(8, 3)}
+
+
+@pytest.mark.parametrize(
+    ("model", "params"),
+    [
+        (lambda p, x: (x + jnp.tanh(x @ p["w"][0]) + jnp.tanh(x @ p["w"][2])) @ p["o"], STACKED),
+        (lambda p, x: x @ p["w"][1:2].reshape(4, 4), STACKED),
+        (lambda p, x: x @ (p["w"][1:2] * p["w"][2:3]).sum(0), STACKED),
+        (lambda p, x: (x @ p["a"])[..., 2], PAIR),
+        (lambda p, x: jax.nn.sigmoid((h := x @ p["a"])[..., :1]) * (h[..., 1:] @ p["b"][1:]), PAIR),
+        (lambda p, x: sum(c * i for i, c in enumerate(jnp.split(x @ p["a"], 8, -1))), PAIR),
+        (lambda p, x: sum(jnp.tanh(x @ p["a"])[..., i : i + 1] @ p["b"][i : i + 1] for i in range(8)), PAIR),
+    ],
+    ids=["layer", "row, reshaped", "product of rows", "column", "gate", "split in singles", "rank-one terms"],
+)  # fmt: skip
+def test_one_index_of_an_axis_is_remembered(model, params):
+    """What has length 1 may be squeezed, reshaped or broadcast away: the index that it was must stay."""
+    assert hj.compact(model, params, images(2, 5, 4)).difference < 1e-6
+
+
+def test_a_dead_column_beside_one_that_is_taken_alone():
+    params = {**PAIR, "a": PAIR["a"].at[:, jnp.array([2, 5])].set(0)}
+    small = hj.compact(lambda p, x: (h := x @ p["a"])[..., 2:3] + h @ p["b"], params, images(2, 4))
+    np.testing.assert_array_equal(small.kept["a"][1], [0, 1, 2, 3, 4, 6, 7])
+    assert small.difference < 1e-6
+
+
+def test_a_difference_beyond_rounding_is_refused(monkeypatch, mlp):
+    """An operation misread, as if it gave zeros only."""
+    module, variables, x = mlp
+
+    def misread(constraints, operation, inputs):
+        return [inputs[0]._replace(nonzero=np.zeros_like(inputs[0].nonzero))]
+
+    monkeypatch.setitem(READINGS, "tanh", misread)
+    with pytest.raises(RuntimeError, match=r"those of the full one to rounding, 3.5e-04, but on .*Dense_"):
+        hj.compact(lambda p, x: jnp.tanh(module.apply(p, x[:, :4])) @ jnp.ones((3, 1)), variables, x)
+
+
+def test_infinite_outputs_are_no_difference():
+    params = {"w": images(4, 6).at[:, 1].set(0), "o": images(6, 3)}
+    small = hj.compact(lambda p, x: jnp.log(jnp.tri(2, 3)) + x @ p["w"] @ p["o"], params, images(2, 4))
+    assert small.kept["w"][1].size == 5
+    assert small.difference < 1e-6
+
+
+def test_multiply_adds_of_loops_at_the_smaller_widths():
+    """Around a loop widths shrink, inside they stay, and its steps count each."""
+    params = {"in": images(4, 6).at[:, 1].set(0), "out": images(6, 3), "step": images(3, 3)}
+
+    def model(p, x):
+        h = x @ p["in"] @ p["out"]
+        return jax.lax.scan(lambda h, _: (jnp.tanh(h @ p["step"]), None), h, None, length=5)[0]
+
+    small = hj.compact(model, params, images(2, 4))
+    assert small.before.multiply_adds == 2 * (4 * 6 + 6 * 3) + 5 * 2 * 9
+    assert small.after.multiply_adds == 2 * (4 * 5 + 5 * 3) + 5 * 2 * 9
 
 
 def test_a_leaf_without_use_and_one_that_is_no_number(mlp):

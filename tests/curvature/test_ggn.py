@@ -322,3 +322,12 @@ def test_products_ask_for_full_precision_unless_told_otherwise(linearize):
     full, default = program("highest"), program(None)
     assert full.count("dot_general") == full.count("HIGHEST, HIGHEST") > 2
     assert "HIGHEST" not in default
+
+
+def test_a_likelihood_is_told_from_another_and_refuses_what_is_no_function():
+    categorical = hj.likelihoods.categorical
+    same = hj.likelihoods.Likelihood(categorical.information, categorical.score)
+    assert same == categorical != hj.likelihoods.gaussian
+    assert hash(same) == hash(categorical)
+    with pytest.raises(TypeError, match="score"):
+        hj.likelihoods.Likelihood(categorical.information, 3)

@@ -29,7 +29,7 @@ def grid_about(places, gap):
 @pytest.mark.parametrize("name", SPECTRA)
 @pytest.mark.parametrize("reorthogonalise", [True, False])
 def test_the_probes_own_measure_is_between_the_bounds(x64, name, reorthogonalise):
-    """Without any doubt: this part is a theorem, breakdown and copies of Ritz values included."""
+    """Not a matter of confidence: this part is a theorem, breakdown and copies of Ritz values included."""
     matrix, vectors = oracles.symmetric(SPECTRA[name])
     like = oracles.tree_like(60)
     density = hj.spectral_density(

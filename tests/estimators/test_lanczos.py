@@ -5,7 +5,7 @@ import oracles
 import pytest
 
 import hessjax as hj
-from hessjax._run._drivers import Carry, _absorb
+from hessjax._run._estimator import Carry, absorb
 
 KEY = jax.random.key(0)
 
@@ -146,18 +146,46 @@ def test_the_hessian_of_a_network(x64):
     np.testing.assert_allclose(pairs.values, want, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("factor", [1e-25, 1e-12, 1e25])
-def test_scale_invariance_from_tiny_losses_to_huge_ones(factor):
-    """No absolute constant hides in it, and no square leaves float32's range."""
+@pytest.mark.parametrize("block_size", [1, 3])
+def test_scale_invariance_from_tiny_losses_to_huge_ones(block_size):
+    """No absolute constant hides in it, and no square leaves float32's range.
+
+    Up to rounding errors, that is: LAPACK brings a T that is small or large to a size of its own.
+    """
     spectrum = np.r_[np.linspace(0, 1, 50), -5, -4, 7, 9]
-    matrix, _ = oracles.symmetric(spectrum)
+    matrix = oracles.symmetric(spectrum)[0].astype(np.float32)
     like = oracles.tree_like(54)
-    plain, scaled = (
-        hj.eigenpairs(oracles.matvec_of((c * matrix).astype(np.float32), like), KEY, like, k=2)
-        for c in (1, factor)
-    )
-    np.testing.assert_allclose(scaled.values / factor, [9, 7, -4, -5], rtol=1e-4)
-    assert int(plain.num_matvecs) == int(scaled.num_matvecs)
+
+    def found(factor):
+        matvec = oracles.matvec_of((factor * matrix).astype(np.float32), like)
+        return hj.eigenpairs(matvec, KEY, like, k=2, block_size=block_size)
+
+    plain = found(1)
+    for factor in (2.0**-80, 1e-25, 2.0**-60, 1e-12, 2.0**60, 1e25, 2.0**80):
+        scaled = found(factor)
+        np.testing.assert_allclose(scaled.values / factor, [9, 7, -4, -5], rtol=1e-4)
+        np.testing.assert_allclose(scaled.residuals / factor, plain.residuals, atol=1e-4)
+        assert bool(scaled.converged.all())
+        assert int(plain.num_matvecs) == int(scaled.num_matvecs)
+
+
+@pytest.mark.parametrize("which", ["largest", "magnitude"])
+def test_residuals_of_any_magnitude(which):
+    """Far from convergence as well: what is left of a product is neither lost nor infinite."""
+    matrix = oracles.symmetric(np.linspace(1, 9, 54))[0].astype(np.float32)
+    like = oracles.tree_like(54)
+
+    def found(factor):
+        matvec = oracles.matvec_of((factor * matrix).astype(np.float32), like)
+        return hj.run(hj.estimators.lanczos(2, which), matvec, KEY, like, max_matvecs=6)[0]
+
+    plain = found(1)
+    assert float(plain.residuals.min()) > 0.1
+    for factor in (2.0**-80, 2.0**80):
+        scaled = found(factor)
+        np.testing.assert_allclose(scaled.values / factor, plain.values, rtol=1e-5)
+        np.testing.assert_allclose(scaled.residuals / factor, plain.residuals, rtol=1e-3)
+        assert not bool(scaled.converged.any())
 
 
 def test_a_step_needs_little_memory_beyond_its_state():
@@ -166,5 +194,5 @@ def test_a_step_needs_little_memory_beyond_its_state():
     estimator = hj.estimators.lanczos(5, basis_size=40)
     state = jax.eval_shape(estimator.init, KEY, like)
     carry = Carry(state, *(jax.ShapeDtypeStruct((), jnp.int32) for _ in range(2)))
-    program = _absorb.lower(estimator.update, carry, (like,)).compile()
+    program = absorb.lower(estimator, carry, (like,)).compile()
     assert program.memory_analysis().temp_size_in_bytes < 8 * like.nbytes

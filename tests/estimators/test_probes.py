@@ -6,7 +6,7 @@ import pytest
 
 import hessjax as hj
 from hessjax._core import _packing
-from hessjax.estimators import probes
+from hessjax.estimators._samples import hashed_signs
 
 
 @pytest.mark.parametrize("probe", [hj.probes.rademacher, hj.probes.gaussian])
@@ -37,7 +37,7 @@ def test_probes_are_wide():
 
 def test_hashed_signs_differ_from_seed_to_seed_and_leaf_to_leaf():
     like = {"a": jnp.zeros(4096), "b": jnp.zeros(4096)}
-    one, two = (probes.hashed_signs(jnp.int32(seed), like) for seed in (1, 2))
+    one, two = (hashed_signs(jnp.int32(seed), like) for seed in (1, 2))
     vectors = [one["a"], one["b"], two["a"], two["b"]]
     gram = np.array([[float(jnp.vdot(x, y)) for x in vectors] for y in vectors])
     assert np.all(np.abs(gram - 4096 * np.eye(4)) < 4 * 64 * (1 - np.eye(4)) + 1e-3)

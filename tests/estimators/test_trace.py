@@ -73,7 +73,8 @@ def test_leaves_are_the_diagonal_blocks_and_sum_to_the_total(x64):
         assert abs(float(part.mean) - want) <= 4 * float(part.stderr) + 1e-12
     total = sum(float(part.mean) for part in parts.leaves.values())
     assert total == pytest.approx(float(parts.total.mean), rel=1e-10)
-    assert float(parts.total.mean) == float(hj.trace(matvec, KEY, like, 3000, on_device=True).mean)
+    whole = hj.trace(matvec, KEY, like, 3000, on_device=True)  # another program: the last bit may differ
+    assert float(parts.total.mean) == pytest.approx(float(whole.mean), rel=1e-14)
 
 
 def test_groups_have_the_traces_and_errors_of_their_summed_samples(x64):

@@ -46,7 +46,7 @@ def test_against_the_definition_after_any_number_of_products(x64, name):
     matrix, _ = oracles.symmetric(SPECTRA[name])
     matvec, state = oracles.matvec_of(matrix, like), None
     estimator = hj.estimators.xtrace(20)
-    for products in (2, 1, 3, 14, 4):  # the last four are more than there is room for
+    for products in (2, 1, 3, 14, 4):  # the last four are more than the basis holds
         estimate, state = hj.run(estimator, matvec, KEY, like, max_matvecs=products, state=state)
         n = min(int(state.num_matvecs) // 2, 10)
         want = leave_one_out(matrix, drawn(like, n))

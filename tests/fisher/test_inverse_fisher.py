@@ -70,22 +70,22 @@ def test_is_the_explicit_inverse(x64, block_size, count):
 
 @pytest.mark.parametrize("block_size", [None, 4])
 @pytest.mark.parametrize("damping", [0.1, hj.relative(0.05)])
-def test_stream_and_update_are_as_all_at_once(x64, block_size, damping):
+def test_stream_and_add_are_as_all_at_once(x64, block_size, damping):
     block = grads(20)
     at_once = hj.inverse_fisher(block, damping, block_size)
     stream = hj.inverse_fisher((cut(block, i, i + 3) for i in range(0, 20, 3)), damping, block_size)
-    updated = hj.inverse_fisher(cut(block, 0, 3), damping, block_size).update(cut(block, 3, 11))
-    updated = updated.update(cut(block, i, i + 3) for i in range(11, 20, 3))
+    updated = hj.inverse_fisher(cut(block, 0, 3), damping, block_size).add(cut(block, 3, 11))
+    updated = updated.add(cut(block, i, i + 3) for i in range(11, 20, 3))
     for inverse in (at_once, stream, updated):
         assert int(inverse.num_grads) == 20
         np.testing.assert_allclose(inverse.damping, at_once.damping, rtol=1e-12)
         check(inverse, block, block_size)
 
 
-def test_update_leaves_what_it_was_called_on_alone(x64):
+def test_add_leaves_what_it_was_called_on_alone(x64):
     block = grads(12)
     inverse = hj.inverse_fisher(block, 0.1, 4)
-    inverse.update(cut(block, 0, 5))
+    inverse.add(cut(block, 0, 5))
     check(inverse, block, 4)
 
 
@@ -119,11 +119,11 @@ def test_works_inside_jit(x64, block_size):
 
     @jax.jit
     def traced(block, more, damping, v):
-        inverse = hj.inverse_fisher(block, damping, block_size).update(more)
+        inverse = hj.inverse_fisher(block, damping, block_size).add(more)
         return inverse.apply(v), inverse.diagonal(), inverse.blocks(3), inverse.accurate
 
     *results, accurate = traced(cut(block, 0, 3), cut(block, 3, 12), 0.1, v)
-    inverse = hj.inverse_fisher(cut(block, 0, 3), 0.1, block_size).update(cut(block, 3, 12))
+    inverse = hj.inverse_fisher(cut(block, 0, 3), 0.1, block_size).add(cut(block, 3, 12))
     oracles.close(results, [inverse.apply(v), inverse.diagonal(), inverse.blocks(3)])
     assert accurate
 
@@ -135,7 +135,7 @@ def test_streams_work_inside_jit(x64):
     @jax.jit
     def traced(parts):
         stream = hj.inverse_fisher(iter(parts), 0.1, 4)
-        return stream, hj.inverse_fisher(parts[0], 0.1, 4).update(iter(parts[1:]))
+        return stream, hj.inverse_fisher(parts[0], 0.1, 4).add(iter(parts[1:]))
 
     for inverse in traced(parts):
         check(inverse, block, 4)
@@ -152,7 +152,7 @@ def test_streams_that_begin_small_are_as_accurate_as_all_at_once(scale):
     matrix = np.asarray(jax.vmap(inverse.apply)(jnp.eye(64)))
     assert np.linalg.norm(matrix - expected) <= 1e-5 * np.linalg.norm(expected)
     if scale:
-        updated = hj.inverse_fisher(blocks[0], hj.relative(0.01), 16).update(iter(blocks[1:]))
+        updated = hj.inverse_fisher(blocks[0], hj.relative(0.01), 16).add(iter(blocks[1:]))
         assert max(map(jnp.max, updated.residuals)) < 1e-5
 
 
@@ -177,10 +177,10 @@ def test_any_container(container):
 
 
 def test_other_gradients_and_dampings_compile_nothing(compilations):
-    hj.inverse_fisher(grads(12), 0.1, 4).update(grads(5)).diagonal()
+    hj.inverse_fisher(grads(12), 0.1, 4).add(grads(5)).diagonal()
     more, some = grads(12, seed=1), grads(5, seed=1)
     before = len(compilations)
-    hj.inverse_fisher(more, 0.2, 4).update(some).diagonal()
+    hj.inverse_fisher(more, 0.2, 4).add(some).diagonal()
     assert len(compilations) == before
 
 
@@ -280,6 +280,6 @@ def test_bad_input_of_the_methods():
     with pytest.raises(ValueError, match="`vector` must have the structure"):
         inverse.apply({"w": jnp.zeros(3)})
     with pytest.raises(ValueError, match="`grads` must have the structure"):
-        inverse.update({"w": jnp.zeros((1, 3))})
+        inverse.add({"w": jnp.zeros((1, 3))})
     with pytest.raises(IndexError, match="one of 4 leaves, got 4"):
         inverse.blocks(4)

@@ -138,13 +138,29 @@ def test_arguments_arrive(load):
     rule = load(recipe("{final_sparsity: 0.4, num_grads: 3, damping: {relative: 0.5}}", "obs")).rules[0]
     grads, params = {"w": jnp.eye(4).reshape(4, 2, 2)}, {"w": jnp.arange(1.0, 5.0).reshape(2, 2)}
     rules = rule.saliency, *(hj.saliencies.obs(damping=x) for x in (hj.relative(0.5), 0.5))
-    scores = [r.scores(r.init(params), params, per_example_grads=grads) for r in rules]
+    full = jax.tree.map(lambda w: jnp.ones(w.shape, bool), params)
+    seen = hj.saliencies.Context(params, full, jnp.int32(1), per_example_grads=grads)
+    scores = [r.scores(r.init(params), seen) for r in rules]
     np.testing.assert_array_equal(scores[0]["w"], scores[1]["w"])
     assert not np.array_equal(scores[0]["w"], scores[2]["w"])
     assert (rule.options["every"], rule.options["start"], rule.options["stop"]) == (2, 1, 9)
     np.testing.assert_allclose(rule.sparsity(5), 0.4 * (1 - 0.5**3))
     at_once = load(recipe("{final_sparsity: 0.4}").replace("ending_step: 9", "ending_step: 1"))
     assert at_once.rules[0].sparsity == 0.4
+
+
+def test_a_printed_recipe_can_be_read():
+    """Line, settings and target of every pruner."""
+    lines = str(hj.load_recipe(SAMPLE, steps_per_epoch=4)).splitlines()
+    assert lines[0] == f"Recipe of `{SAMPLE}`:"
+    assert lines[1].startswith("  hidden (line 7, pruners.hidden.args): Movement(optimizer=")
+    assert lines[1].endswith(
+        "0.1 to 0.75 (power 3), where='hidden*/kernel', allocation=Uniform(), every=4, start=4, stop=20"
+    )
+    assert lines[2] == (
+        "  first (line 20, pruners.first.args): Magnitude(), 0 to 0.5 (power 3), where=('first/kernel',), "
+        "allocation=GlobalThreshold(floor=0.2), pattern={'first/*': filters()}, every=4, start=3, stop=17"
+    )
 
 
 def test_the_tables_name_arguments_that_exist():

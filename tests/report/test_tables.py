@@ -32,7 +32,7 @@ def test_layer_rows_add_up():
     assert rows[1].per_parameter == 1.0
 
 
-def test_tables_show_the_doubt():
+def test_tables_show_the_uncertainty():
     pairs = hj.Eigenpairs(
         jnp.array([2.0, -1.0]), None, jnp.array([1e-6, 0.25]), jnp.array([True, False]), jnp.int32(9)
     )

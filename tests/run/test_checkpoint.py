@@ -175,7 +175,7 @@ def test_another_run_is_refused_and_named(tmp_path):
         r"params a_bias: saved float32\[3\] \w+, now": lambda: call(A, KEY, nudged),
         r"params a_bias: saved float32\[3\] \w+, now bfloat16": lambda: call(A, KEY, wide),
         "key: saved": lambda: call(A, jax.random.key(1), params),
-        r"update: saved .*probe=rademacher\), now .*probe=gaussian\)": lambda: call(
+        r"estimator: saved Hutchinson\(probe=rademacher\), now .*probe=gaussian\)": lambda: call(
             A, KEY, params, probe=hj.probes.gaussian
         ),
         "matvec: .*loss_fn.*other_loss_fn": lambda: call(
@@ -206,7 +206,7 @@ def test_another_right_hand_side_or_damping_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match="must be of this run"):
             method(other, callbacks=[hj.checkpoint(tmp_path)])
-    with pytest.raises(ValueError, match="estimator.update: saved _update, now"):
+    with pytest.raises(ValueError, match="estimator: saved ConjugateGradient.*, now Lanczos"):
         method(hj.estimators.lanczos(1), callbacks=[hj.checkpoint(tmp_path)])
 
 

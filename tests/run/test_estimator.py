@@ -1,3 +1,7 @@
+import contextlib
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -253,9 +257,9 @@ def test_a_second_call_on_the_device_compiles_nothing(compilations):
 def test_tolerances_and_states_that_cannot_be():
     matvec, like = problem()
     for tol in (-1.0, float("nan")):
-        with pytest.raises(ValueError, match="`tol` must be at least 0"):
+        with pytest.raises(ValueError, match="`tol` must be at least 0, or None, got"):
             hj.trace(matvec, KEY, like, 3, tol=tol)
-    without_scale = hj.estimators.Estimator(*hj.estimators.hutchinson()[:5])
+    without_scale = WithoutScale()
     with pytest.raises(ValueError, match="`tol` must be absolute"):
         hj.run(without_scale, matvec, KEY, like, max_matvecs=3, tol=hj.relative(0.1))
     hj.run(without_scale, matvec, KEY, like, max_matvecs=3, tol=0.1)
@@ -273,19 +277,61 @@ def test_tolerances_and_states_that_cannot_be():
         )
 
 
-def _begin_at(start, key, like):
-    return start, jnp.int32(0)
+@dataclasses.dataclass(frozen=True)
+class WithoutScale(hj.estimators.Estimator):
+    """As people write one: a frozen dataclass, no pytree, no `scale`."""
+
+    power: int = 1
+    method: hj.estimators.Estimator = ESTIMATORS["hutchinson"]
+
+    def init(self, key, like):
+        return self.method.init(key, like)
+
+    def query(self, state):
+        return self.method.query(state)
+
+    def update(self, state, products):
+        return self.method.update(state, products)
+
+    def result(self, state):
+        return self.method.result(state).mean ** self.power
+
+    def error(self, state):
+        return self.method.error(state)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PowerFrom(WithoutScale):
+    """What an estimator starts from is a leaf of it, as a pytree."""
+
+    init_only = ("start",)
+
+    start: jax.Array | None = None
+
+    def init(self, key, like):
+        return self.start, jnp.int32(0)
+
+    def query(self, state):
+        assert self.start is None  # loops are compiled without it
+        return state[0][None]
+
+    def update(self, state, products):
+        return products[0], state[1] + 1
+
+    def result(self, state):
+        return jnp.linalg.norm(state[0])
+
+    error = result
 
 
 @pytest.mark.parametrize("on_device", [False, True])
-def test_an_init_that_carries_arrays_compiles_nothing_anew(compilations, on_device):
-    """What an estimator starts from enters through its `init` alone, as a pytree."""
-    methods = (_power_query, _power_update, _power_result, _power_result)
+def test_an_estimator_that_carries_arrays_compiles_nothing_anew(compilations, on_device):
     A = Partial(jnp.multiply, jnp.arange(1.0, 4.0))
     starts = [jnp.eye(3)[i] for i in range(3)]
     found = []
     for i, start in enumerate(starts):
-        estimator = hj.estimators.Estimator(Partial(_begin_at, start), *methods)
+        estimator = PowerFrom(start=start)
         found.append(float(hj.run(estimator, A, KEY, start, max_matvecs=2, on_device=on_device)[0]))
         if i == 1:
             del compilations[:]
@@ -293,30 +339,66 @@ def test_an_init_that_carries_arrays_compiles_nothing_anew(compilations, on_devi
     assert not compilations
 
 
-def _power_query(state):
-    return state[0][None]
+@pytest.mark.parametrize("on_device", [False, True])
+def test_equal_settings_of_ones_own_estimator_share_compiled_code(compilations, on_device):
+    A = Partial(jnp.multiply, jnp.arange(1.0, 4.0))
+    found = []
+    for power in (1, 1, 2):
+        del compilations[:]
+        estimator = WithoutScale(power)
+        found.append(float(hj.run(estimator, A, KEY, jnp.zeros(3), max_matvecs=2, on_device=on_device)[0]))
+        assert bool(compilations) == (len(found) != 2)
+    assert found == [6.0, 6.0, 36.0]
 
 
-def _power_update(state, products):
-    return products[0], state[1] + 1
+def test_what_is_no_estimator_is_refused():
+    matvec, like = problem()
+
+    @dataclasses.dataclass(frozen=True)
+    class Unhashable(WithoutScale):
+        start: Any = dataclasses.field(default_factory=lambda: np.zeros(3))
+
+    with pytest.raises(TypeError, match="`estimator` must hash, got a Unhashable that does not"):
+        hj.run(Unhashable(), matvec, KEY, like, max_matvecs=3)
+    with pytest.raises(TypeError, match="abstract"):
+        hj.estimators.Estimator()
 
 
-def _power_result(state):
-    return jnp.linalg.norm(state[0])
+def test_options_of_a_run_reach_it_from_every_one_liner():
+    class EnteredError(Exception):
+        pass
+
+    @contextlib.contextmanager
+    def refusing():
+        raise EnteredError
+        yield
+
+    A, like = Partial(jnp.multiply, jnp.ones(6)), jnp.zeros(6)
+    calls = {
+        "eigenpairs": lambda **o: hj.eigenpairs(A, KEY, like, 1, **o),
+        "trace": lambda **o: hj.trace(A, KEY, like, **o),
+        "trace_by_leaf": lambda **o: hj.trace_by_leaf(A, KEY, like, **o),
+        "diagonal": lambda **o: hj.diagonal(A, KEY, like, **o),
+        "frobenius_norm": lambda **o: hj.frobenius_norm(A, KEY, like, **o),
+        "spectral_density": lambda **o: hj.spectral_density(A, KEY, like, 1, 2, **o),
+        "spectral_density_by_leaf": lambda **o: hj.spectral_density_by_leaf(A, KEY, like, 1, 2, **o),
+        "spectrum": lambda **o: hj.spectrum(A, KEY, like, 1, 3, **o),
+        "solve": lambda **o: hj.solve(A, like, **o),
+    }
+    for name, call in calls.items():
+        with pytest.raises(EnteredError):
+            call(callbacks=[refusing()])
+        for option in ("calbacks", "state", "max_steps"):
+            message = rf"^{name}\(\) got an unexpected keyword argument '{option}'; options of a run are"
+            with pytest.raises(TypeError, match=message):
+                call(**{option: None})
 
 
 @pytest.mark.parametrize("on_device", [False, True])
-def test_another_tolerance_compiles_no_loop_anew(compilations, on_device):
+def test_another_tolerance_or_number_of_products_compiles_nothing_anew(compilations, on_device):
     matvec, like = problem(dtype=jnp.float32)
-    for tol in (1e-3, 2e-3):
+    for tol, most in ((1e-3, 10), (2e-3, 11)):
         del compilations[:]
-        hj.run(
-            hj.estimators.lanczos(2, basis_size=8, tol=0.1),
-            matvec,
-            KEY,
-            like,
-            max_matvecs=10,
-            tol=tol,
-            on_device=on_device,
-        )
+        estimator = hj.estimators.lanczos(2, basis_size=8, tol=tol)
+        hj.run(estimator, matvec, KEY, like, max_matvecs=most, tol=tol, on_device=on_device)
     assert not compilations

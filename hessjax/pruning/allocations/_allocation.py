@@ -1,5 +1,6 @@
 """How a budget of zeros is spread over the leaves, and which weights they hit: scores to masks."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -9,17 +10,37 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from hessjax._core._types import Params
-from hessjax.pruning._ranking import Units, smallest, units_of
-from hessjax.pruning._sparsity import Sparsity, check_sparsity, num_zeros
-from hessjax.pruning.patterns._by_path import Patterns
-from hessjax.pruning.patterns._pattern import unstructured
+from hessjax._core._types import Params, settings
+from hessjax.pruning._ranking import Sparsity, Units, check_sparsity, num_zeros, smallest, units_of
+from hessjax.pruning.patterns._pattern import Patterns, unstructured
 
-Allocation: TypeAlias = Callable[..., Params]
-"""`(scores, sparsity, pattern=unstructured()) -> mask`: a tree of scores to one of booleans, True = kept."""
+_ALONE = unstructured()
 
 
-def global_threshold(*, floor: float | int = 0.05) -> Allocation:
+class Allocation:
+    """How zeros are spread: `(scores, sparsity, pattern=unstructured()) -> mask`.
+
+    An allocation of your own is a frozen dataclass, whose fields are its settings, that inherits from this
+    class, or a plain function of the same arguments.
+    """
+
+    def __call__(self, scores: Params, sparsity: Sparsity, pattern: Patterns = _ALONE) -> Params:
+        """A tree of booleans like the scores, True = kept.
+
+        Args:
+            scores: floating-point arrays; the lowest go first.
+            sparsity: the fraction of zeros asked for, a number or a traced scalar.
+            pattern: which weights go together.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must have a method `__call__`.")
+
+
+AllocationRule: TypeAlias = Allocation | Callable[..., Params]
+"""An allocation, or a plain function like one."""
+
+
+@settings()
+class GlobalThreshold(Allocation):
     """One ranking over all leaves together: the lowest scores go, wherever they are.
 
     Exactly `round(sparsity · n)` of the n weights go (halves round to even, as Python's `round`), whatever
@@ -31,17 +52,16 @@ def global_threshold(*, floor: float | int = 0.05) -> Allocation:
     leaf keeps its best few: at least one, and at least `floor` times the share it would keep under
     `uniform`. The floor bends the ranking only where it is reached.
 
+    For a traced sparsity nothing can be checked: the value is taken to the nearest end of [0, 1], and the
+    floors win.
+
     Args:
         floor: in [0, 1]. 1 gives every leaf the same sparsity up to rounding; 0 takes all floors away, and
             then a leaf can lose its last weight.
 
-    Returns:
-        `(scores, sparsity, pattern=unstructured()) -> mask`. It raises ValueError for a number outside
-        [0, 1), or one that leaves fewer weights than the floors or the pattern need. For a traced sparsity
-        neither can be checked: the value is taken to the nearest end of [0, 1], and the floors win.
-
     Raises:
-        ValueError: if `floor` lies outside [0, 1].
+        ValueError: if `floor` lies outside [0, 1]; by the ranking, for a sparsity outside [0, 1), or one that
+            leaves fewer weights than the floors or the pattern need.
 
     Cost:
         Counting passes instead of a sort: 32 over float32 scores, twice that while some leaf is at its floor.
@@ -58,24 +78,29 @@ def global_threshold(*, floor: float | int = 0.05) -> Allocation:
         {'a': Array([False,  True,  True,  True], dtype=bool),
          'b': Array([False, False, False,  True], dtype=bool)}
     """
-    if not 0 <= floor <= 1:
-        raise ValueError(f"`floor` must be in [0, 1], a share of what `uniform` would keep, got {floor}.")
 
-    def allocate(scores: Params, sparsity: Sparsity, pattern: Patterns = unstructured()) -> Params:  # noqa: B008
-        return rank_globally(units_of(scores, pattern), sparsity, floor)
+    _: dataclasses.KW_ONLY
+    floor: float | int = 0.05
 
-    return allocate
+    def __post_init__(self) -> None:
+        check_floor(self.floor)
+
+    def __call__(self, scores: Params, sparsity: Sparsity, pattern: Patterns = _ALONE) -> Params:
+        """The mask of one ranking."""
+        return rank_globally(units_of(scores, pattern), sparsity, self.floor)
 
 
-def uniform() -> Allocation:
+@settings()
+class Uniform(Allocation):
     """A ranking of its own in every leaf: all of them equally sparse.
 
     Exactly `round(sparsity · n)` of a leaf's n weights go (halves round to even), or as many groups as that
     number holds, but never its last one. Of equal scores the one that comes first goes first.
 
-    Returns:
-        `(scores, sparsity, pattern=unstructured()) -> mask`. It raises ValueError for a number outside
-        [0, 1), or above what the pattern lets go; a traced sparsity is taken to the nearest end of [0, 1].
+    A traced sparsity is taken to the nearest end of [0, 1].
+
+    Raises:
+        ValueError: by the ranking, for a sparsity outside [0, 1), or above what the pattern lets go.
 
     Cost:
         32 counting passes over float32 scores. Memory: as `global_threshold`.
@@ -88,12 +113,17 @@ def uniform() -> Allocation:
          'b': Array([False, False,  True,  True], dtype=bool)}
     """
 
-    def allocate(scores: Params, sparsity: Sparsity, pattern: Patterns = unstructured()) -> Params:  # noqa: B008
+    def __call__(self, scores: Params, sparsity: Sparsity, pattern: Patterns = _ALONE) -> Params:
+        """The mask of a ranking in every leaf."""
         check_sparsity(sparsity)
         units = units_of(scores, pattern)
         return rank_each(units, [num_zeros(sparsity, n) for n in units.num_weights], sparsity)
 
-    return allocate
+
+def check_floor(floor: float | int) -> None:
+    """Raise a ValueError for a share that is none."""
+    if not 0 <= floor <= 1:
+        raise ValueError(f"`floor` must be in [0, 1], a share of what `uniform` would keep, got {floor}.")
 
 
 # -- rankings ------------------------------------------------------------------------------------
@@ -105,10 +135,10 @@ def rank_globally(units: Units, sparsity: Sparsity, floor: float | int) -> Param
     zeros = num_zeros(sparsity, sum(units.num_weights))
     kept = [_least(count, floor, sparsity) for count in units.counts]
     caps = [smaller(count - k, most) for count, k, most in zip(units.counts, kept, units.most, strict=True)]
-    room = sum(cap * size for cap, size in zip(caps, units.sizes, strict=True))
-    _check_room(zeros, room, units, sparsity)
+    allowed = sum(cap * size for cap, size in zip(caps, units.sizes, strict=True))
+    _check_floors(zeros, allowed, units, sparsity)
     most = jnp.stack([jnp.asarray(cap, jnp.int32) for cap in caps])
-    pruned = _smallest_under_caps(units.keys(), jnp.minimum(zeros, room), most, tuple(units.sizes))
+    pruned = _smallest_under_caps(units.keys(), jnp.minimum(zeros, allowed), most, tuple(units.sizes))
     return units.spread([~flags for flags in pruned])
 
 
@@ -150,13 +180,14 @@ def _least(count: int, floor: float | int, sparsity: Sparsity) -> Any:
     return jnp.maximum(1, jnp.floor(share).astype(jnp.int32))
 
 
-def _check_room(zeros: Any, room: Any, units: Units, sparsity: Sparsity) -> None:
-    if isinstance(sparsity, jax.Array) or zeros <= room or max(units.sizes) > zeros - room:
+def _check_floors(zeros: Any, allowed: Any, units: Units, sparsity: Sparsity) -> None:
+    """Raise a ValueError if the floors let fewer weights go than are asked for."""
+    if isinstance(sparsity, jax.Array) or zeros <= allowed or max(units.sizes) > zeros - allowed:
         return
     check_most(units, sparsity)
     total = sum(units.num_weights)
     raise ValueError(
-        f"`sparsity` must leave the {total - room} weights that the floors of {len(units.counts)} leaves "
+        f"`sparsity` must leave the {total - allowed} weights that the floors of {len(units.counts)} leaves "
         f"need, but {sparsity} leaves {total - zeros} of {total}: lower it, or let leaves lose all "
         "their weights by `global_threshold(floor=0)`."
     )
@@ -201,3 +232,6 @@ def _smallest_that_fit(keys: list[Array], n: Array, sizes: tuple[int, ...]) -> l
         for i, flags in zip(fitting, more, strict=True):
             taken[i] |= flags
     return taken
+
+
+global_threshold, uniform = GlobalThreshold, Uniform

@@ -1,38 +1,42 @@
-"""Allocations that give every leaf a sparsity of its own: by shape, by hand, by curvature."""
+"""Allocations that give every leaf a sparsity of its own: by shape, by hand, by curvature, by a threshold."""
 
+import dataclasses
 import fnmatch
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from hessjax._core import _tree
-from hessjax._core._types import Params
-from hessjax.pruning._ranking import Units, units_of
-from hessjax.pruning._sparsity import Sparsity, check_sparsity, num_zeros
+from hessjax._core._axes import axes_of
+from hessjax._core._types import Params, settings
+from hessjax.pruning._ranking import Schedule, Sparsity, Units, check_sparsity, num_zeros, smallest, units_of
 from hessjax.pruning.allocations._allocation import (
     Allocation,
     caps_of,
+    check_floor,
     check_most,
     rank_each,
     rank_globally,
     smaller,
 )
-from hessjax.pruning.patterns._by_path import Patterns
-from hessjax.pruning.patterns._pattern import unstructured
+from hessjax.pruning.patterns._pattern import Patterns, unstructured
+
+_ALONE = unstructured()
 
 
-def erdos_renyi() -> Allocation:
+@settings()
+class ErdosRenyi(Allocation):
     """Every leaf keeps a share in proportion to (sum of its axes) / (product of its axes), at most all.
 
     Large matrices become sparser than small ones, so that what stays grows with the number of neurons rather
     than of their pairs. In total `round(sparsity · n)` weights go, as far as groups and patterns let them.
 
-    Returns:
-        `(scores, sparsity, pattern=unstructured()) -> mask`; a ranking of its own in every leaf.
+    In every leaf there is a ranking of its own.
 
     Cost:
         As `uniform`.
@@ -50,18 +54,25 @@ def erdos_renyi() -> Allocation:
         [25, 15]
     """
 
-    def allocate(scores: Params, sparsity: Sparsity, pattern: Patterns = unstructured()) -> Params:  # noqa: B008
+    def __call__(self, scores: Params, sparsity: Sparsity, pattern: Patterns = _ALONE) -> Params:
+        """The mask of a ranking in every leaf."""
         check_sparsity(sparsity)
         units = units_of(scores, pattern)
         check_most(units, sparsity)
         sizes = np.asarray(units.num_weights)
-        shares = np.array([sum(map(sum, s)) / max(n, 1) for s, n in zip(units.shapes, sizes, strict=True)])
         zeros = num_zeros(sparsity, int(sizes.sum()))
-        each = _by_shares(jnp.asarray(shares, jnp.float32), sizes, zeros)
+        each = _by_shares(jnp.asarray(_shares(units), jnp.float32), sizes, zeros)
         caps = jnp.asarray([cap * size for cap, size in zip(caps_of(units), units.sizes, strict=True)])
-        return rank_each(units, list(_mend(each, caps, zeros)), sparsity)
+        return rank_each(units, list(_within_caps(each, caps, zeros)), sparsity)
 
-    return allocate
+
+def _shares(units: Units) -> np.ndarray:
+    """(sum of the axes) / (product of the axes); of leaves that are tied, of both sums over all."""
+    fans = [
+        sum(sum(axes_of(path, shape).fan) for path, shape in zip(paths, shapes, strict=True))
+        for paths, shapes in zip(units.paths, units.shapes, strict=True)
+    ]
+    return np.array([fan / max(number, 1) for fan, number in zip(fans, units.num_weights, strict=True)])
 
 
 def _by_shares(shares: Float[Array, " leaves"], sizes: np.ndarray, zeros: Any) -> Array:
@@ -75,12 +86,14 @@ def _by_shares(shares: Float[Array, " leaves"], sizes: np.ndarray, zeros: Any) -
         enough = jnp.sum(jnp.minimum(1, middle * shares) * numbers) >= kept
         return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
 
+    # At this ε the leaf of the smallest share keeps all its weights, and so does every other.
     top = 1 / jnp.min(jnp.where(numbers > 0, shares, jnp.inf))
+    # What is kept rises with ε, so that halving finds it; 40 times is more than float32 resolves.
     _, epsilon = jax.lax.fori_loop(0, 40, halve, (jnp.zeros(()), top))
     return jnp.round((1 - jnp.minimum(1, epsilon * shares)) * numbers).astype(jnp.int32)
 
 
-def _mend(each: Array, caps: Array, total: Any) -> Array:
+def _within_caps(each: Array, caps: Array, total: Any) -> Array:
     """Within the caps, and adding up: what is missing or over goes to the leaves with the largest caps."""
     each = jnp.minimum(each, caps)
 
@@ -93,20 +106,19 @@ def _mend(each: Array, caps: Array, total: Any) -> Array:
     return each.at[order].set(moved)
 
 
-def explicit(sparsities: Mapping[str, float | int]) -> Allocation:
+@settings()
+class Explicit(Allocation):
     """The sparsity of every leaf by hand, where `sparsity` itself gets to what they come to in total.
 
-    On the way there, and for a `sparsity` below that total, all are scaled down alike.
+    On the way there, and for a `sparsity` below that total, all are scaled down alike; in every
+    leaf there is a ranking of its own.
 
     Args:
         sparsities: by glob over paths, the first that matches; a leaf that none matches stays dense.
 
-    Returns:
-        `(scores, sparsity, pattern=unstructured()) -> mask`; a ranking of its own in every leaf. It raises
-        ValueError for a `sparsity` above the total, with the total, and for a glob that matches no leaf.
-
     Raises:
-        ValueError: for a sparsity outside [0, 1), or if all of them are 0.
+        ValueError: for a sparsity outside [0, 1), or if all of them are 0; by the ranking, for a `sparsity`
+            above the total, with the total, and for a glob that matches no leaf.
 
     Cost:
         As `uniform`.
@@ -118,28 +130,36 @@ def explicit(sparsities: Mapping[str, float | int]) -> Allocation:
         {'first': Array([False,  True,  True,  True], dtype=bool),
          'last': Array([False, False, False,  True], dtype=bool)}
     """
-    for path, value in sparsities.items():
-        if not 0 <= value < 1:
-            raise ValueError(f"`sparsities` must be in [0, 1), got {value} for `{path}`.")
-    if not any(sparsities.values()):
-        raise ValueError("`sparsities` must ask for zeros in at least one leaf, got none.")
 
-    def allocate(scores: Params, sparsity: Sparsity, pattern: Patterns = unstructured()) -> Params:  # noqa: B008
+    sparsities: Mapping[str, float | int] | tuple[tuple[str, float | int], ...]
+
+    def __post_init__(self) -> None:
+        pairs = tuple(dict(self.sparsities).items())  # a mapping does not hash, and the first glob counts
+        object.__setattr__(self, "sparsities", pairs)
+        for path, value in pairs:
+            if not 0 <= value < 1:
+                raise ValueError(f"`sparsities` must be in [0, 1), got {value} for `{path}`.")
+        if not any(value for _, value in pairs):
+            raise ValueError("`sparsities` must ask for zeros in at least one leaf, got none.")
+
+    def __repr__(self) -> str:
+        return f"Explicit(sparsities={dict(self.sparsities)})"
+
+    def __call__(self, scores: Params, sparsity: Sparsity, pattern: Patterns = _ALONE) -> Params:
+        """The mask of a ranking in every leaf."""
         check_sparsity(sparsity)
         units = units_of(scores, pattern)
-        levels = _levels(sparsities, units)
-        sizes = units.num_weights
+        levels, sizes = _levels(dict(self.sparsities), units), units.num_weights
         total = sum(level * n for level, n in zip(levels, sizes, strict=True)) / sum(sizes)
         if not isinstance(sparsity, jax.Array) and round((sparsity - total) * sum(sizes)) > len(sizes):
             raise ValueError(
                 f"`sparsity` must be at most {total:.6g}, what the `sparsities` of `explicit` come to in "
                 f"total, got {sparsity}."
             )
+        # One factor for all leaves; never beyond what was asked for, which rounding of the factor could be.
         share = sparsity / total
         scaled = [smaller(share * level, level) for level in levels]
         return rank_each(units, [num_zeros(s, n) for s, n in zip(scaled, sizes, strict=True)], sparsity)
-
-    return allocate
 
 
 def _levels(sparsities: Mapping[str, float | int], units: Units) -> list[float]:
@@ -156,7 +176,8 @@ def _levels(sparsities: Mapping[str, float | int], units: Units) -> list[float]:
     ]
 
 
-def by_curvature(curvature: Mapping[str, Any], *, floor: float | int = 0.05) -> Allocation:
+@settings(arrays=("curvature",))
+class ByCurvature(Allocation):
     """One ranking over all leaves, each leaf's scores times the root of its curvature per weight.
 
     With `magnitude()` this ranks by w² · tr(H_l)/n_l: what a weight costs in the quadratic model whose
@@ -168,13 +189,10 @@ def by_curvature(curvature: Mapping[str, Any], *, floor: float | int = 0.05) -> 
             `.leaves` holds `Estimate`s of whole traces: they are divided by the number of weights here.
         floor: as in `global_threshold`.
 
-    Returns:
-        `(scores, sparsity, pattern=unstructured()) -> mask`. It raises ValueError for a leaf without a
-        curvature.
-
     Raises:
         ValueError: if a curvature is not positive and finite, as a trace can be away from a minimum: use a
-            Gauss–Newton matrix. If `floor` lies outside [0, 1].
+            Gauss–Newton matrix. If `floor` lies outside [0, 1]. By the
+            ranking, for a leaf without a curvature.
 
     Cost:
         As `global_threshold`.
@@ -189,18 +207,22 @@ def by_curvature(curvature: Mapping[str, Any], *, floor: float | int = 0.05) -> 
         >>> hj.allocations.by_curvature({"flat": 0.01, "steep": 1.0})(scores, 0.5)
         {'flat': Array([False,  True], dtype=bool), 'steep': Array([False,  True], dtype=bool)}
     """
-    if not 0 <= floor <= 1:
-        raise ValueError(f"`floor` must be in [0, 1], a share of what `uniform` would keep, got {floor}.")
 
-    def allocate(scores: Params, sparsity: Sparsity, pattern: Patterns = unstructured()) -> Params:  # noqa: B008
+    curvature: Mapping[str, Any]
+    _: dataclasses.KW_ONLY
+    floor: float | int = 0.05
+
+    def __post_init__(self) -> None:
+        check_floor(self.floor)
+
+    def __call__(self, scores: Params, sparsity: Sparsity, pattern: Patterns = _ALONE) -> Params:
+        """The mask of one ranking."""
         leaves, treedef = jax.tree.flatten(scores)
-        factors = [
-            _root(curvature, path, x.size) for path, x in zip(_tree.leaf_paths(scores), leaves, strict=True)
-        ]
+        named = zip(_tree.leaf_paths(scores), leaves, strict=True)
+        # The root, as magnitudes are squared in the quadratic model ½ h w².
+        factors = [_root(self.curvature, path, x.size) for path, x in named]
         scaled = [x * jnp.asarray(f, x.dtype) for x, f in zip(leaves, factors, strict=True)]
-        return rank_globally(units_of(jax.tree.unflatten(treedef, scaled), pattern), sparsity, floor)
-
-    return allocate
+        return rank_globally(units_of(jax.tree.unflatten(treedef, scaled), pattern), sparsity, self.floor)
 
 
 def _root(curvature: Mapping[str, Any], path: str, size: int) -> Any:
@@ -218,3 +240,59 @@ def _root(curvature: Mapping[str, Any], path: str, size: int) -> Any:
             "of a Gauss-Newton matrix, which has no negative ones."
         )
     return jnp.sqrt(value)
+
+
+@settings()
+class Threshold:
+    """Prune whatever scores no more than `level`: the sparsity is what comes of it.
+
+    For saliencies whose scores have a scale of their own: `soft_movement`, whose scores lie between 0 and 1,
+    or `hard_concrete`, whose gates are exactly 0.
+
+    It takes the place of the `sparsity` of `prune`.
+
+    Args:
+        level: a score, or a schedule `T -> score`. It need not lie in [0, 1].
+        least: the share of every leaf that stays whatever its scores, its best.
+
+    Raises:
+        ValueError: if `least` lies outside [0, 1].
+
+    References:
+        Sanh et al., Movement pruning (2020), arXiv 2005.07683: soft movement keeps 0.5 % at least.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, hessjax as hj
+        >>> tx = hj.prune(optax.sgd(0.1), hj.saliencies.magnitude(), hj.allocations.threshold(1.5))
+        >>> hj.mask_of(tx.init({"kernel": jnp.array([[1.0, -2.0, 3.0]])}))["kernel"]
+        Array([[False,  True,  True]], dtype=bool)
+    """
+
+    level: float | int | Schedule
+    _: dataclasses.KW_ONLY
+    least: float | int = 0.005
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.least <= 1:
+            raise ValueError(f"`least` must be in [0, 1], the share of a leaf that stays, got {self.least}.")
+
+    def mask(
+        self, scores: Params, step: Int[Array, ""], pattern: Patterns
+    ) -> tuple[Params, Float[Array, ""]]:
+        """The mask at T = `step`, and the sparsity it comes to."""
+        level = self.level(step) if callable(self.level) else float(self.level)
+        units = units_of(scores, pattern)
+        # `not above` rather than `at most`: a NaN goes first, as in every ranking.
+        low = [
+            jnp.sum(~(x > level) & (True if free is None else free), dtype=jnp.int32)
+            for x, free in zip(units.scores, units.free, strict=True)
+        ]
+        counts = zip(units.counts, units.most, strict=True)
+        caps = [min(most, n - math.ceil(self.least * n)) for n, most in counts]
+        zeros = [jnp.minimum(number, cap) for number, cap in zip(low, caps, strict=True)]
+        mask = units.spread([~flags for flags in smallest(units.keys(), jnp.stack(zeros))])
+        weights = sum(n.astype(jnp.float32) * size for n, size in zip(zeros, units.sizes, strict=True))
+        return mask, jnp.asarray(weights / sum(units.num_weights), jnp.float32)
+
+
+erdos_renyi, explicit, by_curvature, threshold = ErdosRenyi, Explicit, ByCurvature, Threshold

@@ -1,7 +1,11 @@
 """What a weight is worth: rules that score weights."""
 
+from hessjax.pruning.saliencies._drop_and_grow import rigl as rigl
+from hessjax.pruning.saliencies._drop_and_grow import sparse_evolution as sparse_evolution
 from hessjax.pruning.saliencies._first_order import gradient as gradient
+from hessjax.pruning.saliencies._first_order import magnitude as magnitude
 from hessjax.pruning.saliencies._first_order import random as random
+from hessjax.pruning.saliencies._first_order import static as static
 from hessjax.pruning.saliencies._hard_concrete import hard_concrete as hard_concrete
 from hessjax.pruning.saliencies._movement import from_magnitudes as from_magnitudes
 from hessjax.pruning.saliencies._movement import movement as movement
@@ -9,9 +13,6 @@ from hessjax.pruning.saliencies._movement import soft_movement as soft_movement
 from hessjax.pruning.saliencies._obs import obd as obd
 from hessjax.pruning.saliencies._obs import obs as obs
 from hessjax.pruning.saliencies._obs import wood_taylor as wood_taylor
-from hessjax.pruning.saliencies._rewiring import rigl as rigl
-from hessjax.pruning.saliencies._rewiring import sparse_evolution as sparse_evolution
-from hessjax.pruning.saliencies._rewiring import static as static
+from hessjax.pruning.saliencies._saliency import Context as Context
 from hessjax.pruning.saliencies._saliency import Saliency as Saliency
 from hessjax.pruning.saliencies._saliency import compensated as compensated
-from hessjax.pruning.saliencies._saliency import magnitude as magnitude

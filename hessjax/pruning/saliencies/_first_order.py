@@ -1,14 +1,42 @@
-"""Saliencies from the mean gradient, and from none at all."""
+"""Saliencies from the weights, from the mean gradient, from random numbers, and from the user."""
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
 from hessjax._core import _tree
-from hessjax._core._types import Params
-from hessjax.pruning.saliencies._saliency import Saliency
+from hessjax._core._types import Params, settings
+from hessjax.pruning.saliencies._saliency import Context, Saliency
+
+
+@settings()
+class Magnitude(Saliency):
+    """The absolute value |w| of every weight.
+
+    A pruned weight is scored by its dense copy, which the inner optimizer's momentum still moves (its
+    gradient is zero); it comes back when it outgrows a kept one. No state; scores in the units and the dtype
+    of the weights.
+
+    Cost:
+        One pass over the weights at a mask step, nothing between.
+
+    References:
+        Han et al., Learning both weights and connections for efficient neural networks (2015), arXiv
+        1506.02626. Zhu and Gupta, To prune, or not to prune (2017), arXiv 1710.01878: the same along a cubic
+        schedule.
+
+    Example:
+        >>> import jax.numpy as jnp, hessjax as hj
+        >>> params = {"kernel": jnp.array([[1.0, -3.0]])}
+        >>> hj.prune_once(params, hj.saliencies.magnitude(), 0.5).params
+        {'kernel': Array([[ 0., -3.]], dtype=float32)}
+    """
+
+    def scores(self, state: Any, seen: Context) -> Params:
+        """|w|."""
+        return jax.tree.map(jnp.abs, seen.weights)
 
 
 class MeanGradient(NamedTuple):
@@ -23,14 +51,14 @@ class MeanGradient(NamedTuple):
     num_updates: Int[Array, ""]
 
 
-def gradient(decay: float | int = 0.9) -> Saliency:
+@settings()
+class Gradient(Saliency):
     """First-order Taylor: |w · ḡ|, the first-order change of the loss when the weight goes.
+
+    It needs gradients: until the first one all scores are 0. Scores in units of the loss.
 
     Args:
         decay: of the running mean ḡ, in [0, 1): 0 for the last gradient alone.
-
-    Returns:
-        A `Saliency` that needs gradients: until the first one all scores are 0. Scores in units of the loss.
 
     Raises:
         ValueError: if `decay` lies outside [0, 1).
@@ -48,38 +76,41 @@ def gradient(decay: float | int = 0.9) -> Saliency:
         >>> hj.prune_once(params, hj.saliencies.gradient(), 0.5, grads_fn=lambda p: grads).params["kernel"]
         Array([[0., 2.]], dtype=float32)
     """
-    if not 0 <= decay < 1:
-        raise ValueError(f"`decay` must be in [0, 1), of the running mean, got {decay}.")
 
-    def init(dense: Params) -> MeanGradient:
-        return MeanGradient(jax.tree.map(jnp.zeros_like, _tree.wide(dense)), jnp.zeros((), jnp.int32))
+    decay: float | int = 0.9
+    needs_grads: ClassVar[bool] = True
 
-    def update(
-        state: MeanGradient, grads: Params, dense: Params, mask: Params, /, **extra: Any
-    ) -> MeanGradient:
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"`decay` must be in [0, 1), of the running mean, got {self.decay}.")
+
+    def init(self, weights: Params) -> MeanGradient:
+        """A mean of nothing."""
+        return MeanGradient(jax.tree.map(jnp.zeros_like, _tree.wide(weights)), jnp.zeros((), jnp.int32))
+
+    def update(self, state: MeanGradient, seen: Context) -> MeanGradient:
+        """The mean with one more gradient in it."""
         count = state.num_updates + 1
-        share = (1 - decay) / (1 - decay ** count.astype(jnp.float32))  # a mean from the first one on
+        # Adam's correction, written as the share of the newest: a mean from the first gradient on.
+        share = (1 - self.decay) / (1 - self.decay ** count.astype(jnp.float32))
         mean = jax.tree.map(
-            lambda m, g: m + (share * (g.astype(m.dtype) - m)).astype(m.dtype), state.mean, grads
+            lambda m, g: m + (share * (g.astype(m.dtype) - m)).astype(m.dtype), state.mean, seen.grads
         )
         return MeanGradient(mean, count)
 
-    return Saliency(
-        init,
-        update,
-        scores=lambda state, dense, /, **extra: jax.tree.map(lambda m, w: jnp.abs(m * w), state.mean, dense),
-        needs_grads=True,
-    )
+    def scores(self, state: MeanGradient, seen: Context) -> Params:
+        """|w · ḡ|."""
+        return jax.tree.map(lambda m, w: jnp.abs(m * w), state.mean, seen.weights)
 
 
-def random(key: Key[Array, ""]) -> Saliency:
+@settings(arrays=("key",))
+class Random(Saliency):
     """A random number for every weight, the same at every mask step: what any other saliency has to beat.
+
+    No state; scores uniform in [0, 1). Masks of a growing sparsity are nested.
 
     Args:
         key: of the numbers.
-
-    Returns:
-        A `Saliency` without state; scores uniform in [0, 1). Masks of a growing sparsity are nested.
 
     Cost:
         A random number per weight at a mask step, nothing between.
@@ -91,13 +122,63 @@ def random(key: Key[Array, ""]) -> Saliency:
         2
     """
 
-    def scores(state: Any, dense: Params, /, **extra: Any) -> Params:
-        leaves, treedef = jax.tree.flatten(dense)
-        keys = jax.random.split(key, len(leaves))
+    key: Key[Array, ""]
+
+    def scores(self, state: Any, seen: Context) -> Params:
+        """The numbers."""
+        leaves, treedef = jax.tree.flatten(seen.weights)
+        keys = jax.random.split(self.key, len(leaves))
         return jax.tree.unflatten(
             treedef, [jax.random.uniform(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
         )
 
-    return Saliency(
-        init=lambda dense: (), update=lambda state, grads, dense, mask, /, **extra: state, scores=scores
-    )
+
+@settings(arrays=("given",))
+class Static(Saliency):
+    """Scores given by the user, as `static` takes them."""
+
+    given: Any
+
+    def init(self, weights: Params) -> Params:
+        """The scores of the leaves that are pruned."""
+        given = dict(zip(_tree.unique_paths(self.given, "scores"), jax.tree.leaves(self.given), strict=True))
+        wanted = dict(zip(_tree.leaf_paths(weights), jax.tree.leaves(weights), strict=True))
+        found = {path: given[path] for path in wanted if path in given}
+        _tree.check_like(found, wanted, "scores", "params[where]")
+        _tree.check_floating(_tree.wide(found), "scores")
+        copies = [jnp.array(found[path], copy=True) for path in wanted]  # the loop may donate the state
+        return jax.tree.unflatten(jax.tree.structure(weights), copies)
+
+    def scores(self, state: Params, seen: Context) -> Params:
+        """Those given."""
+        return _tree.wide(state)
+
+
+magnitude, gradient, random = Magnitude, Gradient, Random
+
+
+def static(scores: Any) -> Static:
+    """Scores given by the user: the highest stay, whatever the training does.
+
+    Args:
+        scores: a pytree of numbers or bools with a leaf of the same path and shape for every pruned leaf;
+            others are ignored, so that a tree of all params will do, or the `mask_of` another training (a
+            lottery ticket, arXiv 1803.03635). Of a mask every zero goes first.
+
+    Returns:
+        A `Saliency`; at a constant sparsity the mask never changes.
+
+    Raises:
+        ValueError, TypeError: by `prune(...).init`, naming leaves missing, of another shape, or not real.
+
+    Cost:
+        Nothing between mask steps. Memory: the scores, in their own dtype.
+
+    Example:
+        >>> import jax.numpy as jnp, hessjax as hj
+        >>> ticket = {"kernel": jnp.array([[True, False, True]])}
+        >>> hj.prune_once({"kernel": jnp.array([[1.0, 5.0, 2.0]])}, hj.saliencies.static(ticket),
+        ...                                                                              1 / 3).params
+        {'kernel': Array([[1., 0., 2.]], dtype=float32)}
+    """
+    return Static(scores)

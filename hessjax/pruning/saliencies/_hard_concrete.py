@@ -1,8 +1,9 @@
 """L0 pruning: random gates that learn to close."""
 
+import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +11,18 @@ import optax
 from jaxtyping import Array, Int, Key
 
 from hessjax._core import _tree
-from hessjax._core._types import Params
-from hessjax.pruning._sparsity import cond_now
-from hessjax.pruning.saliencies._saliency import Saliency
+from hessjax._core._types import Params, settings
+from hessjax.pruning._ranking import cond_now
+from hessjax.pruning.saliencies._saliency import Context, Saliency
 
 BETA, LOW, HIGH = 2 / 3, -0.1, 1.1
 """The temperature of the concrete distribution, and the interval it is stretched to before clipping."""
+
+
+_SHIFT = BETA * math.log(-LOW / HIGH)
+"""P(z > 0) = σ(log α − this)."""
+
+_ADAM = optax.adam(1e-1)
 
 
 class Gates(NamedTuple):
@@ -36,19 +43,19 @@ class Gates(NamedTuple):
     key: Key[Array, ""]
 
 
-def hard_concrete(
-    penalty: float | Callable[[Any], Any],
-    key: Key[Array, ""],
-    optimizer: optax.GradientTransformation = optax.adam(1e-1),  # noqa: B008 (a value, never changed)
-    *,
-    stop: int,
-    start_open: float = 0.9,
-) -> Saliency:
+@settings(arrays=("key",))
+class HardConcrete(Saliency):
     """L0 regularisation: every weight times a random gate z in [0, 1], whose law learns to be 0 or 1.
 
     z = clip(s(ζ − γ) + γ, 0, 1) with s = σ((log u − log(1 − u) + log α)/β) and u uniform, drawn anew at every
     update. The penalty λ · mean P(z > 0), P(z > 0) = σ(log α − β log(−γ/ζ)), pulls the gates shut against the
     gradient G⊙W⊙∂z/∂log α. From update `stop` on the gates rest at z = clip(σ(log α)(ζ − γ) + γ, 0, 1).
+
+    Scores are the resting gates before they are clipped. What ends at 0 is pruned for good by
+    `prune(inner, hard_concrete(..., stop=T), threshold(0.0), start=T, stop=T)`; with a number for the
+    sparsity the lowest log α go, so many at least: a gate that rests at 0 makes a zero of a weight that the
+    mask keeps. Before T the zeros in the params are those of the draw. Gates are for single weights,
+    whatever the pattern.
 
     Args:
         penalty: λ in units of the loss, or a schedule `T -> λ`. The mean runs over all weights that are
@@ -57,13 +64,6 @@ def hard_concrete(
         optimizer: of log α.
         stop: the update from which on nothing is random, and log α rests.
         start_open: P(z > 0) at the start, in (0, 1).
-
-    Returns:
-        A `Saliency` with gates; scores are the resting gates before they are clipped. What ends at 0 is
-        pruned for good by `prune(inner, hard_concrete(..., stop=T), threshold(0.0), start=T, stop=T)`; with a
-        number for the sparsity the lowest log α go, so many at least: a gate that rests at 0 makes a zero of
-        a weight that the mask keeps. Before T the zeros in the params are those of the draw. Gates are for
-        single weights, whatever the pattern.
 
     Raises:
         ValueError: `stop` below 1, or `start_open` outside (0, 1).
@@ -83,48 +83,66 @@ def hard_concrete(
         >>> float(tx.init({"kernel": jnp.ones((2, 2))}).sparsity)
         0.0
     """
-    if stop < 1:
-        raise ValueError(f"`stop` must be at least 1, the update from which on the gates rest, got {stop}.")
-    if not 0 < start_open < 1:
-        raise ValueError(f"`start_open` must be in (0, 1), the share of open gates, got {start_open}.")
-    at_start = math.log(start_open / (1 - start_open)) + _SHIFT
 
-    def init(dense: Params) -> Gates:
-        log_alpha = jax.tree.map(lambda w: jnp.full_like(w, at_start), _tree.wide(dense))
+    penalty: float | int | Callable[[Any], Any]
+    key: Key[Array, ""]
+    optimizer: optax.GradientTransformation = _ADAM
+    _: dataclasses.KW_ONLY
+    stop: int
+    start_open: float = 0.9
+    needs_grads: ClassVar[bool] = True
+    gated: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.stop < 1:
+            raise ValueError(
+                f"`stop` must be at least 1, the update from which on the gates rest, got {self.stop}."
+            )
+        if not 0 < self.start_open < 1:
+            raise ValueError(
+                f"`start_open` must be in (0, 1), the share of open gates, got {self.start_open}."
+            )
+
+    def init(self, weights: Params) -> Gates:
+        """Gates wide open, whose law is the one asked for."""
+        at_start = math.log(self.start_open / (1 - self.start_open)) + _SHIFT
+        log_alpha = jax.tree.map(lambda w: jnp.full_like(w, at_start), _tree.wide(weights))
         ones = jax.tree.map(jnp.ones_like, log_alpha)
-        own = jax.tree.map(jnp.copy, key)  # the loop may donate the state
-        return Gates(log_alpha, ones, optimizer.init(log_alpha), jnp.zeros((), jnp.int32), own)
+        own = jnp.copy(self.key)  # the loop may donate the state
+        return Gates(log_alpha, ones, self.optimizer.init(log_alpha), jnp.zeros((), jnp.int32), own)
 
-    def update(state: Gates, grads: Params, dense: Params, mask: Params, /, **extra: Any) -> Gates:
-        amount = penalty(state.num_updates) if callable(penalty) else penalty
+    def update(self, state: Gates, seen: Context) -> Gates:
+        """One step of the optimizer of log α, and new gates."""
+        steps, inner = self.optimizer.update(self._slopes(state, seen), state.inner, state.log_alpha)
+        count, moved = state.num_updates + 1, optax.apply_updates(state.log_alpha, steps)
+        # From `stop` on all of it rests: the mask made then belongs to these gates.
+        log_alpha, inner = jax.tree.map(
+            lambda new, old: jnp.where(count > self.stop, old, new),
+            (moved, inner),
+            (state.log_alpha, state.inner),
+        )
+        opened = _gates(log_alpha, state.key, count, count < self.stop)
+        return Gates(log_alpha, opened, inner, count, state.key)
+
+    def scores(self, state: Gates, seen: Context) -> Params:
+        """The resting gates before they are clipped."""
+        return jax.tree.map(_stretch, _shares(state.log_alpha))
+
+    def gates(self, state: Gates) -> Params:
+        """Z."""
+        return state.open
+
+    def _slopes(self, state: Gates, seen: Context) -> Params:
+        """G⊙W⊙∂z/∂log α, and the gradient of the penalty λ · mean P(z > 0)."""
+        amount = self.penalty(state.num_updates) if callable(self.penalty) else self.penalty
         amount = amount / _tree.size(state.log_alpha)
 
         def slope(log_alpha: Array, z: Array, g: Array, w: Array) -> Array:
             through = g.astype(z.dtype) * w.astype(z.dtype) * _gate_slope(z)
-            chance = jax.nn.sigmoid(log_alpha - _SHIFT)
+            chance = jax.nn.sigmoid(log_alpha - _SHIFT)  # P(z > 0), whose slope is that of a sigmoid
             return through + amount * chance * (1 - chance)
 
-        slopes = jax.tree.map(slope, state.log_alpha, state.open, grads, dense)
-        steps, inner = optimizer.update(slopes, state.inner, state.log_alpha)
-        count, moved = state.num_updates + 1, optax.apply_updates(state.log_alpha, steps)
-        log_alpha, inner = jax.tree.map(
-            lambda new, old: jnp.where(count > stop, old, new),
-            (moved, inner),
-            (state.log_alpha, state.inner),
-        )
-        return Gates(log_alpha, _gates(log_alpha, state.key, count, count < stop), inner, count, state.key)
-
-    return Saliency(
-        init,
-        update,
-        scores=lambda state, dense, /, **extra: jax.tree.map(_stretch, _shares(state.log_alpha)),
-        gates=lambda state: state.open,
-        needs_grads=True,
-    )
-
-
-_SHIFT = BETA * math.log(-LOW / HIGH)
-"""P(z > 0) = σ(log α − this)."""
+        return jax.tree.map(slope, state.log_alpha, state.open, seen.grads, seen.weights)
 
 
 def _gates(log_alpha: Params, key: Array, count: Array, is_random: Array) -> Params:
@@ -133,6 +151,7 @@ def _gates(log_alpha: Params, key: Array, count: Array, is_random: Array) -> Par
     keys = jax.random.split(jax.random.fold_in(key, count), len(leaves))
 
     def leaf(key: Array, x: Array) -> Array:
+        # Away from 0 and 1, where the logit is infinite.
         u = jax.random.uniform(key, x.shape, x.dtype, minval=1e-6, maxval=1 - 1e-6)
         return _stretched(jax.nn.sigmoid((jnp.log(u) - jnp.log1p(-u) + x) / BETA))
 
@@ -158,3 +177,6 @@ def _gate_slope(z: Array) -> Array:
     """∂z/∂log α from z itself: s(1 − s)(ζ − γ)/β where it is not clipped, 0 where it is."""
     s = (z - LOW) / (HIGH - LOW)
     return jnp.where((z > 0) & (z < 1), s * (1 - s) * (HIGH - LOW) / BETA, 0)
+
+
+hard_concrete = HardConcrete

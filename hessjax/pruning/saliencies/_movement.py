@@ -1,7 +1,7 @@
 """Movement pruning: weights that move away from zero stay; scores with an optimizer of their own."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +9,13 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from hessjax._core import _tree
-from hessjax._core._types import Params
-from hessjax.pruning.saliencies._saliency import Saliency
+from hessjax._core._types import Params, settings
+from hessjax.pruning.saliencies._saliency import Context, Saliency
+
+_ADAM = optax.adam(1e-2)  # one object, so that rules with the default optimizer are equal
 
 
-class Movement(NamedTuple):
+class Scores(NamedTuple):
     """What a movement saliency remembers.
 
     Attributes:
@@ -27,10 +29,8 @@ class Movement(NamedTuple):
     num_updates: Int[Array, ""]
 
 
-def movement(
-    optimizer: optax.GradientTransformation = optax.adam(1e-2),  # noqa: B008 (a value, never changed)
-    start: Callable[[Array], Array] = jnp.zeros_like,
-) -> Saliency:
+@settings()
+class Movement(Saliency):
     """Movement: scores S trained by the straight-through gradient of the loss with respect to the mask.
 
     With G the gradient at the masked weights and W the dense ones, ∂L/∂S = G⊙W at every place, pruned ones
@@ -43,14 +43,13 @@ def movement(
     that has learned its task begin at its magnitudes, move a leaf's scores in proportion to their slopes, by
     a share of their own size, and make masks often: the second example.
 
+    `sparsity` should start at 0, as scores have to be learned. The paper ranks every matrix on its own,
+    `allocation=uniform()`, at every step, `every=1`: with `every=10` the gradient answers to a mask that is
+    out of date, and the scores may run away.
+
     Args:
         optimizer: of the scores, with its own schedule; without weight decay.
         start: the first scores of a leaf, from its weights: zeros, or `from_magnitudes`.
-
-    Returns:
-        A `Saliency`. `sparsity` should start at 0, as scores have to be learned. The paper ranks every matrix
-        on its own, `allocation=uniform()`, at every step, `every=1`: with `every=10` the gradient answers to
-        a mask that is out of date, and the scores may run away.
 
     Cost:
         A multiplication and the optimizer's step per weight and update. Memory: the scores, and the
@@ -73,11 +72,27 @@ def movement(
         >>> steps = optax.lars(optax.linear_schedule(1e-2, 0.0, 1000), trust_coefficient=1.0, momentum=0.0)
         >>> rule = hj.saliencies.movement(steps, start=hj.saliencies.from_magnitudes)
     """
-    return Saliency(
-        *_trained(optimizer, start),
-        scores=lambda state, dense, /, **extra: state.scores,
-        needs_grads=start is jnp.zeros_like,
-    )
+
+    optimizer: optax.GradientTransformation = _ADAM
+    start: Callable[[Array], Array] = jnp.zeros_like
+
+    @property
+    def needs_grads(self) -> bool:  # type: ignore[override]
+        """Whether all scores are zero at the start."""
+        return self.start is jnp.zeros_like
+
+    def init(self, weights: Params) -> Scores:
+        """The first scores."""
+        scores = jax.tree.map(lambda w: jnp.array(self.start(w), copy=True), _tree.wide(weights))
+        return Scores(scores, self.optimizer.init(scores), jnp.zeros((), jnp.int32))
+
+    def update(self, state: Scores, seen: Context) -> Scores:
+        """One step of the optimizer along G⊙W."""
+        return _stepped(self.optimizer, state, _slopes(state, seen))
+
+    def scores(self, state: Scores, seen: Context) -> Params:
+        """S."""
+        return state.scores
 
 
 def from_magnitudes(weights: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -98,23 +113,20 @@ def from_magnitudes(weights: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.abs(weights) / jnp.where(spread > 0, spread, jnp.ones_like(spread))
 
 
-def soft_movement(
-    penalty: float | Callable[[Any], Any],
-    optimizer: optax.GradientTransformation = optax.adam(1e-2),  # noqa: B008 (a value, never changed)
-) -> Saliency:
+@settings()
+class SoftMovement(Saliency):
     """Soft movement: as `movement`, with scores σ(S) held down by a penalty λ · mean σ(S).
 
     Together with `sparsity=threshold(τ)` whatever has σ(S) ≤ τ goes, and the penalty decides how much that
     is, in every leaf differently. With a number for `sparsity` the count is exact as ever.
 
+    Scores σ(S) in (0, 1), 0.5 at the start. The gradient passes to S straight through the threshold and σ,
+    as in the paper.
+
     Args:
         penalty: λ in units of the loss, or a schedule `T -> λ`. The mean runs over all weights that are
             pruned.
         optimizer: of S.
-
-    Returns:
-        A `Saliency`; scores σ(S) in (0, 1), 0.5 at the start. The gradient passes to S straight through the
-        threshold and σ, as in the paper.
 
     Cost:
         As `movement`.
@@ -126,40 +138,43 @@ def soft_movement(
     Example:
         >>> import jax.numpy as jnp, optax, hessjax as hj
         >>> rule = hj.saliencies.soft_movement(penalty=1.0)
-        >>> rule.scores(rule.init({"kernel": jnp.ones((1, 2))}), {})
-        {'kernel': Array([[0.5, 0.5]], dtype=float32)}
+        >>> tx = hj.prune(optax.adam(1e-3), rule, hj.allocations.threshold(0.1), every=1, start=1)
+        >>> tx.init({"kernel": jnp.ones((1, 2))}).saliency.scores
+        {'kernel': Array([[0., 0.]], dtype=float32)}
     """
 
-    def pull(scores: Params, count: Array) -> Params:
-        """The gradient of the penalty."""
-        amount = (penalty(count) if callable(penalty) else penalty) / _tree.size(scores)
-        return jax.tree.map(lambda s: amount * jax.nn.sigmoid(s) * jax.nn.sigmoid(-s), scores)
+    penalty: float | int | Callable[[Any], Any]
+    optimizer: optax.GradientTransformation = _ADAM
+    needs_grads: ClassVar[bool] = True
 
-    return Saliency(
-        *_trained(optimizer, jnp.zeros_like, pull),
-        scores=lambda state, dense, /, **extra: jax.tree.map(jax.nn.sigmoid, state.scores),
-        needs_grads=True,
+    def init(self, weights: Params) -> Scores:
+        """Scores of 0."""
+        return Movement(self.optimizer).init(weights)
+
+    def update(self, state: Scores, seen: Context) -> Scores:
+        """One step of the optimizer along G⊙W and the gradient of the penalty."""
+        amount = self.penalty(state.num_updates) if callable(self.penalty) else self.penalty
+        amount = amount / _tree.size(state.scores)
+        # d/dS of λ · mean σ(S); σ(−S) instead of 1 − σ(S), which is 0 in float32 from S = 17 on.
+        pull = jax.tree.map(lambda s: amount * jax.nn.sigmoid(s) * jax.nn.sigmoid(-s), state.scores)
+        return _stepped(self.optimizer, state, jax.tree.map(jnp.add, _slopes(state, seen), pull))
+
+    def scores(self, state: Scores, seen: Context) -> Params:
+        """σ(S)."""
+        return jax.tree.map(jax.nn.sigmoid, state.scores)
+
+
+def _slopes(state: Scores, seen: Context) -> Params:
+    """∂L/∂S = G⊙W, straight through the mask (eq. 6), at pruned places too: they can come back."""
+    return jax.tree.map(
+        lambda s, g, w: g.astype(s.dtype) * w.astype(s.dtype), state.scores, seen.grads, seen.weights
     )
 
 
-def _trained(
-    optimizer: optax.GradientTransformation,
-    start: Callable[[Array], Array],
-    pull: Callable[[Params, Array], Params] | None = None,
-) -> tuple[Callable[[Params], Movement], Callable[..., Movement]]:
-    """`init` and `update` of scores that take G⊙W and the gradient of a penalty."""
+def _stepped(optimizer: optax.GradientTransformation, state: Scores, slopes: Params) -> Scores:
+    """The scores after a step of their optimizer."""
+    steps, inner = optimizer.update(slopes, state.inner, state.scores)
+    return Scores(optax.apply_updates(state.scores, steps), inner, state.num_updates + 1)
 
-    def init(dense: Params) -> Movement:
-        scores = jax.tree.map(lambda w: jnp.array(start(w), copy=True), _tree.wide(dense))
-        return Movement(scores, optimizer.init(scores), jnp.zeros((), jnp.int32))
 
-    def update(state: Movement, grads: Params, dense: Params, mask: Params, /, **extra: Any) -> Movement:
-        slopes = jax.tree.map(
-            lambda s, g, w: g.astype(s.dtype) * w.astype(s.dtype), state.scores, grads, dense
-        )
-        if pull is not None:
-            slopes = jax.tree.map(jnp.add, slopes, pull(state.scores, state.num_updates))
-        steps, inner = optimizer.update(slopes, state.inner, state.scores)
-        return Movement(optax.apply_updates(state.scores, steps), inner, state.num_updates + 1)
-
-    return init, update
+movement, soft_movement = Movement, SoftMovement

@@ -2,7 +2,7 @@
 
 from hessjax._core._types import Relative, Tolerance
 from hessjax.pruning.saliencies._saliency import Saliency
-from hessjax.pruning.saliencies._second_order import diagonal_only, second_order
+from hessjax.pruning.saliencies._second_order import DiagonalOnly, SecondOrder
 
 
 def obs(
@@ -25,7 +25,11 @@ def obs(
             have made up for the last (under `unstructured()`); `"summed"`, the single moves added up, as
             WoodFisher does; `"none"`.
         damping: λ in loss per squared parameter, or `hj.relative(r)`: r times the mean of diag F over the
-            weights still there.
+            weights still there. (Of gradients that are all zero any λ will do: the scores then rank by
+            magnitude.) What is too small for the precision is an error, as of `inverse_fisher`. Traced code
+            cannot raise: inside a jitted `tx.update` the weights of such a block score NaN, which ranks below
+            all others and which `PruneState.num_nan` counts; those that stay do not move, and the predicted
+            increase is NaN.
         block_size: F couples only the weights of a block: so many consecutive ones of a leaf. None: all
             weights of all leaves.
         num_grads: in training, F is made from the last `num_grads` gradients of the loop. None: the
@@ -42,12 +46,15 @@ def obs(
 
     Raises:
         ValueError: an `update` not listed; a damping that is not positive; `block_size`, `num_grads` or
-            `batch_size` below 1.
+            `batch_size` below 1. When scored or moved, outside `jit`: no gradients; gradients that are not
+            finite (names the leaf); λ too small for the precision (names the block, its leaf, and a damping
+            that should do).
 
     Cost:
-        With m gradients and k = min(m, block size): (m·d·k + d·k²) operations and m·d + d·k numbers (k² for
-        one block) of memory; `"greedy"` takes d·(k² + k·block size) in `block_size` steps one after the
-        other. Groups of g weights add the eigenvalues of a matrix of min(g, k) for each. `num_grads`
+        Scores, and once more the move: the factors of `inverse_fisher`, 6·m·B operations and B numbers for
+        each weight where a block of B has no more weights than there are gradients (m), else 2·m² operations
+        and m numbers. With k = min(m, B), `"greedy"` takes d·(2·k² + 2·k·B) more in B steps one after the
+        other, and groups of g weights a Cholesky factor of a matrix of min(g, k) for each. `num_grads`
         gradients are kept in the optimizer's state: let the jitted step donate it (`donate_argnums`), or
         every update copies them all.
 
@@ -65,7 +72,7 @@ def obs(
         >>> pruned.params["kernel"].round(2)
         Array([[0., 3.]], dtype=float32)
     """
-    return second_order(update, damping, block_size, False, num_grads, batch_size)
+    return SecondOrder(num_grads, batch_size, update, damping, block_size, with_slope=False)
 
 
 def wood_taylor(
@@ -110,7 +117,7 @@ def wood_taylor(
         >>> pruned.params["kernel"].round(2)
         Array([[0., 2.]], dtype=float32)
     """
-    return second_order(update, damping, block_size, True, num_grads, batch_size)
+    return SecondOrder(num_grads, batch_size, update, damping, block_size, with_slope=True)
 
 
 def obd(*, num_grads: int | None = None, batch_size: int = 1) -> Saliency:
@@ -139,4 +146,4 @@ def obd(*, num_grads: int | None = None, batch_size: int = 1) -> Saliency:
         >>> hj.prune_once(params, hj.saliencies.obd(), 0.5, grads_fn=lambda p: grads).params["kernel"]
         Array([[0., 2.]], dtype=float32)
     """
-    return diagonal_only(num_grads, batch_size)
+    return DiagonalOnly(num_grads, batch_size)

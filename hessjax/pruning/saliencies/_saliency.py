@@ -1,46 +1,130 @@
 """What a weight is worth: the contract between scores and pruning, and two rules made one."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float, Int
 
-from hessjax._core._types import Params
+from hessjax._core._types import Block, Params, settings
+from hessjax.pruning.patterns._pattern import Patterns, unstructured
 
 
-class Saliency(NamedTuple):
-    """A rule that scores weights, as three pure functions; the lowest scores are pruned first.
+class Context(NamedTuple):
+    """What a saliency gets to see.
 
-    The trees it sees have the structure of the params, with `optax.MaskedNode()` (no leaf at all) in place of
-    every leaf that is not pruned, so that `jax.tree.map` over them just works. Keyword arguments that the
-    training loop hands to `tx.update(grads, state, params, **extra)` arrive here too.
+    All trees have the structure of the params, with `optax.MaskedNode()` (no leaf at all) in place of every
+    leaf that is not pruned, so that `jax.tree.map` over them just works.
 
     Attributes:
-        init: `(dense) -> state`, a pytree of arrays; `()` for a rule that remembers nothing.
-        update: `(state, grads, dense, mask, /, **extra) -> state`, called at every step. `grads` is the
-            gradient at the masked weights, itself not masked; `dense` the dense weights and `mask` the mask
-            it was taken at.
-        scores: `(state, dense, /, **extra) -> scores`, called at mask steps only: floating-point arrays in
-            the shapes of `dense`. A NaN ranks below every other score, and `PruneState.num_nan` counts it.
-            Among `extra` is the `pattern`: weights that go together are ranked by the mean of their scores.
-        compensate: `(state, dense, mask, /, **extra) -> (dense, increase)`, called after the mask is made of
-            the scores: the weights moved so that the kept ones make up for those that go, and by how much
-            it expects the loss to rise. None: the kept weights stay where they are. A rule with it has to
-            see gradients first, so that nothing is pruned at step 0.
-        gates: `(state) -> gates`, arrays in the shapes of `dense` by which the weights are multiplied at
-            every step: the params are mask ⊙ gates ⊙ dense, and the optimizer sees the gradient times the
-            gates. None: the mask alone.
-        needs_grads: whether scores mean nothing before the first gradient.
+        weights: the dense weights: in `update` those that the gradient belongs to, at a mask step those
+            after the optimizer's step.
+        mask: booleans, True = kept: the mask in force.
+        step: T, the updates so far, this one included.
+        grads: the gradient at the masked weights, itself not masked; None before the first.
+        per_example_grads: gradients of single examples, or of small batches, along a leading axis, where the
+            training loop hands them over.
+        pattern: which weights go together; they are ranked by the mean of their scores.
     """
 
-    init: Callable[[Params], Any]
-    update: Callable[..., Any]
-    scores: Callable[..., Params]
-    compensate: Callable[..., tuple[Params, Any]] | None = None
-    gates: Callable[[Any], Params] | None = None
-    needs_grads: bool = False
+    weights: Params
+    mask: Params
+    step: Int[Array, ""]
+    grads: Params | None = None
+    per_example_grads: Block | None = None
+    pattern: Patterns = unstructured()
+
+
+class MaskChange:
+    """How the next mask follows from scores; by itself a new ranking of all weights at every mask step."""
+
+    def order(self, scores: Params, seen: Context) -> Params:
+        """What is ranked: floating-point arrays in the shapes of the scores, of which the lowest go."""
+        return scores
+
+    def settle(self, mask: Params, seen: Context) -> Params:
+        """The next mask, from the one that the ranking gives."""
+        return mask
+
+
+@settings()
+class Nested(MaskChange):
+    """What is pruned stays pruned: every mask lies within the one before."""
+
+    def order(self, scores: Params, seen: Context) -> Params:
+        """Pruned weights go first, whatever they score."""
+        return jax.tree.map(lambda s, m: jnp.where(m, s, -jnp.inf), scores, seen.mask)
+
+    def settle(self, mask: Params, seen: Context) -> Params:
+        """Fewer zeros than before bring nothing back."""
+        # The order alone would not do: of too many at −inf a ranking marks only as many as it is asked to.
+        return jax.tree.map(jnp.logical_and, mask, seen.mask)
+
+
+class Saliency:
+    """A rule that scores weights; the lowest scores are pruned first.
+
+    A rule of your own is a frozen dataclass, whose fields are its settings, that inherits from this class
+    and has `scores`; what it must remember it returns from `init` and `update`, a pytree of arrays.
+
+    Attributes:
+        needs_grads: whether scores mean nothing before the first gradient.
+        compensates: whether it has `compensate`. Such a rule has to see gradients first, so that nothing is
+            pruned at step 0.
+        gated: whether it has `gates`.
+        change: how the next mask follows from the scores: by a new ranking, unless it says otherwise.
+
+    Example:
+        >>> import dataclasses, jax, jax.numpy as jnp, hessjax as hj
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Power(hj.saliencies.Saliency):
+        ...     exponent: float = 2.0
+        ...     def scores(self, state, seen):
+        ...         return jax.tree.map(lambda w: jnp.abs(w) ** self.exponent, seen.weights)
+        >>> hj.prune_once({"kernel": jnp.array([[1.0, -3.0]])}, Power(), 0.5).params
+        {'kernel': Array([[ 0., -3.]], dtype=float32)}
+    """
+
+    needs_grads: ClassVar[bool] = False
+    compensates: ClassVar[bool] = False
+    gated: ClassVar[bool] = False
+    change: ClassVar[MaskChange] = MaskChange()
+
+    def init(self, weights: Params) -> Any:
+        """The state at the start, a pytree of arrays; `()` for a rule that remembers nothing."""
+        return ()
+
+    def update(self, state: Any, seen: Context) -> Any:
+        """The state after one more gradient; called at every step."""
+        return state
+
+    def scores(self, state: Any, seen: Context) -> Params:
+        """Floating-point arrays in the shapes of `seen.weights`; called at mask steps only.
+
+        A NaN ranks below every other score, and `PruneState.num_nan` counts it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must have a method `scores(state, seen)`.")
+
+    def compensate(self, state: Any, seen: Context, mask: Params) -> tuple[Params, Float[Array, ""]]:
+        """The dense weights, moved so that the kept ones make up for those that go, and the increase.
+
+        Args:
+            state: after the update of this step.
+            seen: as in `scores`; its mask is the one before.
+            mask: the new one.
+
+        Returns:
+            The weights, and by how much the loss is expected to rise.
+        """
+        raise NotImplementedError(f"{type(self).__name__} compensates for nothing.")
+
+    def gates(self, state: Any) -> Params:
+        """Arrays in the shapes of the weights by which they are multiplied at every step.
+
+        The params are mask ⊙ gates ⊙ dense, and the optimizer sees the gradient times the gates.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no gates.")
 
 
 def is_hole(x: Any) -> bool:
@@ -53,49 +137,18 @@ def drop_others(tree: Params, mask: Params) -> Params:
     return jax.tree.map(lambda x, m: m if is_hole(m) else x, tree, mask)
 
 
-def magnitude() -> Saliency:
-    """The absolute value |w| of every weight.
-
-    A pruned weight is scored by its dense copy, which the inner optimizer's momentum still moves (its
-    gradient is zero); it comes back when it outgrows a kept one.
-
-    Returns:
-        A `Saliency` without state; scores in the units and the dtype of the weights.
-
-    Cost:
-        One pass over the weights at a mask step, nothing between.
-
-    References:
-        Han et al., Learning both weights and connections for efficient neural networks (2015), arXiv
-        1506.02626. Zhu and Gupta, To prune, or not to prune (2017), arXiv 1710.01878: the same along a cubic
-        schedule.
-
-    Example:
-        >>> import jax.numpy as jnp, hessjax as hj
-        >>> rule = hj.saliencies.magnitude()
-        >>> dense = {"kernel": jnp.array([[1.0, -3.0]])}
-        >>> rule.scores(rule.init(dense), dense)
-        {'kernel': Array([[1., 3.]], dtype=float32)}
-    """
-    return Saliency(
-        init=lambda dense: (),
-        update=lambda state, grads, dense, mask, /, **extra: state,
-        scores=lambda state, dense, /, **extra: jax.tree.map(jnp.abs, dense),
-    )
-
-
-def compensated(choose: Saliency, by: Saliency) -> Saliency:
+@settings(arrays=("choose", "by"))
+class Compensated(Saliency):
     """Scores of one saliency, moves of the kept weights of another.
 
     Args:
         choose: what ranks the weights: `movement()`, `magnitude()`, ...
         by: what moves the kept ones: `obs(...)`, `wood_taylor(...)`.
 
-    Returns:
-        A `Saliency` whose state is the pair of theirs; its predicted increase is that of `by`.
+    Its state is the pair of theirs; its predicted increase is that of `by`.
 
     Raises:
-        ValueError: if `by` is a saliency without `compensate`.
+        ValueError: if `by` is a saliency that does not compensate.
 
     Cost:
         The updates of both; the scores of the first, the move of the second.
@@ -108,23 +161,53 @@ def compensated(choose: Saliency, by: Saliency) -> Saliency:
         >>> hj.prune_once(params, rule, 0.5, grads_fn=lambda p: grads).params["kernel"].round(2)
         Array([[0., 3.]], dtype=float32)
     """
-    if by.compensate is None:
-        raise ValueError(
-            "`by` must be a saliency that moves the kept weights, such as `obs()`, got one that does not."
-        )
-    compensate = by.compensate
 
-    def update(state: Any, grads: Params, dense: Params, mask: Params, /, **extra: Any) -> tuple[Any, Any]:
-        first, second = state
-        return choose.update(first, grads, dense, mask, **extra), by.update(
-            second, grads, dense, mask, **extra
-        )
+    choose: Saliency
+    by: Saliency
+    compensates: ClassVar[bool] = True
 
-    return Saliency(
-        init=lambda dense: (choose.init(dense), by.init(dense)),
-        update=update,
-        scores=lambda state, dense, /, **extra: choose.scores(state[0], dense, **extra),
-        compensate=lambda state, dense, mask, /, **extra: compensate(state[1], dense, mask, **extra),
-        needs_grads=choose.needs_grads,
-        gates=None if choose.gates is None else lambda state: choose.gates(state[0]),  # type: ignore[misc]
-    )
+    def __post_init__(self) -> None:
+        if not self.by.compensates:
+            raise ValueError(
+                "`by` must be a saliency that moves the kept weights, such as `obs()`, got one that does not."
+            )
+
+    @property
+    def needs_grads(self) -> bool:  # type: ignore[override]
+        """Whether the scores do."""
+        return self.choose.needs_grads
+
+    @property
+    def gated(self) -> bool:  # type: ignore[override]
+        """Whether the rule that chooses is."""
+        return self.choose.gated
+
+    @property
+    def change(self) -> MaskChange:  # type: ignore[override]
+        """That of the rule that chooses."""
+        return self.choose.change
+
+    def init(self, weights: Params) -> tuple[Any, Any]:
+        """Both states."""
+        return self.choose.init(weights), self.by.init(weights)
+
+    def update(self, state: tuple[Any, Any], seen: Context) -> tuple[Any, Any]:
+        """Both states after one more gradient."""
+        return self.choose.update(state[0], seen), self.by.update(state[1], seen)
+
+    def scores(self, state: tuple[Any, Any], seen: Context) -> Params:
+        """Those of the first."""
+        return self.choose.scores(state[0], seen)
+
+    def compensate(
+        self, state: tuple[Any, Any], seen: Context, mask: Params
+    ) -> tuple[Params, Float[Array, ""]]:
+        """The move of the second."""
+        return self.by.compensate(state[1], seen, mask)
+
+    def gates(self, state: tuple[Any, Any]) -> Params:
+        """Those of the first."""
+        return self.choose.gates(state[0])
+
+
+compensated = Compensated

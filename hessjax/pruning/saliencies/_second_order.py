@@ -1,235 +1,259 @@
-"""Second-order saliencies: the gradients they remember, and what is compiled of them."""
+"""Second-order saliencies: the gradients they remember, and what the Fisher of these says about weights."""
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from hessjax._core import _tree
-from hessjax._core._types import Block, Params, Relative, Tolerance
-from hessjax._fisher import _quadratic
-from hessjax.pruning.patterns._by_path import Patterns, patterns_of
-from hessjax.pruning.patterns._pattern import Pattern
-from hessjax.pruning.saliencies._saliency import Saliency, drop_others
-from hessjax.pruning.saliencies._sets import are_single, set_scores
+from hessjax._core._types import Amount, Block, Params, Tolerance, settings
+from hessjax._fisher import _model, _scores
+from hessjax._fisher._inverse_fisher import InverseFisher, verdict_of
+from hessjax._fisher._readout import INACCURATE, Verdict
+from hessjax._fisher._rows import Blocking, Parts, row
+from hessjax.pruning._ranking import together
+from hessjax.pruning.patterns._pattern import Pattern, Patterns, patterns_of, unstructured
+from hessjax.pruning.saliencies._saliency import Context, Saliency, drop_others
 
 _MOVES = {
-    "joint": _quadratic.joint_move,
-    "greedy": _quadratic.joint_move,  # what its steps add up to
-    "summed": _quadratic.summed_move,
-    "none": _quadratic.no_move,
+    "joint": _model.joint_move,
+    "greedy": _model.joint_move,  # what its steps add up to
+    "summed": _model.summed_move,
+    "none": _model.no_move,
 }
-
-
-_Numbers = tuple[Any, Any, Any]
-"""The damping, the share of the rows that are filled, and how many examples a gradient is the mean of."""
 
 
 class Gradients(NamedTuple):
     """What a second-order saliency remembers.
 
     Attributes:
-        mask: the mask at the last update.
         ring: the last gradients of the training loop, as a block; None where they are handed over.
         num_seen: how many came in so far.
     """
 
-    mask: Params
     ring: Block | None
     num_seen: Int[Array, ""]
 
 
-class _Settings(NamedTuple):
+@settings()
+class _FromGradients(Saliency):
+    """A rule that is made of gradients, kept in a ring or handed over."""
+
+    num_grads: int | None
+    batch_size: int
+    compensates: ClassVar[bool] = True
+
+    def init(self, weights: Params) -> Gradients:
+        """A ring of gradients, if asked for."""
+        ring = None
+        if self.num_grads is not None:
+            ring = jax.tree.map(lambda x: jnp.zeros((self.num_grads, *x.shape), x.dtype), weights)
+        return Gradients(ring, jnp.zeros((), jnp.int32))
+
+    def update(self, state: Gradients, seen: Context) -> Gradients:
+        """The newest takes the place of the oldest."""
+        if self.num_grads is None:
+            return state._replace(num_seen=state.num_seen + 1)
+        place = state.num_seen % self.num_grads
+        ring = jax.tree.map(lambda rows, g: rows.at[place].set(g.astype(rows.dtype)), state.ring, seen.grads)
+        return Gradients(ring, state.num_seen + 1)
+
+    def gradients(self, state: Gradients, seen: Context) -> tuple[Block, Int[Array, ""]]:
+        """The block of gradients, and how many of its rows are filled."""
+        if seen.per_example_grads is not None:
+            given = drop_others(seen.per_example_grads, seen.mask)
+            return given, jnp.asarray(len(jax.tree.leaves(given)[0]), jnp.int32)
+        if state.ring is None:
+            raise ValueError(
+                "`per_example_grads` must be given, the gradients that make the Fisher: pass `grads_fn` to "
+                "`prune_once`, pass it to `tx.update(...)`, or keep those of the training loop by "
+                "`num_grads=`."
+            )
+        return state.ring, jnp.clip(state.num_seen, 1, self.num_grads)
+
+
+class _Kind(NamedTuple):
     """What the compiled functions depend on; a damping of another size compiles nothing."""
 
     update: str
-    is_relative: bool
     block_size: int | None
     with_slope: bool
     patterns: tuple[Pattern, ...] = ()
 
 
-def second_order(
-    update: str,
-    damping: Tolerance,
-    block_size: int | None,
-    with_slope: bool,
-    num_grads: int | None,
-    batch_size: int,
-) -> Saliency:
+@settings()
+class SecondOrder(_FromGradients):
     """Scores and moves by the inverse Fisher, as `obs` and `wood_taylor` say."""
-    if update not in _MOVES:
-        names = ", ".join(f'"{name}"' for name in _MOVES)
-        raise ValueError(f'`update` must be one of {names}, got "{update}".')
-    is_relative = isinstance(damping, Relative)
-    amount = damping.factor if isinstance(damping, Relative) else damping
-    if not 0 < amount < math.inf:
-        raise ValueError(
-            f"`damping` must be positive and finite, got {amount}: F from few gradients is singular without."
+
+    update_by: str
+    damping: Tolerance
+    block_size: int | None
+    with_slope: bool
+
+    def __post_init__(self) -> None:
+        if self.update_by not in _MOVES:
+            names = ", ".join(f'"{name}"' for name in _MOVES)
+            raise ValueError(f'`update` must be one of {names}, got "{self.update_by}".')
+        amount = self._damping.amount
+        if not 0 < amount < math.inf:
+            raise ValueError(
+                f"`damping` must be positive and finite, got {amount}: F from few gradients is singular "
+                "without."
+            )
+        _check_counts(num_grads=self.num_grads, batch_size=self.batch_size, block_size=self.block_size)
+
+    @property
+    def _damping(self) -> Amount:
+        return self.damping if isinstance(self.damping, Amount) else Amount(self.damping)
+
+    def scores(self, state: Gradients, seen: Context) -> Params:
+        """What single weights cost, or groups."""
+        grads, count = self.gradients(state, seen)
+        # Single scores and the moves that do not follow from them share what is compiled.
+        update = "greedy" if self.update_by == "greedy" else "none"
+        kind = _Kind(update, self.block_size, self.with_slope, _grouping(seen.pattern, seen.weights))
+        numbers = (self._damping, self.batch_size, count)
+        scores, verdict = _scored(kind, grads, numbers, seen.mask, seen.weights)
+        _check(verdict, grads, self.block_size)
+        return scores
+
+    def compensate(self, state: Gradients, seen: Context, mask: Params) -> tuple[Params, Float[Array, ""]]:
+        """The move of the kept ones."""
+        grads, count = self.gradients(state, seen)
+        kind = _Kind(
+            "joint" if self.update_by == "greedy" else self.update_by, self.block_size, self.with_slope
         )
-    _check_counts(num_grads=num_grads, batch_size=batch_size, block_size=block_size)
-    # Single scores and the moves that do not follow from them share what is compiled.
-    ranking = _Settings("greedy" if update == "greedy" else "none", is_relative, block_size, with_slope)
-    moving = _Settings("joint" if update == "greedy" else update, is_relative, block_size, with_slope)
-
-    def scores(state: Gradients, dense: Params, /, **extra: Any) -> Params:
-        grads, filled = _gradients(state, extra)
-        settings = ranking._replace(patterns=_grouping(extra.get("pattern"), dense))
-        return _scores(settings, grads, (amount, filled, batch_size), state.mask, dense)
-
-    def compensate(
-        state: Gradients, dense: Params, mask: Params, /, **extra: Any
-    ) -> tuple[Params, Float[Array, ""]]:
-        grads, filled = _gradients(state, extra)
-        return _moved(moving, grads, (amount, filled, batch_size), state.mask, dense, mask)
-
-    return Saliency(*_memory(num_grads), scores, compensate)
+        numbers = (self._damping, self.batch_size, count)
+        moved, increase, verdict = _moved(kind, grads, numbers, seen.mask, seen.weights, mask)
+        if verdict is not None:
+            _check(verdict, grads, self.block_size)
+        return moved, increase
 
 
-def diagonal_only(num_grads: int | None, batch_size: int) -> Saliency:
+@settings()
+class DiagonalOnly(_FromGradients):
     """½ w_q² F_qq, without moves."""
-    _check_counts(num_grads=num_grads, batch_size=batch_size)
 
-    def scores(state: Gradients, dense: Params, /, **extra: Any) -> Params:
-        return _diagonal_scores(*_gradients(state, extra), state.mask, dense, batch_size)
+    def __post_init__(self) -> None:
+        _check_counts(num_grads=self.num_grads, batch_size=self.batch_size)
 
-    def compensate(
-        state: Gradients, dense: Params, mask: Params, /, **extra: Any
-    ) -> tuple[Params, Float[Array, ""]]:
+    def scores(self, state: Gradients, seen: Context) -> Params:
+        """½ w_q² F_qq."""
+        grads, count = self.gradients(state, seen)
+        return _diagonal_scores(grads, count, seen.mask, seen.weights, self.batch_size)
+
+    def compensate(self, state: Gradients, seen: Context, mask: Params) -> tuple[Params, Float[Array, ""]]:
+        """The weights as they are, and the sum of what goes."""
         costs = jax.tree.map(
-            lambda s, a, m: jnp.sum(jnp.where(a & ~m, s, 0)), scores(state, dense, **extra), state.mask, mask
+            lambda s, a, m: jnp.sum(jnp.where(a & ~m, s, 0)), self.scores(state, seen), seen.mask, mask
         )
-        return dense, jnp.sum(jnp.stack(jax.tree.leaves(costs)))
-
-    return Saliency(*_memory(num_grads), scores, compensate)
+        return seen.weights, jnp.sum(jnp.stack(jax.tree.leaves(costs)))
 
 
-# -- gradients -----------------------------------------------------------------------------------
-
-
-def _memory(num_grads: int | None) -> tuple[Callable[[Params], Gradients], Callable[..., Gradients]]:
-    """`init` and `update`: a ring of gradients, if asked for, and the mask they are to be read with."""
-
-    def init(dense: Params) -> Gradients:
-        mask = jax.tree.map(lambda x: jnp.full_like(x, True, dtype=bool), dense)
-        ring = None
-        if num_grads is not None:
-            ring = jax.tree.map(lambda x: jnp.zeros((num_grads, *x.shape), x.dtype), dense)
-        return Gradients(mask, ring, jnp.zeros((), jnp.int32))
-
-    def update(state: Gradients, grads: Params, dense: Params, mask: Params, /, **extra: Any) -> Gradients:
-        if num_grads is None:
-            return state._replace(mask=mask, num_seen=state.num_seen + 1)
-        place = state.num_seen % num_grads
-        ring = jax.tree.map(lambda rows, g: rows.at[place].set(g.astype(rows.dtype)), state.ring, grads)
-        return Gradients(mask, ring, state.num_seen + 1)
-
-    return init, update
-
-
-def _gradients(state: Gradients, extra: dict[str, Any]) -> tuple[Block, Array | float]:
-    """The block of gradients, and the share of its rows that are filled."""
-    given = extra.get("per_example_grads")
-    if given is not None:
-        return drop_others(given, state.mask), 1.0
-    if state.ring is None:
-        raise ValueError(
-            "`per_example_grads` must be given, the gradients that make the Fisher: pass `grads_fn` to "
-            "`prune_once`, pass it to `tx.update(...)`, or keep those of the training loop by `num_grads=`."
-        )
-    size = jax.tree.leaves(state.ring)[0].shape[0]
-    return state.ring, jnp.clip(state.num_seen, 1, size) / size
-
-
-def _grouping(pattern: Patterns | None, dense: Params) -> tuple[Pattern, ...]:
+def _grouping(pattern: Patterns, weights: Params) -> tuple[Pattern, ...]:
     """The pattern of every leaf; nothing where every weight goes on its own."""
-    patterns = () if pattern is None else tuple(patterns_of(pattern, dense))
-    return () if are_single(patterns) else patterns
-
-
-# -- compiled ------------------------------------------------------------------------------------
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _scores(settings: _Settings, grads: Block, numbers: _Numbers, active: Params, dense: Params) -> Params:
-    models, weights = _models(settings, grads, numbers, active), _blocks(settings, dense, active)
-    if settings.patterns:
-        optima = [_quadratic.each(_quadratic.optimum, *pair) for pair in zip(models, weights, strict=True)]
-        return set_scores(models, optima, active, settings.patterns, settings.block_size)
-    if settings.update == "greedy":
-        parts = [_in_turn(*column) for column in zip(models, weights, _flags(settings, active), strict=True)]
-    else:
-        parts = [_quadratic.each(_quadratic.single_scores, *p) for p in zip(models, weights, strict=True)]
-    scores = _quadratic.from_blocks(parts, dense)
-    return jax.tree.map(lambda m, s: jnp.where(m, s, -jnp.inf), active, scores)
-
-
-def _in_turn(models: _quadratic.Quadratic, weights: Array, active: Array) -> Array:
-    steps = jnp.max(jnp.sum(active, axis=1))
-
-    def score(model: _quadratic.Quadratic, weights: Array, active: Array) -> Array:
-        return _quadratic.greedy_scores(model, weights, active, steps)
-
-    return _quadratic.each(score, models, weights, active)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _moved(
-    settings: _Settings, grads: Block, numbers: _Numbers, active: Params, dense: Params, mask: Params
-) -> tuple[Params, Float[Array, ""]]:
-    models = _models(settings, grads, numbers, jax.tree.map(jnp.logical_or, active, mask))
-    # A weight that comes back, as the rule that chose may have it, goes from 0 to its dense copy w: the same
-    # to the others as if one of −w went to 0.
-    signed = jax.tree.map(lambda w, a: jnp.where(a, w, -w), dense, active)
-    weights = _blocks(settings, signed, jax.tree.map(jnp.logical_or, active, mask))
-    pruned = _flags(settings, jax.tree.map(jnp.not_equal, active, mask))
-    kept = _flags(settings, jax.tree.map(jnp.logical_and, active, mask))
-    columns = zip(models, weights, pruned, kept, strict=True)
-    moves = [_quadratic.each(_MOVES[settings.update], *column) for column in columns]
-    rises = [jnp.sum(_quadratic.each(_quadratic.increase, *pair)) for pair in zip(models, moves, strict=True)]
-    step = _quadratic.from_blocks(moves, dense)
-    # A pruned weight keeps its dense copy: the mask is what makes it zero.
-    free = jax.tree.map(lambda a, m: a & m, active, mask)
-    moved = jax.tree.map(lambda w, f, s: jnp.where(f, w + s, w).astype(w.dtype), dense, free, step)
-    return moved, jnp.sum(jnp.stack(rises))
-
-
-@functools.partial(jax.jit, static_argnums=4)
-def _diagonal_scores(
-    grads: Block, filled: Array | float, active: Params, dense: Params, batch_size: int
-) -> Params:
-    def leaf(m: Array, g: Array, w: Array) -> Array:
-        wide = _tree.wide(g)
-        squares = batch_size * jnp.mean(wide**2, axis=0) / filled
-        return jnp.where(m, _tree.wide(w) ** 2 * squares / 2, -jnp.inf)
-
-    return jax.tree.map(leaf, active, grads, dense)
-
-
-def _models(
-    settings: _Settings, grads: Block, numbers: _Numbers, active: Params
-) -> list[_quadratic.Quadratic]:
-    _, is_relative, block_size, with_slope, _ = settings
-    amount, filled, batch_size = numbers
-    damping = Relative(amount) if is_relative else amount
-    return _quadratic.models_of(grads, active, damping, block_size, filled, batch_size, with_slope)
-
-
-def _blocks(settings: _Settings, dense: Params, active: Params) -> list[Array]:
-    dtype = _tree.accumulator_dtype(dense)
-    masked = jax.tree.map(lambda m, w: jnp.where(m, w, 0).astype(dtype), active, dense)
-    return _quadratic.in_blocks(jax.tree.leaves(masked), settings.block_size)
-
-
-def _flags(settings: _Settings, flags: Params) -> list[Array]:
-    return _quadratic.in_blocks(jax.tree.leaves(flags), settings.block_size)
+    patterns = tuple(patterns_of(pattern, weights))
+    return () if all(pattern == unstructured() for pattern in patterns) else patterns
 
 
 def _check_counts(**counts: int | None) -> None:
     for name, count in counts.items():
         if count is not None and count < 1:
             raise ValueError(f"`{name}` must be at least 1, got {count}.")
+
+
+def _check(verdict: Verdict, grads: Block, block_size: int | None) -> None:
+    """An error if some block's damping is too weak for the precision; nothing inside `jit`."""
+    verdict.check(Blocking.of(row(grads), block_size), "per_example_grads", "A smaller `block_size` helps")
+
+
+# -- compiled ------------------------------------------------------------------------------------
+
+_Numbers = tuple[Amount, Any, Int[Array, ""]]
+"""The damping, how many examples a gradient is the mean of, and how many gradients there are."""
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _scored(
+    kind: _Kind, grads: Block, numbers: _Numbers, active: Params, weights: Params
+) -> tuple[Params, Verdict]:
+    model = _model_of(kind, grads, numbers, active)
+    inverse, cut = model.inverse(), model.blocking.cut
+    u = _model.optimum(model, inverse, cut(jax.tree.map(lambda m, w: jnp.where(m, w, 0), active, weights)))
+    if kind.patterns:
+        found = _scores.set_scores(inverse, model.blocking.join(u), active, _sets(kind.patterns))
+    elif kind.update == "greedy":
+        found = model.blocking.join(_scores.greedy_scores(inverse, u, cut(active)))
+    else:
+        found = model.blocking.join(_scores.single_scores(inverse, u))
+    scores = jax.tree.map(lambda m, s: jnp.where(m, s, -jnp.inf), active, found)
+    return scores, _with_lost(inverse, cut(scores), u)
+
+
+def _with_lost(inverse: InverseFisher, scores: Parts, u: Parts) -> Verdict:
+    """A block is also lost if some score is NaN that should not be: its pivot was nothing but rounding."""
+    lost = [
+        sum(jnp.any(jnp.isnan(s) & jnp.isfinite(x), axis=-1) for s, x in zip(*part, strict=True)) > 0
+        for part in zip(*map(inverse.blocking.coupled, (scores, u)), strict=True)
+    ]
+    verdict = verdict_of(inverse)
+    residuals = zip(verdict.residuals, lost, strict=True)
+    return verdict._replace(residuals=tuple(jnp.where(bad, jnp.inf, x) for x, bad in residuals))
+
+
+def _sets(patterns: tuple[Pattern, ...]) -> list[_scores.Sets]:
+    sets = []
+    for members in together(patterns):
+        mine = [patterns[i] for i in members]
+        gather, scatter = tuple(p.group for p in mine), tuple(p.ungroup for p in mine)
+        sets.append(_scores.Sets(tuple(members), gather, scatter, mine[0].at_most is not None))
+    return sets
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _moved(
+    kind: _Kind, grads: Block, numbers: _Numbers, active: Params, weights: Params, mask: Params
+) -> tuple[Params, Float[Array, ""], Verdict | None]:
+    there = jax.tree.map(jnp.logical_or, active, mask)
+    model = _model_of(kind, grads, numbers, there)
+    cut, coupled = model.blocking.cut, model.blocking.coupled
+    # A weight that comes back, as the rule that chose may have it, goes from 0 to its dense copy w: the same
+    # to the others as if one of −w went to 0.
+    signed = cut(jax.tree.map(lambda w, a, t: jnp.where(t, jnp.where(a, w, -w), 0), weights, active, there))
+    free = jax.tree.map(jnp.logical_and, active, mask)
+    pruned, kept = cut(jax.tree.map(jnp.not_equal, active, mask)), cut(free)
+    moves, inverse = _MOVES[kind.update](model, signed, pruned, kept)
+    increases = _model.increases(model, moves)
+    if inverse is not None:
+        # Where the damping is too weak nothing moves, and nothing is promised.
+        is_good = [x <= INACCURATE for x in inverse.residuals]
+        increases = [jnp.where(good, x, jnp.nan) for good, x in zip(is_good, increases, strict=True)]
+        parts = zip(is_good, coupled(moves), strict=True)
+        moves = tuple(jnp.where(good[:, None], x, 0) for good, part in parts for x in part)
+    # A pruned weight keeps its dense copy: the mask is what makes it zero.
+    moved = jax.tree.map(
+        lambda w, f, s: jnp.where(f, w + s, w).astype(w.dtype), weights, free, model.blocking.join(moves)
+    )
+    increase = jnp.sum(jnp.concatenate(increases))
+    return moved, increase, None if inverse is None else verdict_of(inverse)
+
+
+def _model_of(kind: _Kind, grads: Block, numbers: _Numbers, there: Params) -> _model.Model:
+    damping, batch_size, count = numbers
+    return _model.model_of(
+        grads, there, damping, kind.block_size, batch_size, count, with_slope=kind.with_slope
+    )
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def _diagonal_scores(
+    grads: Block, count: Int[Array, ""], active: Params, weights: Params, batch_size: int
+) -> Params:
+    def leaf(m: Array, g: Array, w: Array) -> Array:
+        squares = batch_size * jnp.sum(_tree.wide(g) ** 2, axis=0) / count
+        return jnp.where(m, _tree.wide(w) ** 2 * squares / 2, -jnp.inf)
+
+    return jax.tree.map(leaf, active, grads, weights)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -11,36 +10,11 @@ import optax
 from jaxtyping import Array, Float
 
 from hessjax._core import _tree
-from hessjax._core._types import LossFn, ModelFn
+from hessjax._core._types import ModelFn, settings
 
 
-@dataclass(frozen=True)
-class _Distillation:
-    """The parts of the loss; made of equal parts, two are equal and share compiled code."""
-
-    model_fn: ModelFn
-    teacher_fn: ModelFn
-    output_loss: Callable[..., Any]
-    temperature: float | int
-    alpha: float | int
-
-    def __call__(self, params: Any, *args: Any) -> Float[Array, ""]:
-        student = self.model_fn(params, *args)
-        taught = jnp.zeros(())
-        if self.alpha > 0:
-            teacher = jax.lax.stop_gradient(self.teacher_fn(*args))
-            taught = softened_divergence(student, teacher, self.temperature)
-        task = self.output_loss(student, *args) if self.alpha < 1 else jnp.zeros(())
-        return self.alpha * taught + (1 - self.alpha) * task
-
-
-def distillation(
-    model_fn: ModelFn,
-    teacher_fn: Callable[..., Any],
-    output_loss: Callable[..., Any],
-    temperature: float | int = 2.0,
-    alpha: float | int = 0.5,
-) -> LossFn:
+@settings()
+class Distillation:
     """The loss of a student that learns from a teacher's outputs and from the task.
 
     With logits z of the student, t of the teacher, and the softmax σ over the last axis,
@@ -49,6 +23,9 @@ def distillation(
 
     the divergence being a mean over all leading axes. T² keeps its gradient of the size of the task's,
     whatever the temperature. No gradient flows into the teacher.
+
+    It is a loss like any other, `loss_fn(params, *args) -> scalar`, in nats where `output_loss` is; those of
+    equal parts are equal and share compiled code.
 
     Args:
         model_fn: `(params, *args) -> logits`, an array whose last axis is the classes, or a pytree of such,
@@ -59,9 +36,6 @@ def distillation(
         temperature: T, positive.
         alpha: α in [0, 1], the weight of the teacher. 0 is the task alone, 1 the teacher alone; what has no
             weight is not computed.
-
-    Returns:
-        `loss_fn(params, *args) -> scalar`, in nats where `output_loss` is.
 
     Raises:
         ValueError: a temperature that is not positive and finite, `alpha` outside [0, 1]; by the loss, if the
@@ -87,11 +61,29 @@ def distillation(
         >>> bool(loss_fn(sparse, batch) > loss_fn(dense, batch) == task(model_fn(dense, batch), batch) / 2)
         True
     """
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"`temperature` must be positive and finite, got {temperature}.")
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"`alpha` must be in [0, 1], the weight of the teacher, got {alpha}.")
-    return _Distillation(model_fn, teacher_fn, output_loss, temperature, alpha)
+
+    model_fn: ModelFn
+    teacher_fn: Callable[..., Any]
+    output_loss: Callable[..., Any]
+    temperature: float | int = 2.0
+    alpha: float | int = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"`temperature` must be positive and finite, got {self.temperature}.")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"`alpha` must be in [0, 1], the weight of the teacher, got {self.alpha}.")
+
+    def __call__(self, params: Any, *args: Any) -> Float[Array, ""]:
+        """The loss."""
+        student = self.model_fn(params, *args)
+        taught = jnp.zeros(())
+        # What has no weight is not computed, nor its NaN multiplied by 0.
+        if self.alpha > 0:
+            teacher = jax.lax.stop_gradient(self.teacher_fn(*args))
+            taught = softened_divergence(student, teacher, self.temperature)
+        task = self.output_loss(student, *args) if self.alpha < 1 else jnp.zeros(())
+        return self.alpha * taught + (1 - self.alpha) * task
 
 
 def softened_divergence(student: Any, teacher: Any, temperature: float | int) -> Float[Array, ""]:
@@ -104,4 +96,8 @@ def softened_divergence(student: Any, teacher: Any, temperature: float | int) ->
         )
         for z, t in pairs
     ]
+    # The gradient of the divergence shrinks by T²: this makes up for it.
     return temperature**2 * sum((jnp.mean(d) for d in divergences), jnp.zeros(()))
+
+
+distillation = Distillation

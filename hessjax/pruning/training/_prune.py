@@ -1,21 +1,25 @@
 """Pruning during training: a wrapper round any optax optimizer that keeps the params exactly sparse."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from hessjax._core import _tree
-from hessjax._core._types import Params, Where
-from hessjax.pruning._sparsity import Schedule, check_sparsity, cond_now
-from hessjax.pruning.allocations._allocation import Allocation, global_threshold
-from hessjax.pruning.allocations._threshold import Threshold
-from hessjax.pruning.patterns._by_path import Patterns
-from hessjax.pruning.patterns._pattern import unstructured
-from hessjax.pruning.saliencies._saliency import Saliency, drop_others
+from hessjax._core._axes import is_matrix
+from hessjax._core._types import Block, Params, Where
+from hessjax.pruning._ranking import Schedule, cond_now
+from hessjax.pruning.allocations._allocation import AllocationRule, global_threshold
+from hessjax.pruning.allocations._densities import Threshold
+from hessjax.pruning.patterns._pattern import Patterns, unstructured
+from hessjax.pruning.saliencies._saliency import Context, Nested, Saliency, drop_others
 from hessjax.pruning.training._state import (
+    Budget,
+    Choice,
+    MaskSteps,
     PruneState,
     copy_selected,
     land,
@@ -24,21 +28,8 @@ from hessjax.pruning.training._state import (
     second,
     unmask,
 )
-from hessjax.pruning.training._steps import (
-    check_budget,
-    check_first_step,
-    check_steps,
-    is_mask_step,
-    some_mask_steps,
-)
 
-
-def is_matrix(path: str, leaf: Any) -> bool:
-    """Whether a leaf has two or more axes: matrices, kernels, embeddings; no scales, and no biases.
-
-    (Attention has biases of two axes, heads and their entries: they are called `bias` all the same.)
-    """
-    return jnp.ndim(leaf) >= 2 and path.rsplit("/", 1)[-1] != "bias"
+NESTED = Nested()
 
 
 def prune(
@@ -46,7 +37,7 @@ def prune(
     saliency: Saliency,
     sparsity: float | int | Schedule | Threshold,
     *,
-    allocation: Allocation = global_threshold(),  # noqa: B008 (a value, never changed)
+    allocation: AllocationRule = global_threshold(),  # noqa: B008 (a value, never changed)
     pattern: Patterns = unstructured(),  # noqa: B008 (a value, never changed)
     where: Where = is_matrix,
     every: int = 100,
@@ -102,8 +93,10 @@ def prune(
             the params.
 
     Returns:
-        An optax transformation. Its `update` needs `params`, and hands further keyword arguments on to
-        `inner` and to the saliency. `mask_of(opt_state)` gives the mask.
+        An optax transformation. Its `update` needs `params`. `tx.update(grads, state, params,
+        per_example_grads=...)` hands a saliency gradients of single examples: a block, or a function
+        `params -> block` that is called at mask steps only. Further keyword arguments go on to `inner`.
+        `mask_of(opt_state)` gives the mask.
 
     Raises:
         ValueError: for `sparsity` outside [0, 1), `every` < 1, `start` < 0, `start` > `stop`, or `regrow` off
@@ -136,94 +129,151 @@ def prune(
         Array([[-4.1, -3.1,  0. ,  0. ],
                [ 0. ,  0. ,  1.9,  2.9]], dtype=float32)
     """
-    check_steps(every, start, stop)
-    if not callable(sparsity) and not isinstance(sparsity, Threshold):
-        check_sparsity(sparsity)
-    if isinstance(inner, optax.MultiSteps):  # which hands extra arguments on only as a transformation
-        inner = inner.gradient_transformation()
-    inner = optax.with_extra_args_support(inner)
-    compensates, gates = saliency.compensate is not None, saliency.gates
-    dense_is_truth = gates is not None or dense_dtype is not None
-    if dense_is_truth and not regrow:
-        raise ValueError(
-            "`regrow` must be True under gates or a `dense_dtype`, which keep dense weights, got False."
-        )
+    rule = _Pruning(
+        steps=MaskSteps(every, start, stop),
+        budget=Budget(sparsity, allocation, pattern),
+        inner=_with_extra_args(inner),
+        saliency=saliency,
+        where=where,
+        regrow=regrow,
+        straight_through=straight_through,
+        dense_dtype=dense_dtype,
+    )
+    return optax.GradientTransformationExtraArgs(rule.init, rule.update)
 
-    def choose(dense: Params, old: Params, scorer: Any, count: Any, extra: dict[str, Any]) -> dict[str, Any]:
-        """The fields of the state that a mask step changes."""
-        extra = {"pattern": pattern, **extra}
-        scores = saliency.scores(scorer, dense, **extra)
-        choice: dict[str, Any] = {"num_nan": _num_nan(scores)}
-        if not regrow:
-            scores = jax.tree.map(lambda s, m: jnp.where(m, s, -jnp.inf), scores, old)
-        asked = sparsity(count) if callable(sparsity) else sparsity
-        if isinstance(asked, Threshold):
-            mask, asked = asked.mask(scores, count, pattern)
-        else:
-            mask = allocation(scores, asked, pattern)
-        mask = mask if regrow else jax.tree.map(jnp.logical_and, mask, old)
-        choice |= {"mask": mask, "sparsity": jnp.asarray(asked, jnp.float32)}
-        if saliency.compensate is not None:
-            dense, increase = saliency.compensate(scorer, dense, mask, **extra)
-            choice |= {"dense": dense, "predicted_increase": jnp.asarray(increase, jnp.float32)}
-        return choice
 
-    def init(params: Params) -> PruneState:
-        dense = copy_selected(params, where, dense_dtype)
-        check_budget(sparsity, allocation, pattern, dense, some_mask_steps(every, start, stop), stop)
-        scorer, count = saliency.init(dense), jnp.zeros((), jnp.int32)
-        if compensates or saliency.needs_grads:
-            check_first_step(sparsity, start, compensates)
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Pruning:
+    """The arguments of `prune`, and the two functions of its transformation."""
+
+    steps: MaskSteps
+    budget: Budget
+    inner: optax.GradientTransformationExtraArgs
+    saliency: Saliency
+    where: Where
+    regrow: bool
+    straight_through: bool
+    dense_dtype: Any
+
+    def __post_init__(self) -> None:
+        if self._dense_is_truth and not self.regrow:
+            raise ValueError(
+                "`regrow` must be True under gates or a `dense_dtype`, which keep dense weights, got False."
+            )
+
+    @property
+    def _dense_is_truth(self) -> bool:
+        """Whether params cannot be read back: gates multiply them, or a narrower dtype rounds them."""
+        return self.saliency.gated or self.dense_dtype is not None
+
+    def init(self, params: Params) -> PruneState:
+        """The state at T = 0; under `start=0` with the mask that the first update imposes."""
+        dense, count = copy_selected(params, self.where, self.dense_dtype), jnp.zeros((), jnp.int32)
+        self.budget.check(dense, self.steps)
+        scorer, compensates = self.saliency.init(dense), self.saliency.compensates
+        if compensates or self.saliency.needs_grads:
+            self.budget.check_first(self.steps.start, compensates)
         full = jax.tree.map(lambda x: jnp.full_like(x, True, dtype=bool), dense)
         # No array stands twice in the state, so that a loop may donate it.
-        choice = {"mask": full, "sparsity": jnp.zeros((), jnp.float32), "num_nan": jnp.zeros((), jnp.int32)}
-        choice |= {"predicted_increase": jnp.zeros((), jnp.float32)} if compensates else {}
-        if start == 0 and not compensates:
-            choice = choose(dense, full, scorer, count, {})
-        inner_state = inner.init(params if dense_dtype is None else on_selected(second, params, dense))
-        return PruneState(count, inner_state, dense if regrow else None, saliency=scorer, **choice)
+        increase = jnp.zeros((), jnp.float32) if compensates else None
+        choice = Choice(full, jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32), None, increase)
+        if self.steps.start == 0 and not compensates:
+            choice = self._choose(scorer, Context(dense, full, count, pattern=self.budget.pattern))
+        inner = self.inner.init(params if self.dense_dtype is None else on_selected(second, params, dense))
+        return self._state(count, inner, dense, scorer, choice)
 
-    def weights_of(params: Params, state: PruneState) -> Params:
+    def update(
+        self,
+        grads: Params,
+        state: PruneState,
+        params: Params | None = None,
+        *,
+        per_example_grads: Any = None,
+        **extra: Any,
+    ) -> tuple[Params, PruneState]:
+        """What takes the params to the masked weights after a step of `inner`, and the next state."""
+        _check_update(grads, params)
+        count, weights = optax.safe_increment(state.num_updates), self._weights(params, state)
+        if per_example_grads is not None:
+            extra["per_example_grads"] = per_example_grads  # for a `prune` inside
+        through = self._masked_grads(grads, state, weights)
+        steps, inner = self.inner.update(through, state.inner, weights, **extra)
+        # Scores learn at the weights that the gradient belongs to, and rank those after the step.
+        before, dense = (drop_others(x, state.mask) for x in (weights, optax.apply_updates(weights, steps)))
+        block = None if callable(per_example_grads) else per_example_grads
+        seen = self._seen(before, state.mask, count, grads, block)
+        scorer = self.saliency.update(state.saliency, seen)
+
+        def choose() -> Choice:
+            found = per_example_grads(params) if callable(per_example_grads) else block
+            return self._choose(scorer, self._seen(dense, state.mask, count, grads, found))
+
+        choice = cond_now(self.steps.are_at(count), choose, lambda: self._rest(state, dense))
+        # They went through the `cond` only where a saliency moves them.
+        dense = dense if choice.moved is None else choice.moved
+        landing = dense
+        if self.saliency.gated:
+            landing = jax.tree.map(jnp.multiply, landing, self.saliency.gates(scorer))
+        updates = on_selected(land, steps, choice.mask, landing, params)
+        return updates, self._state(count, inner, dense, scorer, choice)
+
+    def _weights(self, params: Params, state: PruneState) -> Params:
         """What `inner` sees for params."""
-        if dense_is_truth:
+        if self._dense_is_truth:
             return on_selected(second, params, state.dense)
         return params if state.dense is None else on_selected(unmask, params, state.mask, state.dense)
 
-    def grads_of(grads: Params, state: PruneState, weights: Params) -> Params:
+    def _masked_grads(self, grads: Params, state: PruneState, weights: Params) -> Params:
         """What `inner` sees for gradients."""
-        through = grads if straight_through else on_selected(masked, grads, state.mask)
-        if gates is not None:
-            through = on_selected(jnp.multiply, through, gates(state.saliency))
-        return _tree.cast_like(through, weights) if dense_is_truth else through
+        through = grads if self.straight_through else on_selected(masked, grads, state.mask)
+        if self.saliency.gated:
+            through = on_selected(jnp.multiply, through, self.saliency.gates(state.saliency))
+        return _tree.cast_like(through, weights) if self._dense_is_truth else through
 
-    def update(
-        grads: Params, state: PruneState, params: Params | None = None, **extra: Any
-    ) -> tuple[Params, PruneState]:
-        _check_update(grads, params)
-        count = optax.safe_increment(state.num_updates)
-        weights = weights_of(params, state)
-        steps, inner_state = inner.update(grads_of(grads, state, weights), state.inner, weights, **extra)
-        before, dense = (drop_others(x, state.mask) for x in (weights, optax.apply_updates(weights, steps)))
-        scorer = saliency.update(state.saliency, drop_others(grads, state.mask), before, state.mask, **extra)
-        rest = {"mask": state.mask, "sparsity": state.sparsity, "num_nan": state.num_nan}
-        if compensates:  # the others need not pay for dense weights going through `cond`
-            rest |= {"dense": dense, "predicted_increase": state.predicted_increase}
-        choice = {"dense": dense} | cond_now(
-            is_mask_step(count, every, start, stop),
-            lambda: choose(dense, state.mask, scorer, count, extra),
-            lambda: rest,
-        )
-        landing = choice["dense"]
-        if gates is not None:
-            landing = jax.tree.map(jnp.multiply, landing, gates(scorer))
-        updates = on_selected(land, steps, choice["mask"], landing, params)
-        choice["dense"] = choice["dense"] if regrow else None
-        return updates, PruneState(count, inner_state, saliency=scorer, **choice)
+    def _seen(
+        self, weights: Params, mask: Params, count: Int[Array, ""], grads: Params, block: Block | None
+    ) -> Context:
+        """What the saliency gets to see of it: the leaves that are pruned."""
+        rows = None if block is None else drop_others(block, mask)
+        return Context(weights, mask, count, drop_others(grads, mask), rows, self.budget.pattern)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    def _choose(self, scorer: Any, seen: Context) -> Choice:
+        """A mask step."""
+        order = self.saliency.change.order(self.saliency.scores(scorer, seen), seen)
+        num_nan = _num_nan(order)  # before those of weights that never come back are overwritten
+        if not self.regrow:
+            order = NESTED.order(order, seen)
+        mask, asked = self.budget.mask(order, seen.step)
+        mask = self.saliency.change.settle(mask, seen)
+        if not self.regrow:
+            mask = NESTED.settle(mask, seen)
+        choice = Choice(mask, jnp.asarray(asked, jnp.float32), num_nan)
+        if not self.saliency.compensates:
+            return choice
+        moved, increase = self.saliency.compensate(scorer, seen, mask)
+        return choice._replace(moved=moved, predicted_increase=jnp.asarray(increase, jnp.float32))
+
+    def _rest(self, state: PruneState, dense: Params) -> Choice:
+        """Between mask steps all stays as it is."""
+        moved = dense if self.saliency.compensates else None
+        return Choice(state.mask, state.sparsity, state.num_nan, moved, state.predicted_increase)
+
+    def _state(
+        self, count: Int[Array, ""], inner: Any, dense: Params, scorer: Any, choice: Choice
+    ) -> PruneState:
+        """The state, without a dense copy where zeros never come back."""
+        kept = dense if self.regrow else None
+        mask, sparsity, num_nan, _, increase = choice
+        return PruneState(count, inner, kept, mask, scorer, sparsity, num_nan, increase)
 
 
-def _num_nan(scores: Params) -> Array:
+def _with_extra_args(inner: Any) -> optax.GradientTransformationExtraArgs:
+    if isinstance(inner, optax.MultiSteps):  # which hands extra arguments on only as a transformation
+        inner = inner.gradient_transformation()
+    return optax.with_extra_args_support(inner)
+
+
+def _num_nan(scores: Params) -> Int[Array, ""]:
     return sum((jnp.sum(jnp.isnan(x), dtype=jnp.int32) for x in jax.tree.leaves(scores)), jnp.int32(0))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import hessjax as hj
-from hessjax.pruning._sparsity import num_zeros
+from hessjax.pruning._ranking import num_zeros
 
 GLOBAL, UNIFORM = hj.allocations.global_threshold(), hj.allocations.uniform()
 JITTED = {f: jax.jit(f) for f in (GLOBAL, UNIFORM)}
@@ -117,3 +117,34 @@ def test_bad_floors(scores):
 def test_an_unreachable_traced_sparsity_stops_at_the_floors(scores):
     for asked, got in [(0.99, 155 - 3), (-1.0, 0), (jnp.nan, 0)]:
         assert sum(zeros(JITTED[GLOBAL](scores, jnp.float32(asked)))) == got
+
+
+MAKERS = {
+    "GlobalThreshold(floor=0.05)": hj.allocations.global_threshold,
+    "GlobalThreshold(floor=0.1)": lambda: hj.allocations.global_threshold(floor=0.1),
+    "Uniform()": hj.allocations.uniform,
+    "ErdosRenyi()": hj.allocations.erdos_renyi,
+    "Explicit(sparsities={'a': 0.5})": lambda: hj.allocations.explicit({"a": 0.5}),
+    "ByCurvature(curvature={'a': 0.5}, floor=0.05)": lambda: hj.allocations.by_curvature({"a": 0.5}),
+    "Threshold(level=0.1, least=0.005)": lambda: hj.allocations.threshold(0.1),
+}
+
+
+@pytest.mark.parametrize("text", MAKERS)
+def test_equal_settings_are_equal_and_can_be_read(text):
+    first, same = MAKERS[text](), MAKERS[text]()
+    assert first == same
+    assert hash(first) == hash(same)
+    assert repr(first) == text
+    assert sum(first == make() for make in MAKERS.values()) == 1
+
+
+def test_curvatures_are_arrays_and_compile_nothing_anew(compilations):
+    scores = {"a": jnp.arange(4.0), "b": jnp.arange(4.0)}
+    mask = jax.jit(lambda allocation, scores: allocation(scores, 0.5))
+    for number in (1.0, 0.01):
+        if number < 1:
+            del compilations[:]
+        found = mask(hj.allocations.by_curvature({"a": jnp.float32(number), "b": jnp.float32(1.0)}), scores)
+    assert not compilations
+    assert found["a"].tolist() == [False, False, False, True]

@@ -1,5 +1,7 @@
 """Patterns: groups and back again, masks against brute force, and shapes they do not fit."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,8 @@ import pytest
 
 import hessjax as hj
 from hessjax.pruning._ranking import units_of
-from hessjax.pruning.patterns._by_path import patterns_of
+from hessjax.pruning.patterns._pattern import patterns_of
+from hessjax.pruning.patterns._patterns import Along
 
 SHAPES = {
     "unstructured": (hj.patterns.unstructured(), (3, 4)),
@@ -165,6 +168,53 @@ def test_empty_leaves_pass():
         assert int(mask["full"].sum()) in (6, 8)
 
 
+def test_equal_settings_are_equal_and_share_compiled_code():
+    makers = [
+        hj.patterns.unstructured,
+        hj.patterns.filters,
+        hj.patterns.rows,
+        hj.patterns.channels,
+        lambda: hj.patterns.channels(1),
+        lambda: hj.patterns.n_of_m(2, 4),
+        lambda: hj.patterns.n_of_m(2, 4, axis=1),
+        lambda: hj.patterns.blocks((2, 3)),
+        hj.patterns.heads,
+        lambda: hj.patterns.heads(2),
+    ]
+    assert len({make() for make in [*makers, *makers]}) == len(makers)
+    assert hj.patterns.blocks([2, 3]) == hj.patterns.blocks((2, 3))
+    shown = [repr(make()) for make in makers]
+    assert shown == [
+        "unstructured()",
+        "filters()",
+        "rows()",
+        "channels()",
+        "channels(1)",
+        "n_of_m(2, 4)",
+        "n_of_m(2, 4, axis=1)",
+        "blocks((2, 3))",
+        "heads()",
+        "heads(2)",
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Halves(hj.patterns.Pattern):
+    """A pattern of one's own: both halves of a leaf go as a whole."""
+
+    def group(self, leaf):
+        return leaf.reshape(2, -1)
+
+    def ungroup(self, rows, shape):
+        return rows.reshape(shape)
+
+
+def test_a_pattern_of_ones_own():
+    params = {"w": jnp.array([[1.0, 2.0], [0.1, 9.0]])}
+    mask = hj.prune_once(params, hj.saliencies.magnitude(), 0.5, pattern=Halves()).mask
+    np.testing.assert_array_equal(mask["w"], [[False, False], [True, True]])
+
+
 # -- bad input ------------------------------------------------------------------------------------
 
 PARAMS = {"dense": {"kernel": jnp.ones((6, 4))}}
@@ -222,7 +272,7 @@ def test_impossible_patterns(bad):
 
 
 def test_tied_leaves_need_as_many_groups():
-    tied = hj.patterns.rows()._replace(tie="together")
+    tied = Along(0, "rows()", tie="together")
     with pytest.raises(ValueError, match="tied as together must have as many groups"):
         units_of({"a": jnp.ones((2, 3)), "b": jnp.ones((3, 3))}, tied)
 

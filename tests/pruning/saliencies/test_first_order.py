@@ -9,17 +9,21 @@ import pytest
 import hessjax as hj
 
 
+def seen(weights, grads=None, mask=None, step=1):
+    return hj.saliencies.Context(weights, mask, jnp.int32(step), grads)
+
+
 def test_the_running_mean_is_a_weighted_mean_from_the_first_gradient_on():
     rule, rng = hj.saliencies.gradient(decay=0.8), np.random.default_rng(0)
     dense, grads = {"w": jnp.asarray(rng.normal(size=(3, 2)))}, rng.normal(size=(5, 3, 2))
     state = rule.init(dense)
     for k in range(1, 6):
-        state = rule.update(state, {"w": jnp.asarray(grads[k - 1])}, dense, None)
+        state = rule.update(state, seen(dense, {"w": jnp.asarray(grads[k - 1])}))
         weights = 0.8 ** np.arange(k)[::-1]
         mean = np.tensordot(weights / weights.sum(), grads[:k], axes=1)
         np.testing.assert_allclose(state.mean["w"], mean, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(
-        rule.scores(state, dense)["w"], np.abs(mean * dense["w"]), rtol=1e-5, atol=1e-6
+        rule.scores(state, seen(dense))["w"], np.abs(mean * dense["w"]), rtol=1e-5, atol=1e-6
     )
 
 

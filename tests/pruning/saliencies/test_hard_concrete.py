@@ -12,6 +12,10 @@ import hessjax as hj
 KEY = jax.random.key(5)
 
 
+def seen(weights, grads=None, mask=None, step=1):
+    return hj.saliencies.Context(weights, mask, jnp.int32(step), grads)
+
+
 def gate(log_alpha, u):
     s = jax.nn.sigmoid((jnp.log(u) - jnp.log1p(-u) + log_alpha) * 1.5)
     return jnp.clip(s * 1.2 - 0.1, 0, 1)
@@ -80,10 +84,10 @@ def test_the_share_of_open_gates_is_its_probability():
     """P(z > 0) = σ(log α − β log(−γ/ζ)): 20,000 gates within four standard errors."""
     rule = hj.saliencies.hard_concrete(0.0, KEY, optax.sgd(0.0), stop=10, start_open=0.3)
     dense = {"w": jnp.ones((100, 200))}
-    state = rule.update(rule.init(dense), jax.tree.map(jnp.zeros_like, dense), dense, None)
+    state = rule.update(rule.init(dense), seen(dense, jax.tree.map(jnp.zeros_like, dense)))
     share = float(jnp.mean(state.open["w"] > 0))
     assert abs(share - 0.3) < 4 * np.sqrt(0.3 * 0.7 / 20_000)
-    again = rule.update(state, jax.tree.map(jnp.zeros_like, dense), dense, None)
+    again = rule.update(state, seen(dense, jax.tree.map(jnp.zeros_like, dense)))
     assert not np.array_equal(again.open["w"], state.open["w"])
 
 
@@ -117,7 +121,7 @@ def test_open_gates_are_ranked_by_log_alpha():
     rule = hj.saliencies.hard_concrete(1.0, KEY, stop=5)
     state = rule.init({"w": jnp.ones((2, 3))})
     log_alpha = {"w": jnp.array([[9.0, 8.0, 7.0], [6.0, 5.0, 4.0]])}
-    scores = rule.scores(state._replace(log_alpha=log_alpha), None)["w"].ravel()
+    scores = rule.scores(state._replace(log_alpha=log_alpha), seen(None))["w"].ravel()
     assert (np.diff(scores) < 0).all()
 
 

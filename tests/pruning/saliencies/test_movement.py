@@ -12,6 +12,10 @@ import pytest
 import hessjax as hj
 
 
+def seen(weights, grads=None, mask=None, step=1):
+    return hj.saliencies.Context(weights, mask, jnp.int32(step), grads)
+
+
 def problem(seed=0):
     rng = np.random.default_rng(seed)
     params = {"one": rng.normal(size=(5, 8)), "two": rng.normal(size=(8, 3))}
@@ -156,7 +160,7 @@ def test_scores_under_lars_move_by_a_share_of_their_own_size():
         optax.lars(0.01, trust_coefficient=1.0, momentum=0.0), start=hj.saliencies.from_magnitudes
     )
     state = rule.init(dense)
-    after = rule.update(state, grads, dense, None).scores
+    after = rule.update(state, seen(dense, grads)).scores
     for name, before in state.scores.items():
         slope = grads[name] * dense[name]
         step = -0.01 * jnp.linalg.norm(before) * slope / jnp.linalg.norm(slope)
@@ -167,9 +171,9 @@ def test_schedules_of_the_penalty_count_from_zero():
     rule = hj.saliencies.soft_movement(lambda t: jnp.where(t == 0, 0.0, 1.0), optax.sgd(1.0))
     dense = {"w": jnp.ones((1, 2))}
     zero = {"w": jnp.zeros((1, 2))}
-    first = rule.update(rule.init(dense), zero, dense, None)
+    first = rule.update(rule.init(dense), seen(dense, zero))
     np.testing.assert_array_equal(first.scores["w"], 0.0)
-    second = rule.update(first, zero, dense, None)
+    second = rule.update(first, seen(dense, zero))
     np.testing.assert_allclose(second.scores["w"], -0.25 / 2)
 
 

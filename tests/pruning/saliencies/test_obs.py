@@ -12,6 +12,7 @@ from oracles import CONTAINERS, leaves, rows
 
 import hessjax as hj
 from hessjax._core._types import Relative
+from hessjax.pruning.saliencies._saliency import Context
 
 SIZE = 10
 EVERYWHERE = lambda path, leaf: True
@@ -23,6 +24,11 @@ def problem(num_grads=6, seed=0, dtype=None):
     params = leaves(seed, dtype)
     grads = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=(num_grads, *x.shape)), dtype), params)
     return params, grads
+
+
+def seen(params, grads, mask=None):
+    mask = jax.tree.map(lambda x: jnp.full_like(x, True, dtype=bool), params) if mask is None else mask
+    return Context(params, mask, jnp.int32(1), per_example_grads=grads)
 
 
 def vector(tree):
@@ -62,11 +68,8 @@ def flags(params, pruned):
 
 def move(rule, params, grads, pruned, active=()):
     """δ and the predicted increase for the pruned set; `active` are those gone before."""
-    state = rule.init(params)
-    if active:
-        state = state._replace(mask=flags(params, active))
     mask = flags(params, {*pruned, *active})
-    moved, rise = rule.compensate(state, params, mask, per_example_grads=grads)
+    moved, rise = rule.compensate(rule.init(params), seen(params, grads, flags(params, active)), mask)
     return np.where(vector(mask), vector(moved), 0) - vector(params), float(rise)
 
 
@@ -98,7 +101,7 @@ def test_with_a_gradient_the_newton_step_is_part_of_the_minimum(x64, num_grads):
     np.testing.assert_allclose(rise, least, rtol=1e-8)
     inverse = np.linalg.inv(A)
     u = w - inverse @ g
-    scores = vector(rule.scores(rule.init(params), params, per_example_grads=grads))
+    scores = vector(rule.scores(rule.init(params), seen(params, grads)))
     np.testing.assert_allclose(scores, u**2 / np.diag(inverse) / 2, rtol=1e-8)
     formula = -inverse @ g - inverse[:, pruned] @ np.linalg.solve(inverse[np.ix_(pruned, pruned)], u[pruned])
     np.testing.assert_allclose(got, formula, rtol=1e-8, atol=1e-10)
@@ -110,7 +113,7 @@ def test_single_scores_and_summed_moves(x64, block_size):
     A, w, pruned = dense_fisher(grads, 0.05, block_size), vector(params), [0, 3, 5]
     inverse = np.linalg.inv(A)
     rule = hj.saliencies.obs("summed", 0.05, block_size)
-    scores = vector(rule.scores(rule.init(params), params, per_example_grads=grads))
+    scores = vector(rule.scores(rule.init(params), seen(params, grads)))
     np.testing.assert_allclose(scores, w**2 / np.diag(inverse) / 2, rtol=1e-8)
     want = -sum(inverse[:, q] * w[q] / inverse[q, q] for q in pruned)
     want[pruned] = -w[pruned]
@@ -128,7 +131,7 @@ def test_greedy_goes_one_by_one(x64, num_grads, block_size):
     params, grads = problem(num_grads)
     A, w = dense_fisher(grads, 0.05, block_size), vector(params)
     rule = hj.saliencies.obs("greedy", 0.05, block_size)
-    scores = vector(rule.scores(rule.init(params), params, per_example_grads=grads))
+    scores = vector(rule.scores(rule.init(params), seen(params, grads)))
     groups = [range(SIZE)] if block_size is None else [range(3), [3], range(4, 8), range(8, 10)]
     for group in groups:
         group = list(group)
@@ -147,7 +150,7 @@ def test_greedy_goes_one_by_one(x64, num_grads, block_size):
 def test_brain_damage_is_half_w_squared_times_the_diagonal(x64):
     params, grads = problem()
     rule = hj.saliencies.obd(batch_size=3)
-    scores = vector(rule.scores(rule.init(params), params, per_example_grads=grads))
+    scores = vector(rule.scores(rule.init(params), seen(params, grads)))
     want = 3 * vector(params) ** 2 * (rows(grads) ** 2).mean(0) / 2
     np.testing.assert_allclose(scores, want, rtol=1e-12)
     got, rise = move(rule, params, grads, [2, 7])
@@ -160,7 +163,7 @@ def test_the_diagonal_is_that_of_inverse_fisher(x64):
     for block_size in (None, 4):
         diagonal = hj.inverse_fisher(grads, hj.relative(0.1), block_size).diagonal()
         rule = hj.saliencies.obs("joint", hj.relative(0.1), block_size)
-        scores = rule.scores(rule.init(params), params, per_example_grads=grads)
+        scores = rule.scores(rule.init(params), seen(params, grads))
         jax.tree.map(
             lambda s, w, d: np.testing.assert_allclose(s, w**2 / d / 2, rtol=1e-8), scores, params, diagonal
         )
@@ -181,7 +184,7 @@ def test_no_move_of_a_set_costs_less_than_the_joint_one(x64):
 
 def chosen(update, params, grads, number):
     rule = hj.saliencies.obs(update, 0.05)
-    scores = rule.scores(rule.init(params), params, per_example_grads=grads)
+    scores = rule.scores(rule.init(params), seen(params, grads))
     pruned = np.argsort(vector(scores), kind="stable")[:number]
     return move(hj.saliencies.obs("joint", 0.05), params, grads, pruned)[1]
 
@@ -216,8 +219,7 @@ def test_weights_gone_before_do_not_disturb(x64):
     np.testing.assert_allclose(rise, least, rtol=1e-8)
     for update in ("joint", "greedy"):
         rule = hj.saliencies.obs(update, 0.05)
-        state = rule.init(params)._replace(mask=flags(params, gone))
-        scores = vector(rule.scores(state, params, per_example_grads=grads))
+        scores = vector(rule.scores(rule.init(params), seen(params, grads, flags(params, gone))))
         assert np.flatnonzero(np.isneginf(scores)).tolist() == gone
 
 
@@ -225,8 +227,8 @@ def test_weights_gone_before_do_not_disturb(x64):
 def test_a_weight_that_comes_back_is_made_up_for_too(x64, update):
     params, grads = problem()
     rule, w, live = hj.saliencies.obs(update, 0.05), vector(params), [i for i in range(SIZE) if i != 1]
-    state = rule.init(params)._replace(mask=flags(params, [1, 8]))
-    moved, rise = rule.compensate(state, params, flags(params, [1, 3, 5]), per_example_grads=grads)
+    context = seen(params, grads, flags(params, [1, 8]))
+    moved, rise = rule.compensate(rule.init(params), context, flags(params, [1, 3, 5]))
     A, signed = dense_fisher(grads, 0.05)[np.ix_(live, live)], np.where(np.arange(SIZE) == 8, -w, w)[live]
     changed = [live.index(i) for i in (3, 5, 8)]
     want, least = kkt(A, signed, changed)
@@ -243,7 +245,7 @@ def test_without_any_gradient_the_scores_rank_by_magnitude():
     params, grads = problem()
     grads = jax.tree.map(jnp.zeros_like, grads)
     rule = hj.saliencies.obs()
-    scores = vector(rule.scores(rule.init(params), params, per_example_grads=grads))
+    scores = vector(rule.scores(rule.init(params), seen(params, grads)))
     assert np.argsort(scores).tolist() == np.argsort(np.abs(vector(params))).tolist()
     got, rise = move(rule, params, grads, [3])
     assert np.flatnonzero(got).tolist() == [3]
@@ -266,9 +268,8 @@ def test_float32_and_narrow_params_are_near_float64():
     got, _ = move(hj.saliencies.obs("joint", hj.relative(0.01)), params, grads, [0, 4, 8])
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
     mixed = {**params, "d_kernel": params["d_kernel"].astype(jnp.bfloat16)}
-    moved, _ = hj.saliencies.obs().compensate(
-        hj.saliencies.obs().init(mixed), mixed, flags(mixed, [0, 4]), per_example_grads=grads
-    )
+    rule = hj.saliencies.obs()
+    moved, _ = rule.compensate(rule.init(mixed), seen(mixed, grads), flags(mixed, [0, 4]))
     assert moved["d_kernel"].dtype == jnp.bfloat16
     assert moved["a_bias"].dtype == jnp.float32
 
@@ -277,8 +278,8 @@ def test_float32_and_narrow_params_are_near_float64():
 def test_any_container(wrap):
     params, grads = problem()
     rule = hj.saliencies.obs("joint", 0.05)
-    want = rule.scores(rule.init(params), params, per_example_grads=grads)
-    got = rule.scores(rule.init(wrap(params)), wrap(params), per_example_grads=wrap(grads))
+    want = rule.scores(rule.init(params), seen(params, grads))
+    got = rule.scores(rule.init(wrap(params)), seen(wrap(params), wrap(grads)))
     np.testing.assert_array_equal(vector(got), vector(want))
     assert jax.tree.structure(got) == jax.tree.structure(wrap(params))
 
@@ -374,7 +375,7 @@ def test_bad_arguments(arguments, message):
 def test_gradients_are_needed():
     params, _ = problem()
     with pytest.raises(ValueError, match="`per_example_grads` must be given"):
-        hj.saliencies.obs().scores(hj.saliencies.obs().init(params), params)
+        hj.saliencies.obs().scores(hj.saliencies.obs().init(params), seen(params, None))
 
 
 def test_brain_damage_predicts_a_finite_increase_at_every_step(x64):

@@ -1,7 +1,9 @@
 """The contract of scores."""
 
+import jax
 import jax.numpy as jnp
 import optax
+import pytest
 
 import hessjax as hj
 
@@ -9,14 +11,79 @@ import hessjax as hj
 def test_magnitude_scores_selected_leaves_only():
     rule = hj.saliencies.magnitude()
     dense = {"a": jnp.array([[-2.0, 1.0]]), "b": optax.MaskedNode()}
-    state = rule.init(dense)
-    state = rule.update(state, dense, dense, None, loss=1.0)
-    scores = rule.scores(state, dense, loss=1.0)
+    seen = hj.saliencies.Context(dense, dense, jnp.int32(1))
+    scores = rule.scores(rule.update(rule.init(dense), seen), seen)
     assert scores["a"].tolist() == [[2.0, 1.0]]
     assert scores["b"] == optax.MaskedNode()
 
 
 def test_magnitude_keeps_the_dtype():
-    assert (
-        hj.saliencies.magnitude().scores((), {"a": jnp.ones((1, 1), jnp.bfloat16)})["a"].dtype == jnp.bfloat16
-    )
+    weights = {"a": jnp.ones((1, 1), jnp.bfloat16)}
+    scores = hj.saliencies.magnitude().scores((), hj.saliencies.Context(weights, weights, jnp.int32(0)))
+    assert scores["a"].dtype == jnp.bfloat16
+
+
+A = optax.adam(0.1)
+KEY = jax.random.key(3)
+SETTINGS = {
+    "magnitude": hj.saliencies.magnitude,
+    "random": lambda: hj.saliencies.random(KEY),
+    "gradient": lambda: hj.saliencies.gradient(0.5),
+    "movement": hj.saliencies.movement,
+    "movement with settings": lambda: hj.saliencies.movement(A, start=hj.saliencies.from_magnitudes),
+    "soft_movement": lambda: hj.saliencies.soft_movement(2.0),
+    "hard_concrete": lambda: hj.saliencies.hard_concrete(1.0, KEY, stop=3),
+    "static": lambda: hj.saliencies.static({"w": jnp.arange(4.0)}),
+    "sparse_evolution": lambda: hj.saliencies.sparse_evolution(0.3, KEY),
+    "rigl": lambda: hj.saliencies.rigl(0.3, score=hj.saliencies.gradient()),
+    "compensated": lambda: hj.saliencies.compensated(hj.saliencies.random(KEY), by=hj.saliencies.obs()),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_equal_settings_are_equal_and_share_compiled_code(name):
+    rule, same = SETTINGS[name](), SETTINGS[name]()
+    assert rule == same
+    assert hash(rule) == hash(same)
+    assert repr(rule) == repr(same)
+    traces = []
+
+    @jax.jit
+    def first_state(rule, weights):
+        traces.append(rule)
+        return rule.init(weights)
+
+    for each in (rule, same):
+        first_state(each, {"w": jnp.ones(4)})
+    assert len(traces) == 1
+
+
+def test_other_settings_are_not_equal():
+    assert hj.saliencies.gradient(0.5) != hj.saliencies.gradient(0.6)
+    assert hj.saliencies.random(KEY) != hj.saliencies.random(jax.random.key(4))
+    assert hj.saliencies.movement(optax.sgd(1.0)) != hj.saliencies.movement()
+
+
+@pytest.mark.parametrize(
+    ("rule", "text"),
+    [
+        (hj.saliencies.magnitude(), "Magnitude()"),
+        (hj.saliencies.gradient(0.5), "Gradient(decay=0.5)"),
+        (hj.saliencies.rigl(0.3), "Rigl(fraction=0.3, score=Magnitude())"),
+        (
+            hj.saliencies.compensated(hj.saliencies.gradient(), by=hj.saliencies.obd()),
+            "Compensated(choose=Gradient(decay=0.9), by=",
+        ),
+    ],
+)
+def test_the_settings_can_be_read(rule, text):
+    assert repr(rule).startswith(text)
+
+
+def test_what_a_rule_of_ones_own_has_left_out_is_named():
+    class Empty(hj.saliencies.Saliency):
+        pass
+
+    weights = {"w": jnp.ones((1, 4))}
+    with pytest.raises(NotImplementedError, match=r"Empty must have a method `scores\(state, seen\)`"):
+        hj.prune_once(weights, Empty(), 0.5)

@@ -9,6 +9,8 @@ import pytest
 from oracles import rows
 
 import hessjax as hj
+from hessjax.pruning.patterns._patterns import Along
+from hessjax.pruning.saliencies._saliency import Context
 
 DAMPING = 0.05
 
@@ -36,9 +38,14 @@ def cost(inv, w, Q):
     return w[Q] @ np.linalg.solve(inv[np.ix_(Q, Q)], w[Q]) / 2
 
 
+def seen(params, grads, pattern, mask=None):
+    mask = jax.tree.map(lambda x: jnp.full_like(x, True, dtype=bool), params) if mask is None else mask
+    return Context(params, mask, jnp.int32(1), None, grads, pattern)
+
+
 def scores(params, grads, pattern, block_size=None):
     rule = hj.saliencies.obs(damping=DAMPING, block_size=block_size)
-    found = rule.scores(rule.init(params), params, per_example_grads=grads, pattern=pattern)
+    found = rule.scores(rule.init(params), seen(params, grads, pattern))
     return np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(found)])
 
 
@@ -72,7 +79,7 @@ def test_the_scores_of_a_group_add_up_to_the_set_formula(x64, pattern, block_siz
 def test_tied_leaves_are_one_set(x64):
     params, grads = problem()
     params, grads = {"a": params["a"], "b": params["b"][:4]}, {"a": grads["a"], "b": grads["b"][:, :4]}
-    found = scores(params, grads, hj.patterns.rows()._replace(tie="together"))
+    found = scores(params, grads, Along(0, "rows()", tie="together"))
     inv, w = inverse(grads), flat(params)
     for i in range(4):
         Q = [*range(6 * i, 6 * i + 6), *range(24 + 2 * i, 26 + 2 * i)]
@@ -85,8 +92,8 @@ def test_weights_gone_before_count_for_nothing(x64):
     gone[[0, 1, 7, 30]] = True
     masked = jax.tree.map(lambda x, m: jnp.where(m, 0, x), params, unflat(gone, params))
     rule = hj.saliencies.obs(damping=DAMPING)
-    state = rule.init(params)._replace(mask=jax.tree.map(jnp.logical_not, unflat(gone, params)))
-    found = flat(rule.scores(state, masked, per_example_grads=grads, pattern=hj.patterns.rows()))
+    mask = jax.tree.map(jnp.logical_not, unflat(gone, params))
+    found = flat(rule.scores(rule.init(params), seen(masked, grads, hj.patterns.rows(), mask)))
     G = rows(grads) * ~gone
     inv, w = np.linalg.inv(G.T @ G / len(G) + DAMPING * np.eye(36)), flat(masked)
     for Q in indices(params, hj.patterns.rows()):

@@ -14,7 +14,6 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import hessjax as hj
-from hessjax.pruning.saliencies._saliency import Saliency
 
 SCHEDULE = optax.polynomial_schedule(0.0, 0.8, 3, 9)
 
@@ -330,18 +329,32 @@ def test_an_average_of_params_is_masked_by_mask_of():
 # -- saliencies of one's own ----------------------------------------------------------------------
 
 
-def moving_product():
+class MovingProduct(hj.saliencies.Saliency):
     """−Σ G⊙W with G taken at all positions: movement scores without an optimizer of their own."""
-    return Saliency(
-        init=lambda dense: jax.tree.map(jnp.zeros_like, dense),
-        update=lambda s, g, w, m, /, **extra: jax.tree.map(lambda s, g, w: s - g * w, s, g, w),
-        scores=lambda s, dense, /, **extra: s,
-    )
+
+    def init(self, weights):
+        return jax.tree.map(jnp.zeros_like, weights)
+
+    def update(self, state, seen):
+        return jax.tree.map(lambda s, g, w: s - g * w, state, seen.grads, seen.weights)
+
+    def scores(self, state, seen):
+        return state
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule(hj.saliencies.Saliency):
+    """Scores by a function of what a saliency sees."""
+
+    function: object
+
+    def scores(self, state, seen):
+        return self.function(seen)
 
 
 def test_a_stateful_saliency_sees_all_gradients_and_dense_weights():
     params = {"w": jnp.array([[1.0, 2.0, 3.0, 4.0]]), "b": jnp.ones(2)}
-    tx = hj.prune(optax.sgd(0.0), moving_product(), 0.5, start=1, every=1)
+    tx = hj.prune(optax.sgd(0.0), MovingProduct(), 0.5, start=1, every=1)
     state, grads = tx.init(params), {"w": jnp.array([[-1.0, 5.0, -2.0, 5.0]]), "b": jnp.ones(2)}
     for _ in range(2):
         updates, state = tx.update(grads, state, params)
@@ -350,24 +363,80 @@ def test_a_stateful_saliency_sees_all_gradients_and_dense_weights():
     assert state.saliency["w"].tolist() == [[2.0, -20.0, 12.0, -40.0]]
 
 
-def test_extra_arguments_reach_saliency_and_inner():
-    given = Saliency(
-        lambda d: (), lambda s, g, d, m, /, **e: s, lambda s, d, /, *, scores, **e: {"w": scores}
-    )
+def test_extra_arguments_reach_inner_and_gradients_of_examples_the_saliency():
+    given = Rule(lambda seen: jax.tree.map(lambda rows: jnp.sum(rows, axis=0), seen.per_example_grads))
 
     def scaled(updates, state, params=None, *, factor, **extra):
         return jax.tree.map(lambda g: factor * g, updates), state
 
     inner = optax.GradientTransformationExtraArgs(lambda p: optax.EmptyState(), scaled)
     tx = hj.prune(inner, given, 0.5, start=1, every=1)
-    params = {"w": jnp.ones((1, 4))}
-    scores = jnp.array([[4.0, 1.0, 3.0, 2.0]])
-    updates, _ = tx.update(params, tx.init(params), params, factor=2.0, scores=scores)
+    params = {"w": jnp.ones((1, 4)), "b": jnp.ones(2)}
+    block = {"w": jnp.array([[[4.0, 0.0, 3.0, 0.0]], [[0.0, 1.0, 0.0, 2.0]]]), "b": jnp.ones((2, 2))}
+    updates, _ = tx.update(params, tx.init(params), params, factor=2.0, per_example_grads=block)
     assert optax.apply_updates(params, updates)["w"].tolist() == [[3.0, 0.0, 3.0, 0.0]]
 
 
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_function_for_the_gradients_of_examples_is_called_at_mask_steps_only(jit):
+    """At the params of the loop, and the same as the block itself, for every `prune` in a nest."""
+    calls = []
+
+    def block(params):
+        jax.debug.callback(lambda: calls.append(1))
+        return jax.tree.map(lambda w: jnp.stack([w, jnp.sin(9 * w)]), params)
+
+    params = {"v": jnp.linspace(1.0, 2.0, 6).reshape(2, 3), "w": jnp.linspace(2.0, 3.0, 6).reshape(2, 3)}
+    inner = hj.prune(optax.sgd(0.1), hj.saliencies.obd(), 0.5, where="v", start=2, every=2)
+    tx = hj.prune(inner, hj.saliencies.obd(), 0.5, where="w", start=2, every=2)
+    update = jax.jit(tx.update, static_argnames="per_example_grads") if jit else tx.update
+    found, state, given, other = params, tx.init(params), params, tx.init(params)
+    for t in range(1, 5):
+        updates, state = update(jax.tree.map(jnp.cos, found), state, found, per_example_grads=block)
+        rows = jax.tree.map(lambda w: jnp.stack([w, jnp.sin(9 * w)]), given)
+        changes, other = tx.update(jax.tree.map(jnp.cos, given), other, given, per_example_grads=rows)
+        found, given = optax.apply_updates(found, updates), optax.apply_updates(given, changes)
+        jax.effects_barrier()
+        assert len(calls) == 2 * (t // 2)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, given)
+    assert [int((w == 0).sum()) for w in jax.tree.leaves(found)] == [3, 3]
+
+
+def test_a_saliency_sees_what_it_should():
+    """T, the mask in force, and at a mask step the weights after the optimizer's step; others are holes."""
+    seen_at = []
+
+    def scores(seen):
+        seen_at.append(seen)
+        return seen.weights
+
+    params = {"w": jnp.array([[4.0, 3.0, 2.0, 1.0]]), "b": jnp.ones(2)}
+    pattern = hj.patterns.n_of_m(1, 2, axis=1)
+    tx = hj.prune(optax.sgd(1.0), Rule(scores), 0.5, every=1, pattern=pattern)
+    state = tx.init(params)
+    tx.update(params, state, params)
+    first, then = seen_at[0], seen_at[-1]
+    assert (int(first.step), int(then.step)) == (0, 1)
+    assert first.grads is None
+    assert first.mask["w"].all()
+    assert then.mask["w"].tolist() == [[True, False, True, False]]
+    assert then.grads["w"].tolist() == params["w"].tolist()
+    assert then.weights["w"].tolist() == [[0.0, 3.0, 0.0, 1.0]]
+    assert then.per_example_grads is None
+    assert (first.pattern, then.pattern) == (pattern, pattern)
+    for tree in (then.weights, then.mask, then.grads):
+        assert tree["b"] == optax.MaskedNode()
+
+
+def test_an_allocation_may_be_a_plain_function():
+    first_row = lambda scores, sparsity, pattern: jax.tree.map(lambda s: s > s[1:].max(), scores)
+    params = {"w": jnp.array([[4.0, 9.0], [2.0, 3.0]])}
+    state = hj.prune(optax.sgd(0.1), hj.saliencies.magnitude(), 0.5, allocation=first_row).init(params)
+    assert hj.mask_of(state)["w"].tolist() == [[True, True], [False, False]]
+
+
 def test_nan_scores_rank_lowest_and_are_counted():
-    odd = Saliency(lambda d: (), lambda s, g, d, m, /, **e: s, lambda s, d, /, **e: jax.tree.map(jnp.sqrt, d))
+    odd = Rule(lambda seen: jax.tree.map(jnp.sqrt, seen.weights))
     params = {"w": jnp.array([[1.0, -2.0, 3.0, -4.0]])}
     state = hj.prune(optax.sgd(0.1), odd, 0.5).init(params)
     assert hj.mask_of(state)["w"].tolist() == [[True, False, True, False]]

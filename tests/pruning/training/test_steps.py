@@ -5,18 +5,18 @@ import orbax.checkpoint as ocp
 import pytest
 
 import hessjax as hj
-from hessjax.pruning.training._steps import is_mask_step, some_mask_steps
+from hessjax.pruning.training._state import MaskSteps
 
 
 def test_mask_steps_and_the_last_one_off_the_beat():
-    due = [t for t in range(60) if is_mask_step(jnp.int32(t), every=10, start=5, stop=42)]
+    due = [t for t in range(60) if MaskSteps(every=10, start=5, stop=42).are_at(jnp.int32(t))]
     assert due == [5, 15, 25, 35, 42]
-    assert [t for t in range(30) if is_mask_step(jnp.int32(t), 10, 5, None)] == [5, 15, 25]
+    assert [t for t in range(30) if MaskSteps(10, 5, None).are_at(jnp.int32(t))] == [5, 15, 25]
 
 
 def test_the_sample_of_steps_fits_the_counter():
-    assert max(some_mask_steps(10**6, 0, None)) < 2**31
-    assert some_mask_steps(10, 5, 42) == [5, 15, 25, 42]
+    assert max(MaskSteps(10**6, 0, None).some()) < 2**31
+    assert MaskSteps(10, 5, 42).some() == [5, 15, 25, 42]
 
 
 @pytest.mark.parametrize("every", [1, 10**4, 10**6])

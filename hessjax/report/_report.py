@@ -1,8 +1,14 @@
-"""What the tour found, as rows of numbers and as tables to read."""
+"""A run as JSON, and its tables."""
 
+import importlib.metadata
+import json
 import math
+import os
+import platform
+import tempfile
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, SupportsFloat
 
 import jax
 import numpy as np
@@ -10,8 +16,106 @@ from rich.table import Table
 from rich.text import Text
 
 from hessjax._core import _tree
-from hessjax._core._types import Eigenpairs, Params
+from hessjax._core._types import Eigenpairs, Estimate, Params
 from hessjax.estimators._hutchinson import TraceByLeaf
+
+
+def environment() -> dict[str, Any]:
+    """What a number in a report depends on: versions, device, processor cores.
+
+    Example:
+        >>> from hessjax.report import environment
+        >>> sorted(environment())
+        ['cores', 'device', 'platform', 'python', 'versions']
+    """
+    packages = ("hessjax", "jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn")
+    device = jax.devices()[0]
+    return {
+        "versions": {name: _version(name) for name in packages},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": f"{device.platform}: {device.device_kind}",
+        "cores": os.cpu_count(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def prepare(out: Path) -> None:
+    """Make the folder `out`, and try it by writing to it.
+
+    Raises:
+        OSError: if that fails.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from hessjax.report import prepare
+        >>> out = pathlib.Path(tempfile.mkdtemp()) / "a" / "b"
+        >>> prepare(out)
+        >>> list(out.iterdir())
+        []
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out).close()
+
+
+def to_json(value: Any) -> Any:
+    """`value` in JSON's own types: named tuples become objects, arrays lists, NaN and infinities strings.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import hessjax as hj
+        >>> from hessjax.report import to_json
+        >>> to_json(hj.Estimate(jnp.float32(1.5), jnp.float32(jnp.inf), jnp.int32(1)))
+        {'mean': 1.5, 'stderr': 'inf', 'num_samples': 1, 'data_stderr': None}
+    """
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, Mapping):
+        return {str(key): to_json(entry) for key, entry in value.items()}
+    if isinstance(value, (jax.Array, np.ndarray, np.generic)):
+        value = np.asarray(value).tolist()
+    if isinstance(value, (list, tuple)):
+        return [to_json(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def write_json(path: Path, record: Any) -> None:
+    """Write `record` whole or not at all: into a temporary file beside `path`, then renamed.
+
+    Args:
+        path: where to.
+        record: anything that `to_json` takes.
+
+    Raises:
+        OSError: if the folder cannot be written to.
+        TypeError: if `record` holds what JSON cannot.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from hessjax.report import write_json
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "report.json"
+        >>> write_json(path, {"a": (1, 2)})
+        >>> path.read_text().split()
+        ['{', '"a":', '[', '1,', '2', ']', '}']
+    """
+    text = json.dumps(to_json(record), indent=1, ensure_ascii=False, allow_nan=False)
+    file = tempfile.NamedTemporaryFile("w", dir=path.parent, encoding="utf-8", delete=False)  # noqa: SIM115
+    try:
+        with file:
+            file.write(text + "\n")
+        Path(file.name).chmod(0o644)
+        os.replace(file.name, path)
+    except OSError:
+        Path(file.name).unlink(missing_ok=True)
+        raise
 
 
 class LayerRow(NamedTuple):
@@ -63,15 +167,16 @@ def layer_rows(traces: TraceByLeaf, params: Params) -> tuple[LayerRow, ...]:
     """
     total = float(traces.total.mean)
     named = zip(_tree.leaf_paths(params), jax.tree.leaves(params), strict=True)
-    return tuple(_layer_row(path, leaf, traces.leaves[path], total) for path, leaf in named)
+    rows = [(path, np.shape(leaf), int(np.size(leaf))) for path, leaf in named]
+    return tuple(_layer_row(*row, traces.leaves[row[0]], total) for row in rows)
 
 
-def _layer_row(path: str, leaf: Any, estimate: Any, total: float) -> LayerRow:
-    trace, size = float(estimate.mean), int(np.size(leaf))
+def _layer_row(path: str, shape: tuple[int, ...], size: int, estimate: Estimate, total: float) -> LayerRow:
+    trace = float(estimate.mean)
     share = trace / total if total else math.nan
     per_parameter = trace / size if size else math.nan
     data = None if estimate.data_stderr is None else float(estimate.data_stderr)
-    return LayerRow(path, np.shape(leaf), size, trace, float(estimate.stderr), data, share, per_parameter)
+    return LayerRow(path, shape, size, trace, float(estimate.stderr), data, share, per_parameter)
 
 
 # -- tables --------------------------------------------------------------------------------------
@@ -93,7 +198,8 @@ def eigenvalue_table(pairs: Eigenpairs) -> Table:
     columns = zip(pairs.values, pairs.residuals, pairs.converged, data, strict=True)
     for rank, (value, residual, converged, of_data) in enumerate(jax.device_get(list(columns)), 1):
         verdict = "yes" if converged else "[bold red]no"
-        table.add_row(f"{rank}", f"{value:.5g}", f"{residual:.1e}", verdict, _doubt(of_data))
+        table.add_row(f"{rank}", f"{value:.5g}", f"{residual:.1e}", verdict, _stderr(of_data))
+    # A thousandth of the largest value: float32 products of a symmetric matrix are far below it.
     if pairs.asymmetry is not None and pairs.asymmetry > 1e-3 * np.max(np.abs(pairs.values), initial=0):
         table.caption = (
             f"[bold red]The matvec is not symmetric (by {float(pairs.asymmetry):.1e}): see hj.check."
@@ -101,7 +207,7 @@ def eigenvalue_table(pairs: Eigenpairs) -> Table:
     return table
 
 
-def _doubt(stderr: Any) -> str:
+def _stderr(stderr: SupportsFloat | None) -> str:
     """The sampling error of the data, where it is known."""
     return "" if stderr is None else f"{float(stderr):.2g}"
 
@@ -120,24 +226,27 @@ def layer_table(traces: TraceByLeaf, params: Params) -> Table:
     """
     headers = ("Layer", "Shape", "Params", "Trace", "± probes", "± data", "Share %", "Mean λ")
     table = _table("Curvature by layer", *headers)
-    for row in layer_rows(traces, params):
-        shape = "×".join(map(str, row.shape))
-        numbers = (
-            f"{row.trace:.3g}",
-            f"{row.stderr:.2g}",
-            _doubt(row.data_stderr),
-            f"{100 * row.share:.1f}",
-            f"{row.per_parameter:.1e}",
-        )
-        table.add_row(Text(row.path), shape, f"{row.parameters:,}", *numbers)
     total, size = traces.total, _tree.size(params)
-    mean = float(total.mean)
+    for row in layer_rows(traces, params):
+        table.add_row(*_cells(row))
     table.add_section()
-    table.add_row(
-        "total", "", f"{size:,}", f"{mean:.3g}", f"{float(total.stderr):.2g}", _doubt(total.data_stderr),
-        "100.0", f"{mean / size:.1e}", style="bold",
-    )  # fmt: skip
+    # Not the sum of the rows: the errors of the leaves go together, and the estimator knows how.
+    whole = _layer_row("total", (), size, total, float(total.mean))
+    table.add_row(*_cells(whole), style="bold")
     return table
+
+
+def _cells(row: LayerRow) -> tuple[str | Text, ...]:
+    return (
+        Text(row.path),
+        "×".join(map(str, row.shape)),
+        f"{row.parameters:,}",
+        f"{row.trace:.3g}",
+        f"{row.stderr:.2g}",
+        _stderr(row.data_stderr),
+        f"{100 * row.share:.1f}",
+        f"{row.per_parameter:.1e}",
+    )
 
 
 def accuracy_table(rows: Mapping[str, tuple[float, float]]) -> Table:

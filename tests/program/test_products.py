@@ -1,12 +1,21 @@
-"""Counts against those made by hand, through the layers and the control flow of real models."""
+"""Multiply-adds against those counted by hand, through the layers and the control flow of real models."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import hessjax as hj
-from hessjax.program._multiply_adds import multiply_adds
+from hessjax._core import _tree
+from hessjax.program._products import NO_LEAF
+from hessjax.program._products import multiply_adds as work_of
+from hessjax.program._tracing import read
+
+
+def multiply_adds(model_fn, params, *args):
+    counts = work_of(read(model_fn, params, *args)).by_leaf
+    return {path: counts[i] for i, path in enumerate(_tree.leaf_paths(params))}
 
 
 def kernels(counts):
@@ -105,6 +114,90 @@ def test_compact_and_summary_count_alike():
     want = hj.summary(variables, module.apply, x).total.multiply_adds
     assert want == 2 * 16 * 12 * 5 * 4 * 3 // 4
     assert hj.compact(module.apply, variables, x).before.multiply_adds == want
+
+
+def lstm(params, x):
+    def step(state, x):
+        h, c = state
+        i, f, g, o = jnp.split(x @ params["w"] + h @ params["u"], 4, -1)
+        c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+        return (jax.nn.sigmoid(o) * jnp.tanh(c), c), h
+
+    zeros = jnp.zeros((len(x), 6))
+    return jax.lax.scan(step, (zeros, zeros), x.swapaxes(0, 1))[1] @ params["o"]
+
+
+@pytest.mark.parametrize(
+    ("model_fn", "count"),
+    [
+        (lstm, 2 * 5 * (4 + 6) * 24 + 2 * 5 * 6 * 3),
+        (lambda p, x: jax.lax.map(lambda r: jax.nn.relu(r @ p["w"]) @ p["v"], x), 2 * 5 * (4 * 24 + 24 * 3)),
+        (lambda p, x: jax.lax.fori_loop(0, 7, lambda i, h: h @ p["s"], x), 7 * 2 * 5 * 4 * 4),
+        (lambda p, x: jax.lax.scan(lambda h, s: (h @ s, None), x, jnp.stack([p["s"]] * 3))[0], 3 * 160),
+        (lambda p, x: jax.lax.ragged_dot(x.reshape(10, 4), p["e"], jnp.array([4, 3, 3])), 10 * 4 * 8),
+        (lambda p, x: jax.lax.scan(lambda h, _: (h @ p["s"], None), x, None, length=0)[0], 0),
+    ],
+    ids=["LSTM", "map", "fori", "scan over weights", "ragged_dot", "scan of no step"],
+)
+def test_compact_and_summary_count_loops_by_hand(model_fn, count):
+    rng, x = np.random.default_rng(0), jnp.ones((2, 5, 4))
+    shapes = {"e": (3, 4, 8), "o": (6, 3), "s": (4, 4), "u": (6, 24), "v": (24, 3), "w": (4, 24)}
+    params = {name: rng.normal(size=shape).astype("f") for name, shape in shapes.items()}
+    assert hj.summary(params, model_fn, x).total.multiply_adds == count
+    work = work_of(read(model_fn, params, x))
+    assert (work.total, work.notes) == (count, ())
+
+
+def test_ragged_sums_and_batches():
+    """Rows in groups cost the same as without; of a contracted axis, each group has its share."""
+    dot_numbers = {"contracted": (((0,), (0,)), ((), ())), "batch": (((2,), (1,)), ((0,), (0,)))}
+    for kind, dot in dot_numbers.items():
+        numbers = jax.lax.RaggedDotDimensionNumbers(dot, [0], [])
+        shapes = {"contracted": ((10, 4), (10, 8)), "batch": ((3, 5, 4), (3, 4, 8))}[kind]
+        sizes = {"contracted": (3,), "batch": (3,)}[kind]
+        work = work_of(
+            read(
+                lambda w, x, n, numbers=numbers: jax.lax.ragged_dot_general(x, w, n, numbers),
+                jax.ShapeDtypeStruct(shapes[1], jnp.float32),
+                jax.ShapeDtypeStruct(shapes[0], jnp.float32),
+                jax.ShapeDtypeStruct(sizes, jnp.int32),
+            )
+        )
+        assert work.total == {"contracted": 10 * 4 * 8, "batch": 3 * 5 * 4 * 8}[kind]
+
+
+def test_what_is_not_known_is_named():
+    def loop(w, x):
+        return jax.lax.while_loop(lambda h: h.sum() < 9, lambda h: h @ w, x)
+
+    def solve(w, x):
+        return jax.lax.custom_linear_solve(lambda v: w @ v, x[0], lambda matvec, b: matvec(b))
+
+    def branches(w, x):
+        return jax.lax.cond(x.sum() > 0, lambda: x @ w @ w, lambda: x @ w)
+
+    (step,) = (result := hj.summary({"w": W}, lambda p, x: loop(p["w"], x), X)).notes
+    assert step.startswith("a `while` loop counts as one step")
+    assert result.total.multiply_adds == 18
+    assert step in " ".join(line.strip() for line in str(result).splitlines())
+    assert work_of(read(branches, W, X)).by_leaf == {0: 36}
+    assert work_of(read(branches, W, X)).notes == ("a `cond` counts as its most expensive branch",)
+    assert work_of(read(solve, W, X)).notes == ("what `custom_linear_solve` does inside is not counted",)
+    assert hj.compact(loop, W, X).notes == result.notes  # W multiplies sums by 3: it ends
+
+
+def test_one_branch_counts_not_the_best_of_each():
+    params = {"a": jnp.ones((3, 3)), "b": jnp.ones((3, 5)), "c": jnp.ones((5, 3))}
+
+    def model(p, x):
+        return jax.lax.cond(x.sum() > 0, lambda: x @ p["a"], lambda: x @ p["b"] @ p["c"])
+
+    assert multiply_adds(model, params, X) == {"a": 0, "b": 30, "c": 30}
+
+
+def test_products_of_data_belong_to_no_leaf():
+    work = work_of(read(lambda w, x: x @ x.T @ (x @ w), W, X))
+    assert work.by_leaf == {0: 18, NO_LEAF: 12 + 12}
 
 
 def test_summary_multiplies_by_the_density():

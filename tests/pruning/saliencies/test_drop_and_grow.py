@@ -36,6 +36,15 @@ def train(tx, params, steps, jit=True):
         yield t, grads, before, state, params
 
 
+def seen(weights, mask, grads=None, step=1):
+    return hj.saliencies.Context(weights, mask, jnp.int32(step), grads)
+
+
+def order(rule, context):
+    """What is ranked at a mask step."""
+    return rule.change.order(rule.scores((), context), context)
+
+
 def flat(tree):
     return np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)])
 
@@ -109,25 +118,19 @@ def test_every_mask_step_is_the_oracle(rule, allocation):
 def test_the_first_mask_is_by_magnitude(rule):
     """With nothing masked, at step 0 and later, and whatever the gradients."""
     params, rule = make_params(), RULES[rule](0.5)
-    state = rule.init(params)
-    for _ in range(2):
-        for found, x in zip(
-            jax.tree.leaves(rule.scores(state, params)), jax.tree.leaves(params), strict=True
-        ):
-            np.testing.assert_array_equal(found, jnp.abs(x))
-        full = jax.tree.map(lambda x: jnp.ones(x.shape, bool), params)
-        state = rule.update(state, make_grads(1, params), params, full)
+    full = jax.tree.map(lambda x: jnp.ones(x.shape, bool), params)
+    for grads in (None, make_grads(1, params)):
+        found = order(rule, seen(params, full, grads))
+        jax.tree.map(lambda x, w: np.testing.assert_array_equal(x, jnp.abs(w)), found, params)
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_jit_is_eager(rule):
     params, rule = make_params(), RULES[rule](0.3)
     mask = jax.tree.map(lambda x: jnp.abs(x) > 0.6, params)
-    args = make_grads(1, params), params, mask
-    eager, jitted = rule.update(rule.init(params), *args), jax.jit(rule.update)(rule.init(params), *args)
-    jax.tree.map(np.testing.assert_array_equal, eager, jitted)
-    found = jax.jit(rule.scores)(jitted, params)
-    np.testing.assert_allclose(flat(found), flat(rule.scores(eager, params)), rtol=1e-6)
+    args = params, mask, make_grads(1, params)
+    found = jax.jit(lambda *args: order(rule, seen(*args)))(*args)
+    np.testing.assert_allclose(flat(found), flat(order(rule, seen(*args))), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +150,7 @@ def test_what_comes_back_at_random_is_uniform():
     dense = {"a": jnp.linspace(1.0, 2.0, 12000).reshape(4, 3000)}
     mask = {"a": jnp.arange(12000).reshape(4, 3000) % 3 == 0}
     rule = hj.saliencies.sparse_evolution(0.5, KEY)
-    scores = np.asarray(rule.scores(rule.update(rule.init(dense), dense, dense, mask), dense)["a"]).ravel()
+    scores = np.asarray(order(rule, seen(dense, mask))["a"]).ravel()
     back = (scores >= -1) & (scores < 0)
     assert back.sum() == 2000
     assert not back[::3].any()
@@ -159,11 +162,10 @@ def test_the_key_decides_and_every_step_draws_anew():
     rule, same, other = (hj.saliencies.sparse_evolution(0.3, key) for key in (KEY, KEY, jax.random.key(6)))
     dense = make_params()
     mask = jax.tree.map(lambda x: jnp.abs(x) > 0.6, dense)
-    state = rule.update(rule.init(dense), dense, dense, mask)
-    scores = flat(rule.scores(state, dense))
-    np.testing.assert_array_equal(scores, flat(same.scores(state, dense)))
-    assert not np.array_equal(scores, flat(other.scores(state, dense)))
-    assert not np.array_equal(scores, flat(rule.scores(rule.update(state, dense, dense, mask), dense)))
+    scores = flat(order(rule, seen(dense, mask)))
+    np.testing.assert_array_equal(scores, flat(order(same, seen(dense, mask))))
+    assert not np.array_equal(scores, flat(order(other, seen(dense, mask))))
+    assert not np.array_equal(scores, flat(order(rule, seen(dense, mask, step=2))))
 
 
 def test_patterns_stay_and_move():
@@ -193,8 +195,12 @@ def test_gradients_that_are_not_numbers_are_counted_and_bring_nothing_back():
     dense = {"a": jnp.array([[4.0, 3.0, 2.0, 1.0]])}
     grads, mask = {"a": jnp.array([[0.0, 0.0, jnp.nan, 0.5]])}, {"a": jnp.array([[True, True, False, False]])}
     rule = hj.saliencies.rigl(0.5)
-    scores = rule.scores(rule.update(rule.init(dense), grads, dense, mask), dense)["a"]
+    scores = order(rule, seen(dense, mask, grads))["a"]
     np.testing.assert_allclose(scores, [[4.0, -3 + 0.375, jnp.nan, -0.5]])
+    tx = hj.prune(optax.sgd(0.1), rule, 0.5, every=1)
+    _, state = tx.update(grads, tx.init(dense), dense)
+    assert int(state.num_nan) == 1
+    assert state.mask["a"].tolist() == [[True, False, False, True]]
 
 
 @pytest.mark.parametrize("container", oracles.CONTAINERS)
@@ -233,8 +239,48 @@ def test_memory_beside_that_of_magnitude():
 
     base = held(hj.saliencies.magnitude())
     assert held(hj.saliencies.static({"w": jnp.ones((8, 4), bool)})) == base + 32
-    assert held(RULES["set"](0.5)) == base + 32 + 4
-    assert held(hj.saliencies.rigl(0.5)) == base + 32 * (1 + 2) + 4
+    assert held(RULES["set"](0.5)) == base
+    assert held(hj.saliencies.rigl(0.5)) == base
+
+
+# -- other scores ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [lambda s: hj.saliencies.sparse_evolution(0.4, KEY, score=s),
+                                  lambda s: hj.saliencies.rigl(0.4, score=s)], ids=RULES)  # fmt: skip
+def test_drop_and_grow_by_any_score(make):
+    """By movement, whose scores have both signs: the mask steps are those of the oracle."""
+    score = hj.saliencies.movement(optax.sgd(1.0), start=hj.saliencies.from_magnitudes)
+    tx = hj.prune(optax.sgd(0.1), make(score), 0.5, allocation=hj.allocations.uniform(), every=2)
+    params = {"a": make_params()["a"]}
+    leaf = np.zeros(30, int)
+    for t, grads, before, after, _ in train(tx, params, 8):
+        if t % 2 == 0:
+            worth = flat(after.saliency.scores)
+            fresh = np.abs(flat(grads)) if "Rigl" in repr(make(score)) else chances(t, 30)
+            np.testing.assert_array_equal(masks(after), oracle(masks(before), worth, fresh, leaf, 0.4, 15))
+    assert (worth < 0).any()
+
+
+@pytest.mark.parametrize("score", [hj.saliencies.obs(num_grads=4), hj.saliencies.gradient()])
+def test_what_the_score_says_of_itself_holds(score):
+    rule = hj.saliencies.rigl(0.3, score=score)
+    assert (rule.needs_grads, rule.compensates) == (score.needs_grads, score.compensates)
+    tx = hj.prune(optax.sgd(0.1), rule, 0.5, where="a", start=1, every=1)
+    states = list(train(tx, make_params(), 3, jit=False))
+    assert [int((now["a"] == 0).sum()) for *_, now in states] == [15] * 3
+    assert (states[-1][3].predicted_increase is None) != score.compensates
+
+
+def test_gates_and_moves_go_with_drop_and_grow():
+    gated = hj.saliencies.hard_concrete(1.0, KEY, stop=3)
+    rule = hj.saliencies.rigl(0.3, score=gated)
+    assert rule.gated
+    both = hj.saliencies.compensated(hj.saliencies.rigl(0.3), by=hj.saliencies.obs(num_grads=4))
+    assert both.change == hj.saliencies.rigl(0.3).change
+    tx = hj.prune(optax.sgd(0.1), rule, 0.5, where="a", start=3, every=1)
+    *_, (*_, after, now) = train(tx, make_params(), 4, jit=False)
+    np.testing.assert_array_equal(after.mask["a"] & (after.saliency.open["a"] != 0), now["a"] != 0)
 
 
 # -- static ---------------------------------------------------------------------------------------

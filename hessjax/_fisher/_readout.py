@@ -1,0 +1,173 @@
+"""What factors say: diagonals and dense blocks, how far they are off, the error where that is too much."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from hessjax._core import _tree
+from hessjax._core._types import Scalar
+from hessjax._fisher._factors import Dual, Factor
+from hessjax._fisher._rows import Blocking, Parts, ends, joined, signs
+
+Residuals = tuple[Float[Array, " _"], ...]
+"""How far every block is off; see `InverseFisher`."""
+
+PIVOT = 8
+"""A difference of numbers of size 1 below this times eps has no digit left."""
+
+INACCURATE = 0.01
+"""A block whose inverse is off by more than this fraction is not handed out."""
+
+LOST = 16
+"""A pivot below this times eps times the entry it is left of is lost in that entry's rounding errors."""
+
+
+def diagonal(factor: Factor, widths: Sequence[int], shift: Scalar) -> Parts:
+    """The diagonal of (A + κI)⁻¹; NaN where rounding has left no digit of it."""
+    constant = factor.constant(shift)
+    return tuple(
+        determined(constant.astype(a.dtype) + factor.sign * jnp.sum(a**2, axis=1), constant)
+        for a in factor.columns(widths, shift)
+    )
+
+
+def dense(factor: Factor, widths: Sequence[int], place: int, which: slice, shift: Scalar) -> Array:
+    """Some blocks of (A + κI)⁻¹ of one group, with all their entries."""
+    a = factor.columns(widths, shift)[place][which]
+    constant = factor.constant(shift).astype(a.dtype) * jnp.eye(a.shape[-1], dtype=a.dtype)
+    return constant + factor.sign * jnp.einsum("bki,bkj->bij", a, a, precision="highest")
+
+
+def determined(difference: Array, unit: Array) -> Array:
+    """The difference of numbers of this size, or NaN if it is nothing but their rounding errors.
+
+    A dual's diagonal is 1/κ minus nearly as much where a weight is well determined: κ[(A + κI)⁻¹]_jj lies
+    above κ/(A_jj + κ). Damping of `PIVOT`·eps·‖F‖ keeps all of them.
+    """
+    unit = jnp.asarray(unit, difference.dtype)
+    return jnp.where(difference >= PIVOT * jnp.finfo(difference.dtype).eps * unit, difference, jnp.nan)
+
+
+# -- how far they are off ---------------------------------------------------------------------------
+
+
+def measured(
+    factors: Sequence[Factor], widths: Sequence[Sequence[int]], shift: Scalar, count: Array, *, is_whole: bool
+) -> tuple[tuple[Factor, ...], Residuals]:
+    """The factors, with NaN for what the residuals show to be no inverse, and the residuals."""
+    pairs = zip(factors, widths, strict=True)
+    residuals = tuple(residual(part, n, shift, count, is_whole=is_whole) for part, n in pairs)
+    kept = zip(factors, residuals, strict=True)
+    return tuple(part.replaced(found <= INACCURATE) for part, found in kept), residuals
+
+
+def residual(
+    factor: Factor, widths: Sequence[int], shift: Scalar, count: Array, *, is_whole: bool
+) -> Float[Array, " blocks"]:
+    """How far the inverse of every block is off, as `InverseFisher.residuals` says.
+
+    What a vector shows can be good by luck: where a pivot is no more than the rounding errors of what it is
+    left of, one fused multiply-add decides between an error of 10 % and of 0.5 %. So a block is lost, ∞, if
+    its smallest pivot is; and a dual, to which null directions of F do no harm, also if λ changes no digit of
+    F's diagonal, below eps times its mean.
+    """
+    Az = joined(factor.images(widths))
+    z = joined(signs(widths, [Az.dtype for _ in widths]))
+    product = (Az + shift.astype(Az.dtype) * z) / count
+    cut = tuple(jnp.split(product, ends(widths), axis=-1))
+    miss = count * joined(factor.solve(cut, shift)) - z
+    if is_whole and isinstance(factor, Dual):
+        found = jnp.atleast_1d(shift / count * _tree.norm(miss) / _tree.norm(product))
+    else:
+        units = jnp.sqrt(count * joined(diagonal(factor, widths, shift)))
+        found = _rms(miss / units) / _rms(product * units)
+    eps = jnp.finfo(Az.dtype).eps
+    is_lost = factor.pivot < LOST * eps
+    if isinstance(factor, Dual):
+        is_lost |= shift < eps * jnp.mean(Az * z, axis=-1)  # zᵀAz is the trace of A, about
+    return jnp.where(is_lost, jnp.inf, found)
+
+
+def _rms(x: Array) -> Float[Array, " blocks"]:
+    return jnp.sqrt(jnp.mean(x**2, axis=-1))
+
+
+def all_accurate(residuals: Residuals) -> Bool[Array, ""]:
+    """Whether every block is."""
+    return jnp.all(jnp.concatenate(residuals) <= INACCURATE)
+
+
+# -- the error -----------------------------------------------------------------------------------
+
+
+class Verdict(NamedTuple):
+    """What an error needs to know; small, so that compiled functions can return it beside their results.
+
+    Attributes:
+        residuals: of every block.
+        sizes: ‖Fz‖ of every block, about the Frobenius norm of F; the trace of every leaf of a whole dual.
+        damping: λ.
+    """
+
+    residuals: Residuals
+    sizes: tuple[Float[Array, " _"], ...]
+    damping: Scalar
+
+    def check(
+        self,
+        blocking: Blocking,
+        argument: str = "grads",
+        remedy: str = "Smaller `chunk_size` or `block_size` help",
+    ) -> None:
+        """Nothing, if all is traced or good; else an error that names the first bad block.
+
+        Args:
+            blocking: of the weights.
+            argument: what the gradients are called.
+            remedy: what helps besides more damping.
+        """
+        is_traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(self))
+        if is_traced or bool(all_accurate(self.residuals)):
+            return
+        paths = _tree.leaf_paths(blocking.like)
+        sizes = dict(sorted(blocking.by_leaf(self.sizes).items()))
+        bad = [paths[i] for i, x in sizes.items() if not jnp.all(jnp.isfinite(x))]
+        if bad:
+            raise ValueError(
+                f"`{argument}` must be finite, got NaN, infinity or numbers with squares beyond the dtype's "
+                f"range in {', '.join(bad)}."
+            )
+        if not self.damping > 0:
+            raise ValueError(
+                "`damping` must be absolute here, a positive number: it is relative to gradients that are "
+                "all zero, or too small to be squared."
+            )
+        enough = max(PIVOT * float(jnp.finfo(x.dtype).eps * jnp.linalg.norm(x)) for x in sizes.values())
+        got = float(self.damping)
+        raise ValueError(
+            f"`damping` must be about {max(enough, 4 * got):.1e} or larger in this precision, got "
+            f"{got:.1e}: the inverse would not be accurate for "
+            f"{self._where(blocking, paths)}. {remedy} a little, gradients in float64 help for good."
+        )
+
+    def _where(self, blocking: Blocking, paths: list[str]) -> str:
+        """The first block that is not accurate, and how many are not."""
+        if not blocking.block_size:
+            return "the whole network"
+        bad = {i: ~(x <= INACCURATE) for i, x in sorted(blocking.by_leaf(self.residuals).items())}
+        first = next(i for i in bad if bad[i].any())
+        total, blocks = sum(int(x.sum()) for x in bad.values()), sum(x.size for x in bad.values())
+        return f"block {int(bad[first].argmax())} of {paths[first]} ({total} of all {blocks} blocks)"
+
+
+def sizes(
+    factors: Sequence[Factor], widths: Sequence[Sequence[int]], count: Int[Array, ""], *, is_whole: bool
+) -> tuple[Float[Array, " _"], ...]:
+    """`Verdict.sizes`, group by group."""
+    if is_whole and isinstance(factors[0], Dual):
+        return tuple(jnp.sum(rows**2)[None] / count for rows in factors[0].rows)
+    images = [image for part, n in zip(factors, widths, strict=True) for image in part.images(n)]
+    return tuple(jnp.linalg.norm(image, axis=-1) / count for image in images)
