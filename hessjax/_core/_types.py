@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, dataclass_transform, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from hessjax._core._messages import is_key
 
 Params: TypeAlias = PyTree
 """Weights: any pytree whose leaves are real floating-point arrays."""
@@ -103,14 +104,22 @@ def assign(made: Any, **checked: Any) -> None:
 def _equal(self: Any, other: Any) -> bool:
     if type(self) is not type(other):
         return False
-    if jax.tree.structure(self) != jax.tree.structure(other):  # type: ignore[operator]
+    # Field by field, not as pytrees: to jax an instance of a user's subclass is one leaf, which is itself.
+    names = [field.name for field in dataclasses.fields(self)]
+    return all(_same_tree(getattr(self, name), getattr(other, name)) for name in names)
+
+
+def _same_tree(a: Any, b: Any) -> bool:
+    if jax.tree.structure(a) != jax.tree.structure(b):  # type: ignore[operator]
         return False
-    return all(map(_same, jax.tree.leaves(self), jax.tree.leaves(other)))
+    return all(map(_same, jax.tree.leaves(a), jax.tree.leaves(b)))
 
 
 def _same(a: Any, b: Any) -> bool:
     if a is b or isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
         return a is b  # what is traced has no value to compare
+    if (is_key(a) or is_key(b)) and getattr(a, "dtype", None) != getattr(b, "dtype", None):
+        return False  # jax refuses to compare them
     return np.shape(a) == np.shape(b) and bool(np.all(np.asarray(a == b)))
 
 
@@ -140,8 +149,7 @@ class _Text:
             return leaf.__name__
         if not hasattr(leaf, "dtype"):
             return repr(leaf)
-        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        if np.ndim(leaf) or is_key or isinstance(leaf, jax.core.Tracer):
+        if np.ndim(leaf) or is_key(leaf) or isinstance(leaf, jax.core.Tracer):
             return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
         return str(leaf)
 
@@ -214,7 +222,7 @@ class Relative(Amount):
         return f"relative({self.amount})"
 
 
-def relative(factor: float) -> Relative:
+def relative(factor: float | Scalar) -> Relative:
     """A tolerance or damping as a fraction of the natural scale of what it is compared with.
 
     Args:
@@ -232,6 +240,8 @@ def relative(factor: float) -> Relative:
         >>> hj.relative(0.1)
         relative(0.1)
     """
+    if isinstance(factor, jax.core.Tracer):
+        return Relative(factor)
     if not 0 < factor < math.inf:
         raise ValueError(f"`factor` must be positive and finite, got {factor}.")
     return Relative(float(factor))

@@ -16,7 +16,7 @@ from hessjax._core._types import Block, Params, Scalar, Where
 from hessjax.pruning._ranking import check_sparsity
 from hessjax.pruning.allocations._allocation import AllocationRule, global_threshold
 from hessjax.pruning.patterns._pattern import Patterns, unstructured
-from hessjax.pruning.saliencies._saliency import Context, Saliency, drop_others, is_hole
+from hessjax.pruning.saliencies._saliency import Context, Saliency, checked_saliency, drop_others, is_hole
 
 
 class PruneStep(NamedTuple):
@@ -92,13 +92,12 @@ def prune_once(
         places of the n selected are False in the mask (under `global_threshold`).
 
     Raises:
+        TypeError: for a `saliency` that is none.
         ValueError: for `sparsity` outside [0, 1), `recomputes` < 1, a block of another structure than
-            `params`; several saliencies, or `max_ratio`, and no `loss_fn`;
-            `max_ratio` not above 1; if `where` matches no leaf, or the floors of the
-            allocation cannot be met; if the saliency needs gradients and there is no `grads_fn`; if its
-            damping is too small for the precision (`obs`).
-        FloatingPointError: if scores or the pruned weights are not finite. (Not inside `jit`: there the
-            weights show it.)
+            `params`; several saliencies, or `max_ratio`, and no `loss_fn`; `max_ratio` not above 1; if
+            `where` matches no leaf, or the floors of the allocation cannot be met; if the saliency needs
+            gradients and there is no `grads_fn`; if its damping is too small for the precision (`obs`).
+        FloatingPointError: if scores or the pruned weights are not finite. (In `jit` the weights show it.)
 
     Cost:
         R times the gradients, and for each saliency its scores, its move, a ranking and `loss_fn`. A step
@@ -118,7 +117,8 @@ def prune_once(
     check_sparsity(sparsity)
     if recomputes < 1:
         raise ValueError(f"`recomputes` must be at least 1, the number of steps, got {recomputes}.")
-    rules = (saliency,) if isinstance(saliency, Saliency) else tuple(saliency)
+    given = saliency if isinstance(saliency, Sequence) else (saliency,)
+    rules = tuple(checked_saliency("saliency", rule) for rule in given)
     _check_loss(rules, loss_fn, max_ratio)
     if grads_fn is None and any(rule.needs_grads for rule in rules):
         raise ValueError("`grads_fn` must be given for a saliency that needs gradients, got None.")

@@ -1,5 +1,6 @@
 """Arguments that count something."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -31,9 +32,33 @@ def test_what_is_none_is_named():
         ("num_matvecs", hj.estimators.hutchpp),
         ("k", hj.estimators.lanczos),
         ("k", hj.estimators.power_iteration),
+        ("n", lambda n: hj.patterns.n_of_m(n, 4)),
+        ("axis", lambda n: hj.patterns.n_of_m(2, 4, axis=n)),
+        ("axis", hj.patterns.channels),
+        ("shape", lambda n: hj.patterns.blocks((n, 2))),
+        ("num_heads", hj.patterns.heads),
+        ("num_grads", lambda n: hj.saliencies.obs(num_grads=n)),
+        ("num_grads", lambda n: hj.saliencies.obd(num_grads=n)),
+        ("block_size", lambda n: hj.saliencies.obs(block_size=n)),
+        ("stop", lambda n: hj.saliencies.hard_concrete(1.0, jax.random.key(0), stop=n)),
         ("microbatch", lambda n: hj.per_example_grads(jnp.vdot, jnp.ones(2), jnp.ones((3, 2)), microbatch=n)),
     ],
 )
 def test_numbers_of_the_public_functions(name, call):
     with pytest.raises(TypeError, match=name):
         call(2.5)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        hj.saliencies.random,
+        lambda key: hj.saliencies.sparse_evolution(0.3, key),
+        lambda key: hj.saliencies.hard_concrete(1.0, key, stop=2),
+    ],
+)
+def test_keys_of_the_public_functions(call):
+    for wrong in (0, None, jax.random.split(jax.random.key(0)), jax.random.PRNGKey(0)):
+        with pytest.raises(TypeError, match="key"):
+            call(wrong)
+    call(jax.random.key(0))

@@ -71,6 +71,26 @@ def test_arrays_are_leaves_and_compare_by_value():
     assert paths == [".weights"]
 
 
+def test_keys_compare_with_keys_alone():
+    keys = [jax.random.key(0), jax.random.key(0, impl="rbg"), jnp.zeros(()), None, jax.random.PRNGKey(0)]
+    made = [WithArrays(np.zeros(1), inner=x) for x in keys]
+    assert [[a == b for b in made] for a in made] == np.eye(5, dtype=bool).tolist()
+
+
+@pytest.mark.parametrize("parent", [hj.estimators.hutchinson, hj.estimators.lanczos])
+def test_a_plain_subclass_compares_field_by_field_and_runs(parent):
+    """To jax its instances are leaves, not pytrees of their settings."""
+
+    class Mine(parent):
+        pass
+
+    assert Mine() == Mine() != parent()
+    assert hash(Mine()) == hash(Mine())
+    like, product = jnp.zeros(10), jax.tree_util.Partial(jnp.multiply, jnp.arange(10.0))
+    first, second = (hj.run(Mine(), product, jax.random.key(0), like, max_matvecs=10)[0] for _ in range(2))
+    chex.assert_trees_all_equal(first, second)
+
+
 def test_repr_shows_settings_functions_by_name_and_arrays_by_shape():
     assert repr(Plain(2)) == "Plain(count=2, name='plain')"
     nested = WithArrays({"w": jnp.zeros((2, 3))}, Plain(2))
@@ -115,6 +135,7 @@ def test_tolerances_are_checked_in_one_place():
     for factor in (0.0, -1.0, float("inf"), float("nan")):
         with pytest.raises(ValueError, match="`factor` must be positive and finite"):
             hj.relative(factor)
+    assert jax.vmap(lambda r: hj.relative(r).limit(3.0))(jnp.ones(2)).tolist() == [3.0, 3.0]
     traced = jax.jit(lambda tol: tol.limit(3.0))
     assert traced(hj.relative(2.0)) == 6.0
     assert traced(hj.relative(3.0)) == 9.0

@@ -190,9 +190,10 @@ class ByCurvature(Allocation):
         floor: as in `global_threshold`.
 
     Raises:
-        ValueError: if a curvature is not positive and finite, as a trace can be away from a minimum: use a
-            Gauss–Newton matrix. If `floor` lies outside [0, 1]. By the
-            ranking, for a leaf without a curvature.
+        TypeError: if `curvature` is not a mapping.
+        ValueError: if `floor` lies outside [0, 1]. By the ranking, for a leaf without a curvature, or whose
+            curvature is not positive and finite, as a trace can be away from a minimum: use a Gauss–Newton
+            matrix.
 
     Cost:
         As `global_threshold`.
@@ -214,6 +215,8 @@ class ByCurvature(Allocation):
 
     def __post_init__(self) -> None:
         check_floor(self.floor)
+        if not isinstance(self.curvature, Mapping):
+            raise TypeError(f"`curvature` must be a mapping `path -> number`, got {self.curvature!r}.")
 
     def __call__(self, scores: Params, sparsity: Sparsity, pattern: Patterns = _ALONE) -> Params:
         """The mask of one ranking."""
@@ -234,6 +237,7 @@ def _root(curvature: Mapping[str, Any], path: str, size: int) -> Any:
         )
     value = curvature[path]
     value = value.mean / size if hasattr(value, "stderr") else value
+    # Not before: leaves that are not pruned may have any curvature.
     if not isinstance(value, jax.core.Tracer) and not 0 < float(value) < float("inf"):
         raise ValueError(
             f"`curvature` must be positive and finite, got {float(value):.3g} for {path}: take the traces "
@@ -256,7 +260,7 @@ class Threshold:
         least: the share of every leaf that stays whatever its scores, its best.
 
     Raises:
-        ValueError: if `least` lies outside [0, 1].
+        ValueError: if `level` is no number, or `least` lies outside [0, 1].
 
     References:
         Sanh et al., Movement pruning (2020), arXiv 2005.07683: soft movement keeps 0.5 % at least.
@@ -273,6 +277,9 @@ class Threshold:
     least: float | int = 0.005
 
     def __post_init__(self) -> None:
+        is_number = isinstance(self.level, (int, float, np.number, jax.Array))
+        if not callable(self.level) and not (is_number and self.level == self.level):
+            raise ValueError(f"`level` must be a number or a schedule, got {self.level!r}.")
         if not 0 <= self.least <= 1:
             raise ValueError(f"`least` must be in [0, 1], the share of a leaf that stays, got {self.least}.")
 

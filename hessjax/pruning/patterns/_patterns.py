@@ -7,11 +7,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Shaped
 
 from hessjax._core._axes import axes_of, heads_axis
-from hessjax._core._types import settings
+from hessjax._core._messages import checked_count, checked_int
+from hessjax._core._types import assign, settings
 from hessjax.pruning.patterns._pattern import Pattern, check_divides, place_of
+
+
+def _axis(axis: Any) -> int | None:
+    return None if axis is None else checked_int("axis", axis)
 
 
 class _ByAxis(Pattern):
@@ -40,6 +46,7 @@ class NOfM(_ByAxis):
             a Dense kernel.
 
     Raises:
+        TypeError: if a number is not an integer.
         ValueError: unless 0 < n < m; by `prune`, if m does not divide the axis, or if the sparsity is above
             1 − n/m.
 
@@ -59,6 +66,7 @@ class NOfM(_ByAxis):
     axis: int | None = None
 
     def __post_init__(self) -> None:
+        assign(self, n=checked_int("n", self.n), m=checked_int("m", self.m), axis=_axis(self.axis))
         if not 0 < self.n < self.m:
             raise ValueError(
                 f"`n` must be between 1 and m - 1, how many of `m` stay, got {self.n} of {self.m}."
@@ -101,6 +109,7 @@ class Blocks(Pattern):
         shape: of one block, `(32, 32)`; axes before the last `len(shape)` are cut into single indices.
 
     Raises:
+        TypeError: if a size is not an integer.
         ValueError: if a size is below 1; by `prune`, for a leaf with fewer axes, or axes it does not divide.
 
     References:
@@ -118,9 +127,9 @@ class Blocks(Pattern):
     shape: Sequence[int]
 
     def __post_init__(self) -> None:
-        if not self.shape or min(self.shape) < 1:
+        if not np.size(self.shape) or np.ndim(self.shape) != 1 or np.min(self.shape) < 1:
             raise ValueError(f"`shape` must be sizes of at least 1, of one block, got {self.shape}.")
-        object.__setattr__(self, "shape", tuple(self.shape))  # a list does not hash
+        assign(self, shape=tuple(checked_int("shape", size) for size in self.shape))  # a list does not hash
 
     def __repr__(self) -> str:
         return f"blocks({self.shape})"
@@ -199,6 +208,7 @@ class Channels(_ByAxis):
             (`filters()`).
 
     Raises:
+        TypeError: if `axis` is not an integer.
         ValueError: by `prune`, for a leaf without that axis.
 
     References:
@@ -214,6 +224,9 @@ class Channels(_ByAxis):
     """
 
     axis: int | None = None
+
+    def __post_init__(self) -> None:
+        assign(self, axis=_axis(self.axis))
 
     def __repr__(self) -> str:
         return f"channels({'' if self.axis is None else self.axis})"
@@ -261,6 +274,10 @@ class Heads:
             the last, and the output's first.
         out: a glob over paths, for the output projection.
 
+    Raises:
+        TypeError: if `num_heads` is not an integer.
+        ValueError: if `num_heads` is below 1; by `prune`, for a leaf that has no such heads.
+
     References:
         Michel et al., Are sixteen heads really better than one? (2019), arXiv 1905.10650.
 
@@ -275,6 +292,10 @@ class Heads:
 
     num_heads: int | None = None
     out: str = "*out*"
+
+    def __post_init__(self) -> None:
+        if self.num_heads is not None:
+            assign(self, num_heads=checked_count("num_heads", self.num_heads))
 
     def __repr__(self) -> str:
         return f"heads({'' if self.num_heads is None else self.num_heads})"

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from hessjax._core import _tree
+from hessjax._core._messages import checked_key
 from hessjax._core._types import Params, settings
 from hessjax.pruning._ranking import Schedule, ordered_keys, smallest, units_of
 from hessjax.pruning.saliencies._first_order import Magnitude
-from hessjax.pruning.saliencies._saliency import Context, MaskChange, Saliency
+from hessjax.pruning.saliencies._saliency import Context, MaskChange, Saliency, checked_saliency
 
 _MAGNITUDE = Magnitude()
 
@@ -67,11 +68,7 @@ class RandomGrowth(DropAndGrow):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        key = self.key
-        if not (
-            isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0
-        ):
-            raise TypeError(f"`key` must be one random key, such as `jax.random.key(0)`, got {key!r}.")
+        checked_key(self.key)
 
     def growth(self, seen: Context) -> Params:
         """Uniform in [0, 1)."""
@@ -154,7 +151,7 @@ class SparseEvolution(_Rewired):
 
     Raises:
         ValueError: if a number `fraction` lies outside [0, 1]. (A schedule is taken to its nearest end.)
-        TypeError: if `key` is not a random key.
+        TypeError: if `key` is not a random key, or `score` no saliency.
 
     Cost:
         At a mask step a random number per weight and two rankings beside that of the allocation. Memory: a
@@ -180,6 +177,7 @@ class SparseEvolution(_Rewired):
 
     def __post_init__(self) -> None:
         _ = self.change  # which refuses what it cannot use
+        checked_saliency("score", self.score)
 
     @property
     def change(self) -> MaskChange:  # type: ignore[override]
@@ -204,6 +202,7 @@ class Rigl(_Rewired):
 
     Raises:
         ValueError: if a number `fraction` lies outside [0, 1]. (A schedule is taken to its nearest end.)
+        TypeError: if `score` is no saliency.
 
     Cost:
         At a mask step two rankings beside that of the allocation. Memory: a few numbers per weight during a
@@ -227,6 +226,7 @@ class Rigl(_Rewired):
 
     def __post_init__(self) -> None:
         _ = self.change  # which refuses what it cannot use
+        checked_saliency("score", self.score)
 
     @property
     def change(self) -> MaskChange:  # type: ignore[override]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
 from hessjax._core import _tree
+from hessjax._core._messages import checked_key
 from hessjax._core._types import Params, settings
 from hessjax.pruning.saliencies._saliency import Context, Saliency
 
@@ -112,6 +113,9 @@ class Random(Saliency):
     Args:
         key: of the numbers.
 
+    Raises:
+        TypeError: if `key` is not a random key.
+
     Cost:
         A random number per weight at a mask step, nothing between.
 
@@ -123,6 +127,9 @@ class Random(Saliency):
     """
 
     key: Key[Array, ""]
+
+    def __post_init__(self) -> None:
+        checked_key(self.key)
 
     def scores(self, state: Any, seen: Context) -> Params:
         """The numbers."""

@@ -11,8 +11,10 @@ import optax
 from jaxtyping import Array, Int, Key
 
 from hessjax._core import _tree
+from hessjax._core._messages import checked_count, checked_key
 from hessjax._core._types import Params, settings
 from hessjax.pruning._ranking import cond_now
+from hessjax.pruning.saliencies._movement import check_optimizer, check_penalty
 from hessjax.pruning.saliencies._saliency import Context, Saliency
 
 BETA, LOW, HIGH = 2 / 3, -0.1, 1.1
@@ -66,7 +68,8 @@ class HardConcrete(Saliency):
         start_open: P(z > 0) at the start, in (0, 1).
 
     Raises:
-        ValueError: `stop` below 1, or `start_open` outside (0, 1).
+        TypeError: `stop` is not an integer, `key` not a random key, or `optimizer` none of optax.
+        ValueError: `stop` below 1, `start_open` outside (0, 1), or a `penalty` negative or not finite.
 
     Cost:
         A random number, a few elementwise operations and the optimizer's step per weight and update. Memory:
@@ -94,10 +97,10 @@ class HardConcrete(Saliency):
     gated: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.stop < 1:
-            raise ValueError(
-                f"`stop` must be at least 1, the update from which on the gates rest, got {self.stop}."
-            )
+        checked_count("stop", self.stop, 1, ", the update from which on the gates rest")
+        checked_key(self.key)
+        check_optimizer(self.optimizer)
+        check_penalty(self.penalty)
         if not 0 < self.start_open < 1:
             raise ValueError(
                 f"`start_open` must be in (0, 1), the share of open gates, got {self.start_open}."

@@ -1,10 +1,12 @@
 """Movement pruning: weights that move away from zero stay; scores with an optimizer of their own."""
 
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
@@ -13,6 +15,19 @@ from hessjax._core._types import Params, settings
 from hessjax.pruning.saliencies._saliency import Context, Saliency
 
 _ADAM = optax.adam(1e-2)  # one object, so that rules with the default optimizer are equal
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Raise a TypeError for what is no optimizer, such as a learning rate."""
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise TypeError(f"`optimizer` must be one of optax, such as `optax.adam(1e-2)`, got {optimizer!r}.")
+
+
+def check_penalty(penalty: Any) -> None:
+    """Raise a ValueError for a penalty that is no schedule, and no number from 0 up."""
+    is_number = isinstance(penalty, (int, float, np.number, jax.Array))
+    if not callable(penalty) and not (is_number and 0 <= penalty < math.inf):
+        raise ValueError(f"`penalty` must be a finite number, at least 0, or a schedule, got {penalty!r}.")
 
 
 class Scores(NamedTuple):
@@ -51,6 +66,9 @@ class Movement(Saliency):
         optimizer: of the scores, with its own schedule; without weight decay.
         start: the first scores of a leaf, from its weights: zeros, or `from_magnitudes`.
 
+    Raises:
+        TypeError: if `optimizer` is none of optax, or `start` no function.
+
     Cost:
         A multiplication and the optimizer's step per weight and update. Memory: the scores, and the
         optimizer's state for them.
@@ -75,6 +93,11 @@ class Movement(Saliency):
 
     optimizer: optax.GradientTransformation = _ADAM
     start: Callable[[Array], Array] = jnp.zeros_like
+
+    def __post_init__(self) -> None:
+        check_optimizer(self.optimizer)
+        if not callable(self.start):
+            raise TypeError(f"`start` must be a function `weights -> scores`, got {self.start!r}.")
 
     @property
     def needs_grads(self) -> bool:  # type: ignore[override]
@@ -128,6 +151,10 @@ class SoftMovement(Saliency):
             pruned.
         optimizer: of S.
 
+    Raises:
+        TypeError: if `optimizer` is none of optax.
+        ValueError: if `penalty` is negative or not finite.
+
     Cost:
         As `movement`.
 
@@ -146,6 +173,10 @@ class SoftMovement(Saliency):
     penalty: float | int | Callable[[Any], Any]
     optimizer: optax.GradientTransformation = _ADAM
     needs_grads: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_optimizer(self.optimizer)
+        check_penalty(self.penalty)
 
     def init(self, weights: Params) -> Scores:
         """Scores of 0."""

@@ -1,13 +1,13 @@
 """Optimal brain surgeon: prune what the loss misses least, and let the other weights make up for it."""
 
-from hessjax._core._types import Relative, Tolerance
+from hessjax._core._types import Relative, Scalar, Tolerance
 from hessjax.pruning.saliencies._saliency import Saliency
 from hessjax.pruning.saliencies._second_order import DiagonalOnly, SecondOrder
 
 
 def obs(
     update: str = "joint",
-    damping: Tolerance = Relative(0.01),  # noqa: B008 (a value, never changed)
+    damping: Tolerance | Scalar = Relative(0.01),  # noqa: B008 (a value, never changed)
     block_size: int | None = None,
     *,
     num_grads: int | None = None,
@@ -77,7 +77,7 @@ def obs(
 
 def wood_taylor(
     update: str = "joint",
-    damping: Tolerance = Relative(0.01),  # noqa: B008 (a value, never changed)
+    damping: Tolerance | Scalar = Relative(0.01),  # noqa: B008 (a value, never changed)
     block_size: int | None = None,
     *,
     num_grads: int | None = None,

@@ -134,7 +134,19 @@ def is_hole(x: Any) -> bool:
 
 def drop_others(tree: Params, mask: Params) -> Params:
     """The tree with `optax.MaskedNode()` wherever the mask has one."""
-    return jax.tree.map(lambda x, m: m if is_hole(m) else x, tree, mask)
+    # The mask first: where it has one hole for a whole subtree, as `optax.masked` makes them, that goes too.
+    return jax.tree.map(lambda m, x: m if is_hole(m) else x, mask, tree, is_leaf=is_hole)
+
+
+def checked_saliency(argument: str, rule: Any) -> Saliency:
+    """The rule itself.
+
+    Raises:
+        TypeError: it is no saliency; most often parentheses are missing.
+    """
+    if not isinstance(rule, Saliency):
+        raise TypeError(f"`{argument}` must be a `Saliency`, such as `magnitude()`, got {rule!r}.")
+    return rule
 
 
 @settings(arrays=("choose", "by"))
@@ -148,6 +160,7 @@ class Compensated(Saliency):
     Its state is the pair of theirs; its predicted increase is that of `by`.
 
     Raises:
+        TypeError: if `choose` or `by` is no saliency.
         ValueError: if `by` is a saliency that does not compensate.
 
     Cost:
@@ -167,7 +180,8 @@ class Compensated(Saliency):
     compensates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not self.by.compensates:
+        checked_saliency("choose", self.choose)
+        if not checked_saliency("by", self.by).compensates:
             raise ValueError(
                 "`by` must be a saliency that moves the kept weights, such as `obs()`, got one that does not."
             )

@@ -6,14 +6,16 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from hessjax._core import _tree
-from hessjax._core._types import Amount, Block, Params, Tolerance, settings
+from hessjax._core._messages import checked_count
+from hessjax._core._types import Amount, Block, Params, Scalar, Tolerance, assign, settings
 from hessjax._fisher import _model, _scores
 from hessjax._fisher._inverse_fisher import InverseFisher, verdict_of
 from hessjax._fisher._readout import INACCURATE, Verdict
-from hessjax._fisher._rows import Blocking, Parts, row
+from hessjax._fisher._rows import Blocking, Parts, num_grads, row
 from hessjax.pruning._ranking import together
 from hessjax.pruning.patterns._pattern import Pattern, Patterns, patterns_of, unstructured
 from hessjax.pruning.saliencies._saliency import Context, Saliency, drop_others
@@ -65,7 +67,10 @@ class _FromGradients(Saliency):
         """The block of gradients, and how many of its rows are filled."""
         if seen.per_example_grads is not None:
             given = drop_others(seen.per_example_grads, seen.mask)
-            return given, jnp.asarray(len(jax.tree.leaves(given)[0]), jnp.int32)
+            if not (count := num_grads(given, "per_example_grads")):
+                raise ValueError("`per_example_grads` must hold at least one gradient, got none.")
+            _tree.check_like(row(given), seen.weights, "per_example_grads", "params[where]")
+            return given, jnp.asarray(count, jnp.int32)
         if state.ring is None:
             raise ValueError(
                 "`per_example_grads` must be given, the gradients that make the Fisher: pass `grads_fn` to "
@@ -84,12 +89,12 @@ class _Kind(NamedTuple):
     patterns: tuple[Pattern, ...] = ()
 
 
-@settings()
+@settings(arrays=("damping",))
 class SecondOrder(_FromGradients):
     """Scores and moves by the inverse Fisher, as `obs` and `wood_taylor` say."""
 
     update_by: str
-    damping: Tolerance
+    damping: Tolerance | Scalar
     block_size: int | None
     with_slope: bool
 
@@ -97,17 +102,9 @@ class SecondOrder(_FromGradients):
         if self.update_by not in _MOVES:
             names = ", ".join(f'"{name}"' for name in _MOVES)
             raise ValueError(f'`update` must be one of {names}, got "{self.update_by}".')
-        amount = self._damping.amount
-        if not 0 < amount < math.inf:
-            raise ValueError(
-                f"`damping` must be positive and finite, got {amount}: F from few gradients is singular "
-                "without."
-            )
-        _check_counts(num_grads=self.num_grads, batch_size=self.batch_size, block_size=self.block_size)
-
-    @property
-    def _damping(self) -> Amount:
-        return self.damping if isinstance(self.damping, Amount) else Amount(self.damping)
+        assign(self, damping=_checked(self.damping))
+        _check_counts(num_grads=self.num_grads, block_size=self.block_size)
+        _check_batch_size(self.batch_size)
 
     def scores(self, state: Gradients, seen: Context) -> Params:
         """What single weights cost, or groups."""
@@ -115,7 +112,7 @@ class SecondOrder(_FromGradients):
         # Single scores and the moves that do not follow from them share what is compiled.
         update = "greedy" if self.update_by == "greedy" else "none"
         kind = _Kind(update, self.block_size, self.with_slope, _grouping(seen.pattern, seen.weights))
-        numbers = (self._damping, self.batch_size, count)
+        numbers = (self.damping, self.batch_size, count)
         scores, verdict = _scored(kind, grads, numbers, seen.mask, seen.weights)
         _check(verdict, grads, self.block_size)
         return scores
@@ -126,7 +123,7 @@ class SecondOrder(_FromGradients):
         kind = _Kind(
             "joint" if self.update_by == "greedy" else self.update_by, self.block_size, self.with_slope
         )
-        numbers = (self._damping, self.batch_size, count)
+        numbers = (self.damping, self.batch_size, count)
         moved, increase, verdict = _moved(kind, grads, numbers, seen.mask, seen.weights, mask)
         if verdict is not None:
             _check(verdict, grads, self.block_size)
@@ -138,7 +135,8 @@ class DiagonalOnly(_FromGradients):
     """½ w_q² F_qq, without moves."""
 
     def __post_init__(self) -> None:
-        _check_counts(num_grads=self.num_grads, batch_size=self.batch_size)
+        _check_counts(num_grads=self.num_grads)
+        _check_batch_size(self.batch_size)
 
     def scores(self, state: Gradients, seen: Context) -> Params:
         """½ w_q² F_qq."""
@@ -161,8 +159,27 @@ def _grouping(pattern: Patterns, weights: Params) -> tuple[Pattern, ...]:
 
 def _check_counts(**counts: int | None) -> None:
     for name, count in counts.items():
-        if count is not None and count < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {count}.")
+        if count is not None:
+            checked_count(name, count)
+
+
+def _check_batch_size(batch_size: Any) -> None:
+    # As of `inverse_fisher`: no integer where gradients are means over a fractional number of examples.
+    if isinstance(batch_size, str) or batch_size is None or not batch_size >= 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+
+
+def _checked(damping: Any) -> Amount:
+    """λ, an absolute one too as an `Amount`."""
+    made = damping if isinstance(damping, Amount) else Amount(damping)
+    if isinstance(made.amount, jax.core.Tracer):
+        return made
+    if np.ndim(made.amount) or isinstance(made.amount, str | None) or not 0 < made.amount < math.inf:
+        raise ValueError(
+            f"`damping` must be positive and finite, got {made.amount}: F from few gradients is singular "
+            "without."
+        )
+    return made
 
 
 def _check(verdict: Verdict, grads: Block, block_size: int | None) -> None:

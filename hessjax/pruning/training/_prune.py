@@ -15,7 +15,7 @@ from hessjax.pruning._ranking import Schedule, cond_now
 from hessjax.pruning.allocations._allocation import AllocationRule, global_threshold
 from hessjax.pruning.allocations._densities import Threshold
 from hessjax.pruning.patterns._pattern import Patterns, unstructured
-from hessjax.pruning.saliencies._saliency import Context, Nested, Saliency, drop_others
+from hessjax.pruning.saliencies._saliency import Context, Nested, Saliency, checked_saliency, drop_others
 from hessjax.pruning.training._state import (
     Budget,
     Choice,
@@ -107,7 +107,7 @@ def prune(
             what it gives elsewhere cannot raise inside `jit`: it is taken to the nearest end of [0, 1] and
             stands in `PruneState.sparsity`. By `update`, if `params` is missing or `grads` differs from it in
             structure.
-        TypeError: by `init`, if a selected leaf is not floating-point.
+        TypeError: for a `saliency` that is none; by `init`, if a selected leaf is not floating-point.
 
     Cost:
         Between mask steps a few elementwise operations per selected weight; the ranking runs inside
@@ -133,7 +133,7 @@ def prune(
         steps=MaskSteps(every, start, stop),
         budget=Budget(sparsity, allocation, pattern),
         inner=_with_extra_args(inner),
-        saliency=saliency,
+        saliency=checked_saliency("saliency", saliency),
         where=where,
         regrow=regrow,
         straight_through=straight_through,
@@ -234,7 +234,7 @@ class _Pruning:
         self, weights: Params, mask: Params, count: Int[Array, ""], grads: Params, block: Block | None
     ) -> Context:
         """What the saliency gets to see of it: the leaves that are pruned."""
-        rows = None if block is None else drop_others(block, mask)
+        rows = None if block is None else _rows(block, mask)
         return Context(weights, mask, count, drop_others(grads, mask), rows, self.budget.pattern)
 
     def _choose(self, scorer: Any, seen: Context) -> Choice:
@@ -271,6 +271,14 @@ def _with_extra_args(inner: Any) -> optax.GradientTransformationExtraArgs:
     if isinstance(inner, optax.MultiSteps):  # which hands extra arguments on only as a transformation
         inner = inner.gradient_transformation()
     return optax.with_extra_args_support(inner)
+
+
+def _rows(block: Block, mask: Params) -> Block:
+    """Gradients of single examples, of the leaves that are pruned."""
+    try:
+        return drop_others(block, mask)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`per_example_grads` must have the structure of `params`: {error}") from None
 
 
 def _num_nan(scores: Params) -> Int[Array, ""]:

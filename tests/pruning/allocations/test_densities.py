@@ -125,3 +125,10 @@ def test_by_curvature_takes_the_traces_of_the_spectral_half():
 def test_bad_input(make, message):
     with pytest.raises(ValueError, match=message):
         make(scores())
+
+
+def test_what_is_no_mapping_of_curvatures_is_refused_and_leaves_that_stay_dense_may_have_any():
+    with pytest.raises(TypeError, match="curvature"):
+        hj.allocations.by_curvature(1.0)
+    made = hj.allocations.by_curvature({"conv": 1.0, "large": 1.0, "small": 1.0, "bias": -1.0})
+    assert jax.tree.leaves(made(scores(), 0.5))

@@ -264,7 +264,13 @@ def test_more_zeros_than_the_pattern_lets_go():
 
 @pytest.mark.parametrize(
     "bad",
-    [lambda: hj.patterns.n_of_m(4, 4), lambda: hj.patterns.n_of_m(0, 4), lambda: hj.patterns.blocks((0, 2))],
+    [
+        lambda: hj.patterns.n_of_m(4, 4),
+        lambda: hj.patterns.n_of_m(0, 4),
+        lambda: hj.patterns.blocks((0, 2)),
+        lambda: hj.patterns.blocks(()),
+        lambda: hj.patterns.heads(0),
+    ],
 )
 def test_impossible_patterns(bad):
     with pytest.raises(ValueError, match="must be"):

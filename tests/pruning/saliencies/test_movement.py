@@ -190,6 +190,11 @@ def test_threshold_checks_its_floor(least):
         hj.allocations.threshold(0.1, least=least)
 
 
+def test_threshold_checks_its_level():
+    with pytest.raises(ValueError, match="`level` must be a number or a schedule, got nan"):
+        hj.allocations.threshold(float("nan"))
+
+
 def test_a_threshold_above_all_scores_keeps_the_best_few():
     params = {"a": jnp.arange(1.0, 9.0).reshape(2, 4), "b": jnp.ones((2, 2))}
     tx = hj.prune(

@@ -3,6 +3,7 @@
 import itertools
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -362,6 +363,7 @@ def test_nothing_can_be_pruned_before_a_gradient():
     [
         ({"update": "best"}, '`update` must be one of "joint", "greedy", "summed", "none", got "best".'),
         ({"damping": 0.0}, "`damping` must be positive and finite, got 0.0"),
+        ({"damping": jnp.float32(-1.0)}, "`damping` must be positive and finite, got -1.0"),
         ({"block_size": 0}, "`block_size` must be at least 1, got 0."),
         ({"num_grads": 0}, "`num_grads` must be at least 1, got 0."),
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0."),
@@ -370,6 +372,31 @@ def test_nothing_can_be_pruned_before_a_gradient():
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         hj.saliencies.obs(**arguments)
+
+
+def test_dampings_may_be_arrays_and_traced():
+    rules = [hj.saliencies.obs(damping=x) for x in (0.5, np.float64(0.5), jnp.float32(0.5))]
+    assert rules[0] == rules[1] == rules[2]
+    assert len(set(map(hash, rules))) == 1
+    params, grads = problem()
+
+    def scores(damping):
+        rule = hj.saliencies.obs(damping=damping)
+        return rule.scores(rule.init(params), seen(params, grads))
+
+    chex.assert_trees_all_close(jax.jit(scores)(0.5), scores(0.5), rtol=1e-6)
+
+
+def test_a_block_of_another_shape_is_named():
+    params, grads = problem()
+    rule = hj.saliencies.obs()
+    for block, message in (
+        (jax.tree.map(lambda g: g[:0], grads), "`per_example_grads` must hold at least one gradient"),
+        (jax.tree.map(lambda g: g[0], grads), "`per_example_grads` must"),
+        (jax.tree.map(lambda g: g[..., None], grads), "`per_example_grads` must have the structure of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            rule.scores(rule.init(params), seen(params, block))
 
 
 def test_gradients_are_needed():

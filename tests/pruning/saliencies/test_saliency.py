@@ -80,6 +80,39 @@ def test_the_settings_can_be_read(rule, text):
     assert repr(rule).startswith(text)
 
 
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("saliency", lambda rule: hj.prune(optax.sgd(0.1), rule, 0.5)),
+        ("saliency", lambda rule: hj.prune_once({"w": jnp.ones((2, 2))}, rule, 0.5)),
+        ("saliency", lambda rule: hj.prune_once({"w": jnp.ones((2, 2))}, [rule], 0.5)),
+        ("score", lambda rule: hj.saliencies.rigl(0.3, score=rule)),
+        ("score", lambda rule: hj.saliencies.sparse_evolution(0.3, jax.random.key(0), score=rule)),
+        ("choose", lambda rule: hj.saliencies.compensated(rule, by=hj.saliencies.obs())),
+        ("by", lambda rule: hj.saliencies.compensated(hj.saliencies.magnitude(), by=rule)),
+    ],
+)
+def test_what_is_no_saliency_is_refused(name, call):
+    for wrong in (hj.saliencies.magnitude, hj.saliencies.obs, None):  # parentheses are missing
+        with pytest.raises(TypeError, match=name):
+            call(wrong)
+
+
+@pytest.mark.parametrize("rule", ["movement", "soft_movement", "hard_concrete"])
+def test_what_is_no_optimizer_or_penalty_is_refused(rule):
+    given = {
+        "movement": {},
+        "soft_movement": {"penalty": 1.0},
+        "hard_concrete": {"penalty": 1.0, "key": jax.random.key(0), "stop": 2},
+    }[rule]
+    make = getattr(hj.saliencies, rule)
+    with pytest.raises(TypeError, match="optimizer"):
+        make(**given, optimizer=0.1)
+    for penalty in (-1.0, float("nan")) if "penalty" in given else ():
+        with pytest.raises(ValueError, match="`penalty` must be a finite number"):
+            make(**{**given, "penalty": penalty})
+
+
 def test_what_a_rule_of_ones_own_has_left_out_is_named():
     class Empty(hj.saliencies.Saliency):
         pass

@@ -314,6 +314,25 @@ def test_a_rejected_update_changes_nothing():
     assert int(optax.tree.get(state, "num_nan")) == 0
 
 
+def test_blocks_of_gradients_pass_optax_masked():
+    """Which has one hole for a whole subtree, where the block has leaves; what does not fit is named."""
+    params = {"a": {"w": jnp.arange(1.0, 5.0).reshape(2, 2)}, "b": {"w": jnp.ones((2, 2))}}
+    block = jax.tree.map(lambda x: jnp.ones((3, *x.shape)), params)
+    rule = hj.prune(optax.sgd(0.1), hj.saliencies.obs(damping=1.0), 0.5, every=1, start=1)
+    tx = optax.masked(rule, {"a": True, "b": False})
+    state = tx.init(params)
+    updates, _ = tx.update(params, state, params, per_example_grads=block)
+    alone, _ = rule.update(
+        {"a": params["a"]},
+        rule.init({"a": params["a"]}),
+        {"a": params["a"]},
+        per_example_grads={"a": block["a"]},
+    )
+    assert_trees_equal(updates["a"], alone["a"])
+    with pytest.raises(ValueError, match="`per_example_grads` must have the structure of `params`"):
+        rule.update(params, rule.init(params), params, per_example_grads={"a": block["a"]})
+
+
 def test_an_average_of_params_is_masked_by_mask_of():
     tx, average = (
         hj.prune(optax.adam(0.02), hj.saliencies.magnitude(), SCHEDULE, every=2, stop=9),
