@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from hessjax._core import _tree
 from hessjax._core._types import Scalar
 from hessjax._fisher._factors import Dual, Factor
-from hessjax._fisher._rows import Blocking, Parts, ends, joined, signs
+from hessjax._fisher._rows import Blocking, Cut, Parts, ends, joined, signs
 
 Residuals = tuple[Float[Array, " _"], ...]
 """How far every block is off; see `InverseFisher`."""
@@ -77,13 +77,16 @@ def residual(
     Az = joined(factor.images(widths))
     z = joined(signs(widths, [Az.dtype for _ in widths]))
     product = (Az + shift.astype(Az.dtype) * z) / count
-    cut = tuple(jnp.split(product, ends(widths), axis=-1))
-    miss = count * joined(factor.solve(cut, shift)) - z
+    # A dual multiplies by gradients of size s once more, and s³ leaves float32's range at 1e-15 and 1e13. The
+    # unit is a power of two, so that no digit changes.
+    unit = jnp.ldexp(jnp.ones((), Az.dtype), jnp.frexp(jnp.max(jnp.abs(product)))[1])
+    cut = tuple(jnp.split(product / unit, ends(widths), axis=-1))
+    miss = unit * count * joined(factor.solve(cut, shift)) - z
     if is_whole and isinstance(factor, Dual):
         found = jnp.atleast_1d(shift / count * _tree.norm(miss) / _tree.norm(product))
     else:
         units = jnp.sqrt(count * joined(diagonal(factor, widths, shift)))
-        found = _rms(miss / units) / _rms(product * units)
+        found = _norms(miss / units) / _norms(product * units)
     eps = jnp.finfo(Az.dtype).eps
     is_lost = factor.pivot < LOST * eps
     if isinstance(factor, Dual):
@@ -91,8 +94,8 @@ def residual(
     return jnp.where(is_lost, jnp.inf, found)
 
 
-def _rms(x: Array) -> Float[Array, " blocks"]:
-    return jnp.sqrt(jnp.mean(x**2, axis=-1))
+def _norms(x: Cut) -> Float[Array, " blocks"]:
+    return jax.vmap(_tree.norm)(x)
 
 
 def all_accurate(residuals: Residuals) -> Bool[Array, ""]:
@@ -119,14 +122,14 @@ class Verdict(NamedTuple):
     def check(
         self,
         blocking: Blocking,
-        argument: str = "grads",
+        subject: str = "`grads`",
         remedy: str = "Smaller `chunk_size` or `block_size` help",
     ) -> None:
         """Nothing, if all is traced or good; else an error that names the first bad block.
 
         Args:
             blocking: of the weights.
-            argument: what the gradients are called.
+            subject: what the gradients are called.
             remedy: what helps besides more damping.
         """
         is_traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(self))
@@ -137,7 +140,7 @@ class Verdict(NamedTuple):
         bad = [paths[i] for i, x in sizes.items() if not jnp.all(jnp.isfinite(x))]
         if bad:
             raise ValueError(
-                f"`{argument}` must be finite, got NaN, infinity or numbers with squares beyond the dtype's "
+                f"{subject} must be finite, got NaN, infinity or numbers with squares beyond the dtype's "
                 f"range in {', '.join(bad)}."
             )
         if not self.damping > 0:
@@ -145,7 +148,7 @@ class Verdict(NamedTuple):
                 "`damping` must be absolute here, a positive number: it is relative to gradients that are "
                 "all zero, or too small to be squared."
             )
-        enough = max(PIVOT * float(jnp.finfo(x.dtype).eps * jnp.linalg.norm(x)) for x in sizes.values())
+        enough = max(PIVOT * float(jnp.finfo(x.dtype).eps * _tree.norm(x)) for x in sizes.values())
         got = float(self.damping)
         raise ValueError(
             f"`damping` must be about {max(enough, 4 * got):.1e} or larger in this precision, got "
@@ -170,4 +173,4 @@ def sizes(
     if is_whole and isinstance(factors[0], Dual):
         return tuple(jnp.sum(rows**2)[None] / count for rows in factors[0].rows)
     images = [image for part, n in zip(factors, widths, strict=True) for image in part.images(n)]
-    return tuple(jnp.linalg.norm(image, axis=-1) / count for image in images)
+    return tuple(_norms(image) / count for image in images)

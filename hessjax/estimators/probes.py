@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from hessjax._core._packing import Packing
 from hessjax._core._types import Key, Params, Vector
 
-PIECE = 2**18
+_PIECE = 2**18
 """Entries of a flat array that are drawn at a time."""
 
 Probe: TypeAlias = Callable[[Key, Params], Vector]
@@ -66,14 +66,14 @@ def _sample(sampler: Callable[..., Array], key: Key, like: Params) -> Vector:
 
 def _draw(sampler: Callable[..., Array], key: Key, like: jax.ShapeDtypeStruct) -> Array:
     """Long flat arrays piece by piece: a generator takes three times the memory of what it draws."""
-    if like.ndim != 1 or like.size <= PIECE:
+    if like.ndim != 1 or like.size <= _PIECE:
         return sampler(key, like.shape, dtype=like.dtype)
 
     def piece(i: Int[Array, ""], drawn: Float[Array, " d"]) -> Float[Array, " d"]:
-        numbers = sampler(jax.random.fold_in(key, i), (PIECE,), dtype=like.dtype)
-        return jax.lax.dynamic_update_slice(drawn, numbers, (i * PIECE,))  # the last one overlaps
+        numbers = sampler(jax.random.fold_in(key, i), (_PIECE,), dtype=like.dtype)
+        return jax.lax.dynamic_update_slice(drawn, numbers, (i * _PIECE,))  # the last one overlaps
 
-    return jax.lax.fori_loop(0, -(-like.size // PIECE), piece, jnp.zeros(like.shape, like.dtype))
+    return jax.lax.fori_loop(0, -(-like.size // _PIECE), piece, jnp.zeros(like.shape, like.dtype))
 
 
 def __dir__() -> list[str]:

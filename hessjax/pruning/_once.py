@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from hessjax._core import _tree
 from hessjax._core._axes import is_matrix
 from hessjax._core._types import Block, Params, Scalar, Where
+from hessjax._fisher._rows import row
 from hessjax.pruning._ranking import check_sparsity
 from hessjax.pruning.allocations._allocation import AllocationRule, global_threshold
 from hessjax.pruning.patterns._pattern import Patterns, unstructured
@@ -264,8 +265,7 @@ def _refilled(params: Params, weights: Params) -> Params:
 
 def _gradients(block: Block, params: Params, current: Params) -> tuple[Block, Params]:
     """The block and its mean, of the selected leaves."""
-    one = jax.eval_shape(lambda b: jax.tree.map(lambda g: g[0], b), block)
-    _tree.check_like(one, params, "grads_fn(params)", "params")
+    _tree.check_like(row(block), params, "grads_fn(params)", "params")
     selected = drop_others(block, current)
     return selected, jax.tree.map(lambda g: jnp.mean(g, axis=0), selected)
 

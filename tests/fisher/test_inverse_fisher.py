@@ -141,6 +141,19 @@ def test_streams_work_inside_jit(x64):
         check(inverse, block, 4)
 
 
+@pytest.mark.parametrize("block_size", [None, 8])
+def test_few_gradients_of_any_size_have_an_inverse(block_size):
+    """A power of two changes no digit, and what the residuals are made of stays within float32."""
+    grads = jnp.asarray(np.random.default_rng(0).normal(size=(3, 16)), jnp.float32)
+    plain = hj.inverse_fisher(grads, block_size=block_size)
+    for scale in (2.0**-53, 2.0**-40, 2.0**40, 2.0**58):
+        found = hj.inverse_fisher(scale * grads, block_size=block_size)
+        np.testing.assert_allclose(found.diagonal() * scale**2, plain.diagonal(), rtol=1e-6)
+        np.testing.assert_allclose(jnp.stack(found.residuals), jnp.stack(plain.residuals), rtol=1e-3)
+    with pytest.raises(ValueError, match=r"`damping` must be about [\d.]+e\+\d+ or larger"):
+        hj.inverse_fisher(2.0**50 * grads, 1e-6, block_size)
+
+
 @pytest.mark.parametrize("scale", [0.0, 1e-3, 1e-12])
 def test_streams_that_begin_small_are_as_accurate_as_all_at_once(scale):
     """Under relative damping κ then grows by far."""

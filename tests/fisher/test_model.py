@@ -113,7 +113,7 @@ def test_gradients_that_are_not_finite_name_the_leaf():
     params, grads = problem(4)
     grads["b"] = grads["b"].at[1].set(jnp.nan)
     rule = hj.saliencies.obs(block_size=6)
-    with pytest.raises(ValueError, match=r"`per_example_grads` must be finite, .* in b\."):
+    with pytest.raises(ValueError, match=r"the gradients that make the Fisher must be finite, .* in b\."):
         rule.scores(rule.init(params), seen(params, grads))
 
 

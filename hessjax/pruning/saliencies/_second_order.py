@@ -184,7 +184,9 @@ def _checked(damping: Any) -> Amount:
 
 def _check(verdict: Verdict, grads: Block, block_size: int | None) -> None:
     """An error if some block's damping is too weak for the precision; nothing inside `jit`."""
-    verdict.check(Blocking.of(row(grads), block_size), "per_example_grads", "A smaller `block_size` helps")
+    # By no argument's name: they may come from `grads_fn`, `per_example_grads` or the training loop.
+    blocking, subject = Blocking.of(row(grads), block_size), "the gradients that make the Fisher"
+    verdict.check(blocking, subject, "A smaller `block_size` helps")
 
 
 # -- compiled ------------------------------------------------------------------------------------

@@ -399,6 +399,13 @@ def test_a_block_of_another_shape_is_named():
             rule.scores(rule.init(params), seen(params, block))
 
 
+def test_no_gradient_at_all_is_named():
+    params, grads = problem()
+    none = jax.tree.map(lambda g: g[:0], grads)
+    with pytest.raises(ValueError, match="must hold at least one gradient, got none"):
+        hj.prune_once(params, hj.saliencies.obs(), 0.5, grads_fn=lambda _: none, where=EVERYWHERE)
+
+
 def test_gradients_are_needed():
     params, _ = problem()
     with pytest.raises(ValueError, match="`per_example_grads` must be given"):
