@@ -172,6 +172,7 @@ class Along(Pattern):
         """The weights of each index, or run of indices, in a row."""
         place = place_of(self.axis, leaf.shape)
         first = jnp.moveaxis(leaf.reshape(self._split(leaf.shape)), place, 0)
+        # Not by −1, which is undefined for a leaf without entries.
         return first.reshape(first.shape[0], math.prod(first.shape[1:]))
 
     def ungroup(self, rows: Shaped[Array, "groups size"], shape: tuple[int, ...]) -> Shaped[Array, "..."]:

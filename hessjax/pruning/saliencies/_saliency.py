@@ -134,6 +134,7 @@ def is_hole(x: Any) -> bool:
 
 def drop_others(tree: Params, mask: Params) -> Params:
     """The tree with `optax.MaskedNode()` wherever the mask has one."""
+    # The full tree comes first: at its leaf the walk ends, and `m` is the hole, a node without leaves.
     return jax.tree.map(lambda x, m: m if is_hole(m) else x, tree, mask)
 
 

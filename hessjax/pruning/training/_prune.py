@@ -205,6 +205,7 @@ class _Pruning:
         scorer = self.saliency.update(state.saliency, seen)
 
         def choose() -> Choice:
+            # Called in the branch: between mask steps no such gradient is computed or held.
             found = per_example_grads(params) if callable(per_example_grads) else block
             return self._choose(scorer, self._seen(dense, state.mask, count, grads, found))
 
