@@ -19,7 +19,7 @@ PIVOT = 8
 """A difference of numbers of size 1 below this times eps has no digit left."""
 
 INACCURATE = 0.01
-"""A block whose inverse is off by more than this fraction is not handed out."""
+"""A block whose inverse is off by more than this fraction is not returned."""
 
 LOST = 16
 """A pivot below this times eps times the entry it is left of is lost in that entry's rounding errors."""

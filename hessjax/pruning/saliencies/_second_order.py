@@ -30,7 +30,7 @@ class Gradients(NamedTuple):
     """What a second-order saliency remembers.
 
     Attributes:
-        ring: the last gradients of the training loop, as a block; None where they are handed over.
+        ring: the last gradients of the training loop, as a block; None where they are passed in.
         num_seen: how many came in so far.
     """
 
@@ -40,7 +40,7 @@ class Gradients(NamedTuple):
 
 @settings()
 class _FromGradients(Saliency):
-    """A rule that is made of gradients, kept in a ring or handed over."""
+    """A rule that is made of gradients, kept in a ring or passed in."""
 
     num_grads: int | None
     batch_size: int
