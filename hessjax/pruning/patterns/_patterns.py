@@ -283,6 +283,7 @@ class Heads:
     def __call__(self, path: str, leaf: Any) -> Pattern:
         """The heads of one leaf, tied to those of its attention."""
         axis = heads_axis(path, fnmatch.fnmatchcase(path, self.out), fused=self.num_heads is not None)
+        # "" for an attention at the root, and a tie all the same: None alone is none.
         return Along(axis, repr(self), tie="/".join(path.split("/")[:-2]), parts=self.num_heads)
 
 

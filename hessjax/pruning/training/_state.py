@@ -144,6 +144,7 @@ def _prune_states(tree: Any) -> list[PruneState]:
     """All of them, those inside the inner optimizer of another included."""
     nodes = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, PruneState))
     found = [node for node in nodes if isinstance(node, PruneState)]
+    # The walk ends at a state of `prune`: what is inside its `inner` is looked for from there.
     return [state for node in found for state in (node, *_prune_states(node.inner))]
 
 
