@@ -160,7 +160,7 @@ def inner_by_leaf(a: Vector, b: Vector) -> list[Scalar]:
     """⟨a_l, b_l⟩ for every leaf l, each accumulated in at least float32."""
     dtype = accumulator_dtype(a)
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    # By default accelerators multiply float32 as TF32 or bfloat16: no vector is orthogonal below 1e-3.
+    # By default accelerators multiply float32 as TF32 or bfloat16, and orthogonality ends at about 1e-3.
     return [jnp.vdot(x.astype(dtype), y.astype(dtype), precision="highest") for x, y in pairs]
 
 

@@ -225,7 +225,7 @@ def _arrays(leaves: list[Any]) -> dict[str, np.ndarray]:
 
 
 def _checksum(array: np.ndarray) -> int:
-    # As bytes: bfloat16 has no buffer format, and `crc32` reads buffers.
+    # As bytes, since an array of bfloat16 has no `.data`.
     return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
