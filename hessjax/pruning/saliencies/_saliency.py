@@ -24,7 +24,7 @@ class Context(NamedTuple):
         step: T, the updates so far, this one included.
         grads: the gradient at the masked weights, itself not masked; None before the first.
         per_example_grads: gradients of single examples, or of small batches, along a leading axis, where the
-            training loop hands them over.
+            training loop passes them on.
         pattern: which weights go together; they are ranked by the mean of their scores.
     """
 
@@ -134,6 +134,7 @@ def is_hole(x: Any) -> bool:
 
 def drop_others(tree: Params, mask: Params) -> Params:
     """The tree with `optax.MaskedNode()` wherever the mask has one."""
+    # The full tree comes first: at its leaf the walk ends, and `m` is the hole, a node without leaves.
     return jax.tree.map(lambda x, m: m if is_hole(m) else x, tree, mask)
 
 
