@@ -22,6 +22,9 @@ from hessjax._fisher._rows import Parts, ends, joined, split
 
 dot = functools.partial(jnp.matmul, precision="highest")
 
+_NUMBERED = 2**24
+"""Blocks that float32 can number: two of one number would couple in silence."""
+
 
 def single_scores(inverse: InverseFisher, u: Parts) -> Parts:
     """½ u_q² / [F⁻¹]_qq: what it costs to prune one weight if all others may make up for it."""
@@ -141,6 +144,10 @@ def _by_leaf(inverse: InverseFisher) -> tuple[list[Float[Array, "k ..."]], list[
         found = _columns(inverse, factor, widths)
         numbers = factor.sign * (start + jnp.arange(len(found[0]), dtype=jnp.float32))
         start += len(numbers)
+        if start > _NUMBERED:
+            raise ValueError(
+                f"`block_size` must make at most {_NUMBERED} blocks for weights that go together, got more."
+            )
         columns += found
         owners += [jnp.broadcast_to(numbers[:, None], (len(numbers), width)) for width in widths]
     most = max(a.shape[1] for a in columns)

@@ -246,7 +246,7 @@ def _mismatches(file: Any, steps_per_epoch: int | None) -> Iterator[tuple[tuple[
                 ("policies", index, "starting_epoch"),
                 "counts epochs: pass `steps_per_epoch` to `load_recipe`",
             )
-    for name in file.pruners.keys() - seen:
+    for name in sorted(file.pruners.keys() - seen):
         yield ("pruners", name), "has no policy that says when"
 
 
