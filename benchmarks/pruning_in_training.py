@@ -63,7 +63,7 @@ class Method(NamedTuple):
     """What a weight is worth.
 
     Attributes:
-        takes_images: whether the loop hands over the gradients of single images.
+        takes_images: whether the loop passes on the gradients of single images.
         settings: where it is tried.
     """
 

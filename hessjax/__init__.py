@@ -1,5 +1,8 @@
 """The curvature of a network's loss, and the weights it can do without, in JAX."""
 
+import importlib as _importlib
+from typing import Any as _Any
+
 from hessjax import estimators as estimators
 from hessjax._core._types import Eigenpairs as Eigenpairs
 from hessjax._core._types import Estimate as Estimate
@@ -67,10 +70,19 @@ from hessjax.solvers._system import Solution as Solution
 
 __version__ = "0.1.0"
 
+_ON_DEMAND = ("flax", "plot")  # `import hessjax` would wait for Flax and matplotlib
+
+
+def __getattr__(name: str) -> _Any:
+    if name in _ON_DEMAND:
+        return _importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 def __dir__() -> list[str]:
     """What tab completion shows: verbs, result types and namespaces, not the packages that hold the code."""
-    return sorted(name for name, value in globals().items() if name == "__version__" or _shown(name, value))
+    here = {name for name, value in globals().items() if name == "__version__" or _shown(name, value)}
+    return sorted(here | {*_ON_DEMAND})
 
 
 def _shown(name: str, value: object) -> bool:

@@ -3,6 +3,8 @@
 import inspect
 import pathlib
 import re
+import subprocess
+import sys
 from types import ModuleType
 
 import pytest
@@ -53,6 +55,19 @@ def test_verbs_and_results_stand_on_top():
     assert {name for name in names if name[0].islower()} == set(VERBS.split())
     assert all(inspect.isclass(value) for name, value in names.items() if not name[0].islower())
     assert re.fullmatch(r"\d+\.\d+\.\d+", hj.__version__)
+
+
+def test_optional_namespaces_come_when_asked_for():
+    code = """if True:
+        import sys, hessjax as hj
+        assert {"flax", "plot"} <= {*dir(hj)}
+        assert not {"matplotlib", "flax"} & {*sys.modules}
+        assert hj.plot.density and hj.flax.linen_loss
+        hj.nothing
+    """
+    root = pathlib.Path(hj.__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert done.stderr.strip().endswith("AttributeError: module 'hessjax' has no attribute 'nothing'")
 
 
 @pytest.mark.parametrize("name", NAMESPACES)

@@ -42,7 +42,7 @@ class Block(NamedTuple):
 
 
 def pages() -> list[Path]:
-    """The pages written by hand, those with code or without."""
+    """The pages of the repository, none made at build, those with code or without."""
     found = DOCS.rglob("*.md")
     return sorted(p for p in found if not p.relative_to(DOCS).parts[0].startswith("_"))
 

@@ -59,6 +59,7 @@ class Packing:
         """The vector again, its leaves in at least float32."""
         leaves: dict[int, Array] = {}
         pools = self._pools
+        # Not strict: behind the pools come the large leaves.
         for pool, members in zip(packed, pools, strict=False):
             ends = np.cumsum([math.prod(self.shapes[i]) for i in members])
             for i, part in zip(members, jnp.split(pool, ends[:-1]), strict=True):

@@ -90,6 +90,7 @@ def check_like(tree: Any, like: Any, argument: str, reference: str) -> None:
     if any(_is_complex(leaf) for leaf in jax.tree.leaves(tree)):
         kinds = ", ".join(sorted({_describe(leaf) for leaf in jax.tree.leaves(tree) if _is_complex(leaf)}))
         raise TypeError(f"`{argument}` must be real, got {kinds}.")
+    # This first: it runs at every product, and paths as text are wanted for an error only.
     same_structure: bool = jax.tree.structure(tree) == jax.tree.structure(like)  # type: ignore[operator]
     if same_structure:
         shapes = zip(jax.tree.leaves(tree), jax.tree.leaves(like), strict=True)
@@ -159,6 +160,7 @@ def inner_by_leaf(a: Vector, b: Vector) -> list[Scalar]:
     """⟨a_l, b_l⟩ for every leaf l, each accumulated in at least float32."""
     dtype = accumulator_dtype(a)
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    # By default accelerators multiply float32 as TF32 or bfloat16, and orthogonality ends at about 1e-3.
     return [jnp.vdot(x.astype(dtype), y.astype(dtype), precision="highest") for x, y in pairs]
 
 
@@ -166,6 +168,7 @@ def norm(a: Vector) -> Scalar:
     """‖a‖₂ over all leaves, for entries of any magnitude: squares alone leave float32 at 1e-19 and 1e19."""
     largest = [jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(a)]
     top = functools.reduce(jnp.maximum, largest).astype(accumulator_dtype(a))
+    # An infinite entry must come out as ∞, not as ∞/∞; and zeros as 0.
     unit = jnp.where((top > 0) & jnp.isfinite(top), top, 1)
     scaled = jax.tree.map(lambda x: x / unit.astype(x.dtype), a)
     return unit * jnp.sqrt(inner(scaled, scaled))

@@ -66,6 +66,7 @@ def settings(*, arrays: tuple[str, ...] = ()) -> Callable[[type[Class]], type[Cl
 
     def decorate(cls: type[Class]) -> type[Class]:
         own_repr = "__repr__" in vars(cls)
+        # Not the `==` of dataclasses, which asks for the truth of a comparison of arrays.
         made: Any = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
         names = [field.name for field in dataclasses.fields(made)]
         static = tuple(name for name in names if name not in arrays)
@@ -85,6 +86,7 @@ def settings(*, arrays: tuple[str, ...] = ()) -> Callable[[type[Class]], type[Cl
                 object.__setattr__(self, name, value)
             return self
 
+        # Arrays do not hash: without them equal settings still hash alike.
         made.__eq__, made.__hash__ = _equal, lambda self: hash((made, flatten(self)[1]))
         if not own_repr:
             made.__repr__ = _settings_as_text
@@ -120,6 +122,7 @@ def _same(a: Any, b: Any) -> bool:
         return a is b  # what is traced has no value to compare
     if (is_key(a) or is_key(b)) and getattr(a, "dtype", None) != getattr(b, "dtype", None):
         return False  # jax refuses to compare them
+    # Compared by jax first: a typed random key does not become an array of numpy's.
     return np.shape(a) == np.shape(b) and bool(np.all(np.asarray(a == b)))
 
 

@@ -225,7 +225,7 @@ def _updated(part: Root, chunk: Float[Array, "blocks k n"]) -> Root:
     W = _matmul(each(_inverse, L + eye), V)
     W = _matmul(each(_inverse, L).mT, W)
     root = part.root - _matmul(_matmul(part.root, V.mT), W)
-    # The image here, where the gradients are at hand: a pass over all of them costs a fifth of this.
+    # The image here, where the gradients are being read: a pass over all of them costs a fifth of this.
     image = part.image + joined(images((chunk.swapaxes(0, 1),)))
     return Root(root, jnp.minimum(part.pivot, _smallest_pivot(L)), image)
 

@@ -197,7 +197,7 @@ def inverse_fisher(
     """
     block_size = None if block_size is None else checked_count("block_size", block_size)
     chunk_size = checked_count("chunk_size", chunk_size)
-    if not isinstance(batch_size, jax.core.Tracer) and not batch_size >= 1:
+    if not isinstance(batch_size, jax.core.Tracer) and not batch_size >= 1:  # refuses NaN too
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
     blocks = stream(grads)
     first = next(blocks)
@@ -246,7 +246,7 @@ def inverse_of(
     return InverseFisher(parts, shift, totals, setting, scale, (), blocking, chunk_size)
 
 
-@jax.jit
+@jax.jit  # not donated: whoever calls `add` keeps the inverse before
 def _extended(grads: Block, inverse: InverseFisher) -> InverseFisher:
     """With more gradients, and κ = mλ; not measured yet."""
     rows, totals, shift = _more(inverse, grads)
@@ -257,11 +257,11 @@ def _extended(grads: Block, inverse: InverseFisher) -> InverseFisher:
     return dataclasses.replace(inverse, parts=parts, shift=shift, totals=totals)
 
 
-@functools.partial(jax.jit, donate_argnums=1)
+@functools.partial(jax.jit, donate_argnums=1)  # roots are the largest arrays: no second copy
 def _with_more(grads: Block, inverse: InverseFisher) -> InverseFisher:
     """With more gradients, in the memory of the roots; before them κ follows if it is to double."""
     rows, totals, target = _more(inverse, grads)
-    parts, shift = _factors.followed(inverse.parts, inverse.shift, target, 2.0)
+    parts, shift = _factors.followed(inverse.parts, inverse.shift, target, 2.0)  # about log₂ m times in all
     pairs = zip(parts, inverse.blocking.coupled(rows), strict=True)
     parts = tuple(_factors.absorbed(part, more, inverse.chunk_size) for part, more in pairs)
     return dataclasses.replace(inverse, parts=parts, shift=shift, totals=totals)
@@ -288,7 +288,7 @@ def measured(inverse: InverseFisher) -> InverseFisher:
     return dataclasses.replace(inverse, parts=parts, residuals=residuals)
 
 
-_measured = jax.jit(measured, donate_argnums=0)
+_measured = jax.jit(measured, donate_argnums=0)  # nobody holds what was not measured yet
 
 
 @jax.jit

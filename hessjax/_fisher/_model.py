@@ -46,6 +46,7 @@ class Model(NamedTuple):
         """F⁻¹, or F_KK⁻¹ of the weights marked; measured, and NaN in blocks where it is not accurate."""
         rows = self.rows
         if kept is not None:
+            # Zeros rather than fewer columns: shapes stay static, and F is λI there, apart from K.
             rows = tuple(jnp.where(k > 0, x, 0) for k, x in zip(kept, rows, strict=True))
         made = inverse_of(rows, self.totals, Amount(self.shift), self.scale, self.blocking, shift=self.shift)
         return measured(made)
@@ -85,6 +86,7 @@ def model_of(
         # Without any gradient every damping is as good: the scores then rank by magnitude.
         empty = jnp.all(jnp.stack([jnp.all(x == 0) for x in rows]))
         shift = jnp.where(empty, _NOTHING * totals.num_grads, shift)
+    # The rows hold √b g, and ḡ is the mean of g itself.
     slope = 1 / (totals.num_grads * jnp.sqrt(scale)) if with_slope else None
     return Model(blocking, rows, totals, shift, scale, slope)
 
@@ -119,6 +121,7 @@ def summed_move(model: Model, weights: Parts, pruned: Parts, kept: Parts) -> tup
     inverse = model.inverse()
     best = optimum(model, inverse, weights)
     places = zip(best, pruned, inverse.diagonals(), strict=True)
+    # WoodFisher (arXiv 2004.14340) adds up −(u_q/[F⁻¹]_qq) F⁻¹e_q: linear in e_q, so one solve for all q.
     along = inverse.solved(tuple(jnp.where(p > 0, u / d, 0) for u, p, d in places))
     moves = zip(weights, best, along, pruned, kept, strict=True)
     return tuple(jnp.where(p > 0, -w, jnp.where(k > 0, u - w - x, 0)) for w, u, x, p, k in moves), inverse
@@ -135,6 +138,7 @@ def increases(model: Model, move: Parts) -> list[Float[Array, " blocks"]]:
     squares = [sum(jnp.sum(x**2, axis=-1) for x in part) for part in model.blocking.coupled(move)]
     m, damping = model.totals.num_grads, model.shift / model.totals.num_grads
     slope = 0 if model.slope is None else model.slope
+    # δᵀFδ as a sum of squares, ‖Gδ‖²/m + λ‖δ‖²: no rounding makes it negative.
     return [
         slope * jnp.sum(image, axis=-1) + (jnp.sum(image**2, axis=-1) / m + damping * square) / 2
         for image, square in zip(images, squares, strict=True)

@@ -19,7 +19,7 @@ PIVOT = 8
 """A difference of numbers of size 1 below this times eps has no digit left."""
 
 INACCURATE = 0.01
-"""A block whose inverse is off by more than this fraction is not handed out."""
+"""A block whose inverse is off by more than this fraction is not returned."""
 
 LOST = 16
 """A pivot below this times eps times the entry it is left of is lost in that entry's rounding errors."""
@@ -61,6 +61,7 @@ def measured(
     pairs = zip(factors, widths, strict=True)
     residuals = tuple(residual(part, n, shift, count, is_whole=is_whole) for part, n in pairs)
     kept = zip(factors, residuals, strict=True)
+    # NaN compares as false: a residual that is none proves no inverse either.
     return tuple(part.replaced(found <= INACCURATE) for part, found in kept), residuals
 
 
@@ -148,6 +149,7 @@ class Verdict(NamedTuple):
                 "`damping` must be absolute here, a positive number: it is relative to gradients that are "
                 "all zero, or too small to be squared."
             )
+        # An estimate; but λ as given did not do, so that no less than a few times that is advised.
         enough = max(PIVOT * float(jnp.finfo(x.dtype).eps * _tree.norm(x)) for x in sizes.values())
         got = float(self.damping)
         raise ValueError(
@@ -172,5 +174,6 @@ def sizes(
     """`Verdict.sizes`, group by group."""
     if is_whole and isinstance(factors[0], Dual):
         return tuple(jnp.sum(rows**2)[None] / count for rows in factors[0].rows)
+    # z has random signs, so that E‖Fz‖² = tr F² = ‖F‖²_F.
     images = [image for part, n in zip(factors, widths, strict=True) for image in part.images(n)]
     return tuple(_norms(image) / count for image in images)

@@ -30,6 +30,7 @@ Parts = tuple[Cut, ...]
 
 def stream(grads: Any, like: Any = None) -> Iterator[Block]:
     """The blocks of gradients, each checked against the first, or against `like`."""
+    # Arrays can be iterated over too, and a list or a dict is a tree: a block. A stream is for jax a leaf.
     is_stream = isinstance(grads, Iterable) and not hasattr(grads, "shape")
     is_stream = is_stream and jax.tree_util.all_leaves([grads])
     reference, empty = "the gradients before", True
@@ -122,6 +123,8 @@ class Blocking:
         limit = self.block_size
         kinds = {i: (min(limit, n), self.packing.dtypes[i]) for i, n in sizes.items()}
         groups = []
+        # Sorted, as a set has no order; dtypes by name, since of themselves they compare by casting: bfloat16
+        # and float16 neither way.
         for kind in sorted(set(kinds.values()), key=lambda kind: (-kind[0], str(kind[1]))):
             members = tuple(i for i in sizes if kinds[i] == kind)
             groups.append(Group(*kind, members, tuple(-(-sizes[i] // kind[0]) for i in members)))
@@ -177,6 +180,7 @@ class Blocking:
 
 def _blocks(leaf: Array, width: int) -> Array:
     flat = leaf.reshape(-1)
+    # A place without a weight is zero in all gradients: κ on the diagonal of A + κI, coupled to nothing.
     return jnp.pad(flat, (0, -flat.size % width)).reshape(-1, width)
 
 
@@ -232,11 +236,13 @@ def read(
         mask: booleans like the params, False for weights that are not there: columns of zeros. None: all are.
         count: how many they are, if rows of zeros beside them do not count.
     """
+    # b enters here, and once: with √b in the rows all that is made of them is of F, and knows no b.
     rows = tuple(jnp.sqrt(scale).astype(x.dtype) * x for x in jax.vmap(blocking.cut)(grads))
     num_weights: Any = blocking.packing.size
     if mask is not None:
         there = blocking.cut(mask)
         rows = tuple(jnp.where(x > 0, y, 0) for x, y in zip(there, rows, strict=True))
+        # Columns of zeros would lower the mean diagonal, and a relative λ with it, as weights go.
         num_weights = sum(jnp.sum(x, dtype=jnp.int32) for x in jax.tree.leaves(mask))
     squares = sum((jnp.sum(x**2).astype(scale.dtype) for x in rows), jnp.zeros_like(scale))
     return rows, Totals(jnp.int32(num_grads(grads)) if count is None else count, squares, num_weights)
@@ -252,6 +258,7 @@ def signs(widths: Sequence[int], dtypes: Sequence[Any]) -> list[Array]:
 
 
 def _signs(start: int, count: int, dtype: Any) -> Array:
+    # The primes and closing shifts of xxHash: bit j of a product alone repeats every 2ʲ⁺¹ places.
     x = jnp.arange(start, start + count, dtype=jnp.uint32) * jnp.uint32(2654435761)
     x = (x ^ (x >> 15)) * jnp.uint32(2246822519)
     x = (x ^ (x >> 13)) * jnp.uint32(3266489917)

@@ -22,6 +22,9 @@ from hessjax._fisher._rows import Parts, ends, joined, split
 
 dot = functools.partial(jnp.matmul, precision="highest")
 
+_NUMBERED = 2**24
+"""Blocks that float32 can number: two of one number would couple in silence."""
+
 
 def single_scores(inverse: InverseFisher, u: Parts) -> Parts:
     """½ u_q² / [F⁻¹]_qq: what it costs to prune one weight if all others may make up for it."""
@@ -135,14 +138,20 @@ def _by_leaf(inverse: InverseFisher) -> tuple[list[Float[Array, "k ..."]], list[
 
     That is the number of the block, from 1; below zero for a dual, of which F⁻¹ = cI − aᵀa.
     """
+    # From 1: the sign tells a root from a dual, and 0 has none.
     columns, owners, start = [], [], 1
     for factor, widths in zip(inverse.parts, inverse.widths, strict=True):
         found = _columns(inverse, factor, widths)
         numbers = factor.sign * (start + jnp.arange(len(found[0]), dtype=jnp.float32))
         start += len(numbers)
+        if start > _NUMBERED:
+            raise ValueError(
+                f"`block_size` must make at most {_NUMBERED} blocks for weights that go together, got more."
+            )
         columns += found
         owners += [jnp.broadcast_to(numbers[:, None], (len(numbers), width)) for width in widths]
     most = max(a.shape[1] for a in columns)
+    # To one k for all leaves: rows of zeros add nothing to aᵀa.
     padded = tuple(jnp.pad(a, ((0, 0), (0, most - a.shape[1]), (0, 0))) for a in columns)
     join = inverse.blocking.join
     return jax.tree.leaves(jax.vmap(join, in_axes=1)(padded)), jax.tree.leaves(join(tuple(owners)))
@@ -162,7 +171,9 @@ def _costs(
     active: Bool[Array, "sets n"],
     in_turn: bool,
 ) -> Float[Array, "sets n"]:
+    # What is gone has no gradients, so couples with nothing in F⁻¹: with u = 0 it costs nothing.
     u = jnp.where(active, u, 0)
+    # The factor's c, times m as all of F⁻¹: m/κ = 1/λ.
     constant = jnp.where(owner < 0, 1 / inverse.damping.astype(a.dtype), 0)
     if in_turn:
         return jnp.where(active, each(_costs_in_turn, a, u, owner, constant, active), -jnp.inf)

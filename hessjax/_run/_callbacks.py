@@ -207,6 +207,7 @@ def _write(path: Path, run: Identity, progress: Progress, before: int) -> None:
     )
     try:
         with _manager(path) as manager:
+            # By force: when to save is for `every` to say, and not for the manager's own interval.
             manager.save(progress.num_matvecs, args=items, force=True)
     except Exception as error:
         kept = f"the one after {before} products is still good" if before else "there is none before it"
@@ -218,11 +219,13 @@ def _write(path: Path, run: Identity, progress: Progress, before: int) -> None:
 
 def _arrays(leaves: list[Any]) -> dict[str, np.ndarray]:
     """The leaves on the host, by number; those without entries are left out."""
+    # Without, as orbax refuses to save arrays of size 0.
     arrays = {f"{i:04d}": as_numbers(leaf) for i, leaf in enumerate(leaves) if leaf.size}
     return {name: np.asarray(x) for name, x in jax.device_get(arrays).items()}
 
 
 def _checksum(array: np.ndarray) -> int:
+    # As bytes, since an array of bfloat16 has no `.data`.
     return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
@@ -284,6 +287,7 @@ def _like(array: np.ndarray, fresh: jax.Array) -> jax.Array:
     leaf = jnp.array(array)
     if jnp.issubdtype(fresh.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(fresh))
+    # `device_put` commits, and what is committed without need cannot meet arrays of another device.
     return jax.device_put(leaf, fresh.sharding) if fresh.committed else leaf
 
 

@@ -97,12 +97,14 @@ Method = TypeVar("Method", bound=Estimator)
 
 def begun(estimator: Method) -> Method:
     """What is left of the settings once `init` was called: what loops are compiled for."""
+    # Not by the constructor, whose checks refuse None.
     left = copy.copy(estimator)
     for name in estimator.init_only:
         object.__setattr__(left, name, None)
     return left
 
 
+# Functions of this module, since jax remembers traces by function, and a bound method is new at every access.
 def block_of(estimator: Estimator, state: Any) -> Block:
     """`estimator.query(state)`."""
     return estimator.query(state)
@@ -148,6 +150,7 @@ def read_result(estimator: Estimator, state: Any) -> Any:
 @functools.partial(jax.jit, static_argnums=1)
 def query(estimator: Estimator, dtypes: tuple[Any, ...], state: Any) -> tuple[Vector, ...]:
     """The queried vectors, one by one, in the dtypes of the params."""
+    # Taken apart in here: outside `jit` every vector of every leaf would be a dispatch of its own.
     leaves, structure = jax.tree.flatten(estimator.query(state))
     rows = [
         [x.astype(dtype) for x, dtype in zip(xs, dtypes, strict=True)] for xs in zip(*leaves, strict=True)
@@ -164,6 +167,7 @@ def update(estimator: Estimator, carry: Carry, products: Block) -> Carry:
     """One update, unless this product or an earlier one is not finite: then the state stays as it was."""
     bad = jnp.stack([~jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(products)])
     failed = jnp.where(jnp.any(bad), jnp.argmax(bad), -1).astype(jnp.int32)
+    # The first failure stays: the host looks every few products only, and by then has sent more.
     failed = jnp.where(carry.failed_leaf >= 0, carry.failed_leaf, failed)
     state = jax.lax.cond(
         failed < 0, estimator.update, lambda state, _: state, carry.state, _tree.wide(products)

@@ -146,7 +146,7 @@ def summary(params: Params, model_fn: ModelFn | None = None, *args: Any) -> Summ
     Args:
         params: any pytree of floating-point arrays: a linen dict, an `nnx.State`, ...
         model_fn: `model_fn(params, *args) -> outputs`, to count the multiply-adds of one call.
-        *args: its batch, as arrays or `jax.ShapeDtypeStruct`s; hand over one example for the count per
+        *args: its batch, as arrays or `jax.ShapeDtypeStruct`s; pass one example for the count per
             example.
 
     Returns:

@@ -99,6 +99,7 @@ def minibatches(data: tuple[Any, Any], rng: np.random.Generator) -> Iterator[tup
     """Shuffled batches without end; the rest of every pass is dropped."""
     while True:
         order = rng.permutation(len(data[1]))
+        # Batches of one shape, for which `step` is compiled once.
         for start in range(0, len(order) - BATCH + 1, BATCH):
             chosen = order[start : start + BATCH]
             yield data[0][chosen], data[1][chosen]

@@ -112,6 +112,7 @@ def _split(operation: Operation, values: list[Any], outputs: list[Axes], kept: K
 
 def _pad(operation: Operation, values: list[Any], outputs: list[Axes], kept: Kept) -> dict[str, Any]:
     config = operation.params["padding_config"]
+    # Where padding cuts off or goes between entries, no index was followed, and all of them stay.
     if any(low < 0 or high < 0 or inside for low, high, inside in config):
         return {}
     ends = zip(config, outputs[0].nodes, strict=True)
@@ -172,6 +173,7 @@ def shrink_leaf(
     owners = [name for name in shapes if name == "." or f"/{path}".endswith(f"/{name}")]
     if not owners:
         return leaf, False
+    # Of `kernel` and `Dense_0/kernel` both at the end of a path, the longer one is meant.
     owner = max(owners, key=len)
     shape, like, cuts = np.shape(leaf), shapes[owner], kept.get(owner, {})
     # optax puts arrays of size 1 where a leaf has no such moment.

@@ -129,6 +129,7 @@ def save_npz(path: str | os.PathLike[str], params: Params) -> Saved:
         entries |= _encoded(str(i), value)
     target = Path(path)
     partial = target.with_name(f"{target.name}.partial")
+    # As an open file: to a name without it numpy appends `.npz`.
     with partial.open("wb") as file:
         np.savez_compressed(file, **entries)  # type: ignore[arg-type]
     partial.replace(target)
@@ -206,6 +207,7 @@ def _decoded(file: Any, name: str, leaf: dict[str, Any]) -> np.ndarray:
     if f"{name}.mask" not in file:
         return numbers.reshape(shape)
     value = np.zeros(shape, dtype)
+    # `packbits` fills up the last byte: without the count there would be places too many.
     value.reshape(-1)[np.unpackbits(file[f"{name}.mask"], count=value.size).astype(bool)] = numbers
     return value
 

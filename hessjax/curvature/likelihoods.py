@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from hessjax._core._types import Key
+from hessjax._core._types import Key, settings
 
 
-@dataclasses.dataclass(frozen=True)
+@settings()
 class Likelihood:
     """A distribution of labels whose parameters are a model's outputs, one example along the last axis.
 

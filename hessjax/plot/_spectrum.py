@@ -55,6 +55,7 @@ def density(
     width = 8 / density.nodes.shape[1]  # about half the mean distance of the nodes on this axis
     curve = density.curve() if linear else density.signed_log_curve(threshold=1e-3 * top, bandwidth=width)
     grid, share = map(np.asarray, curve)
+    # The tails of the curve underflow to 0, which a logarithmic axis does not have.
     floor = share.max() * 1e-7
     with axes_of(ax, figsize=(8.4, 4.4)) as (ax,):
         ax.fill_between(grid, floor, np.maximum(share, floor), color=BLUE, alpha=0.22, lw=0)
@@ -181,6 +182,7 @@ def _mark(ax: Axes, pairs: Eigenpairs) -> None:
 
 def _bars(ax: Axes, names: list[str], values: Any, errors: Any, color: str) -> None:
     rows = np.arange(len(names))
+    # From one sample the error is infinite: as a bar it would leave nothing of the axis.
     errors = np.where(np.isfinite(errors), errors, 0)
     ax.barh(rows, values, xerr=errors, color=color, alpha=0.85, height=0.62,
             error_kw={"ecolor": "#222222", "elinewidth": 1.2, "capsize": 3})  # fmt: skip

@@ -93,7 +93,7 @@ def contract(constraints: Constraints, left: Matrices, right: Matrices) -> tuple
     constraints.rules += [functools.partial(_terms, left, right, a, b) for a, b in needed]
     nonzero = _product(left, right, left.nonzero, right.nonzero)
     varies = [_product(left, right, a, b) for a, b in terms]
-    return nonzero, np.logical_or.reduce(varies) if varies else np.zeros_like(nonzero)
+    return nonzero, np.any(varies, axis=0) if varies else np.zeros_like(nonzero)
 
 
 def matrices(x: Axes, batch: tuple[int, ...], summed: tuple[int, ...]) -> Matrices:

@@ -273,12 +273,12 @@ def _gradients(block: Block, params: Params, current: Params) -> tuple[Block, Pa
 def _targets(active: Params, sparsity: float | int, recomputes: int) -> list[Any]:
     """The sparsity after every step: densities in geometric progression, from what is zero already."""
     flags = jax.tree.leaves(active)
-    start = 1.0
+    start = 1.0  # inside `jit`, where zeros cannot be counted yet
     if not any(isinstance(flag, jax.core.Tracer) for flag in flags):
         start = sum(int(flag.sum()) for flag in flags) / sum(flag.size for flag in flags)
-    ratio = min((1 - sparsity) / start, 1.0) if start else 1.0
+    ratio = min((1 - sparsity) / start, 1.0) if start else 1.0  # more zeros than asked for stay
     between = [max(1 - start * ratio ** (i / recomputes), 0.0) for i in range(1, recomputes)]
-    return [*(min(s, sparsity) for s in between), sparsity]
+    return [*(min(s, sparsity) for s in between), sparsity]  # not beyond it by rounding
 
 
 # -- checks --------------------------------------------------------------------------------------

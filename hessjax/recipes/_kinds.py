@@ -43,6 +43,7 @@ _SEED = "seed"  # files hold no keys
 
 def spec(table: dict[str, Kind], base: type[BaseModel] | None = None) -> Any:
     """One of the table, as `{class: name, args: {...}}` or, without arguments, as its name alone."""
+    # Told apart by `class`: an error is then of the class that was named, not of every class there is.
     models = [_model(name, kind, base) for name, kind in table.items()]
     return Annotated[
         Annotated[Union[tuple(models)], Field(discriminator="class_")],  # noqa: UP007

@@ -130,6 +130,7 @@ def load_yaml(text: str) -> tuple[Any, Any]:
         YamlError: for what is not YAML, and for a key that stands there twice.
     """
     try:
+        # Composed for the lines, loaded for the values: plain values do not know where they stood.
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         _check_keys(node, ())
         return yaml.safe_load(text), node

@@ -186,6 +186,7 @@ def _rule(name: str, place: str, pruner: Any, policy: Any, steps_per_epoch: int 
     unit = (steps_per_epoch or 1) if policy.in_epochs else 1
     start, stop = (t * unit for t in policy.span)
     args, who = pruner.args, pruner.args.model_fields_set
+    # Only what the file gives: the defaults are those of `prune`, in one place.
     options = {k: build(getattr(args, k)) for k in _OPTIONS if k in who}
     options |= {"every": policy.frequency * unit, "start": start, "stop": stop}
     if args.final_threshold is None:
@@ -222,6 +223,7 @@ class _Rise:
 
 def _risen(initial: float, final: float, power: float, start: int, stop: int) -> Any:
     """A schedule; its end alone where there is no time to rise."""
+    # optax takes no transition steps for a schedule that stays at its initial value.
     return final if stop == start else _Rise(initial, final, power, start, stop)
 
 
@@ -244,7 +246,7 @@ def _mismatches(file: Any, steps_per_epoch: int | None) -> Iterator[tuple[tuple[
                 ("policies", index, "starting_epoch"),
                 "counts epochs: pass `steps_per_epoch` to `load_recipe`",
             )
-    for name in file.pruners.keys() - seen:
+    for name in sorted(file.pruners.keys() - seen):
         yield ("pruners", name), "has no policy that says when"
 
 
@@ -280,6 +282,7 @@ def _check_rules(recipe: Recipe, params: Params) -> None:
     claimed: dict[str, Rule] = {}
     for rule in recipe.rules:
         try:
+            # By shapes, and without `inner`: whether a rule fits does not depend on it.
             state = jax.eval_shape(rule.prune(optax.identity()).init, params)
         except (TypeError, ValueError) as error:
             raise type(error)(f"`{recipe.path}`, {rule.place}: {error}") from error

@@ -82,6 +82,7 @@ def to_json(value: Any) -> Any:
         value = np.asarray(value).tolist()
     if isinstance(value, (list, tuple)):
         return [to_json(entry) for entry in value]
+    # JSON has no NaN: what Python would write, other readers refuse.
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
@@ -107,10 +108,12 @@ def write_json(path: Path, record: Any) -> None:
         ['{', '"a":', '[', '1,', '2', ']', '}']
     """
     text = json.dumps(to_json(record), indent=1, ensure_ascii=False, allow_nan=False)
+    # Beside `path`: only within one file system a rename is atomic.
     file = tempfile.NamedTemporaryFile("w", dir=path.parent, encoding="utf-8", delete=False)  # noqa: SIM115
     try:
         with file:
             file.write(text + "\n")
+        # A temporary file is for its owner alone.
         Path(file.name).chmod(0o644)
         os.replace(file.name, path)
     except OSError:

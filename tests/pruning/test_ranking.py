@@ -1,11 +1,12 @@
-"""Exact ranks against numpy's stable argsort."""
+"""Exact ranks against numpy's stable argsort; sets of units, and what they count."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hessjax.pruning._ranking import ordered_keys, smallest
+import hessjax as hj
+from hessjax.pruning._ranking import ordered_keys, smallest, units_of
 
 
 def reference(arrays, n):
@@ -55,3 +56,20 @@ def test_long_axes_are_counted_in_full(shape):
     for n in (scores.size - 1, scores.size):
         (got,) = select([scores], n)
         np.testing.assert_array_equal(np.ravel(got), reference([scores], n)[0])
+
+
+def test_counts_sizes_and_what_may_go():
+    scores = {"a": jnp.ones((4, 6)), "b": jnp.ones((8, 2))}
+    units = units_of(scores, {"a": hj.patterns.filters(), "b": hj.patterns.n_of_m(1, 4)})
+    assert units.counts == [6, 16]
+    assert units.sizes == [4, 1]
+    assert units.most == [6, 12]
+    assert units.num_weights == [24, 16]
+    assert units.paths == [["a"], ["b"]]
+
+
+def test_too_many_weights_for_one_ranking():
+    scores = {"w": jax.ShapeDtypeStruct((2**16, 2**15), jnp.float32)}
+    for pattern in (hj.patterns.unstructured(), hj.patterns.rows()):
+        with pytest.raises(ValueError, match=r"fewer than 2\*\*31 weights, got 2147483648: split by"):
+            jax.eval_shape(lambda s, p=pattern: hj.allocations.uniform()(s, 0.5, p), scores)

@@ -182,6 +182,7 @@ def _least(count: int, floor: float | int, sparsity: Sparsity) -> Any:
 
 def _check_floors(zeros: Any, allowed: Any, units: Units, sparsity: Sparsity) -> None:
     """Raise a ValueError if the floors let fewer weights go than are asked for."""
+    # By less than a group whole groups may miss any number: that is rounding, and no error.
     if isinstance(sparsity, jax.Array) or zeros <= allowed or max(units.sizes) > zeros - allowed:
         return
     check_most(units, sparsity)
@@ -197,6 +198,7 @@ def _too_sparse(sparsity: Sparsity, what: str) -> str:
     return f"`sparsity` must be within what `pattern` allows, got {sparsity}: under it {what}. Lower it."
 
 
+# Compiled once: outside `jit`, `cond` would compile its branches at every call.
 @functools.partial(jax.jit, static_argnames="sizes")
 def _smallest_under_caps(
     keys: list[Array], n: Array, caps: Int[Array, " leaves"], sizes: tuple[int, ...]
@@ -222,11 +224,13 @@ def _smallest_that_fit(keys: list[Array], n: Array, sizes: tuple[int, ...]) -> l
         return smallest(keys, n)
     taken = smallest(keys, n, jnp.asarray(sizes, jnp.int32))
     top = ~jnp.zeros((), keys[0].dtype)
+    # Behind the first that does not fit only smaller ones can: one more ranking for every size.
     for limit in sorted(set(sizes), reverse=True)[1:]:
         left = n - sum(jnp.sum(t, dtype=jnp.int32) * size for t, size in zip(taken, sizes, strict=True))
         fitting = [i for i, size in enumerate(sizes) if size <= limit]
         open_ = [jnp.where(taken[i], top, keys[i]) for i in fitting]
         small = [sizes[i] for i in fitting]
+        # Asked for more than there is, `smallest` would mark those at `top` too.
         most = sum(jnp.sum(k < top, dtype=jnp.int32) * size for k, size in zip(open_, small, strict=True))
         more = smallest(open_, jnp.minimum(left, most), jnp.asarray(small, jnp.int32))
         for i, flags in zip(fitting, more, strict=True):

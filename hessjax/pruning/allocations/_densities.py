@@ -1,4 +1,4 @@
-"""Allocations that give every leaf a sparsity of its own: by shape, by hand, by curvature, by a threshold."""
+"""Allocations with a sparsity of its own for every leaf: by shape, as given, by curvature, by a threshold."""
 
 import dataclasses
 import fnmatch
@@ -108,7 +108,7 @@ def _within_caps(each: Array, caps: Array, total: Any) -> Array:
 
 @settings()
 class Explicit(Allocation):
-    """The sparsity of every leaf by hand, where `sparsity` itself gets to what they come to in total.
+    """The sparsity of every leaf as given, where `sparsity` itself gets to what they come to in total.
 
     On the way there, and for a `sparsity` below that total, all are scaled down alike; in every
     leaf there is a ranking of its own.

@@ -90,6 +90,7 @@ def patterns_of(pattern: Patterns, tree: Params) -> list[Pattern]:
     found = [rule(path, leaf) for path, leaf in named]
     for (path, leaf), each in zip(named, found, strict=True):
         try:
+            # By shapes alone: what does not fit shows before anything is computed, inside `jit` too.
             jax.eval_shape(each.group, leaf)
         except ValueError as error:
             raise ValueError(
@@ -103,6 +104,7 @@ def patterns_of(pattern: Patterns, tree: Params) -> list[Pattern]:
 def _rule(pattern: Patterns, paths: list[str]) -> PatternRule:
     if not isinstance(pattern, Mapping):
         return pattern
+    # A glob that matches nothing is a typo, and its leaves would go by another pattern in silence.
     for glob in pattern:
         if not any(fnmatch.fnmatchcase(path, glob) for path in paths):
             raise ValueError(
@@ -111,6 +113,7 @@ def _rule(pattern: Patterns, paths: list[str]) -> PatternRule:
 
     def look_up(path: str, leaf: Any) -> Pattern:
         for glob, found in pattern.items():
+            # Not `fnmatch`, which folds case and turns slashes on Windows.
             if fnmatch.fnmatchcase(path, glob):
                 return _rule(found, paths)(path, leaf)
         raise ValueError(

@@ -181,6 +181,7 @@ class Along(Pattern):
         """The weights of each index, or run of indices, in a row."""
         place = place_of(self.axis, leaf.shape)
         first = jnp.moveaxis(leaf.reshape(self._split(leaf.shape)), place, 0)
+        # Not by −1, which is undefined for a leaf without entries.
         return first.reshape(first.shape[0], math.prod(first.shape[1:]))
 
     def ungroup(self, rows: Shaped[Array, "groups size"], shape: tuple[int, ...]) -> Shaped[Array, "..."]:
@@ -303,6 +304,7 @@ class Heads:
     def __call__(self, path: str, leaf: Any) -> Pattern:
         """The heads of one leaf, tied to those of its attention."""
         axis = heads_axis(path, fnmatch.fnmatchcase(path, self.out), fused=self.num_heads is not None)
+        # "" for an attention at the root, and a tie all the same: None alone is none.
         return Along(axis, repr(self), tie="/".join(path.split("/")[:-2]), parts=self.num_heads)
 
 

@@ -106,6 +106,7 @@ class Movement(Saliency):
 
     def init(self, weights: Params) -> Scores:
         """The first scores."""
+        # A copy, as `start` may give back w itself, and the loop may donate params and state together.
         scores = jax.tree.map(lambda w: jnp.array(self.start(w), copy=True), _tree.wide(weights))
         return Scores(scores, self.optimizer.init(scores), jnp.zeros((), jnp.int32))
 

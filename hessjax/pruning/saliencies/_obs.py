@@ -33,7 +33,7 @@ def obs(
         block_size: F couples only the weights of a block: so many consecutive ones of a leaf. None: all
             weights of all leaves.
         num_grads: in training, F is made from the last `num_grads` gradients of the loop. None: the
-            gradients are handed over at every update, as `tx.update(grads, state, params,
+            gradients are passed at every update, as `tx.update(grads, state, params,
             per_example_grads=block)`; so it is by `prune_once`. Only mask steps read the block: between them
             the last one will do.
         batch_size: b, how many examples each gradient is a mean over; such means make F smaller by b, which

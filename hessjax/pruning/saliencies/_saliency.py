@@ -24,7 +24,7 @@ class Context(NamedTuple):
         step: T, the updates so far, this one included.
         grads: the gradient at the masked weights, itself not masked; None before the first.
         per_example_grads: gradients of single examples, or of small batches, along a leading axis, where the
-            training loop hands them over.
+            training loop passes them on.
         pattern: which weights go together; they are ranked by the mean of their scores.
     """
 

@@ -32,7 +32,7 @@ class Gradients(NamedTuple):
     """What a second-order saliency remembers.
 
     Attributes:
-        ring: the last gradients of the training loop, as a block; None where they are handed over.
+        ring: the last gradients of the training loop, as a block; None where they are passed in.
         num_seen: how many came in so far.
     """
 
@@ -42,7 +42,7 @@ class Gradients(NamedTuple):
 
 @settings()
 class _FromGradients(Saliency):
-    """A rule that is made of gradients, kept in a ring or handed over."""
+    """A rule that is made of gradients, kept in a ring or passed in."""
 
     num_grads: int | None
     batch_size: int
@@ -59,6 +59,7 @@ class _FromGradients(Saliency):
         """The newest takes the place of the oldest."""
         if self.num_grads is None:
             return state._replace(num_seen=state.num_seen + 1)
+        # M-FAC's ring (arXiv 2107.03356): of the training loop's gradients the last m make the Fisher.
         place = state.num_seen % self.num_grads
         ring = jax.tree.map(lambda rows, g: rows.at[place].set(g.astype(rows.dtype)), state.ring, seen.grads)
         return Gradients(ring, state.num_seen + 1)
@@ -77,6 +78,7 @@ class _FromGradients(Saliency):
                 "`prune_once`, pass it to `tx.update(...)`, or keep those of the training loop by "
                 "`num_grads=`."
             )
+        # At least 1: F is a mean over as many, and before the first gradient that of zeros.
         return state.ring, jnp.clip(state.num_seen, 1, self.num_grads)
 
 

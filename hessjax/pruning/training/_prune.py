@@ -94,7 +94,7 @@ def prune(
 
     Returns:
         An optax transformation. Its `update` needs `params`. `tx.update(grads, state, params,
-        per_example_grads=...)` hands a saliency gradients of single examples: a block, or a function
+        per_example_grads=...)` gives a saliency gradients of single examples: a block, or a function
         `params -> block` that is called at mask steps only. Further keyword arguments go on to `inner`.
         `mask_of(opt_state)` gives the mask.
 
@@ -205,6 +205,7 @@ class _Pruning:
         scorer = self.saliency.update(state.saliency, seen)
 
         def choose() -> Choice:
+            # Called in the branch: between mask steps no such gradient is computed or held.
             found = per_example_grads(params) if callable(per_example_grads) else block
             return self._choose(scorer, self._seen(dense, state.mask, count, grads, found))
 
@@ -268,7 +269,7 @@ class _Pruning:
 
 
 def _with_extra_args(inner: Any) -> optax.GradientTransformationExtraArgs:
-    if isinstance(inner, optax.MultiSteps):  # which hands extra arguments on only as a transformation
+    if isinstance(inner, optax.MultiSteps):  # which passes extra arguments on only as a transformation
         inner = inner.gradient_transformation()
     return optax.with_extra_args_support(inner)
 

@@ -144,6 +144,7 @@ def _prune_states(tree: Any) -> list[PruneState]:
     """All of them, those inside the inner optimizer of another included."""
     nodes = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, PruneState))
     found = [node for node in nodes if isinstance(node, PruneState)]
+    # The walk ends at a state of `prune`: what is inside its `inner` is looked for from there.
     return [state for node in found for state in (node, *_prune_states(node.inner))]
 
 
@@ -189,6 +190,7 @@ class MaskSteps:
     def are_at(self, step: Int[Array, ""]) -> Bool[Array, ""]:
         """Whether T = `step` is one of them."""
         due = (step >= self.start) & ((step - self.start) % self.every == 0)
+        # `stop` itself, be it a multiple of `every` or not: there the schedule reaches its target.
         return due if self.stop is None else (due & (step <= self.stop)) | (step == self.stop)
 
     def some(self) -> list[int]:
@@ -225,6 +227,7 @@ class Budget:
             return
         # The most zeros are the hardest to place: whatever allows them allows fewer.
         most = max(self._scheduled(steps)) if callable(self.sparsity) else self.sparsity
+        # Traced and not run: only its errors are wanted.
         jax.eval_shape(lambda scores: self.allocation(scores, most, self.pattern), weights)
 
     def check_first(self, start: int, compensates: bool) -> None:

@@ -9,6 +9,7 @@ import pytest
 from oracles import rows
 
 import hessjax as hj
+from hessjax._fisher import _scores
 from hessjax.pruning.patterns._patterns import Along
 from hessjax.pruning.saliencies._saliency import Context
 
@@ -159,3 +160,10 @@ def test_equal_patterns_share_what_is_compiled(compilations):
     first = len(compilations)
     scores(others, grads, hj.patterns.heads(2, out="b"))
     assert len(compilations) == first
+
+
+def test_more_blocks_than_can_be_told_apart_are_refused(monkeypatch):
+    monkeypatch.setattr(_scores, "_NUMBERED", 5)
+    params, grads = problem()
+    with pytest.raises(ValueError, match="`block_size` must make at most 5 blocks"):
+        scores(params, grads, hj.patterns.filters(), block_size=3)
