@@ -28,6 +28,7 @@ extensions = [
 exclude_patterns = ["_build", "_ext", "_generated", "**/.ipynb_checkpoints"]
 
 nitpicky = True
+toc_object_entries_show_parents = "hide"
 suppress_warnings = ["myst.header"]  # notebooks begin at any level
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3

@@ -1,4 +1,4 @@
-"""Docstrings of the house's Google style as reStructuredText."""
+"""Docstrings in Google style as reStructuredText."""
 
 import re
 import textwrap
@@ -88,7 +88,8 @@ class Links:
         for paragraph in re.split(r"\n{2,}", "\n".join(lines).strip("\n")):
             if paragraph.startswith("    "):
                 text.append(
-                    ".. code-block:: text\n   :class: formula\n\n" + textwrap.indent(paragraph, "   ")
+                    ".. code-block:: text\n   :class: formula\n\n"
+                    + textwrap.indent(textwrap.dedent(paragraph), "   ")
                 )
             else:
                 text.append(self.inline(paragraph, module))
