@@ -40,7 +40,7 @@ tour: $(READY_TOUR)  ## train a network, measure its curvature, prune it: tables
 	$(BIN)/hessjax tour --out tour-out $(if $(QUICK),--quick)
 
 test: $(READY)  ## the whole test suite, docstrings, README and pages included (about 10 minutes on two cores)
-	@echo "The whole suite: about 10 minutes on two cores, half of that the second time. The essential part: make smoke"
+	@echo "The whole suite: about 10 minutes on two cores, less the second time. The essential part: make smoke"
 	$(BIN)/python -m pytest
 
 smoke: $(READY)  ## the essential part of the suite, in two minutes
