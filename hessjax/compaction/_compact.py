@@ -14,7 +14,8 @@ from rich.text import Text
 from hessjax._core import _tree
 from hessjax._core._messages import plain
 from hessjax._core._types import ModelFn, Params, Scalar, Where
-from hessjax.compaction._narrow import Narrowing, analyse, shrink_leaf, take
+from hessjax.compaction._narrow import Asked, Narrowing, analyse, shrink_leaf, take
+from hessjax.program._axes import nonzero_of
 from hessjax.program._products import multiply_adds
 from hessjax.program._program import Body
 from hessjax.program._tracing import read
@@ -199,7 +200,7 @@ def compact(
     paths, leaves = _tree.unique_paths(params, "params"), jax.tree.leaves(params)
     program = read(model_fn, params, *args)
     may_shrink = jax.tree.leaves(_tree.match(params, where))
-    narrowing = analyse(program, leaves, may_shrink, drop_constants=drop_constants)
+    narrowing = analyse(program, [nonzero_of(leaf) for leaf in leaves], Asked(may_shrink, drop_constants))
     chosen = narrowing.indices()
     small_leaves = [take(leaf, axes) for leaf, axes in zip(leaves, chosen, strict=True)]
     small = jax.tree.unflatten(jax.tree.structure(params), small_leaves)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from hessjax.program._program import evaluate, execute
-from hessjax.program._readings import uses
 from hessjax.program._tracing import read
+from hessjax.program._uses import uses
 
 
 def array(*shape):
