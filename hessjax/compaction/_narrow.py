@@ -1,7 +1,7 @@
 """Which indices of which axes nothing depends on, and leaves without them."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -150,12 +150,17 @@ def _split(operation: Operation, values: list[Any], outputs: list[Axes], kept: K
 
 def _pad(operation: Operation, values: list[Any], outputs: list[Axes], kept: Kept) -> dict[str, Any]:
     config = operation.params["padding_config"]
+    return {
+        "padding_config": tuple(_padding(kept, *each) for each in zip(config, outputs[0].nodes, strict=True))
+    }
+
+
+def _padding(kept: Kept, config: Sequence[Any], nodes: Nodes) -> tuple[int, int, int]:
+    low, high, inside = map(int, config)
     # Where padding cuts off or goes between entries, no index was followed, and all of them stay.
-    if any(low < 0 or high < 0 or inside for low, high, inside in config):
-        return {}
-    ends = zip(config, outputs[0].nodes, strict=True)
-    stay = ((_width(kept, n[:low]), _width(kept, n[len(n) - high :]), 0) for (low, high, _), n in ends)
-    return {"padding_config": tuple(stay)}
+    if low < 0 or high < 0 or inside:
+        return low, high, inside
+    return _width(kept, nodes[:low]), _width(kept, nodes[len(nodes) - high :]), 0
 
 
 def _windows(operation: Operation, values: list[Any], outputs: list[Axes], kept: Kept) -> dict[str, Any]:

@@ -50,11 +50,13 @@ class Axes(NamedTuple):
         nonzero: bools that broadcast against the array (most axes have length 1): False where it is exactly
             0.0 for every input.
         varies: the same, in the same shape: False where it does not depend on the input.
+        chosen: whether it is made of weights alone, and depends on the input only in which of them it takes.
     """
 
     nodes: tuple[Nodes, ...]
     nonzero: Flags
     varies: Flags
+    chosen: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -80,10 +82,10 @@ def nonzero_of(value: Any) -> Flags:
     return np.asarray(np.asarray(value) != 0)
 
 
-def axes_of(nodes: tuple[Nodes, ...], nonzero: Flags, varies: Flags) -> Axes:
+def axes_of(nodes: tuple[Nodes, ...], nonzero: Flags, varies: Flags, *, chosen: bool = False) -> Axes:
     """An `Axes`, its flags brought to one shape: what is zero does not vary."""
     nonzero, varies = np.broadcast_arrays(np.reshape(nonzero, nonzero.shape or (1,) * len(nodes)), varies)
-    return Axes(nodes, nonzero, np.asarray(varies & nonzero))
+    return Axes(nodes, nonzero, np.asarray(varies & nonzero), chosen)
 
 
 @dataclass

@@ -37,7 +37,8 @@ def elementwise(constraints: Constraints, operation: Operation, inputs: list[Axe
     if operation.name == "mul":  # what is exactly zero makes the other factor harmless
         a, b = inputs
         varies = either([a.varies & b.nonzero, a.nonzero & b.varies])
-    return [axes_of(nodes, nonzero, varies)]
+    data = [x for x in inputs if x.varies.any()]
+    return [axes_of(nodes, nonzero, varies, chosen=bool(data) and all(x.chosen for x in data))]
 
 
 def common_nodes(constraints: Constraints, axis: int, length: int, inputs: list[Axes]) -> Nodes:

@@ -25,8 +25,11 @@ def gather(constraints: Constraints, operation: Operation, inputs: list[Axes]) -
         whole = axis in passing
         nodes[place] = x.nodes[axis] if whole else _part(constraints, operation, x, (axis,), shape[place])
         flat[place] = x.nonzero.shape[axis]
-    varies = either([x.varies, x.nonzero & places.varies.any()])
-    return [Axes(tuple(nodes), x.nonzero.reshape(flat), varies.reshape(flat))]
+    fill = operation.params["fill_value"]
+    nonzero = x.nonzero | (fill is not None and fill != 0)  # without one: what lies outside is NaN
+    varies = either([x.varies, nonzero & places.varies.any()])
+    chosen = not x.varies.any()
+    return [axes_of(tuple(nodes), nonzero.reshape(flat), varies.reshape(flat), chosen=chosen)]
 
 
 def dynamic_slice(constraints: Constraints, operation: Operation, inputs: list[Axes]) -> list[Axes]:
@@ -38,7 +41,8 @@ def dynamic_slice(constraints: Constraints, operation: Operation, inputs: list[A
     )
     x = reduced(x, cut)
     moves = any(start.varies.any() for start in inputs[1:])
-    return [Axes(nodes, x.nonzero, either([x.varies, x.nonzero & moves]))]
+    varies = either([x.varies, x.nonzero & moves])
+    return [axes_of(nodes, x.nonzero, varies, chosen=not x.varies.any())]
 
 
 def dynamic_update_slice(constraints: Constraints, operation: Operation, inputs: list[Axes]) -> list[Axes]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from jaxtyping import Bool
 
-from hessjax.program._axes import Axes, Constraints, Flags, Kept, Nodes, mark, outer, staying, unread
+from hessjax.program._axes import Axes, Constraints, Flags, Kept, Nodes, axes_of, mark, outer, staying, unread
 from hessjax.program._program import Body, Operation, Program, Value
 
 Stack: TypeAlias = Bool[np.ndarray, "_batch _free _summed"]
@@ -27,6 +27,7 @@ class Matrices(NamedTuple):
         summed: the nodes of the axes that the sum runs over.
         batch_shape: the lengths of the batch axes in `nonzero`.
         free_shape: the lengths of the free axes in `nonzero`.
+        chosen: as in `Axes`.
     """
 
     nonzero: Stack
@@ -36,6 +37,7 @@ class Matrices(NamedTuple):
     summed: tuple[Nodes, ...]
     batch_shape: tuple[int, ...]
     free_shape: tuple[int, ...]
+    chosen: bool
 
 
 def dot_general(constraints: Constraints, operation: Operation, inputs: list[Axes]) -> list[Axes]:
@@ -63,7 +65,7 @@ def ragged_dot_general(constraints: Constraints, operation: Operation, inputs: l
     constraints.keep(*axes, *(n for x in sizes for n in x.nodes), why="index", by=operation.name)
     right, rest = reduced(right, groups), [a for a in range(len(right.nodes)) if a not in groups]
     nodes = tuple(right.nodes[a] for a in rest)
-    any_group = Axes(nodes, right.nonzero.squeeze(groups), right.varies.squeeze(groups))
+    any_group = axes_of(nodes, right.nonzero.squeeze(groups), right.varies.squeeze(groups))
     places = (tuple(rest.index(a) for a in part[1]) for part in (batch, summed))
     matrix = matrices(any_group, *places)
     return [_dot(constraints, operation, matrices(left, tuple(batch[0]), tuple(summed[0])), matrix)]
@@ -99,7 +101,9 @@ def _in_groups(constraints: Constraints, x: Axes, axes: tuple[int, ...], groups:
     first = cut.get(groups) or constraints.split(nodes[0], (groups, each))
     wide = full(reduced(x, tuple(a for a in range(len(x.nodes)) if a not in axes)), axes)
     shape = (groups, each, *(len(n) for n in nodes[1:]))
-    flags = (np.squeeze(f.transpose([*axes, *(a for a in range(f.ndim) if a not in axes)])) for f in wide[1:])
+    flags = (
+        np.squeeze(f.transpose([*axes, *(a for a in range(f.ndim) if a not in axes)])) for f in wide[1:3]
+    )
     return Axes((*first, *nodes[1:]), *(f.reshape(shape) for f in flags))
 
 
@@ -109,7 +113,7 @@ def contract(
     """Where the product is nonzero and where it varies; the terms that stay enter the constraints."""
     terms = [(left.varies, right.nonzero), (left.nonzero, right.varies)]
     terms = [(a, b) for a, b in terms if a.any() and b.any()]
-    if left.varies.any() and right.varies.any():
+    if left.varies.any() and right.varies.any() and left.chosen == right.chosen:
         # Such as queries times keys: modules scale by the number of terms, a constant that nobody can see.
         constraints.keep(*left.summed, *right.summed, why="width", by=operation.name)
     # A sum needs its terms that are not zero; its terms that vary, if constants may go.
@@ -135,7 +139,7 @@ def matrices(x: Axes, batch: tuple[int, ...], summed: tuple[int, ...]) -> Matric
     nonzero, varies = (f.transpose(order).reshape(sizes) for f in (wide.nonzero, wide.varies))
     ahead, between, last = (tuple(x.nodes[a] for a in part) for part in (batch, free, summed))
     lengths, others = shape[: len(batch)], shape[len(batch) : len(batch + free)]
-    return Matrices(nonzero, varies, ahead, between, last, tuple(lengths), tuple(others))
+    return Matrices(nonzero, varies, ahead, between, last, tuple(lengths), tuple(others), x.chosen)
 
 
 def full(x: Axes, axes: Collection[int]) -> Axes:

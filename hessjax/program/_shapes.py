@@ -6,7 +6,7 @@ import numpy as np
 
 from hessjax.program._axes import Axes, Constraints, Nodes, staying, unread
 from hessjax.program._entrywise import common_nodes
-from hessjax.program._products import full
+from hessjax.program._products import full, reduced
 from hessjax.program._program import Operation
 
 
@@ -17,18 +17,19 @@ def broadcast_in_dim(constraints: Constraints, operation: Operation, inputs: lis
     for axis, place in enumerate(places):
         if len(x.nodes[axis]) == shape[place]:
             nodes[place], flat[place] = x.nodes[axis], x.nonzero.shape[axis]
-    return [Axes(tuple(nodes), x.nonzero.reshape(flat), x.varies.reshape(flat))]
+    return [x._replace(nodes=tuple(nodes), nonzero=x.nonzero.reshape(flat), varies=x.varies.reshape(flat))]
 
 
 def transpose(constraints: Constraints, operation: Operation, inputs: list[Axes]) -> list[Axes]:
     x, order = inputs[0], operation.params["permutation"]
-    return [Axes(tuple(x.nodes[a] for a in order), x.nonzero.transpose(order), x.varies.transpose(order))]
+    nodes = tuple(x.nodes[a] for a in order)
+    return [x._replace(nodes=nodes, nonzero=x.nonzero.transpose(order), varies=x.varies.transpose(order))]
 
 
 def squeeze(constraints: Constraints, operation: Operation, inputs: list[Axes]) -> list[Axes]:
     x, gone = inputs[0], operation.params["dimensions"]
     nodes = tuple(nodes for axis, nodes in enumerate(x.nodes) if axis not in gone)
-    return [Axes(nodes, x.nonzero.squeeze(gone), x.varies.squeeze(gone))]
+    return [x._replace(nodes=nodes, nonzero=x.nonzero.squeeze(gone), varies=x.varies.squeeze(gone))]
 
 
 def reshape(constraints: Constraints, operation: Operation, inputs: list[Axes]) -> list[Axes]:
@@ -46,7 +47,7 @@ def reshape(constraints: Constraints, operation: Operation, inputs: list[Axes]) 
             for axis in news:
                 flat[axis] = shape[axis]
     x = full(x, wide)
-    return [Axes(tuple(nodes), x.nonzero.reshape(flat), x.varies.reshape(flat))]
+    return [x._replace(nodes=tuple(nodes), nonzero=x.nonzero.reshape(flat), varies=x.varies.reshape(flat))]
 
 
 def _groups(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
@@ -118,18 +119,21 @@ def tile(constraints: Constraints, operation: Operation, inputs: list[Axes]) -> 
 
 def pad(constraints: Constraints, operation: Operation, inputs: list[Axes]) -> list[Axes]:
     (x, value), config = inputs, operation.params["padding_config"]
-    if any(low < 0 or high < 0 or inside for low, high, inside in config):
-        return unread(constraints, operation, inputs)
-    widths = [(int(low), int(high)) for low, high, _ in config]
+    odd = tuple(a for a, (low, high, inside) in enumerate(config) if low < 0 or high < 0 or inside)
+    constraints.keep(*(x.nodes[a] for a in odd), why="index", by=operation.name)
+    x = reduced(x, odd)
+    widths = [(0, 0) if a in odd else (int(low), int(high)) for a, (low, high, _) in enumerate(config)]
     # Padded channels are free to go, as those of a residual stream that grows by zeros (He et al., option A).
     nodes = tuple(
-        np.concatenate([constraints.fresh(low), n, constraints.fresh(high)])
-        for n, (low, high) in zip(x.nodes, widths, strict=True)
+        staying(length)[0]
+        if a in odd
+        else np.concatenate([constraints.fresh(widths[a][0]), x.nodes[a], constraints.fresh(widths[a][1])])
+        for a, length in enumerate(operation.outputs[0].shape)
     )
     wide = full(x, {a for a, width in enumerate(widths) if any(width)})
     around = (bool(value.nonzero.any()), bool(value.varies.any()))
-    flags = (np.pad(f, widths, constant_values=c) for f, c in zip(wide[1:], around, strict=True))
-    return [Axes(nodes, *flags)]
+    flags = [np.pad(f, widths, constant_values=c) for f, c in zip(wide[1:3], around, strict=True)]
+    return [Axes(nodes, *(f | (c and bool(odd)) for f, c in zip(flags, around, strict=True)))]
 
 
 def strided(constraints: Constraints, operation: Operation, inputs: list[Axes]) -> list[Axes]:
@@ -160,4 +164,4 @@ def _cut(constraints: Constraints, operation: Operation, x: Axes, cuts: tuple[sl
     single = (n for n, whole in zip(nodes, x.nodes, strict=True) if len(n) == 1 < len(whole))
     constraints.keep(*single, why="index", by=operation.name)
     inner = tuple(cut if n > 1 else slice(None) for cut, n in zip(cuts, x.nonzero.shape, strict=True))
-    return Axes(nodes, x.nonzero[inner], x.varies[inner])
+    return x._replace(nodes=nodes, nonzero=x.nonzero[inner], varies=x.varies[inner])
