@@ -2,19 +2,16 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from hessjax.compaction._leaves import Indices
 from hessjax.program._axes import Axes, Cause, Constraints, Flags, Kept, Nodes, axes_of, unknown
 from hessjax.program._program import Body, Operation, Program, Value, evaluate, execute
 from hessjax.program._readings import follow
-
-Indices: TypeAlias = dict[int, np.ndarray]
-"""`{axis: indices}`"""
 
 
 class Narrowing(NamedTuple):
@@ -54,6 +51,8 @@ class Narrowing(NamedTuple):
             if not any(self._is_narrow(body) for body in operation.bodies):
                 return execute(operation, values)
             return _LOOPS[operation.name](self, operation, values)
+        if operation.name == "relu":  # with jax's derivative at zero, where `max` would give a half
+            return [jax.nn.relu(values[0])]
         if operation.name == "slice":  # the entries that stay need not lie at equal steps any more
             return [_slice(operation, values[0], self.axes[operation.inputs[0]], self.kept)]
         outputs = [self.axes[v] for v in operation.outputs]
@@ -87,20 +86,23 @@ class Asked(NamedTuple):
     relaxed: frozenset[Cause] = frozenset()
 
 
-def analyse(program: Program, nonzero: list[Flags], asked: Asked) -> Narrowing:
+def analyse(
+    program: Program, nonzero: list[Flags], asked: Asked, at_least: list[Indices] | None = None
+) -> Narrowing:
     """Read the whole program, and find the least of it that computes the same.
 
     Args:
         program: what `read` made of the model.
         nonzero: for every leaf of the params, where it is not zero.
         asked: what may go.
+        at_least: for every leaf what has to stay, whether it is needed or not.
 
     Returns:
         The program with what stays of it.
     """
     drop_constants = asked.drop_constants or "constant" in asked.relaxed
     constraints, body = Constraints(drop_constants, asked.relaxed), program.body
-    known = {v: unknown(v.shape)._replace(nodes=constraints.given(v.shape, "argument")) for v in body.inputs}
+    known = {v: _argument(constraints, v) for v in body.inputs}
     params = [_leaf(constraints, v, flags) for v, flags in zip(program.leaves, nonzero, strict=True)]
     known |= dict(zip(program.leaves, params, strict=True))
     follow(constraints, body, known)
@@ -113,6 +115,8 @@ def analyse(program: Program, nonzero: list[Flags], asked: Asked) -> Narrowing:
             constraints.keep(*axes.nodes)
         elif not free:
             constraints.keep(*axes.nodes, why="where")
+    for axes, indices in zip(params, at_least or [], strict=False):
+        constraints.keep(*(nodes[indices.get(a, slice(None))] for a, nodes in enumerate(axes.nodes)))
     kept = constraints.solve(nodes for axes in params for nodes in axes.nodes)
     return Narrowing(program, known, kept, constraints.causes)
 
@@ -120,6 +124,13 @@ def analyse(program: Program, nonzero: list[Flags], asked: Asked) -> Narrowing:
 def stays(kept: Kept, axes: Axes) -> tuple[int, ...]:
     """The shape of what stays of an array."""
     return tuple(int(kept[nodes].sum()) for nodes in axes.nodes)
+
+
+def _argument(constraints: Constraints, value: Value) -> Axes:
+    axes = unknown(value.shape)._replace(nodes=constraints.given(value.shape, "argument"))
+    # What would a param be instead? Vectors, such as batch statistics, are what models keep; the rest is data.
+    kept = "argument" in constraints.relaxed and len(value.shape) == 1
+    return axes._replace(varies=np.zeros_like(axes.varies)) if kept else axes
 
 
 def _leaf(constraints: Constraints, value: Value, nonzero: Flags) -> Axes:
@@ -242,48 +253,3 @@ _LOOPS: dict[str, Callable[[Narrowing, Operation, list[Any]], list[Any]]] = {
     "scan": _scan,
     "while": _while,
 }
-
-
-# -- leaves -----------------------------------------------------------------------------------------
-
-
-def take(leaf: Any, kept: Indices) -> Any:
-    """The chosen entries, on the host: nothing to compile for every shape."""
-    if not kept:
-        return leaf
-    value = np.asarray(leaf)
-    for axis, indices in kept.items():
-        value = np.take(value, indices, axis)
-    return value if isinstance(leaf, np.ndarray) else jnp.asarray(value)
-
-
-def shrink_leaf(
-    path: str, leaf: Any, shapes: dict[str, tuple[int, ...]], kept: dict[str, Indices]
-) -> tuple[Any, bool]:
-    """A leaf cut like the param that its path ends in, and whether there is one.
-
-    Raises:
-        ValueError: if its shape does not show how to cut it.
-    """
-    owners = [name for name in shapes if name == "." or f"/{path}".endswith(f"/{name}")]
-    if not owners:
-        return leaf, False
-    # Of `kernel` and `Dense_0/kernel` both at the end of a path, the longer one is meant.
-    owner = max(owners, key=len)
-    shape, like, cuts = np.shape(leaf), shapes[owner], kept.get(owner, {})
-    # optax puts arrays of size 1 where a leaf has no such moment.
-    if not cuts or np.size(leaf) <= 1 < np.prod(like):
-        return leaf, shape == like or not cuts
-    if shape[len(shape) - len(like) :] == like:
-        ahead = len(shape) - len(like)
-        return take(leaf, {axis + ahead: indices for axis, indices in cuts.items()}), True
-    # Adafactor keeps row and column sums of the second moments: the leaf's shape without one axis.
-    missing = [axis for axis in range(len(like)) if shape == like[:axis] + like[axis + 1 :]]
-    if len(missing) != 1:
-        raise ValueError(
-            f"`tree` must have the params' shapes, but {path} has {shape} where {owner} had {like}, which "
-            "does not show what belongs to a removed channel. Make it anew from the smaller params."
-        )
-    gone = missing[0]
-    rest = {axis - (axis > gone): indices for axis, indices in cuts.items() if axis != gone}
-    return take(leaf, rest), True

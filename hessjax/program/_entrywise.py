@@ -12,7 +12,7 @@ ZERO_AT_ZERO = frozenset((
     "neg", "abs", "sign", "sqrt", "cbrt", "sin", "tan", "tanh", "asin", "atan", "sinh", "asinh",
     "atanh", "expm1", "log1p", "floor", "ceil", "round", "erf", "erf_inv", "real", "imag", "conj",
     "convert_element_type", "copy", "copy_p", "stop_gradient", "square", "reduce_precision",
-    "device_put", "sharding_constraint", "name", "optimization_barrier",
+    "device_put", "sharding_constraint", "name", "optimization_barrier", "relu",
 ))
 """f(0) = 0."""
 ZERO_AT_ZEROS = frozenset(("add", "sub", "add_any", "max", "min", "select_n", "clamp"))

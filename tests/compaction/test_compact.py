@@ -560,10 +560,8 @@ def test_bad_input(mlp):
     odd = jax.tree.map(lambda a: jnp.ones((2, *a.shape[1:], 3)), variables)
     with pytest.raises(ValueError, match=r"params/Dense_0/bias has \(2, 3\) where .* had \(8,\)"):
         small.shrink(odd)
-    with pytest.raises(
-        ValueError, match="`params` and `args` must be like the compact params and the example"
-    ):
-        small.model_fn(small.params, x[:2])
+    with pytest.raises(ValueError, match="`params` must be like the compact params"):
+        small.model_fn(variables, x)
     with pytest.raises(ValueError, match=r"must have the structure of `the compact model's outputs`"):
         small.check(lambda p, x: (x,), x)
 
