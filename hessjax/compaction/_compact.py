@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -121,7 +122,7 @@ class Compacted(NamedTuple):
         """
         return gaps(self.model_fn, model_fn, self.params, self.params, args).difference
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> Group:
         table = Table(box=None, header_style="bold", pad_edge=False)
         for title in ("Name", "Shape", "Compact"):
             table.add_column(title, no_wrap=True)
@@ -130,9 +131,7 @@ class Compacted(NamedTuple):
         table.add_section()
         for name, before, after in zip(Size._fields, self.before, self.after, strict=True):
             table.add_row(name.replace("_", "-"), f"{before:,}", f"{after:,}", style="bold")
-        lines = [*self.notes, *map(str, self.obstacles)]
-        table.caption, table.caption_justify = "\n".join(lines) or None, "left"
-        return table
+        return Group(table, *map(Text, [*self.notes, *map(str, self.obstacles)]))
 
     def __str__(self) -> str:
         return plain(self)

@@ -55,7 +55,7 @@ def gaps(full: ModelFn, small: ModelFn, params: Params, fewer: Params, args: Any
         want, measured = jax.jit(functools.partial(_both, full, small))(params, fewer, args)
     numbers = np.asarray(jax.device_get(measured), float).reshape(-1, 3).T
     is_number = [bool(jnp.issubdtype(x.dtype, jnp.inexact)) for x in jax.tree.leaves(want)]
-    return Gaps(list(_tree.leaf_paths(want)), *numbers, is_number)
+    return Gaps(list(_tree.leaf_paths(want)), numbers[0], numbers[1], numbers[2], is_number)
 
 
 def _both(full: ModelFn, small: ModelFn, params: Params, fewer: Params, args: Any) -> tuple[Any, Any]:
@@ -84,12 +84,13 @@ def check_same(
     """
     eps, everything = _rounding(body), float(np.max(found.size, initial=0.0))
     # Rounding grows with depth, so that ε itself is too strict; a misread channel shows at the order of 1.
-    # What is left of much larger numbers that cancel is known to their ε only.
-    allowed = eps**0.5 * found.size + 64 * eps * everything
+    allowed = eps**0.5 * found.size
     if found.wrong(allowed).any():
-        # A network may amplify: what a change of its weights by a few ε does, rounding may do as well.
+        # A network may amplify: what a change of its weights by a few ε does, rounding may do as well. What
+        # is left of much larger numbers that cancel is known to their ε only.
         noise = gaps(model_fn, model_fn, params, _shaken(params, eps), args).gap
-        allowed = np.maximum(allowed, np.minimum(32 * noise, 0.1 * found.size))
+        at_most = np.maximum(0.1 * found.size, 64 * eps * everything)
+        allowed = np.maximum(allowed, np.minimum(32 * noise, at_most))
     for i in np.flatnonzero(found.wrong(allowed)):
         relative = found.gap[i] / found.size[i] if found.size[i] else np.inf
         name = "" if found.paths[i] == "." else f" in the output {found.paths[i]}"

@@ -43,16 +43,20 @@ class CompactModel:
         narrowing = self._narrowing(args)
         leaves, structure = jax.tree.flatten(params)
         want = narrowing.shapes()[: narrowing.program.num_params]
-        if structure != jax.tree.structure(self.full_params) or [jnp.shape(x) for x in leaves] != want:
+        if structure != self._structure or [jnp.shape(x) for x in leaves] != want:
             raise ValueError(
                 "`params` must be like the compact params, "
-                f"{jax.tree.structure(self.full_params)} with shapes {want}, got {structure} with "
+                f"{self._structure} with shapes {want}, got {structure} with "
                 f"{[jnp.shape(x) for x in leaves]}. Cut what was made for the full ones by `shrink`."
             )
         outputs = narrowing([*leaves, *jax.tree.leaves(args)])
         if narrowing.program.rules:
             outputs = _without_derivative(narrowing.program.rules, outputs)
         return jax.tree.unflatten(narrowing.program.out_tree, outputs)
+
+    @property
+    def _structure(self) -> Any:
+        return jax.tree.structure(self.full_params)
 
     def _narrowing(self, args: Any) -> Narrowing:
         key = signature(args)
@@ -97,7 +101,7 @@ def _without_derivative(rules: tuple[str, ...], outputs: list[Any]) -> list[Any]
 @_without_derivative.defjvp
 def _refuse(rules: tuple[str, ...], primals: Any, tangents: Any) -> Any:
     raise NotImplementedError(
-        f"The compact program computes {', '.join(rules)} without the derivative that is defined for it: its own "
-        "gradient would be another. To train on, build the model anew at the smaller widths: "
+        f"The compact program computes {', '.join(rules)} without the derivative that is defined for it: its "
+        "own gradient would be another. To train on, build the model anew at the smaller widths: "
         "`hessjax.flax.linen_resized`, `hessjax.flax.nnx_resized`."
     )

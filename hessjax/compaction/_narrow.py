@@ -128,7 +128,7 @@ def stays(kept: Kept, axes: Axes) -> tuple[int, ...]:
 
 def _argument(constraints: Constraints, value: Value) -> Axes:
     axes = unknown(value.shape)._replace(nodes=constraints.given(value.shape, "argument"))
-    # What would a param be instead? Vectors, such as batch statistics, are what models keep; the rest is data.
+    # Vectors, such as batch statistics, are what models keep; the rest is data.
     kept = "argument" in constraints.relaxed and len(value.shape) == 1
     return axes._replace(varies=np.zeros_like(axes.varies)) if kept else axes
 
@@ -230,10 +230,10 @@ def _while(narrowing: Narrowing, operation: Operation, values: list[Any]) -> lis
     (test, body), carried = operation.bodies, operation.carried
     seen = len(test.inputs) - len(carried)
 
-    def again(state: list[Any]) -> Any:
+    def again(state: Any) -> Any:
         return narrowing.run(test, [*values[:seen], *state])[0]
 
-    def step(state: list[Any]) -> list[Any]:
+    def step(state: Any) -> Any:
         return narrowing.run(body, [*values[seen : carried.start], *state])
 
     return list(jax.lax.while_loop(again, step, values[carried.start :]))

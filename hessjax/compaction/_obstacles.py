@@ -42,14 +42,14 @@ _TEXTS: dict[Reason, str] = {
         "it go, and changes the function by it"
     ),
     "argument": (
-        "they meet an argument, whose shape is fixed. Pass what is the model's own, such as batch statistics, in "
-        "`params`"
+        "they meet an argument, whose shape is fixed. Pass what is the model's own, such as batch "
+        "statistics, in `params`"
     ),
     "where": "they lie in, or belong to, a leaf that `where` leaves out. Widen `where`",
     "array": "they meet an array of a width that the code names. Make it a part of `params`",
     "counted": (
-        "a mean, a maximum or a normalisation runs over them and counts them. Prune what lies between: units, "
-        "heads"
+        "a mean, a maximum or a normalisation runs over them and counts them. Prune what lies between: "
+        "hidden units, heads"
     ),
     "width": "data are multiplied with data along them, and modules scale by their number. Prune whole heads",
     "index": "their axis is taken apart by number, as by an index, a window or the steps of a loop",
@@ -59,8 +59,8 @@ _TEXTS: dict[Reason, str] = {
         "`channels()`, `rows()`, `heads()`"
     ),
     "shared": (
-        "other weights along the same indices are not zero, or a normalisation shifts them: what several layers "
-        "share shrinks where all of them agree"
+        "other weights along the same indices are not zero, or a normalisation shifts them: what several "
+        "layers share shrinks where all of them agree"
     ),
 }
 
@@ -95,7 +95,8 @@ def obstacles(
     left = _left(narrowing, nonzero)
     nothing_went = not any(narrowing.indices())
     if not left:
-        holed = [path for path, flags in zip(paths, nonzero, strict=True) if _holed(flags)]
+        each = zip(paths, nonzero, narrowing.program.used, strict=True)
+        holed = [path for path, flags, used in each if used and _holed(flags)]
         return (Obstacle(("scattered",), tuple(holed), 0),) if holed and nothing_went else ()
     inquiry = _Inquiry(narrowing, nonzero, asked, left)
     met = [
@@ -105,8 +106,9 @@ def obstacles(
     if not together:
         leaves = dict.fromkeys(paths[leaf] for leaf, _ in left)
         return (Obstacle(("shared",), tuple(leaves), _count(left)),) if nothing_went else ()
-    alone = [((cause,), freed) for cause in met if (freed := inquiry.freed([cause]))]
-    found = alone or [inquiry.fewest(met, together)]
+    found: list[tuple[tuple[Cause, ...], Places]]
+    found = [((cause,), freed) for cause in met if (freed := inquiry.freed([cause]))]
+    found = found or [inquiry.fewest(met, together)]
     return tuple(_obstacle(inquiry, causes, freed, paths, args) for causes, freed in found)
 
 

@@ -82,9 +82,12 @@ def nonzero_of(value: Any) -> Flags:
     return np.asarray(np.asarray(value) != 0)
 
 
-def axes_of(nodes: tuple[Nodes, ...], nonzero: Flags, varies: Flags, *, chosen: bool = False) -> Axes:
+def axes_of(
+    nodes: tuple[Nodes, ...], nonzero: Flags | np.bool_, varies: Flags | np.bool_, *, chosen: bool = False
+) -> Axes:
     """An `Axes`, its flags brought to one shape: what is zero does not vary."""
-    nonzero, varies = np.broadcast_arrays(np.reshape(nonzero, nonzero.shape or (1,) * len(nodes)), varies)
+    scalar = (1,) * len(nodes)
+    nonzero, varies = np.broadcast_arrays(np.reshape(nonzero, np.shape(nonzero) or scalar), varies)
     return Axes(nodes, nonzero, np.asarray(varies & nonzero), chosen)
 
 

@@ -58,7 +58,7 @@ def scatter(constraints: Constraints, operation: Operation, inputs: list[Axes]) 
     gone = (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
     windowed = [a for a in range(len(x.nodes)) if a not in gone]
     pairs = dict(zip(windowed, numbers.update_window_dims, strict=True))
-    pairs = {a: b for a, b in pairs.items() if a not in numbers.scatter_dims_to_operand_dims}
+    pairs = {a: int(b) for a, b in pairs.items() if a not in numbers.scatter_dims_to_operand_dims}
     constraints.keep(*places.nodes, why="index", by=operation.name)
     return [_written(constraints, operation, x, new, pairs, bool(places.varies.any()))]
 

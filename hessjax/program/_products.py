@@ -101,10 +101,9 @@ def _in_groups(constraints: Constraints, x: Axes, axes: tuple[int, ...], groups:
     first = cut.get(groups) or constraints.split(nodes[0], (groups, each))
     wide = full(reduced(x, tuple(a for a in range(len(x.nodes)) if a not in axes)), axes)
     shape = (groups, each, *(len(n) for n in nodes[1:]))
-    flags = (
-        np.squeeze(f.transpose([*axes, *(a for a in range(f.ndim) if a not in axes)])) for f in wide[1:3]
-    )
-    return Axes((*first, *nodes[1:]), *(f.reshape(shape) for f in flags))
+    order = [*axes, *(a for a in range(len(x.nodes)) if a not in axes)]
+    nonzero, varies = (f.transpose(order).reshape(shape) for f in (wide.nonzero, wide.varies))
+    return Axes((*first, *nodes[1:]), nonzero, varies)
 
 
 def contract(

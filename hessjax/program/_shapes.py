@@ -86,8 +86,8 @@ def concatenate(constraints: Constraints, operation: Operation, inputs: list[Axe
     # Along the joined axis the parts differ; elsewhere flags are written out where any part has them so.
     axes = {axis} | {a for x in inputs for a in range(len(shape)) if x.nonzero.shape[a] > 1}
     wide = [full(x, axes) for x in inputs]
-    flags = (np.concatenate([getattr(x, kind) for x in wide], axis) for kind in ("nonzero", "varies"))
-    return [Axes(tuple(nodes), *flags)]
+    nonzero, varies = (np.concatenate([x[i] for x in wide], axis) for i in (1, 2))
+    return [Axes(tuple(nodes), nonzero, varies)]
 
 
 def stack(constraints: Constraints, operation: Operation, inputs: list[Axes]) -> list[Axes]:
@@ -97,7 +97,8 @@ def stack(constraints: Constraints, operation: Operation, inputs: list[Axes]) ->
     nodes.insert(axis, staying(len(inputs))[0])
     axes = {a for x in inputs for a in range(len(shape)) if x.nonzero.shape[a] > 1}
     wide = [full(x, axes) for x in inputs]
-    return [Axes(tuple(nodes), *(np.stack([x[i] for x in wide], axis) for i in (1, 2)))]
+    nonzero, varies = (np.stack([x[i] for x in wide], axis) for i in (1, 2))
+    return [Axes(tuple(nodes), nonzero, varies)]
 
 
 def unstack(constraints: Constraints, operation: Operation, inputs: list[Axes]) -> list[Axes]:
@@ -132,8 +133,12 @@ def pad(constraints: Constraints, operation: Operation, inputs: list[Axes]) -> l
     )
     wide = full(x, {a for a, width in enumerate(widths) if any(width)})
     around = (bool(value.nonzero.any()), bool(value.varies.any()))
-    flags = [np.pad(f, widths, constant_values=c) for f, c in zip(wide[1:3], around, strict=True)]
-    return [Axes(nodes, *(f | (c and bool(odd)) for f, c in zip(flags, around, strict=True)))]
+    # Between the entries of an odd axis lies what is padded with too.
+    nonzero, varies = (
+        np.pad(f, widths, constant_values=c) | (c and bool(odd))
+        for f, c in zip((wide.nonzero, wide.varies), around, strict=True)
+    )
+    return [Axes(nodes, nonzero, varies)]
 
 
 def strided(constraints: Constraints, operation: Operation, inputs: list[Axes]) -> list[Axes]:
