@@ -178,12 +178,12 @@ def nnx_resized(model: Any, *trees: Any) -> Any:
         >>> narrow.layers[0].out_features, narrow(jnp.ones((8, 3))).shape
         (3, (8, 1))
     """
-    copy = nnx.clone(model)
-    before = _shapes(nnx.state(copy))
+    copy = nnx.clone(model, graph=True)
+    before = _shapes(nnx.state(copy, graph=True))
     for tree in trees:
         _check_fits(before, tree)
         nnx.update(copy, tree)
-    for path, node in nnx.iter_graph(copy):
+    for path, node in nnx.iter_graph(copy, graph=True):
         if isinstance(node, nnx.Module):
             _set_sizes("/".join(map(str, path)), node, before)
     return copy
