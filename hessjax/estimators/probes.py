@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from hessjax._core import _tree
+from hessjax._core._messages import checked_any_key
 from hessjax._core._packing import Packing
 from hessjax._core._types import Key, Params, Vector
 
@@ -57,7 +59,8 @@ def gaussian(key: Key, like: Params) -> Vector:
 
 def _sample(sampler: Callable[..., Array], key: Key, like: Params) -> Vector:
     """Drawn packed: every draw is a program to compile (a third of a second), and leaves are many."""
-    packing = Packing.of(like)
+    _tree.check_floating(like, "like")
+    packing, key = Packing.of(like), checked_any_key(key)
     arrays = jax.eval_shape(packing.pack, like)
     keys = jax.random.split(key, len(arrays))
     draws = [_draw(sampler, k, x) for k, x in zip(keys, arrays, strict=True)]
