@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from hessjax._core import _sharding
 from hessjax._core._types import Block, Params, Scalar, Vector, Where
 
 # -- paths ---------------------------------------------------------------------------------------
@@ -151,6 +152,11 @@ def cast_like(tree: Any, like: Any) -> Any:
     return jax.tree.map(lambda x, y: x.astype(jnp.result_type(y)), tree, like)
 
 
+def zeros_like(tree: Any) -> Any:
+    """Zeros in the place of every leaf, laid out as it is on an explicit mesh."""
+    return jax.tree.map(lambda x: _sharding.laid_out_like(jnp.zeros_like(x), x), tree)
+
+
 def inner(a: Vector, b: Vector) -> Scalar:
     """⟨a, b⟩ over all leaves, accumulated in at least float32."""
     return sum(inner_by_leaf(a, b), jnp.zeros((), accumulator_dtype(a)))
@@ -160,8 +166,14 @@ def inner_by_leaf(a: Vector, b: Vector) -> list[Scalar]:
     """⟨a_l, b_l⟩ for every leaf l, each accumulated in at least float32."""
     dtype = accumulator_dtype(a)
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return [_inner(x.astype(dtype), y.astype(dtype)) for x, y in pairs]
+
+
+def _inner(x: Array, y: Array) -> Scalar:
+    if _sharding.explicit(x) or _sharding.explicit(y):
+        return jnp.sum(x * y)  # `vdot` lays them flat, which a mesh with explicit axes refuses
     # By default accelerators multiply float32 as TF32 or bfloat16, and orthogonality ends at about 1e-3.
-    return [jnp.vdot(x.astype(dtype), y.astype(dtype), precision="highest") for x, y in pairs]
+    return jnp.vdot(x, y, precision="highest")
 
 
 def norm(a: Vector) -> Scalar:
@@ -192,7 +204,13 @@ def block_inner(block: Block, vector: Vector) -> Float[Array, " k"]:
     dtype = accumulator_dtype(vector)
 
     def leaf(rows: Array, x: Array) -> Array:
-        return jnp.tensordot(rows.astype(dtype), x.astype(dtype), axes=x.ndim, precision="highest")
+        return jnp.tensordot(
+            rows.astype(dtype),
+            x.astype(dtype),
+            axes=x.ndim,
+            precision="highest",
+            out_sharding=_sharding.everywhere(x),
+        )
 
     parts: list[Array] = jax.tree.leaves(jax.tree.map(leaf, block, vector))
     return sum(parts[1:], parts[0])

@@ -137,7 +137,7 @@ class Carry(NamedTuple):
     failed_leaf: Int[Array, ""]
 
 
-@jax.jit
+@functools.partial(jax.jit, keep_unused=True)  # `like` tells jit which mesh it is on
 def init(estimator: Estimator, key: Key, like: Params) -> Any:
     return estimator.init(key, like)
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from hessjax._core import _sharding
 from hessjax._core._types import BatchMatvec, Block, Estimate, Forms, Key, Params, Scalar, Vector, settings
 from hessjax._run._estimator import Estimator
 from hessjax.estimators.probes import Probe, rademacher
@@ -182,11 +183,9 @@ def hashed_signs(seed: Int[Array, ""], like: Params) -> Vector:
     leaves, structure = jax.tree.flatten(like)
 
     def signs(index: int, leaf: Array) -> Array:
-        bits = jax.lax.iota(jnp.uint32, leaf.size) + (seed * 64 + index + 1).astype(jnp.uint32) * jnp.uint32(
-            0x9E3779B9
-        )
+        bits = _sharding.places(leaf) + (seed * 64 + index + 1).astype(jnp.uint32) * jnp.uint32(0x9E3779B9)
         for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
             bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
-        return jnp.where(bits & 1, 1, -1).astype(leaf.dtype).reshape(leaf.shape)
+        return jnp.where(bits & 1, 1, -1).astype(leaf.dtype)
 
     return jax.tree.unflatten(structure, [signs(i, leaf) for i, leaf in enumerate(leaves)])
