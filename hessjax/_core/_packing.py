@@ -15,7 +15,7 @@ from hessjax._core import _sharding, _tree
 from hessjax._core._types import Block, Params, Vector
 
 POOLED = 2**22
-"""Leaves with fewer entries are laid end to end; larger ones, and those sharded explicitly, stay as they are."""
+"""Leaves with fewer entries are laid end to end; larger ones, and sharded ones, stay as they are."""
 
 Packed: TypeAlias = tuple[Array, ...]
 """A vector: one flat array for the small leaves of each dtype, then the large leaves."""
