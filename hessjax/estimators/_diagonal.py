@@ -107,7 +107,7 @@ def _slope_error(
     residual: Float[Array, "..."], weight: Float[Array, "..."], n: Int[Array, ""]
 ) -> Float[Array, "..."]:
     """√(Σ (Av − slope⊙v)² / ((n − 1)·Σ v⊙v)), infinite with fewer than two samples."""
-    square = residual / (jnp.maximum(n - 1, 1) * jnp.where(weight > 0, weight, 1))
+    square = residual / (jnp.maximum(n - 1, 1).astype(weight.dtype) * jnp.where(weight > 0, weight, 1))
     return jnp.where(n > 1, jnp.sqrt(square), jnp.inf)
 
 

@@ -66,7 +66,7 @@ def project_out(basis: Basis, count: Int[Array, ""], vector: Vector) -> tuple[Ve
     bounds = list(_bounds(_rows(basis)))
     parts = []
     for chunk, (start, stop) in zip(basis, bounds, strict=True):
-        inside = jnp.arange(start, stop) < count
+        inside = jnp.arange(start, stop, dtype=jnp.int32) < count
         zeros = jnp.zeros(stop - start, _tree.accumulator_dtype(vector))
         # Rows that are not filled yet are zero: to multiply them would cost their bandwidth for nothing.
         part = jax.lax.cond(start < count, _tree.block_inner, lambda *_, z=zeros: z, chunk, vector)
@@ -137,7 +137,7 @@ def orthonormal(block: Block) -> Block:
 
     def clean(i: Int[Array, ""], block: Block) -> Block:
         row = _tree.row(block, i)
-        row = _tree.scale(1 / jnp.maximum(_tree.norm(row), jnp.finfo(jnp.float32).tiny), row)
+        row = _tree.scale(1 / jnp.maximum(_tree.norm(row), float(jnp.finfo(jnp.float32).tiny)), row)
         # Two passes are enough where a row keeps a part of its own; the third is for fresh directions.
         for _ in range(3):
             components = jnp.where(jnp.arange(num_rows) < i, _tree.block_inner(block, row), 0)
@@ -278,7 +278,7 @@ def extend(space: Krylov, product: Vector) -> Krylov:
         Implementation aspects of band Lanczos algorithms.
     """
     k, T = space.size, space.projected
-    last, index = k + space.width, jnp.arange(T.shape[0])
+    last, index = k + space.width, jnp.arange(T.shape[0], dtype=jnp.int32)
     row = read(space.basis, k)
     alpha = _tree.inner(row, product)
     previous = jnp.maximum(k - space.width, 0)
@@ -306,7 +306,7 @@ def _tiny(projected: Float[Array, "rows m"], product: Vector) -> Scalar:
 
 def ritz(space: Krylov) -> tuple[Float[Array, " m"], Float[Array, "m m"]]:
     """Eigenvalues (ascending) and eigenvectors (columns) of T; entries from `size` on are meaningless."""
-    inside = jnp.arange(space.capacity) < space.size
+    inside = jnp.arange(space.capacity, dtype=jnp.int32) < space.size
     # `extend` fills the lower triangle only.
     lower = jnp.where(inside[:, None] & inside[None, :], space.projected[: space.capacity], 0)
     filled = lower + jnp.tril(lower, -1).T

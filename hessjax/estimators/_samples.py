@@ -93,7 +93,7 @@ def push(moments: Moments, sample: Any) -> Moments:
     count = moments.num_samples + 1
     # Deviations from the old and from the new mean: their product is never negative.
     delta = jax.tree.map(jnp.subtract, sample, moments.mean)
-    mean = jax.tree.map(lambda m, d: m + d / count, moments.mean, delta)
+    mean = jax.tree.map(lambda m, d: m + d / count.astype(d.dtype), moments.mean, delta)
     squares = jax.tree.map(lambda s, d, x, m: s + d * (x - m), moments.squares, delta, sample, mean)
     return Moments(mean, squares, count)
 
@@ -107,9 +107,8 @@ def estimate(moments: Moments) -> Estimate:
 
 def standard_error(squares: Float[Array, "..."], count: Int[Array, ""]) -> Float[Array, "..."]:
     """Of a mean, from the sum of squared deviations; infinite with fewer than two samples."""
-    return jnp.where(
-        count > 1, jnp.sqrt(squares / (jnp.maximum(count - 1, 1) * jnp.maximum(count, 1))), jnp.inf
-    )
+    pairs = (jnp.maximum(count - 1, 1) * jnp.maximum(count, 1)).astype(squares.dtype)
+    return jnp.where(count > 1, jnp.sqrt(squares / pairs), jnp.inf)
 
 
 def stopping_error(stderr: Scalar, count: Int[Array, ""]) -> Scalar:
@@ -156,7 +155,7 @@ def sampling_error(values: Any, weights: Any) -> Any:
     mean = (weights * values).sum(axis=0) / weights.sum()
     if len(values) < 2:
         return abs(mean) + math.inf
-    return ((weights * (values - mean) ** 2).sum(axis=0) / ((len(values) - 1) * weights.sum())) ** 0.5
+    return ((weights * (values - mean[None]) ** 2).sum(axis=0) / ((len(values) - 1) * weights.sum())) ** 0.5
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -67,7 +67,7 @@ def ordered_keys(scores: Sequence[Float[Array, "..."]]) -> list[UInt[Array, "...
 
     `-0.0` equals `0.0`, NaN lies below everything, and the largest integer of the type stays unused.
     """
-    dtype = jnp.result_type(*scores)
+    dtype = _tree.common_dtype(*scores)
     width = jnp.dtype(dtype).itemsize * 8
     uint = jnp.dtype(f"uint{width}")
     sign = jnp.asarray(1 << (width - 1), uint)
@@ -272,7 +272,12 @@ def _set(leaves: list[Array], patterns: list[Pattern]) -> tuple[Array, Array | N
     gone = [jnp.isneginf(rows) for rows in grouped]
     total = sum(jnp.sum(jnp.where(g, 0, rows), axis=1) for g, rows in zip(gone, grouped, strict=True))
     left = size - sum(jnp.sum(g, axis=1) for g in gone)
-    return jnp.where(left == 0, -jnp.inf, total / jnp.maximum(left, 1)), None, size, shapes[0][0]
+    return (
+        jnp.where(left == 0, -jnp.inf, total / jnp.asarray(jnp.maximum(left, 1), leaf.dtype)),
+        None,
+        size,
+        shapes[0][0],
+    )
 
 
 def _grouped(pattern: Pattern, leaf: Any) -> jax.ShapeDtypeStruct:
@@ -295,6 +300,6 @@ def _lowest(rows: Float[Array, "groups m"], number: int) -> Bool[Array, "groups 
     place = jnp.zeros(rows.shape, jnp.int32)
     for j in range(rows.shape[1]):
         other = keys[:, j : j + 1]
-        before = jnp.arange(rows.shape[1]) > j  # of equal ones the earlier goes first
-        place += (other < keys) | ((other == keys) & before)
+        before = (jnp.arange(rows.shape[1]) > j)[None]  # of equal ones the earlier goes first
+        place += jnp.int32((other < keys) | ((other == keys) & before))
     return place < number
