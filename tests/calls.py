@@ -1,10 +1,7 @@
 """Right calls of everything public, and what people write in place of each argument by mistake."""
 
-import inspect
 import pathlib
-import re
 import tempfile
-import traceback
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +10,6 @@ import optax
 from flax import linen, nnx
 
 import hessjax as hj
-from hessjax import flax, plot
 
 
 class Tensor:
