@@ -31,9 +31,11 @@ class Thing:
 
 W, X, KEY = jnp.ones(3), jnp.ones((2, 3)), jax.random.key(0)
 PARAMS = {"kernel": jnp.arange(1.0, 17.0).reshape(4, 4), "bias": jnp.ones(4)}
+WIDE, MAGNITUDE, ADAM = jnp.ones((2, 4)), hj.saliencies.magnitude(), optax.adam(0.1)
 GRADS = {"kernel": jnp.arange(1.0, 33.0).reshape(2, 4, 4), "bias": jnp.ones((2, 4))}
 UNFILTERED = {"kernel": jnp.ones((4, 4)), "act": jax.nn.relu, "size": 7}
 A = jax.tree_util.Partial(jnp.multiply, jnp.arange(1.0, 4.0))
+VARIABLES = linen.Dense(2).init(KEY, X)
 FOLDER = pathlib.Path(tempfile.gettempdir()) / "hessjax-calls"
 
 
@@ -81,7 +83,7 @@ WRONG = {
     "path": [None, 1, 0.5, [], {}, X, len],
     "text": [None, 1, 0.5, [], {}, X, len],
     "tol": ["1e-3", -1.0, float("nan"), [1e-3], {}, jnp.ones(2), 1j, hj.relative, Thing(), True, None],
-    "where": [None, 1, 0.5, [], "nothing*", [1], X, Thing(), True],
+    "where": [None, 1, 0.5, [], "nothing*", [1], X, Thing()],
     "saliency": [*RULES, "magnitude", loss, hj.saliencies.magnitude, hj.patterns.rows()],
     "pattern": [
         *RULES, "2:4", hj.patterns.n_of_m, hj.patterns.heads, hj.patterns.filters, hj.saliencies.magnitude(),
@@ -121,8 +123,8 @@ KINDS = {
     "number": """damping temperature alpha b2 eps eps_root shift factor decay start_open floor least
         least_sparsity confidence batch_size max_ratio? dense_accuracy? sparsity""",
     "schedule": "penalty fraction level",
-    "count": """num_probes num_matvecs max_matvecs k block_size basis_size? at_once every num_samples? recomputes
-        microbatch? num_grads? chunk_size points_at_once steps_per_epoch? n m num_heads?""",
+    "count": """num_probes num_matvecs max_matvecs k block_size basis_size? at_once every num_samples?
+        recomputes microbatch? num_grads? chunk_size points_at_once steps_per_epoch? n m num_heads?""",
     "integer": "axis?",
     "function": """loss_fn model_fn output_loss matvec make_matvec metric grads_fn? teacher_fn information
         score loss""",
@@ -160,12 +162,14 @@ KINDS = {
 KIND_OF = {name.rstrip("?"): (kind, "?" in name) for kind, names in KINDS.items() for name in names.split()}
 
 RIGHT = {
-    "loss_fn": loss, "model_fn": model, "output_loss": out_loss, "matvec": A, "params": W, "like": W, "rhs": W,
-    "key": KEY, "x": X, "vector": W, "num_probes": 2, "num_matvecs": 3, "callbacks": (), "max_matvecs": 6, "k": 1, "damping": 1.0,
+    "loss_fn": loss, "model_fn": model, "output_loss": out_loss, "matvec": A, "params": W, "like": W,
+    "rhs": W, "key": KEY, "x": X, "vector": W, "num_probes": 2, "num_matvecs": 3, "callbacks": (),
+    "max_matvecs": 6, "k": 1, "damping": 1.0,
     "likelihood": hj.likelihoods.gaussian, "batches": [X], "loss": out_loss, "where": "*",
-    "saliency": hj.saliencies.magnitude(), "sparsity": 0.5, "grads_fn": lambda p: GRADS, "grads": GRADS,
+    "saliency": MAGNITUDE, "sparsity": 0.5, "grads_fn": lambda p: GRADS, "grads": GRADS,
     "directions": W, "distances": [0.0, 1.0], "factor": 0.1, "path": FOLDER, "inner": optax.sgd(0.1),
-    "choose": hj.saliencies.magnitude(), "by": hj.saliencies.obs(), "penalty": 0.1, "fraction": 0.3, "stop": 3,
+    "choose": MAGNITUDE, "by": hj.saliencies.obs(), "penalty": 0.1, "fraction": 0.3,
+    "stop": 3,
     "n": 2, "m": 4, "shape": (2, 2), "curvature": {"kernel": 0.5, "bias": 0.5}, "sparsities": {"kernel": 0.5},
     "level": 0.5, "module": linen.Dense(2), "model": nnx.Linear(3, 2, rngs=nnx.Rngs(0)), "levels": [0.0, 0.5],
     "make_matvec": lambda batch: hj.hessian(loss, W, batch), "matvecs": [A, A], "diagonal": W, "other": W,
@@ -187,14 +191,16 @@ INSTEAD = {
     "hj.landscape": {"batches": (None, "batches?")},
     "hj.sampled_grads": {"num_samples": (1, "count")},
     "hj.fisher": {"num_samples": (1, "count?")},
-    "hj.adam_preconditioner": {"opt_state": (optax.adam(0.1).update(W, optax.adam(0.1).init(W))[1], "result")},
-    "hj.mask_of": {"opt_state": (hj.prune(optax.sgd(0.1), hj.saliencies.magnitude(), 0.5).init(PARAMS), "result")},
+    "hj.adam_preconditioner": {"opt_state": (ADAM.update(W, ADAM.init(W))[1], "result")},
+    "hj.mask_of": {"opt_state": (hj.prune(ADAM, MAGNITUDE, 0.5).init(PARAMS), "result")},
     "hj.prune": {"sparsity": (0.5, "schedule"), "start": (0, "count"), "stop": (None, "count?")},
-    "hj.prune_once": {**PRUNED, "loss_fn": (size_of, "function?"), "max_ratio": (None, None), "saliency": (hj.saliencies.magnitude(), "saliency")},
+    "hj.prune_once": {**PRUNED, "loss_fn": (size_of, "function?"), "max_ratio": (None, None)},
     "hj.select": PRUNED,
-    "hj.sensitivity": {**PRUNED, "diagonal": (None, "vector?"), "path": (None, "path?"), "metric": (size_of, "function?")},
-    "hj.compact": {"params": (PARAMS, "tree"), "model_fn": (dense, "function"), "x": (jnp.ones((2, 4)), "args")},
-    "hj.summary": {**PRUNED, "model_fn": (dense, "function"), "x": (jnp.ones((2, 4)), "args")},
+    "hj.sensitivity": {
+        **PRUNED, "diagonal": (None, "vector?"), "path": (None, "path?"), "metric": (size_of, "function?"),
+    },
+    "hj.compact": {"params": (PARAMS, "tree"), "model_fn": (dense, "function"), "x": (WIDE, "args")},
+    "hj.summary": {**PRUNED, "model_fn": (dense, "function"), "x": (WIDE, "args")},
     "hj.to_sparse": PRUNED,
     "hj.save_npz": {"params": (PARAMS, "tree")},
     "hj.load_npz": {"like": (PARAMS, "vector?")},
@@ -203,7 +209,7 @@ INSTEAD = {
     "hj.likelihoods.Likelihood": {"score": (loss, "function")},
     "hj.saliencies.movement": {"start": (jnp.zeros_like, "function")},
     "hj.saliencies.rigl": {"score": (hj.saliencies.magnitude(), "saliency")},
-    "hj.saliencies.sparse_evolution": {"score": (hj.saliencies.magnitude(), "saliency"), "key": (KEY, "typed key")},
+    "hj.saliencies.sparse_evolution": {"score": (MAGNITUDE, "saliency"), "key": (KEY, "typed key")},
     "hj.saliencies.random": {"key": (KEY, "typed key")},
     "hj.saliencies.hard_concrete": {"stop": (3, "count"), "key": (KEY, "typed key")},
     "hj.saliencies.static": {"scores": (PARAMS, "mapping")},
@@ -229,18 +235,19 @@ def results():
     return {
         "hj.plot.density": {"density": (density, "result")},
         "hj.plot.cumulative": {"density": (density, "result")},
-        "hj.plot.layers": {"traces": (hj.trace_by_leaf(A, KEY, W, 2), "result"), "params": (W, "tree")},
+        "hj.plot.layers": {"traces": (hj.trace_by_leaf(A, KEY, W, 2), "result")},
         "hj.plot.landscape": {"result": (curve, "result")},
         "hj.plot.landscape_surface": {"result": (plane, "result")},
-        "hj.plot.sensitivity": {"result": (hj.sensitivity(size_of, PARAMS, [0.5]), "result"), "metric": (None, "choice?")},
+        "hj.plot.sensitivity": {"result": (hj.sensitivity(size_of, PARAMS, [0.5]), "result")},
     }  # fmt: skip
 
 
 def once(**setting):
-    return hj.prune_once(PARAMS, **{**_ONCE, **setting})
+    given = {"saliency": MAGNITUDE, "sparsity": 0.5, "grads_fn": lambda p: GRADS, **setting}
+    return hj.prune_once(PARAMS, **given)
 
 
-_ONCE = {"saliency": hj.saliencies.magnitude(), "sparsity": 0.5, "grads_fn": lambda p: GRADS}
+_ONCE = {"saliency": MAGNITUDE, "sparsity": 0.5, "grads_fn": lambda p: GRADS}
 
 
 def trained(tx):
@@ -248,36 +255,26 @@ def trained(tx):
     return tx.update(jax.tree.map(jnp.ones_like, PARAMS), state, PARAMS)
 
 
+MATVECS = ["hessian", "ggn", "fisher", "empirical_fisher", "over_batches", "weighted_sum", "preconditioned"]
+FAMILIES = {"saliencies": "saliency", "patterns": "pattern", "allocations": "allocation"}
+
+
 def use(name, made):
     """What shows that it works: a product of a matvec, pruning by a rule."""
     last = name.split(".")[-1]
     if name.startswith("hj.estimators."):
         return hj.run(made, A, KEY, W, max_matvecs=6)
-    if last in (
-        "hessian",
-        "ggn",
-        "fisher",
-        "empirical_fisher",
-        "over_batches",
-        "weighted_sum",
-        "preconditioned",
-    ):
+    if last in MATVECS:
         return made(W)
     if last == "select":
         return hj.hvp(made.restrict(size_of), made.part, made.part)
     if last == "prune":
         return trained(made)
     if last in ("threshold", "hard_concrete"):
-        rule = hj.saliencies.magnitude() if last == "threshold" else made
+        rule = MAGNITUDE if last == "threshold" else made
         return hj.prune(optax.sgd(0.1), rule, made if last == "threshold" else 0.5, start=1).init(PARAMS)
-    for family in ("saliency", "pattern", "allocation"):
-        if name.startswith(
-            f"hj.{family[:-1]}ies." if family == "saliency" else f"hj.{family}s."
-        ) and last not in ("heads", "from_magnitudes"):
-            return once(**{family: made})
+    if (family := FAMILIES.get(name.split(".")[1])) and last not in ("heads", "from_magnitudes"):
+        return once(**{family: made})
     if last in ("linen_loss", "linen_model"):
         return made(VARIABLES["params"], X)
     return made[0](made.params, X, made.state) if last in ("nnx_loss", "nnx_model") else made
-
-
-VARIABLES = linen.Dense(2).init(KEY, X)

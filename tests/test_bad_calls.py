@@ -14,9 +14,6 @@ import hessjax as hj
 
 pytestmark = pytest.mark.usefixtures("untyped")
 
-# Made of what `calls` has no right argument for, or tested where they stand.
-APART = {"hj.distillation"}
-
 
 def arguments_of(name, made):
     """`argument -> (right value, kind)`; a kind that ends in `?` takes None too."""
@@ -62,14 +59,32 @@ def verdict(name, argument, given):
 
 def judged(error, argument):
     """Clear is: raised by the package, as what it is, with the argument's name."""
+    # What `where` selects nothing of are the params.
+    names = f"{argument}|where" if argument == "params" else argument
     files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     if not isinstance(error, (TypeError, ValueError)) or "/hessjax/" not in files[-1]:
         theirs = any(file.endswith("calls.py") for file in files)
         return "clear" if theirs else f"obscure: {error!r:.200}"
-    return "clear" if re.search(rf"`{argument}\b", str(error)) else f"another name: {error!r:.200}"
+    return "clear" if re.search(rf"`({names})\b", str(error)) else f"another name: {error!r:.200}"
 
 
 @pytest.fixture(scope="module")
 def made():
     hj.save_npz(calls.FOLDER, calls.PARAMS)
     return calls.results()
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_every_mistake_is_refused_by_name(name, made):
+    arguments, unclear = arguments_of(name, made), []
+    right = {argument: value for argument, (value, _) in arguments.items()}
+    for argument, (_, kind) in arguments.items():
+        for wrong in wrong_for(kind):
+            answer = verdict(name, argument, {**right, argument: wrong})
+            unclear += [] if answer == "clear" else [f"{argument}={wrong!r:.50}: {answer}"]
+    assert not unclear, "\n".join(unclear)
+
+
+def test_they_are_many(made):
+    kinds = [kind for name in CALLED for _, kind in arguments_of(name, made).values()]
+    assert sum(len(wrong_for(kind)) for kind in kinds) > 3000

@@ -2,7 +2,7 @@
 
 import fnmatch
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -43,7 +43,12 @@ def match(tree: Any, where: Where, argument: str = "where") -> Any:
     Raises:
         ValueError: if `where`, or any one of several patterns, matches no leaf at all.
     """
-    patterns = [where] if isinstance(where, str) or callable(where) else list(where)
+    patterns = [where] if isinstance(where, str) or callable(where) else where
+    if not isinstance(patterns, Collection) or not all(isinstance(x, str) or callable(x) for x in patterns):
+        raise TypeError(
+            f"`{argument}` must be a glob over paths, several, or a function `(path, leaf) -> bool`, got "
+            f"{shown(where)}."
+        )
     if not patterns:
         raise ValueError(f"`{argument}` must name at least one pattern, got an empty {type(where).__name__}.")
     hits = [jax.tree_util.tree_map_with_path(_matcher(pattern), tree) for pattern in patterns]

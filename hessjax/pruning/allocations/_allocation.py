@@ -36,7 +36,7 @@ class Allocation:
         raise NotImplementedError(f"{type(self).__name__} must have a method `__call__`.")
 
 
-AllocationRule: TypeAlias = Allocation | Callable[..., Params]
+AllocationRule: TypeAlias = Allocation | Callable[[Params, Any, Patterns], Params]
 """An allocation, or a plain function like one."""
 
 
