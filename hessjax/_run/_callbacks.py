@@ -42,6 +42,9 @@ class _ProgressBar:
         self._description = description
         self._task: TaskID | None = None
 
+    def __repr__(self) -> str:
+        return f"progress_bar({self._description!r})"
+
     def __enter__(self) -> "_ProgressBar":
         for task in self._bar.task_ids:  # of earlier runs
             self._bar.remove_task(task)
@@ -158,6 +161,9 @@ class _Checkpoint:
         self._path, self._every = path, every
         self._identity: Identity = {}
         self._saved = 0
+
+    def __repr__(self) -> str:
+        return f"checkpoint({str(self._path)!r}, every={self._every})"
 
     def restore(self, beginning: Beginning) -> tuple[Any, int] | None:
         """The state on disk and its products, if there is one; it must be of the run that begins here."""

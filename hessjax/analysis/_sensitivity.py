@@ -14,7 +14,7 @@ from rich.text import Text
 
 from hessjax._core import _tree
 from hessjax._core._axes import is_matrix
-from hessjax._core._messages import check_path, checked_function, checked_number, plain, shown
+from hessjax._core._messages import check_functions, check_path, checked_number, plain, shown
 from hessjax._core._types import Block, Params, Scalar, Where
 from hessjax._run import _drivers
 from hessjax._run._estimator import check_callbacks
@@ -140,9 +140,7 @@ def sensitivity(
     """
     _tree.check_leaves(params)
     checked_saliency("saliency", saliency)
-    for name, function in {"metric": metric, "grads_fn": grads_fn}.items():
-        if function is not None:
-            checked_function(name, function, "(params) -> ...")
+    check_functions(metric=metric, grads_fn=grads_fn)
     check_callbacks(callbacks)
     patterns, chosen = _patterns_by_leaf(params, where, pattern), _checked_levels(levels)
     has_model = diagonal is not None or saliency.compensates

@@ -135,7 +135,9 @@ def empirical_fisher(
     if microbatch is None:
         # 1/m Σ gᵢgᵢᵀ = Jᵀ(I/m)J with J the Jacobian of the per-example losses: the same product as the GGN's,
         # and no gradient is ever formed.
-        return sandwich(Partial(_losses, loss_fn), Partial(_mean), params, args, linearize, precision)
+        return sandwich(
+            Partial(_losses, loss_fn), Partial(_mean), params, args, linearize, precision, "loss_fn"
+        )
     if linearize:
         raise ValueError(
             f"`microbatch` must be None with `linearize=True`, which keeps all activations, got {microbatch}."

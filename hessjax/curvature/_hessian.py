@@ -12,12 +12,12 @@ from hessjax._core import _tree
 from hessjax._core._messages import check_flags, checked_choice
 from hessjax._core._types import LossFn, Matvec, Params, Scalar, Vector
 from hessjax.curvature._product import (
+    LinearProduct,
     as_pytree,
     at_precision,
     check_call,
     check_precision,
     explained,
-    multiply_linear,
     pull_back,
     scalar,
 )
@@ -85,9 +85,10 @@ def hessian(
     checked_choice("mode", mode, products, " with `linearize=True`" if linearize else "")
     loss_fn = as_pytree(loss_fn)
     if linearize:
-        # No product is made here, so no vector is checked: `multiply_linear` keeps the params to do that.
+        # No product is made here, so no vector is checked: `LinearProduct` keeps the params to do that.
         with explained("loss_fn", _way_out(mode)):
-            return Partial(multiply_linear, _linearize(mode, precision, loss_fn, params, args), params)
+            linear = _linearize(mode, precision, loss_fn, params, args)
+        return Partial(LinearProduct("loss_fn"), linear, params)
     return Partial(_Product(mode, precision), loss_fn, params, args)
 
 

@@ -14,7 +14,13 @@ from hessjax._core._messages import checked_function, checked_schedule, shown
 from hessjax._core._types import Params, settings
 from hessjax.pruning.saliencies._saliency import Context, Saliency
 
-_ADAM = optax.adam(1e-2)  # one object, so that rules with the default optimizer are equal
+
+class _DefaultAdam(optax.GradientTransformationExtraArgs):
+    def __repr__(self) -> str:
+        return "optax.adam(0.01)"
+
+
+_ADAM = _DefaultAdam(*optax.adam(1e-2))  # one object, so that rules with the default optimizer are equal
 
 
 def check_optimizer(optimizer: Any, argument: str = "optimizer") -> None:
