@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from hessjax._core import _tree
+from hessjax._core._compiled import compiled
 from hessjax._core._types import LossFn, Matvec, ModelFn, Params, Scalar, Vector
 
 
@@ -63,7 +63,7 @@ def pull_back(pullback: Callable[[Any], tuple[Any]], cotangents: Any) -> Any:
     return pullback(cotangents)[0]
 
 
-@jax.jit
+@compiled()
 def multiply_linear(linear: Callable[[Vector], Vector], params: Params, vector: Vector) -> Vector:
     """The product with a linear map that was made, and is kept, at these params."""
     # A linear map takes tangents in exactly the dtypes it was traced at, while vectors may come wider.
@@ -99,7 +99,7 @@ class _Product:
         return _multiply(self.precision, model_fn, curvature, params, args, vector)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@compiled(static_argnums=0)
 def _multiply(
     precision: str | None,
     model_fn: ModelFn,
@@ -112,7 +112,7 @@ def _multiply(
     return _linearize(precision, model_fn, curvature, params, args)(_tree.cast_like(vector, params))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@compiled(static_argnums=0)
 def _linearize(
     precision: str | None, model_fn: ModelFn, curvature: Partial, params: Params, args: tuple[Any, ...]
 ) -> Partial:

@@ -1,6 +1,5 @@
 """Vectors r with 1/m Σ rrᵀ = GGN or Fisher: what an inverse Fisher is built from, beside gradients."""
 
-import functools
 import math
 from typing import Any
 
@@ -10,6 +9,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from hessjax._core import _tree
+from hessjax._core._compiled import compiled
 from hessjax._core._messages import checked_count
 from hessjax._core._types import Block, Key, ModelFn, Params
 from hessjax.curvature import likelihoods
@@ -118,7 +118,7 @@ def sampled_grads(
     return _sampled_grads(precision, num_samples, as_pytree(model_fn), score, params, args, keys)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@compiled(static_argnums=0)
 def _ggn_roots(
     precision: str | None,
     model_fn: Partial,
@@ -142,7 +142,7 @@ def _ggn_roots(
         return _end_to_end(of_each(of_example, args))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@compiled(static_argnums=(0, 1))
 def _sampled_grads(
     precision: str | None,
     num_samples: int,
