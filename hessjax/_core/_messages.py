@@ -1,12 +1,10 @@
-"""Arguments that count something, and random keys, checked; tables as text."""
+"""Arguments that count something, and random keys, checked."""
 
-import io
 import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
 
 
 def checked_int(argument: str, number: Any) -> int:
@@ -48,10 +46,3 @@ def checked_key(key: Any) -> Any:
     if not is_key(key) or key.ndim:
         raise TypeError(f"`key` must be one random key, such as `jax.random.key(0)`, got {key!r}.")
     return key
-
-
-def plain(table: Any) -> str:
-    """What rich shows, without colour, as wide as it needs, no blanks at the ends of lines."""
-    text = io.StringIO()
-    Console(file=text, width=1000, color_system=None).print(table)
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
