@@ -26,19 +26,19 @@ def eigenvalue_table(pairs: Eigenpairs) -> Table:
         >>> len(eigenvalue_table(hj.eigenpairs(A, jax.random.key(0), jnp.zeros(50), k=2)).rows)
         4
     """
-    heads = (Column(""), Column("Eigenvalue"), Column("Residual"), Column("Converged", "word"))
-    heads += (Column("± data", rank=1),) if pairs.data_stderr is not None else ()
+    heads = [Column(""), Column("Eigenvalue"), Column("Residual"), Column("Converged", "word")]
+    heads += [Column("± data", rank=1)] if pairs.data_stderr is not None else []
     data = [None] * len(pairs.values) if pairs.data_stderr is None else pairs.data_stderr
     columns = zip(pairs.values, pairs.residuals, pairs.converged, data, strict=True)
     found = enumerate(jax.device_get(list(columns)), 1)
     rows = tuple(_eigenvalue(rank, *entries) for rank, entries in found)
-    return Table(heads, rows, "Eigenvalues", _asymmetry(pairs), HINT)
+    return Table(tuple(heads), rows, "Eigenvalues", _asymmetry(pairs), HINT)
 
 
 def _eigenvalue(rank: int, value: Any, residual: Any, converged: Any, of_data: Any) -> Row:
-    cells = (str(rank), f"{value:.5g}", f"{residual:.1e}", "yes" if converged else "no")
-    cells += () if of_data is None else (number(of_data, 2),)
-    return Row(cells, "" if converged else "bold red")
+    cells = [str(rank), f"{value:.5g}", f"{residual:.1e}", "yes" if converged else "no"]
+    cells += [] if of_data is None else [number(of_data, 2)]
+    return Row(tuple(cells), "" if converged else "bold red")
 
 
 def _asymmetry(pairs: Eigenpairs) -> tuple[str, ...]:
