@@ -15,9 +15,6 @@ from jax.tree_util import Partial
 
 import hessjax as hj
 
-A = jax.tree_util.Partial(jnp.multiply, jnp.arange(1.0, 11.0))
-
-
 KEY = jax.random.key(0)
 D = 24
 
