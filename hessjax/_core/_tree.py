@@ -2,7 +2,7 @@
 
 import fnmatch
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from hessjax._core import _sharding
+from hessjax._core._messages import shown
 from hessjax._core._types import Block, Params, Scalar, Vector, Where
 
 # -- paths ---------------------------------------------------------------------------------------
@@ -42,7 +43,12 @@ def match(tree: Any, where: Where, argument: str = "where") -> Any:
     Raises:
         ValueError: if `where`, or any one of several patterns, matches no leaf at all.
     """
-    patterns = [where] if isinstance(where, str) or callable(where) else list(where)
+    patterns = [where] if isinstance(where, str) or callable(where) else where
+    if not isinstance(patterns, Collection) or not all(isinstance(x, str) or callable(x) for x in patterns):
+        raise TypeError(
+            f"`{argument}` must be a glob over paths, several, or a function `(path, leaf) -> bool`, got "
+            f"{where!r}."
+        )
     if not patterns:
         raise ValueError(f"`{argument}` must name at least one pattern, got an empty {type(where).__name__}.")
     hits = [jax.tree_util.tree_map_with_path(_matcher(pattern), tree) for pattern in patterns]
@@ -68,28 +74,66 @@ def _matcher(pattern: str | Callable[[str, Any], bool]) -> Callable[[Any, Any], 
 
 def check_floating(params: Params, argument: str = "params") -> None:
     """Raise a TypeError naming every leaf that is not a real floating-point array."""
-    bad = [
-        f"  {path_name(path)}: {_describe(leaf)}"
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-        if not _is_floating(leaf)
-    ]
+    found = jax.tree_util.tree_leaves_with_path(params)
+    bad = {path_name(path): leaf for path, leaf in found if not _is_floating(leaf)}
     if bad:
         raise TypeError(
-            f"`{argument}` must have real floating-point leaves only, got\n"
-            + "\n".join(bad)
-            + "\nKeep counters and other state out of it: `hessjax.select` splits a tree by path."
+            f"`{argument}` must have real floating-point leaves only, got\n{_listed(bad)}\n{_way_out(bad)}"
         )
     if not any(jnp.size(leaf) for leaf in jax.tree.leaves(params)):
         raise ValueError(f"`{argument}` must hold at least one number, got a tree without any.")
 
 
+def check_leaves(tree: Any, argument: str = "params") -> None:
+    """Raise a ValueError for a tree without leaves, a TypeError for one with leaves that are no arrays."""
+    if not jax.tree.leaves(tree):
+        raise ValueError(f"`{argument}` must hold at least one array, got a tree without any.")
+    check_arrays(tree, argument)
+
+
+def _listed(leaves: dict[str, Any]) -> str:
+    return "\n".join(f"  {path}: {describe(leaf)}" for path, leaf in leaves.items())
+
+
+def _way_out(bad: dict[str, Any]) -> str:
+    """What to do about leaves that are not floating-point arrays."""
+    if not all(map(is_array, bad.values())):
+        # As Equinox has them: a module's functions and settings are leaves of it.
+        return (
+            "Keep functions, settings and arrays of other libraries out of it: of an Equinox module take the "
+            "first part of `eqx.partition(model, eqx.is_inexact_array)`."
+        )
+    return "Keep counters and other state out of it: `hessjax.select` splits a tree by path."
+
+
+def check_arrays(tree: Any, argument: str) -> None:
+    """Raise a TypeError naming every leaf that is no array."""
+    if all(map(is_array, jax.tree.leaves(tree))):  # first, as it runs at every product
+        return
+    found = jax.tree_util.tree_leaves_with_path(tree)
+    bad = {path_name(path): leaf for path, leaf in found if not is_array(leaf)}
+    raise TypeError(f"`{argument}` must hold arrays only, got\n{_listed(bad)}\n{_way_out(bad)}")
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether jax takes this for an array: its own, NumPy's, numbers, shapes."""
+    if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
+        return True
+    try:
+        jax.typeof(leaf)
+    except TypeError:
+        return False
+    return True
+
+
 def check_like(tree: Any, like: Any, argument: str, reference: str) -> None:
     """Raise a ValueError listing every leaf whose path or shape differs from `like`'s.
 
-    A TypeError if any leaf is complex: a cast would take the imaginary part away in silence.
+    A TypeError if any leaf is no array, or complex: a cast would take the imaginary part away in silence.
     """
+    check_arrays(tree, argument)
     if any(_is_complex(leaf) for leaf in jax.tree.leaves(tree)):
-        kinds = ", ".join(sorted({_describe(leaf) for leaf in jax.tree.leaves(tree) if _is_complex(leaf)}))
+        kinds = ", ".join(sorted({describe(leaf) for leaf in jax.tree.leaves(tree) if _is_complex(leaf)}))
         raise TypeError(f"`{argument}` must be real, got {kinds}.")
     # This first: it runs at every product, and paths as text are wanted for an error only.
     same_structure: bool = jax.tree.structure(tree) == jax.tree.structure(like)  # type: ignore[operator]
@@ -123,10 +167,10 @@ def _is_complex(leaf: Any) -> bool:
     return isinstance(leaf, complex) or getattr(getattr(leaf, "dtype", None), "kind", None) == "c"
 
 
-def _describe(leaf: Any) -> str:
-    if isinstance(leaf, str) or not hasattr(leaf, "dtype"):
-        return f"a {type(leaf).__name__}"
-    return f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}"
+def describe(leaf: Any) -> str:
+    if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic)):
+        return f"{leaf.dtype}{list(leaf.shape)}"
+    return shown(leaf) if callable(leaf) else f"a {type(leaf).__name__}"
 
 
 # -- vectors -------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bar
 from rich.table import Column
 
+from hessjax._core._messages import checked_flag, shown
 from hessjax._core._tables import written
 from hessjax._run._estimator import Progress
 
@@ -38,7 +39,10 @@ def progress_bar(
         >>> estimate = hj.trace(A, jax.random.key(0), jnp.zeros(10), num_probes=20, callbacks=[bar])
         trace ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━ 20/20 products, error 0 00:00
     """
-    return _ProgressBar(description, transient, unit)
+    for name, text in {"description": description, "unit": unit}.items():
+        if not isinstance(text, str):
+            raise TypeError(f"`{name}` must be a string, got {shown(text)}.")
+    return _ProgressBar(description, checked_flag("transient", transient), unit)
 
 
 class _ProgressBar:
@@ -48,6 +52,9 @@ class _ProgressBar:
         self._description, self._transient, self._unit = description, transient, unit
         self._running: list[TaskID] = []  # a run may be part of another, with the same bar
         self._bar: Bar | None = None
+
+    def __repr__(self) -> str:
+        return f"progress_bar({self._description!r})"
 
     def __enter__(self) -> "_ProgressBar":
         if not self._running:  # anew for every run: the terminal may have another width by now

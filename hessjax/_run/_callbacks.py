@@ -1,7 +1,6 @@
 """Checkpoints of a run: what a killed run had done is not done again."""
 
 import json
-import operator
 import os
 import tempfile
 import warnings
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hessjax._core._messages import check_path, checked_count
 from hessjax._run._estimator import Beginning, Progress
 from hessjax._run._identity import Identity, as_numbers, differences, identity
 
@@ -70,9 +70,8 @@ def checkpoint(path: str | os.PathLike[str], *, every: int = 10) -> "_Checkpoint
         >>> int(first.num_samples), int(more.num_samples)
         (10, 15)
     """
-    if operator.index(every) < 1:
-        raise ValueError(f"`every` must be at least 1, got {every}.")
-    return _Checkpoint(Path(path).absolute(), every)
+    check_path("path", path)
+    return _Checkpoint(Path(path).absolute(), checked_count("every", every))
 
 
 class _Checkpoint:
@@ -82,6 +81,9 @@ class _Checkpoint:
         self._path, self._every = path, every
         self._identity: Identity = {}
         self._saved = 0
+
+    def __repr__(self) -> str:
+        return f"checkpoint({str(self._path)!r}, every={self._every})"
 
     def restore(self, beginning: Beginning) -> tuple[Any, int] | None:
         """The state on disk and its products, if there is one; it must be of the run that begins here."""

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -12,9 +12,11 @@ from jaxtyping import Array, ArrayLike, Float
 
 from hessjax._core import _tree
 from hessjax._core._axes import is_matrix
+from hessjax._core._messages import check_functions, check_path, checked_number, shown
 from hessjax._core._tables import Column, Row, Table, printable
 from hessjax._core._types import Block, Params, Scalar, Where
 from hessjax._run import _drivers
+from hessjax._run._estimator import check_callbacks
 from hessjax.analysis import _sensitivity_csv
 from hessjax.analysis._sensitivity_csv import SensitivityRow, level_name
 from hessjax.pruning._once import prune_once
@@ -22,7 +24,7 @@ from hessjax.pruning._ranking import check_sparsity
 from hessjax.pruning.allocations._allocation import uniform
 from hessjax.pruning.patterns._pattern import Pattern, Patterns, patterns_of, unstructured
 from hessjax.pruning.saliencies._first_order import magnitude
-from hessjax.pruning.saliencies._saliency import Saliency
+from hessjax.pruning.saliencies._saliency import Saliency, checked_saliency
 
 _Question: TypeAlias = tuple[str, str]
 """A leaf, and a level as the file has it."""
@@ -138,9 +140,15 @@ def sensitivity(
         two               0     0               0
                         0.5     2               2
     """
+    _tree.check_leaves(params)
+    checked_saliency("saliency", saliency)
+    check_functions(metric=metric, grads_fn=grads_fn)
+    check_callbacks(callbacks)
     patterns, chosen = _patterns_by_leaf(params, where, pattern), _checked_levels(levels)
     has_model = diagonal is not None or saliency.compensates
     _check_question(metric, params, diagonal, has_model)
+    if path is not None:
+        check_path("path", path)
     file = None if path is None else Path(path)
     rows = [] if file is None else _sensitivity_csv.read(file, _tree.leaf_paths(params), has_model)
     known = {(row.parameter, level_name(row.sparsity)): row for row in rows}
@@ -253,12 +261,15 @@ def _patterns_by_leaf(params: Params, where: Where, pattern: Patterns) -> dict[s
     if not chosen:
         empty = ", ".join(path for path, hit in zip(paths, hits, strict=True) if hit)
         raise ValueError(f"`where` must match at least one leaf with weights, got only empty ones: {empty}.")
+    _tree.check_floating(chosen, "params[where]")
     found = dict(zip(_tree.leaf_paths(chosen), patterns_of(pattern, chosen), strict=True))
     return {path: found[path] for path in chosen}
 
 
 def _checked_levels(levels: Iterable[float | int]) -> list[float]:
-    listed = [float(level) for level in levels]
+    if isinstance(levels, (str, Mapping)) or not isinstance(levels, Iterable):
+        raise TypeError(f"`levels` must be a sequence of sparsities, got {shown(levels)}.")
+    listed = [float(checked_number("levels", level)) for level in levels]
     names = [level_name(level) for level in listed]  # 0.3 and 0.1 + 0.2 are one level, in the file too
     if not listed or len(set(names)) < len(names):
         raise ValueError(f"`levels` must be one or more different sparsities, got [{', '.join(names)}].")

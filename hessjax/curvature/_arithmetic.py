@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.tree_util import Partial
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from hessjax._core import _tree
+from hessjax._core._messages import checked_finite, checked_function, is_number, shown
 from hessjax._core._types import Matvec, Params, Vector
 from hessjax.curvature._product import as_pytree
 
@@ -55,16 +57,23 @@ def weighted_sum(
     """
     _check_matvecs(matvecs)
     # As arrays they are leaves of the Partial: other weights or another damping retrace nothing.
-    weights = jnp.asarray([1.0] * len(matvecs) if weights is None else weights, float)
+    weights = jnp.asarray([1.0] * len(matvecs) if weights is None else _checked_weights(weights), float)
     if weights.shape != (len(matvecs),):
         raise ValueError(
             f"`weights` must hold one number for each of the {len(matvecs)} matvecs, "
             f"got shape {weights.shape}."
         )
-    shift = jnp.asarray(shift, float)
-    if shift.ndim:
-        raise ValueError(f"`shift` must be one number, got shape {shift.shape}.")
+    shift = jnp.asarray(checked_finite("shift", shift), float)
     return Partial(_sum, tuple(map(as_pytree, matvecs)), weights, shift)
+
+
+def _checked_weights(weights: Any) -> Any:
+    listed = isinstance(weights, Sequence) and not isinstance(weights, str)
+    if is_number(weights) or (listed and all(map(is_number, weights))):
+        return weights
+    if not isinstance(weights, (jax.Array, np.ndarray)) or not jnp.issubdtype(weights.dtype, jnp.number):
+        raise TypeError(f"`weights` must be numbers, one for each of `matvecs`, got {shown(weights)}.")
+    return weights
 
 
 def _check_matvecs(matvecs: Any) -> None:
@@ -136,6 +145,7 @@ def preconditioned(matvec: Matvec, diagonal: Params) -> Matvec:
         >>> hj.preconditioned(A, jnp.array([1.0, 4.0]))(jnp.ones(2)).tolist()
         [2.0, 0.5]
     """
+    checked_function("matvec", matvec, "(vector) -> vector")
     _tree.check_floating(diagonal, "diagonal")
     # Values can only be looked at outside `jit`; inside it a bad entry shows as NaN in the products.
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(diagonal)):
@@ -219,10 +229,13 @@ def adam_preconditioner(
         >>> hj.adam_preconditioner(opt_state).tolist()  # after one step, |g|
         [0.5, 4.0]
     """
+    given = {"b2": b2, "eps": eps, "eps_root": eps_root}
+    for name, number in given.items():
+        if number is not None:
+            checked_finite(name, number)
     adam = _the_adam(opt_state)
     if not isinstance(adam.count, jax.core.Tracer) and adam.count < 1:
         raise ValueError("`opt_state` must be one after the first update, got one after 0 updates.")
-    given = {"b2": b2, "eps": eps, "eps_root": eps_root}
     known = {"b2": 0.999, "eps": 1e-8, "eps_root": 0.0} | adam.hyperparams
     chosen = {name: known[name] if value is None else value for name, value in given.items()}
     return _denominator(adam.nu, adam.count, **chosen)
