@@ -5,18 +5,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Group
-from rich.table import Table
-from rich.text import Text
 
 from hessjax._core import _tree
-from hessjax._core._messages import plain
+from hessjax._core._messages import check_flags
+from hessjax._core._tables import Column, Row, Table, printable, shape_text
 from hessjax._core._types import ModelFn, Params, Where
 from hessjax.compaction._difference import check_same, gaps
 from hessjax.compaction._leaves import shrink_leaf, take
 from hessjax.compaction._model import CompactModel, shapes_of, signature
 from hessjax.compaction._narrow import Asked, analyse
 from hessjax.compaction._obstacles import Obstacle, obstacles
+from hessjax.curvature._product import check_call
 from hessjax.program._axes import nonzero_of
 from hessjax.program._products import multiply_adds
 from hessjax.program._tracing import read
@@ -37,6 +36,7 @@ class Size(NamedTuple):
     multiply_adds: int
 
 
+@printable
 class Compacted(NamedTuple):
     """A model without its dead channels.
 
@@ -122,22 +122,16 @@ class Compacted(NamedTuple):
         """
         return gaps(self.model_fn, model_fn, self.params, self.params, args).difference
 
-    def __rich__(self) -> Group:
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        for title in ("Name", "Shape", "Compact"):
-            table.add_column(title, no_wrap=True)
-        for path in self.kept:
-            table.add_row(Text(path), *("×".join(map(str, shape)) for shape in self.shapes[path]))
-        table.add_section()
-        for name, before, after in zip(Size._fields, self.before, self.after, strict=True):
-            table.add_row(name.replace("_", "-"), f"{before:,}", f"{after:,}", style="bold")
-        return Group(table, *map(Text, [*self.notes, *map(str, self.obstacles)]))
+    def to_text(self, width: int | None = None) -> str:
+        """The table, at most `width` columns wide; by default as wide as the terminal, 80 without one."""
+        return self._table().to_text(width)
 
-    def __str__(self) -> str:
-        return plain(self)
-
-    def __repr__(self) -> str:  # a notebook's last line shows the table
-        return str(self)
+    def _table(self) -> Table:
+        heads = (Column("Name", "name"), Column("Shape", "word", 1), Column("Compact", "word"))
+        rows = [Row((path, *map(shape_text, self.shapes[path]))) for path in self.kept]
+        sizes = zip(Size._fields, self.before, self.after, strict=True)
+        rows += [Row((name.replace("_", "-"), f"{a:,}", f"{b:,}"), "bold") for name, a, b in sizes]
+        return Table(heads, tuple(rows), notes=(*self.notes, *map(str, self.obstacles)))
 
 
 def compact(
@@ -200,6 +194,9 @@ def compact(
         >>> small.check(model, jnp.full((2, 4), 3.0))
         0.0
     """
+    check_flags(drop_constants=drop_constants)
+    _tree.check_leaves(params)
+    check_call("model_fn", model_fn, args)
     paths, leaves = _tree.unique_paths(params, "params"), jax.tree.leaves(params)
     program = read(model_fn, params, *args)
     asked = Asked(jax.tree.leaves(_tree.match(params, where)), drop_constants)
