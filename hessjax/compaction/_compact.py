@@ -145,10 +145,14 @@ def compact(
     that hang together (a filter, its BatchNorm, the kernels that read it, a residual stream with all that
     write to it, the query, key, value and output of a head) become shorter together, or not at all.
 
-    Never removed: what an input, an output, or an operation that is not understood depends on (a `scan`, a
-    gather), and axes that a mean, a maximum or a normalisation runs over, since it counts them: LayerNorm
-    over a transformer's stream. Nor the width of a head, as its square root scales the products. An axis
-    keeps at least one index, a leaf that `model_fn` does not use all. Nothing to remove is no error.
+    Layers in a `scan` shrink by what is dead in all of them, experts (weighted, gathered, `ragged_dot`) and
+    groups of channels too.
+
+    Never removed: what an input, an output, or an operation that is not understood depends on, what is
+    taken by number (an index, a sort), and axes that a mean, a maximum or a normalisation runs over, since it
+    counts them: LayerNorm over a transformer's stream. Nor the width of a head, as its square root scales the
+    products. An axis keeps at least one index, a leaf that `model_fn` does not use all. Nothing to remove is
+    no error; `obstacles` says why zeros stay, and what would help.
 
     Args:
         model_fn: `model_fn(params, *args) -> outputs`; keyword arguments and flags bound beforehand. Batch
@@ -168,12 +172,15 @@ def compact(
 
     Raises:
         ValueError: if `where` matches no leaf, or two leaves have the same path.
-        RuntimeError: if the outputs differ by more than rounding on the example (√ε of the coarsest dtype in
-            the model), and no constants were to be dropped.
+        RuntimeError: if an output differs by more than rounding on the example (√ε of the coarsest dtype in
+            the model, or what the network makes of a few ε in its weights), and no constants were to be
+            dropped. It is named.
 
     Cost:
-        A trace, a few passes over the weights on the host (one byte each), and one compilation with one run
-        of both models on the example. Activations are taken to be finite: 0 · inf counts as 0.
+        A trace, a few passes over the weights on the host (one byte each, which `model_fn` keeps), and one
+        compilation with one run of both models on the example; where whole indices of zeros stay, as many
+        passes again for each rule that might hold them. Activations are taken to be finite: 0 · inf counts
+        as 0.
 
     Example:
         >>> import jax.numpy as jnp, hessjax as hj
