@@ -123,7 +123,9 @@ def run(
         raise ValueError("`callbacks` must be empty with `on_device=True`: they run on the host.")
     limit = None if tol is None else Amount.of(tol, instead=", or None")
     if state is not None:
-        _tree.check_like(state, jax.eval_shape(_estimator.init, estimator, key, like), "state", "init")
+        _tree.check_like(
+            state, jax.eval_shape(_estimator.init, estimator, key, like), "state", "estimator.init(key, like)"
+        )
     carry = _begin(estimator, key, like) if state is None else _resume(state)
     left = begun(estimator)
     if isinstance(limit, Relative):

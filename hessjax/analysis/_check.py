@@ -92,7 +92,6 @@ def check(
         'gradient and product are exactly zero in: spare'
     """
     _tree.check_floating(params)
-    check_call("loss_fn", loss_fn, args if batches is None else (0, *args))
     if matvec is not None:
         checked_function("matvec", matvec, "(vector) -> vector")
     key = jax.random.key(0) if key is None else checked_any_key(key)
@@ -102,6 +101,7 @@ def check(
         changed, detail = compare_passes(batches)
         rows.append(CheckRow("same data", changed == 0, changed, 0, detail))
         args = (_first(batches), *args)
+    check_call("loss_fn", loss_fn, args)
     rows += _finite(loss_fn, params, args)
     if all(row.passed for row in rows if row.name.startswith("finite")):
         rows += _derivatives(loss_fn, params, args, matvec, key)
@@ -138,6 +138,7 @@ def _derivatives(
     A = own if matvec is None else matvec
     u, v = (_tree.cast_like(gaussian(k, params), params) for k in keys[:2])
     Au, Av = A(u), A(v)
+    _tree.check_like(Au, u, "matvec(vector)", "params")
     yield _same_products(A, u, Au, eps)
     yield _symmetric(A, params, (u, v), (Au, Av), eps)
     yield _linear(A, params, (u, v), (Au, Av), eps)

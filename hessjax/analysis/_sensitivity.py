@@ -272,5 +272,5 @@ def _checked_levels(levels: Iterable[float | int]) -> list[float]:
     if not listed or len(set(names)) < len(names):
         raise ValueError(f"`levels` must be one or more different sparsities, got [{', '.join(names)}].")
     for level in listed:
-        check_sparsity(level)
+        check_sparsity(level, argument="levels")
     return listed
