@@ -1,7 +1,6 @@
-"""Arguments checked by kind: numbers, counts, keys, functions, flags, choices, settings; tables as text."""
+"""Arguments checked by kind: numbers, counts, keys, functions, flags, choices, settings."""
 
 import inspect
-import io
 import math
 import numbers
 import operator
@@ -14,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 
 # -- what messages call a value ----------------------------------------------------------------------
 
@@ -277,13 +275,3 @@ def check_path(argument: str, path: Any) -> None:
         raise TypeError(f"`{argument}` must be a path, a string or a `pathlib.Path`, got {shown(path)}.")
     if path == "":
         raise ValueError(f"`{argument}` must name a file or folder, got an empty string.")
-
-
-# -- tables --------------------------------------------------------------------------------------------
-
-
-def plain(table: Any) -> str:
-    """What rich shows, without colour, as wide as it needs, no blanks at the ends of lines."""
-    text = io.StringIO()
-    Console(file=text, width=1000, color_system=None).print(table)
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
