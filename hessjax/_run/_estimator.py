@@ -4,10 +4,11 @@ import abc
 import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, TypedDict, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypedDict, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 from hessjax._core import _tree
@@ -210,6 +211,17 @@ Callback = Callable[[Progress], None]
 """Told of a run's progress. One that is also a context manager is entered for the time of the run. One with a
 method `restore(beginning) -> (state, num_matvecs) | None` is asked before the first product whether it holds
 this very run, begun earlier; the run then goes on from there, and counts those products as its own."""
+
+
+@runtime_checkable
+class Gathering(Protocol):
+    """A matvec that gathers something beside its products, which a resumed run must not lose."""
+
+    def gathered(self, num_products: int) -> dict[str, np.ndarray]:
+        """What it gathered in the first `num_products` products, those of a run before this one included."""
+
+    def go_on(self, gathered: dict[str, np.ndarray]) -> None:
+        """Take up what it had gathered."""
 
 
 class Beginning(NamedTuple):
