@@ -179,7 +179,9 @@ def _record(
     """What the numbers depend on, as far as it can be told apart."""
     found: Identity = {"saliency": describe(saliency)} | fingerprint(saliency, "saliency")
     found |= fingerprint(params, "params") | fingerprint(diagonal, "diagonal")
-    return found | {f"pattern {name}": repr(pattern) for name, pattern in patterns.items()}
+    for name, pattern in patterns.items():
+        found[f"pattern {name}"] = repr(pattern)
+    return found
 
 
 class _Network(NamedTuple):
