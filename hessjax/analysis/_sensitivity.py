@@ -177,8 +177,10 @@ def _record(
     params: Params, saliency: Saliency, patterns: dict[str, Pattern], diagonal: Params | None
 ) -> Identity:
     """What the numbers depend on, as far as it can be told apart."""
-    found: Identity = {"saliency": describe(saliency)} | fingerprint(saliency, "saliency")
-    found |= fingerprint(params, "params") | fingerprint(diagonal, "diagonal")
+    found: Identity = {"saliency": describe(saliency)}
+    found |= (
+        fingerprint(saliency, "saliency") | fingerprint(params, "params") | fingerprint(diagonal, "diagonal")
+    )
     for name, pattern in patterns.items():
         found[f"pattern {name}"] = repr(pattern)
     return found

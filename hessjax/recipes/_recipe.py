@@ -166,7 +166,7 @@ def _read(path: str) -> tuple[Any, _Place]:
     try:
         import pydantic
 
-        from hessjax.recipes import _models, _yaml
+        from hessjax.recipes import _distiller, _models, _yaml
     except ImportError as error:
         raise ImportError(
             "`load_recipe` needs pydantic and PyYAML: pip install 'hessjax[recipes]'."
@@ -175,11 +175,22 @@ def _read(path: str) -> tuple[Any, _Place]:
         content, node = _yaml.load_yaml(Path(path).read_bytes())
     except _yaml.YamlError as error:
         raise _refusal(path, [(error.line, error.field, error.reason)]) from error
-    place = functools.partial(_yaml.find_in_yaml, node)
+    translation = _distiller.translated(content)
+
+    def place(location: tuple[Any, ...]) -> tuple[int, str]:
+        return _yaml.find_in_yaml(node, translation.in_file(location))
+
+    # By location in the file: what is translated has its reasons from there.
+    wrong = [(*_yaml.find_in_yaml(node, location), reason) for location, reason in translation.wrong]
     try:
-        return _models.RecipeFile.model_validate(content), place
+        file = _models.RecipeFile.model_validate(translation.content)
     except pydantic.ValidationError as error:
-        raise _refusal(path, [(*place(each["loc"]), _reason(each)) for each in error.errors()]) from None
+        # Nothing is missing where all that there was has no counterpart.
+        told = [each for each in error.errors() if not (wrong and each["type"] == "too_short")]
+        wrong += [(*place(each["loc"]), _reason(each)) for each in told]
+    if wrong:
+        raise _refusal(path, wrong)
+    return file, place
 
 
 def _rule(name: str, place: str, pruner: Any, policy: Any, steps_per_epoch: int | None) -> Rule:

@@ -157,6 +157,5 @@ def test_any_other_text_is_a_recipe_or_an_error_with_a_line(load):
 
 def test_thousands_of_names_are_taken(load):
     names = [f"layer_{i}/kernel" for i in range(3_000)]
-    assert load(GOOD.replace("0.5", f"0.5, where: [{', '.join(names)}]")).rules[0].options["where"] == tuple(
-        names
-    )
+    (rule,) = load(GOOD.replace("0.5", f"0.5, where: [{', '.join(names)}]")).rules
+    assert rule.options["where"] == tuple(names)
