@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from hessjax._core._messages import check_path
+
 PARTIAL = ".partial"
 """The end of the name of a file that is being written."""
 
@@ -26,14 +28,10 @@ def local_path(argument: str, path: Any) -> Path:
         TypeError: what is no path at all.
         ValueError: an empty path, a URL, a `~user` that nobody has.
     """
-    try:
-        text = os.fsdecode(path)
-    except TypeError:
-        raise TypeError(
-            f"`{argument}` must be a path, as a string or a `pathlib.Path`, got {path!r}."
-        ) from None
-    if not text or "\0" in text:
-        raise ValueError(f"`{argument}` must be a path that is not empty, and without NUL, got {text!r}.")
+    check_path(argument, path)
+    text = os.fspath(path)
+    if "\0" in text:
+        raise ValueError(f"`{argument}` must be a path without NUL, got {text!r}.")
     if _URL.match(text):
         raise ValueError(
             f"`{argument}` must be a path of this machine, got the URL `{text}`: write to a local path and "

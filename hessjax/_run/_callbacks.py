@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import operator
 import os
 import types
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bar
 
 from hessjax._core import _files
+from hessjax._core._messages import checked_count, checked_flag, shown
 from hessjax._run import _checkpoint_files
 from hessjax._run._estimator import Beginning, Gathering, Progress
 from hessjax._run._identity import Identity, identity
@@ -84,7 +84,10 @@ def progress_bar(
         >>> estimate = hj.trace(A, jax.random.key(0), jnp.zeros(10), num_probes=20, callbacks=[bar])
         trace ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━ 20/20 products, error 0 00:00
     """
-    return _ProgressBar(description, transient, unit)
+    for name, text in {"description": description, "unit": unit}.items():
+        if not isinstance(text, str):
+            raise TypeError(f"`{name}` must be a string, got {shown(text)}.")
+    return _ProgressBar(description, checked_flag("transient", transient), unit)
 
 
 # -- checkpoints ------------------------------------------------------------------------------------
@@ -140,9 +143,7 @@ def checkpoint(path: str | os.PathLike[str], *, every: int = 10) -> "_Checkpoint
         >>> int(first.num_samples), int(more.num_samples)
         (10, 15)
     """
-    if operator.index(every) < 1:
-        raise ValueError(f"`every` must be at least 1, got {every}.")
-    return _Checkpoint(_files.local_path("path", path), every)
+    return _Checkpoint(_files.local_path("path", path), checked_count("every", every))
 
 
 class _Checkpoint:

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from hessjax._core import _tree
+from hessjax._core._messages import checked_flag, checked_sequence, shown
 from hessjax._core._types import Amount, Block, Key, Matvec, Params, Relative, Scalar, Vector
 
 
@@ -138,7 +139,7 @@ class Carry(NamedTuple):
     failed_leaf: Int[Array, ""]
 
 
-@jax.jit
+@functools.partial(jax.jit, keep_unused=True)  # `like` tells jit which mesh it is on
 def init(estimator: Estimator, key: Key, like: Params) -> Any:
     return estimator.init(key, like)
 
@@ -173,7 +174,7 @@ def update(estimator: Estimator, carry: Carry, products: Block) -> Carry:
     state = jax.lax.cond(
         failed < 0, estimator.update, lambda state, _: state, carry.state, _tree.wide(products)
     )
-    return Carry(state, carry.steps + (failed < 0), failed)
+    return Carry(state, carry.steps + jnp.int32(failed < 0), failed)
 
 
 @jax.jit
@@ -256,4 +257,19 @@ def checked_options(function: str, options: Mapping[str, Any]) -> RunOptions:
             f"{function}() got an unexpected keyword argument '{min(unknown)}'; options of a run are "
             f"{', '.join(f'`{name}`' for name in RunOptions.__annotations__)}."
         )
+    check_callbacks(options.get("callbacks", ()))
+    checked_flag("on_device", options.get("on_device", False))
     return RunOptions(**options)  # type: ignore[typeddict-item]
+
+
+def check_callbacks(callbacks: Any) -> None:
+    """Raise a TypeError for what is no sequence of functions, or one that only makes a callback."""
+    for callback in checked_sequence("callbacks", callbacks, "functions `(progress) -> None`"):
+        # Called with a `Progress`, they would make one more callback and show nothing.
+        is_maker = getattr(callback, "__name__", "") in ("progress_bar", "checkpoint")
+        if not callable(callback) or is_maker:
+            hint = f": call it, `hessjax.{callback.__name__}(...)`" if is_maker else ""
+            raise TypeError(
+                "`callbacks` must hold functions `(progress) -> None`, such as `hessjax.progress_bar()`, "
+                f"got {shown(callback)}{hint}."
+            )

@@ -6,21 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
+from hessjax._core._messages import is_number
 from hessjax.analysis._sensitivity_csv import COLUMNS, SensitivityRow, refusal
 
 _ENOUGH = 3
 """Rows of equal numbers that are no accident: small sets of examples have few accuracies."""
-
-
-def is_real_scalar(x: Any) -> bool:
-    """Whether this is one real number, of Python, numpy or jax; booleans are none."""
-    if not isinstance(x, (int, float, np.generic)) and not hasattr(x, "dtype"):
-        return False
-    dtype = jnp.result_type(x)
-    return not np.shape(x) and (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer))
 
 
 def named(value: Any) -> dict[str, float]:
@@ -32,7 +24,7 @@ def named(value: Any) -> dict[str, float]:
     """
     values = dict(value) if isinstance(value, Mapping) else {"metric": value}
     for name, x in values.items():
-        if not is_real_scalar(x):
+        if not is_number(x):
             kind = f"{x.dtype}{list(np.shape(x))}" if hasattr(x, "dtype") else repr(x)
             raise TypeError(
                 f"`metric` must return a scalar or a dict of scalars, real numbers, got {kind} for `{name}`."

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -15,19 +15,19 @@ from rich.text import Text
 
 from hessjax._core import _files, _tree
 from hessjax._core._axes import is_matrix
-from hessjax._core._messages import plain
+from hessjax._core._messages import checked_function, checked_number, plain, shown
 from hessjax._core._types import Block, Params, Scalar, Where
 from hessjax._run import _drivers
+from hessjax._run._estimator import check_callbacks
 from hessjax._run._identity import Identity, describe, fingerprint
 from hessjax.analysis import _metrics, _sensitivity_csv, _sensitivity_file
-from hessjax.analysis._metrics import is_real_scalar
 from hessjax.analysis._sensitivity_csv import SensitivityRow, level_name
 from hessjax.pruning._once import prune_once
 from hessjax.pruning._ranking import check_sparsity
 from hessjax.pruning.allocations._allocation import uniform
 from hessjax.pruning.patterns._pattern import Pattern, Patterns, patterns_of, unstructured
 from hessjax.pruning.saliencies._first_order import magnitude
-from hessjax.pruning.saliencies._saliency import Saliency
+from hessjax.pruning.saliencies._saliency import Saliency, checked_saliency
 
 _Question: TypeAlias = tuple[str, str]
 """A leaf, and a level as the file has it."""
@@ -147,6 +147,12 @@ def sensitivity(
         two               0     0               0
                         0.5     2               2
     """
+    _tree.check_leaves(params)
+    checked_saliency("saliency", saliency)
+    for name, function in {"metric": metric, "grads_fn": grads_fn}.items():
+        if function is not None:
+            checked_function(name, function, "(params) -> ...")
+    check_callbacks(callbacks)
     patterns, chosen = _patterns_by_leaf(params, where, pattern), _checked_levels(levels)
     has_model = diagonal is not None or saliency.compensates
     _check_question(metric, params, diagonal, has_model)
@@ -284,17 +290,15 @@ def _patterns_by_leaf(params: Params, where: Where, pattern: Patterns) -> dict[s
     if not chosen:
         empty = ", ".join(path for path, hit in zip(paths, hits, strict=True) if hit)
         raise ValueError(f"`where` must match at least one leaf with weights, got only empty ones: {empty}.")
+    _tree.check_floating(chosen, "params[where]")
     found = dict(zip(_tree.leaf_paths(chosen), patterns_of(pattern, chosen), strict=True))
     return {path: found[path] for path in chosen}
 
 
 def _checked_levels(levels: Iterable[float | int]) -> list[float]:
-    if isinstance(levels, str) or not isinstance(levels, Iterable):
-        raise TypeError(f"`levels` must be several sparsities, such as [0.5, 0.75], got {levels!r}.")
-    given = list(levels)
-    if wrong := [x for x in given if not is_real_scalar(x)]:
-        raise TypeError(f"`levels` must be numbers, got {wrong[0]!r}.")
-    listed = [float(level) for level in given]
+    if isinstance(levels, (str, Mapping)) or not isinstance(levels, Iterable):
+        raise TypeError(f"`levels` must be a sequence of sparsities, got {shown(levels)}.")
+    listed = [float(checked_number("levels", level)) for level in levels]
     names = [level_name(level) for level in listed]  # 0.3 and 0.1 + 0.2 are one level, in the file too
     if not listed or len(set(names)) < len(names):
         raise ValueError(f"`levels` must be one or more different sparsities, got [{', '.join(names)}].")

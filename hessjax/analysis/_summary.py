@@ -16,6 +16,7 @@ from hessjax._core import _tree
 from hessjax._core._axes import Axes, axes_of
 from hessjax._core._messages import plain
 from hessjax._core._types import ModelFn, Params
+from hessjax.curvature._product import check_call
 from hessjax.program._products import multiply_adds
 from hessjax.program._tracing import read
 
@@ -176,6 +177,8 @@ def summary(params: Params, model_fn: ModelFn | None = None, *args: Any) -> Summ
         4
     """
     _tree.check_floating(params)
+    if model_fn is not None or args:
+        check_call("model_fn", model_fn, args)
     work = None if model_fn is None else multiply_adds(read(model_fn, params, *args))
     paths, leaves = _tree.leaf_paths(params), jax.tree.leaves(params)
     axes = [axes_of(path, jnp.shape(leaf)) for path, leaf in zip(paths, leaves, strict=True)]

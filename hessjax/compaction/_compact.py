@@ -12,9 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from hessjax._core import _tree
-from hessjax._core._messages import plain
+from hessjax._core._messages import check_flags, plain
 from hessjax._core._types import ModelFn, Params, Scalar, Where
 from hessjax.compaction._narrow import Narrowing, analyse, shrink_leaf, take
+from hessjax.curvature._product import check_call
 from hessjax.program._products import multiply_adds
 from hessjax.program._program import Body
 from hessjax.program._tracing import read
@@ -196,6 +197,9 @@ def compact(
         >>> small.check(model, jnp.full((2, 4), 3.0))
         0.0
     """
+    check_flags(drop_constants=drop_constants)
+    _tree.check_leaves(params)
+    check_call("model_fn", model_fn, args)
     paths, leaves = _tree.unique_paths(params, "params"), jax.tree.leaves(params)
     program = read(model_fn, params, *args)
     may_shrink = jax.tree.leaves(_tree.match(params, where))
@@ -277,10 +281,10 @@ def _both(full: ModelFn, small: ModelFn, params: Params, fewer: Params, args: An
 
 def _gap(pairs: list[tuple[Array, Array]]) -> Scalar:
     """Max |a − b| / max |b|; the same infinity (a masked logit) or NaN on both sides is no difference."""
-    gap = size = jnp.zeros(())
+    gap = size = jnp.zeros((), _tree.common_dtype(jnp.float32, *(b.dtype for _, b in pairs)))
     for a, b in pairs:
         # Booleans cannot be subtracted, and unsigned integers wrap around.
-        a, b = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (a, b))
+        a, b = (x.astype(gap.dtype) for x in (a, b))
         same = (a == b) | (jnp.isnan(a) & jnp.isnan(b))
         gap = jnp.maximum(gap, jnp.max(jnp.where(same, 0, jnp.abs(a - b)), initial=0))
         size = jnp.maximum(size, jnp.max(jnp.where(jnp.isfinite(b), jnp.abs(b), 0), initial=0))

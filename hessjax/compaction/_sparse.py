@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hessjax._core import _archive, _files, _tree
+from hessjax._core._messages import checked_number
 from hessjax._core._types import Params, Where
 
 
@@ -62,7 +63,7 @@ def to_sparse(params: Params, *, where: Where = has_two_axes, least_sparsity: fl
     """
     from jax.experimental.sparse import BCOO  # here, as it alone takes half as long to import as hessjax
 
-    if not 0 <= least_sparsity <= 1:
+    if not 0 <= checked_number("least_sparsity", least_sparsity) <= 1:
         raise ValueError(
             f"`least_sparsity` must be in [0, 1], the fraction of zeros of a leaf, got {least_sparsity}."
         )
@@ -122,6 +123,8 @@ def save_npz(path: str | os.PathLike[str], params: Params) -> Saved:
     """
     target = _files.local_path("path", path)
     paths, leaves = _tree.unique_paths(params, "params"), jax.tree.leaves(params)
+    if not leaves:
+        raise ValueError("`params` must hold at least one array, got a tree without any.")
     values = [_number_array(name, leaf) for name, leaf in zip(paths, leaves, strict=True)]
     header = [
         {"path": name, "shape": x.shape, "dtype": x.dtype.name} for name, x in zip(paths, values, strict=True)
@@ -152,7 +155,9 @@ def load_npz(path: str | os.PathLike[str], like: Params = None) -> Params:
         ValueError: if the file is of another kind or damaged, it holds 64-bit numbers and jax has 32, or its
             leaves do not have the paths, shapes and dtypes of `like`.
     """
-    found = _read(_files.local_path("path", path))
+    file = _files.local_path("path", path)
+    _tree.check_arrays(like, "like")
+    found = _read(file)
     _check_width(found)
     if like is None:
         return {name: jnp.asarray(x) for name, x in found.items()}

@@ -139,7 +139,7 @@ class _RelativeTo(Strict):
 
 _GRADS = {"num_grads": Whole, "batch_size": Whole}
 _FISHER = {
-    "update": str,
+    "update": _obs.Update,
     "damping": either(_RelativeTo, Real, lambda value: isinstance(value, dict)),
     "block_size": Whole | None,
     **_GRADS,

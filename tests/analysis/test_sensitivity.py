@@ -353,10 +353,10 @@ def test_one_process_at_a_time_and_paths(tmp_path, monkeypatch):
         hj.sensitivity(
             lambda p: hj.sensitivity(loss_fn, CENTRE, [0.5], path=file) and 0.0, CENTRE, [0.5], path=file
         )
-    for path, message in (("", "not empty"), ("gs://b/s.csv", "the URL")):
+    for path, message in (("", "an empty string"), ("gs://b/s.csv", "the URL")):
         for call in (lambda p: hj.sensitivity(loss_fn, CENTRE, [0.5], path=p),
                      hj.sensitivity(loss_fn, CENTRE, [0.5]).to_csv):  # fmt: skip
-            with pytest.raises(ValueError, match=f"`path` must be a path.*{message}"):
+            with pytest.raises(ValueError, match=f"`path` must .*{message}"):
                 call(path)
     with pytest.raises(OSError, match="`path` must be a file in a folder to write to, got"):
         hj.sensitivity(loss_fn, CENTRE, [0.5], path=tmp_path / "none" / "s.csv")

@@ -15,10 +15,10 @@ from hessjax._core import _files
 
 
 def test_what_is_no_path():
-    for path in (None, 3, ["a"], object()):
-        with pytest.raises(TypeError, match="`file` must be a path, as a string or a `pathlib.Path`, got"):
+    for path in (None, 3, ["a"], object(), b"a"):
+        with pytest.raises(TypeError, match="`file` must be a path, a string or a `pathlib.Path`, got"):
             _files.local_path("file", path)
-    assert _files.local_path("file", b"/a/../b") == _files.local_path("file", "/b")
+    assert _files.local_path("file", "/a/../b") == _files.local_path("file", "/b")
     assert _files.local_path("file", "a:b").name == "a:b"
 
 

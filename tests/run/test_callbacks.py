@@ -508,7 +508,7 @@ def test_one_run_at_a_time(tmp_path):
 
 def test_paths(tmp_path, monkeypatch):
     for path, message in (
-        ("", "not empty"),
+        ("", "an empty string"),
         ("gs://bucket/run", "a path of this machine, got the URL"),
         ("s3://bucket", "got the URL"),
         (pathlib.Path("gs://bucket/run"), "got the URL"),
