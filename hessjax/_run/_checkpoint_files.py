@@ -4,7 +4,7 @@ import re
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,17 @@ LOCK = "hessjax.lock"
 _FORMAT = 1
 _NAME = re.compile(r"hessjax-(\d+)\.npz")
 _LEFT_OVER = re.compile(rf"\.hessjax-\d+\.npz\.[0-9a-f]+{re.escape(_files.PARTIAL)}")
+
+
+@runtime_checkable
+class Gathering(Protocol):
+    """A matvec that gathers something beside its products, which a resumed run must not lose."""
+
+    def gathered(self, num_products: int) -> dict[str, np.ndarray]:
+        """What it gathered in the first `num_products` products, those of a run before this one included."""
+
+    def go_on(self, gathered: dict[str, np.ndarray]) -> None:
+        """Take up what it had gathered."""
 
 
 class Saved(NamedTuple):

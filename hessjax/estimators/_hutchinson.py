@@ -294,7 +294,9 @@ def trace_by_leaf(
     num_probes = checked_count("num_probes", num_probes)
     _tree.check_floating(like, "like")
     paths = _tree.unique_paths(like, "like")
-    groups = {} if groups is None else _checked_groups(groups)
+    groups = {} if groups is None else groups
+    if not isinstance(groups, Mapping):
+        raise TypeError(f"`groups` must be a mapping `name -> where`, got {shown(groups)}.")
     members = tuple(_members(like, name, where) for name, where in groups.items())
     # The batches of every product are listened to: they say how far other data would move the result.
     watched = _samples.Watched(matvec) if isinstance(matvec, BatchMatvec) else None
@@ -308,12 +310,6 @@ def trace_by_leaf(
     return TraceByLeaf(
         total, dict(zip(paths, leaves, strict=True)), dict(zip(groups, of_groups, strict=True))
     )
-
-
-def _checked_groups(groups: Any) -> Mapping[str, Where]:
-    if not isinstance(groups, Mapping):
-        raise TypeError(f"`groups` must be a mapping `name -> where`, got {shown(groups)}.")
-    return groups
 
 
 def _members(like: Params, name: str, where: Where) -> tuple[int, ...]:
