@@ -137,8 +137,10 @@ def run(
     if on_device:
         carry = loop_on_device(left, as_partial(matvec), like, loop.max_steps, limit, carry)
     else:
-        carry = _restored(loop, Beginning(estimator, matvec, key, like, carry.state), carry, max_matvecs)
-        carry = loop_on_host(loop, carry)
+        beginning = Beginning(estimator, matvec, key, like, carry.state)
+        # Entered first: a checkpoint locks its folder before it reads there.
+        with entered(callbacks):
+            carry = loop_on_host(loop, _restored(loop, beginning, carry, max_matvecs))
     result = _estimator.read_result(estimator, carry.state)
     if not isinstance(carry.failed_leaf, jax.core.Tracer) and int(carry.failed_leaf) >= 0:
         raise _non_finite(carry, width, like, result)
@@ -218,15 +220,14 @@ def loop_on_host(loop: Loop, carry: Carry) -> Carry:
     refuse_tracers(carry)  # as it is inside `jit`, whatever the run was given
     dtypes = tuple(jnp.result_type(leaf) for leaf in jax.tree.leaves(loop.like))
     step, look_every = int(carry.steps), max(1, CHECK_EVERY // loop.width)
-    with entered(loop.callbacks):
-        while True:
-            if step and (step % look_every == 0 or step >= loop.max_steps) and _look(loop, carry, step):
-                return carry
-            products = tuple(map(loop.matvec, _estimator.query(loop.estimator, dtypes, carry.state)))
-            refuse_tracers(products)
-            _check_products(products, loop.like)
-            carry = _estimator.absorb(loop.estimator, carry, products)
-            step += 1
+    while True:
+        if step and (step % look_every == 0 or step >= loop.max_steps) and _look(loop, carry, step):
+            return carry
+        products = tuple(map(loop.matvec, _estimator.query(loop.estimator, dtypes, carry.state)))
+        refuse_tracers(products)
+        _check_products(products, loop.like)
+        carry = _estimator.absorb(loop.estimator, carry, products)
+        step += 1
 
 
 def _look(loop: Loop, carry: Carry, step: int) -> bool:
