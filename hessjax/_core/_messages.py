@@ -50,8 +50,22 @@ def checked_key(key: Any) -> Any:
     return key
 
 
-def plain(table: Any) -> str:
+def plain(table: Any, width: int = 1000) -> str:
     """What rich shows, without colour, as wide as it needs, no blanks at the ends of lines."""
     text = io.StringIO()
-    Console(file=text, width=1000, color_system=None).print(table)
+    Console(file=text, width=width, color_system=None).print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def causes_of_nan(tree: Any, mode: str | None = None) -> str:
+    """What may make derivatives of a finite loss NaN or infinite, at params like these."""
+    causes = [f"{dtype} ends at {float(jnp.finfo(dtype).max):.5g}" for dtype in sorted(_short(tree), key=str)]
+    at = "" if mode is None else f" (under `mode={mode!r}`; another may pass)"
+    causes += [f"an untaken branch of `where`{at}", "a norm or square root at 0"]
+    return ", or ".join(causes)
+
+
+def _short(tree: Any) -> set[Any]:
+    """The dtypes whose range ends early."""
+    dtypes = {jnp.result_type(leaf) for leaf in jax.tree.leaves(tree)}
+    return {dtype for dtype in dtypes if float(jnp.finfo(dtype).max) < 1e6}
