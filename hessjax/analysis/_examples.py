@@ -29,10 +29,14 @@ MATTERS = 0.1
 """A gradient that changes by more than this fraction when the examples change places is of no such mean."""
 
 ORDERED = "its order matters: `args[0]` is no batch of examples, or the loss is random (dropout)"
-SPREAD = "the batch is spread over several arguments; whatever cuts it into examples wants it as the first, `(x, y)`"
+SPREAD = "the batch is spread over several arguments: what cuts it wants it as the first, `(x, y)`"
 
 ROUNDING = 10
 """Times what a gradient changes by then, where it is the same but for rounding: so much may be rounding."""
+
+
+_HALF = {":bf16[": jnp.bfloat16, ":f16[": jnp.float16}
+"""As programs write them."""
 
 
 class _Subject(NamedTuple):
@@ -45,7 +49,7 @@ class _Subject(NamedTuple):
         count: its number of examples.
         weights: how much they count.
         grads: the gradient.
-        eps: of the coarsest dtype.
+        eps: of the coarsest dtype, those inside the loss included.
         halves: the weight of each half and its gradient, of those that count.
         change: by how much the norm of every leaf's gradient changes when the examples change places.
         sizes: of every leaf's gradient, at its largest.
@@ -117,6 +121,8 @@ def _subject(
                     halves.append((weight, _gradient(loss_fn, params, part)))
     except _Skip as reason:
         no_halves = reason
+    # Half precision inside rounds alike whatever the order, and otherwise in parts of the batch.
+    eps = max(eps, _eps_inside(loss_fn, params, args))
     change = _of_leaves(_tree.add_scaled(_tree.wide(backwards), -1.0, grads))
     sizes = np.max([_of_leaves(tree) for tree in (grads, *(half for _, half in halves))], axis=0)
     if _matters(change, sizes):
@@ -130,6 +136,12 @@ def _subject(
 
 def _gradient(loss_fn: LossFn, params: Params, args: tuple[Any, ...]) -> Vector:
     return loss_and_gradient(loss_fn, params, args)[1]
+
+
+def _eps_inside(loss_fn: LossFn, params: Params, args: tuple[Any, ...]) -> float:
+    """The spacing of the coarsest half-precision dtype that the loss computes in, or 0."""
+    program = str(jax.make_jaxpr(scalar(loss_fn, args))(params))
+    return max((float(jnp.finfo(dtype).eps) for name, dtype in _HALF.items() if name in program), default=0.0)
 
 
 def _matters(change: np.ndarray, sizes: np.ndarray) -> bool:
