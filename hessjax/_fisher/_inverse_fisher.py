@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from hessjax._core import _tree
-from hessjax._core._messages import checked_count
+from hessjax._core._messages import checked_count, checked_number
 from hessjax._core._types import Amount, Relative, Scalar, Vector
 from hessjax._fisher import _factors, _readout
 from hessjax._fisher._factors import Dual, Factor
@@ -51,7 +51,7 @@ class InverseFisher:
     @property
     def damping(self) -> Scalar:
         """λ, absolute."""
-        return self.shift / self.totals.num_grads
+        return self.shift / self.totals.number
 
     @property
     def num_grads(self) -> Int[Array, ""] | Scalar:
@@ -128,12 +128,13 @@ class InverseFisher:
     def solved(self, vector: Parts) -> Parts:
         """F⁻¹v of a vector that is cut."""
         pairs = zip(self.parts, self.blocking.coupled(vector), strict=True)
-        return tuple(self.num_grads * x for part, v in pairs for x in part.solve(v, self.shift))
+        return tuple(self.totals.times(x) for part, v in pairs for x in part.solve(v, self.shift))
 
     def diagonals(self) -> Parts:
         """The diagonal of F⁻¹, cut."""
         pairs = zip(self.parts, self.widths, strict=True)
-        return tuple(self.num_grads * x for part, n in pairs for x in _readout.diagonal(part, n, self.shift))
+        found = (x for part, n in pairs for x in _readout.diagonal(part, n, self.shift))
+        return tuple(map(self.totals.times, found))
 
 
 def inverse_fisher(
@@ -202,7 +203,7 @@ def inverse_fisher(
     """
     block_size = None if block_size is None else checked_count("block_size", block_size)
     chunk_size = checked_count("chunk_size", chunk_size)
-    if not isinstance(batch_size, jax.core.Tracer) and not batch_size >= 1:  # refuses NaN too
+    if not isinstance(checked_number("batch_size", batch_size), jax.core.Tracer) and not batch_size >= 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
     blocks = stream(grads, weights=weights)
     first = next(blocks)
@@ -316,4 +317,4 @@ def _dense(index: int, inverse: InverseFisher) -> Array:
     group, which = position
     part, place = (0, group) if inverse.blocking.block_size is None else (group, 0)
     found = _readout.dense(inverse.parts[part], inverse.widths[part], place, which, inverse.shift)
-    return inverse.num_grads * found
+    return inverse.totals.times(found)

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from hessjax._core import _tree
+from hessjax._core._messages import checked_number
 from hessjax._core._packing import Packing
 from hessjax._core._types import Amount, Block, Params, Relative, Scalar, Vector
 
@@ -40,6 +41,7 @@ def num_grads(block: Block, name: str = "grads") -> int:
         TypeError: leaves that are not floating point.
         ValueError: the axes disagree, or there is none.
     """
+    _tree.check_arrays(block, name)
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(block)]
     if len({shape[:1] for shape in shapes}) != 1 or () in shapes:
         raise ValueError(
@@ -167,6 +169,15 @@ class Totals(NamedTuple):
     squares: Scalar
     num_weights: Int[Array, ""] | int
 
+    @property
+    def number(self) -> Scalar:
+        """m, in the dtype of the sums."""
+        return jnp.asarray(self.num_grads, self.squares.dtype)
+
+    def times(self, x: Array) -> Array:
+        """What F⁻¹ = m (A + κI)⁻¹ is of what the factors say."""
+        return self.number.astype(x.dtype) * x
+
     def plus(self, more: "Totals") -> "Totals":
         """Of both, of the same weights."""
         counts = self.num_grads, more.num_grads
@@ -177,15 +188,16 @@ class Totals(NamedTuple):
     def shift(self, damping: Amount) -> Scalar:
         """κ = mλ, where a relative λ is a fraction of the mean diagonal of F."""
         # m · mean diag F comes as one sum: a mean times m would be one rounding more.
-        scale = self.squares / self.num_weights if isinstance(damping, Relative) else self.num_grads
-        return jnp.asarray(damping.amount * scale, self.squares.dtype)
+        dtype = self.squares.dtype
+        mean = self.squares / jnp.asarray(self.num_weights, dtype)
+        return jnp.asarray(damping.amount, dtype) * (mean if isinstance(damping, Relative) else self.number)
 
 
 def checked_damping(damping: Any, dtype: Any) -> Amount:
     """λ as the methods want it: an array, so that another damping compiles nothing anew."""
     amount = damping.amount if isinstance(damping, Amount) else damping
-    is_traced = isinstance(amount, jax.core.Tracer)
-    if amount is None or jnp.ndim(amount) or not (is_traced or 0 < amount < math.inf):
+    is_traced = isinstance(checked_number("damping", amount, " or `relative(r)`"), jax.core.Tracer)
+    if not (is_traced or 0 < amount < math.inf):
         raise ValueError(
             f"`damping` must be a positive finite number or `relative(r)`, got {damping}: without it the "
             f"Fisher of fewer gradients than weights has no inverse."
@@ -211,7 +223,7 @@ def read(
     num_weights: Any = blocking.packing.size
     if mask is not None:
         there = blocking.cut(mask)
-        rows = tuple(jnp.where(x > 0, y, 0) for x, y in zip(there, rows, strict=True))
+        rows = tuple(jnp.where(x[None] > 0, y, 0) for x, y in zip(there, rows, strict=True))
         # Columns of zeros would lower the mean diagonal, and a relative λ with it, as weights go.
         num_weights = sum(jnp.sum(x, dtype=jnp.int32) for x in jax.tree.leaves(mask))
     squares = sum((jnp.sum(x**2).astype(scale.dtype) for x in rows), jnp.zeros_like(scale))
@@ -238,14 +250,20 @@ def _signs(start: int, count: int, dtype: Any) -> Array:
 def coefficients(rows: tuple[Rows, ...], v: Parts) -> Float[Array, "blocks m"]:
     """Gv, a sum over the groups."""
     products = [jnp.einsum("gbi,bi->bg", x, y, precision="highest") for x, y in zip(rows, v, strict=True)]
-    return sum(products[1:], products[0])
+    return _sum(products)
 
 
 def images(rows: tuple[Rows, ...]) -> Parts:
     """Az = GᵀGz, for the fixed vector z of signs."""
     z = signs([x.shape[2] for x in rows], [x.dtype for x in rows])
     products = [jnp.einsum("gbi,i->bg", x, y, precision="highest") for x, y in zip(rows, z, strict=True)]
-    return combination(rows, sum(products[1:], products[0]))
+    return combination(rows, _sum(products))
+
+
+def _sum(products: Sequence[Array]) -> Array:
+    """In the widest dtype of any group."""
+    first, *others = _tree.promoted(*products)
+    return sum(others, first)
 
 
 def combination(rows: tuple[Rows, ...], c: Float[Array, "blocks m"]) -> Parts:
@@ -255,7 +273,7 @@ def combination(rows: tuple[Rows, ...], c: Float[Array, "blocks m"]) -> Parts:
 
 def joined(parts: Sequence[Array]) -> Array:
     """The groups that one factor covers, end to end along the weights."""
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+    return parts[0] if len(parts) == 1 else jnp.concatenate(_tree.promoted(*parts), axis=-1)
 
 
 def split(whole: Array, like: Sequence[Array]) -> tuple[Array, ...]:

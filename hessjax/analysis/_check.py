@@ -11,6 +11,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from hessjax._core import _tree
+from hessjax._core._messages import checked_any_key, checked_function
 from hessjax._core._types import Key, LossFn, Matvec, Params, Scalar, Vector
 from hessjax.analysis._comparisons import (
     Check,
@@ -27,7 +28,7 @@ from hessjax.analysis._examples import example_rows
 from hessjax.analysis._finite import cheapest_mode, finite_products, not_finite, untested
 from hessjax.curvature._batches import check_reiterable
 from hessjax.curvature._hessian import hessian
-from hessjax.curvature._product import at_precision, scalar
+from hessjax.curvature._product import at_precision, check_call, scalar
 from hessjax.curvature._weights import Weights
 from hessjax.estimators.probes import gaussian
 
@@ -102,7 +103,10 @@ def check(
         'gradient and product are exactly zero in: spare'
     """
     _tree.check_floating(params)
-    key = jax.random.key(0) if key is None else key
+    check_call("loss_fn", loss_fn, args if batches is None else (0, *args))
+    if matvec is not None:
+        checked_function("matvec", matvec, "(vector) -> vector")
+    key = jax.random.key(0) if key is None else checked_any_key(key)
     rows = []
     if batches is not None:
         check_reiterable(batches)

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from hessjax._core import _tree
+from hessjax._core._compiled import compiled
 from hessjax._core._types import LossFn, Params, Vector
 from hessjax.analysis._comparisons import CheckRow, loss_and_gradient, named, norms
 from hessjax.curvature._gradients import of_each
@@ -208,7 +209,7 @@ def _examples(subject: _Subject) -> CheckRow:
     return _row("examples", subject, mean, "the mean of the examples' gradients is the batch's")
 
 
-@jax.jit
+@compiled()
 def _mean_gradient(
     loss_fn: LossFn, params: Params, args: tuple[Any, ...], shares: Float[Array, " n"] | None
 ) -> Vector:

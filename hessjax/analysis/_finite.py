@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import numpy as np
 from hessjax._core._messages import causes_of_nan
 from hessjax._core._types import LossFn, Matvec, Params, Vector
 from hessjax.analysis._comparisons import CheckRow, named
-from hessjax.curvature._hessian import hessian
+from hessjax.curvature._hessian import Mode, hessian
 
 
 def finite_products(
@@ -39,7 +39,7 @@ def _cause(
     if has_gradient and matvec is not None:
         return "not so the gradient, so look at `matvec`"
     mode = cheapest_mode(loss_fn, params, args)
-    for other in ("forward-over-reverse", "reverse-over-reverse", "reverse-over-forward"):
+    for other in get_args(Mode):
         if has_gradient and other != mode and _passes(hessian(loss_fn, params, *args, mode=other), params):
             return f"with `mode={other!r}` it is finite"
     return causes_of_nan(params)
@@ -62,7 +62,7 @@ def untested(name: str, leaves: str) -> CheckRow:
     return CheckRow(name, False, math.nan, math.nan, f"not tested: not finite in {leaves}")
 
 
-def cheapest_mode(loss_fn: LossFn, params: Params, args: tuple[Any, ...]) -> str:
+def cheapest_mode(loss_fn: LossFn, params: Params, args: tuple[Any, ...]) -> Mode:
     """The cheapest nesting of derivatives that the loss admits."""
     try:  # a trace decides; nothing is computed or compiled
         jax.eval_shape(hessian(loss_fn, params, *args), params)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from hessjax._core import _tree
+from hessjax._core._messages import checked_function
 from hessjax._core._types import Forms, Matvec, Vector
 from hessjax.curvature._weights import Weights, batch_weight, check_total, check_weights
 
@@ -77,6 +78,7 @@ def over_batches(
         >>> float(A(jnp.array(1.0)))
         3.0
     """
+    checked_function("make_matvec", make_matvec, "(batch) -> matvec")
     check_reiterable(batches)
     check_weights(weights)
     return _BatchMean(make_matvec, batches, weights)
@@ -124,7 +126,7 @@ class _BatchMean:
 def zero(vector: Vector) -> Vector:
     """A sum of no vectors, in float32 at least."""
     # bfloat16 has 8 bits: a sum of some hundred batches in it would stop growing.
-    return jax.tree.map(jnp.zeros_like, _tree.wide(vector))
+    return _tree.zeros_like(_tree.wide(vector))
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -11,9 +11,20 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float
 
 from hessjax._core import _tree
-from hessjax._core._messages import checked_count
+from hessjax._core._compiled import compiled
+from hessjax._core._messages import check_flags, checked_any_key, checked_count, checked_instance
 from hessjax._core._types import Key, LossFn, Matvec, ModelFn, Params
-from hessjax.curvature._product import as_pytree, at_precision, described, pull_back, sandwich, scalar
+from hessjax.curvature._product import (
+    as_pytree,
+    at_precision,
+    check_call,
+    check_precision,
+    described,
+    explained,
+    pull_back,
+    sandwich,
+    scalar,
+)
 from hessjax.curvature._weights import (
     Weights,
     by_example,
@@ -80,6 +91,11 @@ def ggn(
         >>> float(A(jnp.array(1.0)))
         180.0
     """
+    _tree.check_floating(params)
+    check_call("model_fn", model_fn, args)
+    check_call("output_loss", output_loss, args, "outputs")
+    check_flags(linearize=linearize)
+    check_precision(precision)
     return sandwich(
         model_fn, Partial(_loss_curvature, as_pytree(output_loss)), params, args, linearize, precision
     )
@@ -149,6 +165,11 @@ def fisher(
         >>> float(A(jnp.array(1.0)))  # p (1 - p) x², on average
         1.25
     """
+    _tree.check_floating(params)
+    check_call("model_fn", model_fn, args)
+    check_likelihood(likelihood)
+    check_flags(linearize=linearize)
+    check_precision(precision)
     shares = shares_of(weights, args)
     if shares is not None:
         args = _finite(precision, as_pytree(model_fn), params, args, by_example(shares) > 0)
@@ -160,8 +181,14 @@ def fisher(
         curvature = Partial(_exact_fisher, as_pytree(likelihood.information), shares)
     else:
         num_samples = 1 if num_samples is None else checked_count("num_samples", num_samples)
+        key = checked_any_key(key)
         curvature = Partial(_SampledFisher(num_samples), as_pytree(likelihood.score), key, shares)
     return sandwich(model_fn, curvature, params, args, linearize, precision)
+
+
+def check_likelihood(likelihood: Any) -> None:
+    """Raise a TypeError for what is no `Likelihood`, such as its name."""
+    checked_instance("likelihood", likelihood, Likelihood, "hessjax.likelihoods.categorical")
 
 
 # -- the curvature in the outputs ----------------------------------------------------------------
@@ -208,7 +235,7 @@ def _mean_outer(
     """The mean of s sᵀ t over the samples, in every example."""
     # Scores of different examples are independent with mean zero: their cross terms, zero on average, are
     # left out, which takes nothing from the expectation and most of the variance.
-    slopes = jnp.sum(scores * _tree.wide(tangents), axis=-1, keepdims=True)
+    slopes = jnp.sum(scores * _tree.wide(tangents)[None], axis=-1, keepdims=True)
     return _averaged(jnp.mean(scores * slopes, axis=0), shares)
 
 
@@ -238,7 +265,8 @@ def _finite(
     return args if not is_traced and bool(clean) else without_absent(args, there | clean)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@explained("model_fn")
+@compiled(static_argnums=0)
 def _is_clean(
     precision: str | None, model_fn: Partial, params: Params, args: tuple[Any, ...]
 ) -> Bool[Array, ""]:

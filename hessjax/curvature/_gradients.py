@@ -11,11 +11,20 @@ from jax.tree_util import Partial
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from hessjax._core import _tree
-from hessjax._core._messages import checked_count
+from hessjax._core._compiled import compiled
+from hessjax._core._messages import check_flags, checked_count
 from hessjax._core._types import Block, LossFn, Matvec, Params, Vector
 from hessjax.curvature._batches import add, divide, zero
-from hessjax.curvature._product import as_pytree, at_precision, sandwich, scalar
-from hessjax.curvature._weights import Weights, by_example, num_examples, of_examples, weighed
+from hessjax.curvature._product import (
+    as_pytree,
+    at_precision,
+    check_call,
+    check_precision,
+    explained,
+    sandwich,
+    scalar,
+)
+from hessjax.curvature._weights import Weights, by_example, num_examples, of_examples, scaled_rows, weighed
 
 
 def per_example_grads(
@@ -69,13 +78,25 @@ def per_example_grads(
         >>> hj.per_example_grads(loss_fn, jnp.array([1.0, 1.0]), batch).tolist()
         [[0.0, 0.0], [10.0, 15.0]]
     """
-    _tree.check_floating(params)
-    args, shares, count = of_examples(weights, args)
-    block = example_grads(as_pytree(loss_fn), params, args, count, microbatch, precision)
-    return block if shares is None else scaled_rows(block, count * by_example(shares))
+    shares, block = example_grads(loss_fn, params, args, weights, microbatch, precision)
+    return block if shares is None else scaled_rows(block, shares.shape[0] * by_example(shares))
 
 
 def example_grads(
+    loss_fn: LossFn,
+    params: Params,
+    args: tuple[Any, ...],
+    weights: Weights | None,
+    microbatch: int | None,
+    precision: str | None,
+) -> tuple[Array | None, Block]:
+    """The shares of the examples, and their gradients as they are."""
+    microbatch = _checked(loss_fn, params, args, microbatch, precision)
+    args, shares, count = of_examples(weights, args)
+    return shares, _block(as_pytree(loss_fn), params, args, count, microbatch, precision)
+
+
+def _block(
     loss_fn: LossFn,
     params: Params,
     args: tuple[Any, ...],
@@ -83,7 +104,6 @@ def example_grads(
     microbatch: int | None,
     precision: str | None,
 ) -> Block:
-    """The gradients of so many examples, as they are."""
     if microbatch is None or microbatch >= count:
         return _grads(precision, loss_fn, params, args)
     # Unrolled on the host: XLA's CPU code for a convolution's gradient is 15 to 45 times slower in a loop.
@@ -143,21 +163,30 @@ def empirical_fisher(
         >>> A(jnp.array([1.0, 0.0])).tolist()
         [50.0, 75.0]
     """
-    args, shares, count = of_examples(weights, args)
+    microbatch = _checked(loss_fn, params, args, microbatch, precision)
+    check_flags(linearize=linearize)
+    args, shares, _ = of_examples(weights, args)
     loss_fn = as_pytree(loss_fn)
     if microbatch is None:
         # 1/m Σ gᵢgᵢᵀ = Jᵀ(I/m)J with J the Jacobian of the per-example losses: the same product as the GGN's,
         # and no gradient is ever formed.
         mean = _mean_of(shares)
-        return sandwich(Partial(_losses, loss_fn), mean, params, args, linearize, precision)
-    _tree.check_floating(params)
+        return sandwich(Partial(_losses, loss_fn), mean, params, args, linearize, precision, "loss_fn")
     if linearize:
         raise ValueError(
             f"`microbatch` must be None with `linearize=True`, which keeps all activations, got {microbatch}."
         )
-    _cuts(count, microbatch)
     shares = None if shares is None else by_example(shares)
     return Partial(_ProductInParts(microbatch, precision), loss_fn, params, args, shares)
+
+
+def _checked(loss_fn: Any, params: Any, args: tuple[Any, ...], microbatch: Any, precision: Any) -> int | None:
+    """The microbatch, all arguments being what they must be."""
+    _tree.check_floating(params)
+    if args:  # else `num_examples` says what is missing
+        check_call("loss_fn", loss_fn, args)
+    check_precision(precision)
+    return None if microbatch is None else checked_count("microbatch", microbatch)
 
 
 # -- examples ------------------------------------------------------------------------------------
@@ -165,7 +194,6 @@ def empirical_fisher(
 
 def _cuts(count: int, microbatch: int) -> list[tuple[int, int]]:
     """(start, size) of every microbatch; the last may be short."""
-    microbatch = checked_count("microbatch", microbatch)
     return [(start, min(microbatch, count - start)) for start in range(0, count, microbatch)]
 
 
@@ -195,7 +223,8 @@ def of_each(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
 # -- gradients -----------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@explained("loss_fn")
+@compiled(static_argnums=0)
 def _grads(precision: str | None, loss_fn: LossFn, params: Params, args: tuple[Any, ...]) -> Block:
     with at_precision(precision):
         return of_each(lambda example: jax.grad(scalar(loss_fn, example))(params), args)
@@ -206,7 +235,7 @@ def _empty_block(count: int, params: Params) -> Block:
     return jax.tree.map(lambda x: jnp.zeros((count, *jnp.shape(x)), jnp.result_type(x)), params)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+@compiled(static_argnums=(0, 1), donate_argnums=2)
 def _fill(
     precision: str | None,
     size: int,
@@ -223,12 +252,6 @@ def _fill(
         jax.lax.dynamic_update_slice_in_dim(x, new, start, 0) for x, new in zip(leaves, rows, strict=True)
     ]
     return jax.tree.unflatten(structure, filled)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def scaled_rows(block: Block, factors: Float[Array, " m"]) -> Block:
-    """Every row times its factor, in the dtypes of the block."""
-    return _tree.cast_like(jax.tree.map(lambda x: weighed(factors, x), block), block)
 
 
 # -- products ------------------------------------------------------------------------------------
@@ -277,7 +300,7 @@ class _ProductInParts:
         return divide(total, count if shares is None else 1.0, params)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+@compiled(static_argnums=(0, 1), donate_argnums=2)
 def _add_part(
     precision: str | None,
     size: int,

@@ -1,6 +1,5 @@
 """Vectors r with 1/m Σ rrᵀ = GGN or Fisher: what an inverse Fisher is built from, beside gradients."""
 
-import functools
 import math
 from typing import Any
 
@@ -10,12 +9,14 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from hessjax._core import _tree
-from hessjax._core._messages import checked_count
+from hessjax._core._compiled import compiled
+from hessjax._core._messages import checked_any_key, checked_count, checked_number
 from hessjax._core._types import Block, Key, LossFn, ModelFn, Params
 from hessjax.curvature import likelihoods
-from hessjax.curvature._gradients import example_grads, of_each, scaled_rows
-from hessjax.curvature._product import as_pytree, at_precision
-from hessjax.curvature._weights import Weights, by_example, by_position, of_examples, present
+from hessjax.curvature._ggn import check_likelihood
+from hessjax.curvature._gradients import example_grads, of_each
+from hessjax.curvature._product import as_pytree, at_precision, check_call, check_precision, explained
+from hessjax.curvature._weights import Weights, by_example, by_position, of_examples, present, scaled_rows
 from hessjax.curvature.likelihoods import Likelihood
 
 
@@ -69,7 +70,8 @@ def ggn_roots(
         >>> (abs(roots.T @ roots) / 2).round(4).tolist()  # 4·(diag(p) − ppᵀ), up to signs
         [[1.0, 1.0], [1.0, 1.0]]
     """
-    _tree.check_floating(params)
+    _check(model_fn, params, args, likelihood, precision)
+    checked_number("temperature", temperature)
     args, shares, _ = of_examples(weights, args)
     if not isinstance(temperature, jax.core.Tracer) and not 0 < temperature < math.inf:
         raise ValueError(f"`temperature` must be positive and finite, got {temperature}.")
@@ -116,10 +118,10 @@ def sampled_grads(
         >>> abs(rows).tolist()
         [[[1.0, 1.0]], [[1.0, 1.0]], [[1.0, 1.0]]]
     """
-    _tree.check_floating(params)
+    _check(model_fn, params, args, likelihood, precision)
     num_samples = checked_count("num_samples", num_samples)
     args, shares, count = of_examples(weights, args)
-    keys = jax.random.split(key, count)
+    keys = jax.random.split(checked_any_key(key), count)
     score = as_pytree(likelihood.score)
     return _sampled_grads(precision, num_samples, as_pytree(model_fn), score, params, args, shares, keys)
 
@@ -166,13 +168,20 @@ def empirical_fisher_roots(
         >>> float((rows**2).mean())  # (2·2² + 1·6²) / 3
         14.6667
     """
+    shares, block = example_grads(loss_fn, params, args, weights, microbatch, precision)
+    return block if shares is None else scaled_rows(block, jnp.sqrt(shares.shape[0] * by_example(shares)))
+
+
+def _check(model_fn: Any, params: Any, args: tuple[Any, ...], likelihood: Any, precision: Any) -> None:
     _tree.check_floating(params)
-    args, shares, count = of_examples(weights, args)
-    block = example_grads(as_pytree(loss_fn), params, args, count, microbatch, precision)
-    return block if shares is None else scaled_rows(block, jnp.sqrt(count * by_example(shares)))
+    if args:  # else `num_examples` says what is missing
+        check_call("model_fn", model_fn, args)
+    check_likelihood(likelihood)
+    check_precision(precision)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@explained("model_fn")
+@compiled(static_argnums=0)
 def _ggn_roots(
     precision: str | None,
     model_fn: Partial,
@@ -201,7 +210,8 @@ def _ggn_roots(
         return _end_to_end(of_each(of_example, ((args[0], shares), *args[1:])))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@explained("model_fn")
+@compiled(static_argnums=(0, 1))
 def _sampled_grads(
     precision: str | None,
     num_samples: int,
@@ -221,7 +231,7 @@ def _sampled_grads(
         # the mean over positions for their outer product on average.
         scale = (outputs.size // outputs.shape[-1]) ** -0.5
         if factors is not None:
-            scores = factors[..., None].astype(scores.dtype) * scores
+            scores = factors[None, ..., None].astype(scores.dtype) * scores
         return jax.vmap(lambda t: pullback(scale * t)[0])(scores.astype(outputs.dtype))
 
     with at_precision(precision):
@@ -240,10 +250,10 @@ def _root(information: Partial, outputs: Float[Array, " c"]) -> Float[Array, "c 
     """S with SSᵀ the information of one position."""
     # By eigh, not Cholesky: softmax's information is singular (its rows sum to zero), and rounding may make
     # an eigenvalue of zero slightly negative.
-    wide = outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
+    wide = outputs.astype(_tree.accumulator_dtype(outputs))
     matrix = jax.vmap(lambda t: information(wide, t))(jnp.eye(wide.size, dtype=wide.dtype))
     values, vectors = jnp.linalg.eigh(matrix)
-    return vectors * jnp.sqrt(jnp.maximum(values, 0))
+    return vectors * jnp.sqrt(jnp.maximum(values, 0))[None]
 
 
 def _checked(outputs: Any) -> Float[Array, "... c"]:

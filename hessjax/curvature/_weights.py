@@ -5,6 +5,7 @@ for each example; or (n, positions...), one for each output position, a padding 
 and ℓₙ the example's own mean over them; or one number, Σ wₙ, all that a mean over batches has to know.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -15,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from hessjax._core import _tree
+from hessjax._core._types import Block
 
 Weights: TypeAlias = Callable[[Any], Any]
 """`weights(batch) -> array`: how much the batch, its examples or its output positions count."""
@@ -172,6 +174,12 @@ def weighed(shares: Array, values: Array) -> Array:
     shares = shares.reshape(*shares.shape, *[1] * (values.ndim - shares.ndim)).astype(values.dtype)
     # Not `shares > 0`: a share that is NaN has to show. And no product with 0: that of NaN would be NaN.
     return jnp.where(shares == 0, 0, shares * values)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def scaled_rows(block: Block, factors: Float[Array, " m"]) -> Block:
+    """Every row times its factor, in the dtypes of the block."""
+    return _tree.cast_like(jax.tree.map(lambda x: weighed(factors, x), block), block)
 
 
 def present(shares: Array, values: Array) -> Array:

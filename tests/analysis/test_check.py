@@ -207,7 +207,7 @@ def test_the_range_of_float16_is_named():
 def normalized(params, batch):
     """BatchNorm in train mode."""
     h = batch["x"] @ params["w"]
-    h = (h - h.mean(axis=0)) / jnp.sqrt(h.var(axis=0) + 1e-3)
+    h = (h - h.mean(axis=0, keepdims=True)) / jnp.sqrt(h.var(axis=0, keepdims=True) + 1e-3)
     return jnp.mean((jnp.tanh(h) @ params["out"] - batch["y"]) ** 2)
 
 

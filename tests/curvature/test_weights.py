@@ -205,7 +205,7 @@ def test_a_model_that_couples_its_examples_sees_them_as_they_are(x64):
 
     def coupled(p, b):
         h = jnp.tanh(p["embedding"][b["tokens"]])
-        return (h - h.mean(axis=(0, 1))) @ p["head"]
+        return (h - h.mean(axis=(0, 1), keepdims=True)) @ p["head"]
 
     fisher = hj.fisher(coupled, params(), batch, likelihood=hj.likelihoods.categorical, weights=mask)
     ggn = hj.ggn(coupled, output_loss, params(), batch)
@@ -329,7 +329,7 @@ WRONG = {
     "must not be zero everywhere": (lambda b: 0 * b["mask"], ValueError),
     "must give an array, got a dict": (lambda b: b, TypeError),
     "must give an array, got a NoneType": (lambda b: None, TypeError),
-    "must give real numbers, got complex64": (lambda b: b["mask"] * 1j, TypeError),
+    "must give real numbers, got complex64": (lambda b: b["mask"].astype(complex), TypeError),
 }
 
 
