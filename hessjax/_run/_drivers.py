@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool
 
 from hessjax._core import _tree
 from hessjax._core._compiled import compiled
-from hessjax._core._messages import checked_count
+from hessjax._core._messages import causes_of_nan, checked_count
 from hessjax._core._types import Amount, Block, Key, Matvec, Params, Relative, Tolerance, Vector
 from hessjax._run import _estimator
 from hessjax._run._estimator import Beginning, Callback, Carry, Estimator, Progress, begun, check_run
@@ -143,7 +143,7 @@ def run(
             carry = loop_on_host(loop, _restored(loop, beginning, carry, max_matvecs))
     result = _estimator.read_result(estimator, carry.state)
     if not isinstance(carry.failed_leaf, jax.core.Tracer) and int(carry.failed_leaf) >= 0:
-        raise _non_finite(carry, width, like, result)
+        raise _non_finite(carry, width, like, result, matvec)
     return result, carry.state
 
 
@@ -170,11 +170,13 @@ def _width(estimator: Estimator, state: Any, like: Params, argument: str) -> int
     return jax.tree.leaves(block)[0].shape[0]
 
 
-def _non_finite(carry: Carry, width: int, like: Params, result: Any) -> NonFiniteProductError:
+def _non_finite(carry: Carry, width: int, like: Params, result: Any, matvec: Matvec) -> NonFiniteProductError:
     count, leaf = int(carry.steps) * width, _tree.leaf_paths(like)[int(carry.failed_leaf)]
     where = f"product {count + 1}" if width == 1 else f"one of products {count + 1} to {count + width}"
+    mode = getattr(getattr(matvec, "func", None), "mode", None)  # of a Hessian made by hessjax
     return NonFiniteProductError(
-        f"{where} is not finite (first in leaf `{leaf}`): is the loss itself finite at these params? "
+        f"{where} is not finite (first in leaf `{leaf}`): is the loss itself finite at these params? If it "
+        f"is, its derivatives are not: {causes_of_nan(like, mode)}. `hj.check` names all leaves. "
         f"The result of the {count} products before is in `.result`, the state in `.state`.",
         result,
         carry.state,
