@@ -48,6 +48,21 @@ def _few_programs():
         jax.clear_caches()
 
 
+PROMOTING = ("benchmarks", "cli", "compaction", "docs", "flax", "plot", "program", "recipes", "report")
+"""Folders whose tests run networks of others, or other libraries, that promote dtypes or ranks themselves."""
+
+
+@pytest.fixture(autouse=True)
+def _no_silent_promotion(request):
+    """The library is written for people who forbid it."""
+    folder = pathlib.Path(request.path).relative_to(pathlib.Path(__file__).parent).parts[0]
+    if folder in PROMOTING or request.node.get_closest_marker("promotes"):
+        yield
+        return
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
 @pytest.fixture
 def x64():
     """Float64 for the time of a test: what oracles need."""

@@ -1,8 +1,9 @@
 """The pytree algebra that `optax.tree` lacks: paths, checks, inner products, blocks of vectors."""
 
+import contextlib
 import fnmatch
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
@@ -244,17 +245,24 @@ def norm(a: Vector) -> Scalar:
     return unit * jnp.sqrt(inner(scaled, scaled))
 
 
+def power_of_two(x: Float[Array, "..."]) -> Scalar:
+    """The power of two next above all |x|, 1 where all are 0: to divide by it changes no digit."""
+    top = jnp.max(jnp.abs(x))
+    return jnp.ldexp(jnp.ones((), x.dtype), jnp.where(top > 0, jnp.frexp(top)[1], 0))
+
+
 def scale(factor: Any, a: Vector) -> Vector:
     """`factor · a`, every leaf in its own dtype."""
-    return jax.tree.map(lambda x: _times(factor, x).astype(x.dtype), a)
+    return jax.tree.map(lambda x: times(factor, x).astype(x.dtype), a)
 
 
 def add_scaled(a: Vector, factor: Any, b: Vector) -> Vector:
     """`a + factor · b`, every leaf in the dtype of `a`'s."""
-    return jax.tree.map(lambda x, y: jnp.add(*promoted(x, _times(factor, y))).astype(x.dtype), a, b)
+    return jax.tree.map(lambda x, y: jnp.add(*promoted(x, times(factor, y))).astype(x.dtype), a, b)
 
 
-def _times(factor: Any, x: Array) -> Array:
+def times(factor: Any, x: Array) -> Array:
+    """`factor · x`, in their common dtype."""
     return jnp.multiply(*promoted(factor, x))
 
 
@@ -303,3 +311,19 @@ def rows(block: Block) -> list[Vector]:
 def block_of(*vectors: Vector) -> Block:
     """The block of these vectors."""
     return jax.tree.map(lambda *xs: jnp.stack(xs), *vectors)
+
+
+# -- numbers that are not there --------------------------------------------------------------------
+
+
+def or_nan(there: Any, x: Array) -> Array:
+    """`x` where there is such a number, and a NaN that is meant where there is none."""
+    with meant():
+        return jnp.where(there, x, jnp.nan)
+
+
+@contextlib.contextmanager
+def meant() -> Iterator[None]:
+    """Around results of ours, which say by NaN and infinity what is not known: products stay watched."""
+    with jax.debug_nans(False), jax.debug_infs(False):
+        yield

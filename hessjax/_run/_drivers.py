@@ -12,6 +12,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool
 
 from hessjax._core import _tree
+from hessjax._core._compiled import compiled
 from hessjax._core._messages import checked_count
 from hessjax._core._types import Amount, Block, Key, Matvec, Params, Relative, Tolerance, Vector
 from hessjax._run import _estimator
@@ -186,7 +187,9 @@ def _begin(estimator: Estimator, key: Key, like: Params) -> Carry:
 
 def _resume(state: Any) -> Carry:
     # A copy: the steps give the state's memory away, and this one is the caller's.
-    return Carry(jax.tree.map(jnp.copy, state), jnp.int32(0), jnp.int32(-1))
+    with _tree.meant():
+        copied = jax.tree.map(jnp.copy, state)
+    return Carry(copied, jnp.int32(0), jnp.int32(-1))
 
 
 def _restored(loop: Loop, beginning: Beginning, carry: Carry, max_matvecs: int) -> Carry:
@@ -251,7 +254,7 @@ def entered(callbacks: Sequence[Callback]) -> Iterator[None]:
 # -- on the device ---------------------------------------------------------------------------------
 
 
-@jax.jit
+@compiled()
 def loop_on_device(
     estimator: Estimator, matvec: Matvec, like: Params, max_steps: Any, tol: Amount | None, carry: Carry
 ) -> Carry:

@@ -145,11 +145,24 @@ class Carry(NamedTuple):
     failed_leaf: Int[Array, ""]
 
 
+def _meant(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled function whose NaN and infinity are meant, such as the error of a run that has no sample."""
+
+    @functools.wraps(compiled)
+    def call(*args: Any) -> Any:
+        with _tree.meant():
+            return compiled(*args)
+
+    return call
+
+
+@_meant
 @functools.partial(jax.jit, keep_unused=True)  # `like` tells jit which mesh it is on
 def init(estimator: Estimator, key: Key, like: Params) -> Any:
     return estimator.init(key, like)
 
 
+@_meant
 @jax.jit
 def read_result(estimator: Estimator, state: Any) -> Any:
     return estimator.result(state)
@@ -183,6 +196,7 @@ def update(estimator: Estimator, carry: Carry, products: Block) -> Carry:
     return Carry(state, carry.steps + jnp.int32(failed < 0), failed)
 
 
+@_meant
 @jax.jit
 def error(estimator: Estimator, tol: Amount | None, state: Any) -> tuple[Scalar, Scalar]:
     """The error, and the target it has to reach."""

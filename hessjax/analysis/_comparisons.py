@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
 from hessjax._core import _tree
+from hessjax._core._compiled import compiled
 from hessjax._core._tables import Column, Row, Table, printable
 from hessjax._core._types import Key, LossFn, Matvec, Params, Scalar, Vector
 from hessjax.curvature._product import at_precision, scalar
@@ -165,14 +166,14 @@ def _count(params: Params) -> int:
     return len(jax.tree.leaves(params))
 
 
-@jax.jit
+@compiled()
 def loss_and_gradient(loss_fn: LossFn, params: Params, args: tuple[Any, ...]) -> tuple[Scalar, Vector]:
     """The loss and its gradient, in full float32."""
     with at_precision("highest"):
         return jax.value_and_grad(scalar(loss_fn, args))(params)
 
 
-@jax.jit
+@compiled()
 def _slopes(
     loss_fn: LossFn,
     params: Params,

@@ -12,6 +12,7 @@ from jaxtyping import Array, ArrayLike, Float
 from rich.progress import Progress
 
 from hessjax._core import _tree
+from hessjax._core._compiled import compiled
 from hessjax._core._messages import check_flags, checked_count, shown
 from hessjax._core._types import Block, LossFn, Params, Scalar, Vector
 from hessjax._run._bar import columns
@@ -232,7 +233,7 @@ def _evaluated(
     return np.array(weights), np.array(losses)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@compiled(static_argnums=0)
 def _losses(
     precision: str | None,
     loss_fn: LossFn,

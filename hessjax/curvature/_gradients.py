@@ -11,6 +11,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from hessjax._core import _tree
+from hessjax._core._compiled import compiled
 from hessjax._core._messages import check_flags, checked_count
 from hessjax._core._types import Block, LossFn, Matvec, Params, Vector
 from hessjax.curvature._batches import add, divide, leading_axis, zero
@@ -199,7 +200,7 @@ def of_each(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
 
 
 @explained("loss_fn")
-@functools.partial(jax.jit, static_argnums=0)
+@compiled(static_argnums=0)
 def _grads(precision: str | None, loss_fn: LossFn, params: Params, args: tuple[Any, ...]) -> Block:
     with at_precision(precision):
         return of_each(lambda example: jax.grad(scalar(loss_fn, example))(params), args)
@@ -210,7 +211,7 @@ def _empty_block(count: int, params: Params) -> Block:
     return jax.tree.map(lambda x: jnp.zeros((count, *jnp.shape(x)), jnp.result_type(x)), params)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+@compiled(static_argnums=(0, 1), donate_argnums=2)
 def _fill(
     precision: str | None,
     size: int,
@@ -260,7 +261,7 @@ class _ProductInParts:
         return divide(total, count, params)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+@compiled(static_argnums=(0, 1), donate_argnums=2)
 def _add_part(
     precision: str | None,
     size: int,

@@ -1,7 +1,6 @@
 """Hessian-vector products: a loss, params and one batch become a matvec."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
@@ -9,6 +8,7 @@ import jax
 from jax.tree_util import Partial
 
 from hessjax._core import _tree
+from hessjax._core._compiled import compiled
 from hessjax._core._messages import check_flags, checked_choice
 from hessjax._core._types import LossFn, Matvec, Params, Scalar, Vector
 from hessjax.curvature._product import (
@@ -177,7 +177,7 @@ class _Product:
             return _multiply(self, loss_fn, params, args, vector)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@compiled(static_argnums=0)
 def _multiply(
     settings: _Product, loss_fn: LossFn, params: Params, args: tuple[Any, ...], vector: Vector
 ) -> Vector:
@@ -188,7 +188,7 @@ def _multiply(
         return _PRODUCTS[settings.mode](scalar(loss_fn, args), params, vector)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@compiled(static_argnums=(0, 1))
 def _linearize(
     mode: str, precision: str | None, loss_fn: LossFn, params: Params, args: tuple[Any, ...]
 ) -> Any:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from hessjax._core import _tree
+from hessjax._core._compiled import compiled
 from hessjax._core._messages import checked_function, shown
 from hessjax._core._types import LossFn, Matvec, ModelFn, Params, Scalar, Vector
 
@@ -163,7 +163,7 @@ class LinearProduct:
             return _multiply_linear(linear, params, vector)
 
 
-@jax.jit
+@compiled()
 def _multiply_linear(linear: Callable[[Vector], Vector], params: Params, vector: Vector) -> Vector:
     # A linear map takes tangents in exactly the dtypes it was traced at, while vectors may come wider.
     _tree.check_like(vector, params, "vector", "params")
@@ -207,7 +207,7 @@ class _Product:
             return _multiply(self.precision, model_fn, curvature, params, args, vector)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@compiled(static_argnums=0)
 def _multiply(
     precision: str | None,
     model_fn: ModelFn,
@@ -220,7 +220,7 @@ def _multiply(
     return _linearize(precision, model_fn, curvature, params, args)(_tree.cast_like(vector, params))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@compiled(static_argnums=0)
 def _linearize(
     precision: str | None, model_fn: ModelFn, curvature: Partial, params: Params, args: tuple[Any, ...]
 ) -> Partial:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from hessjax._core import _tree
 from hessjax._core._messages import checked_function, checked_schedule, shown
 from hessjax._core._types import Params, settings
-from hessjax.pruning.saliencies._saliency import Context, Saliency
+from hessjax.pruning.saliencies._saliency import Context, Saliency, stepped
 
 
 class _DefaultAdam(optax.GradientTransformationExtraArgs):
@@ -218,8 +218,8 @@ def _slopes(state: Scores, seen: Context) -> Params:
 
 def _stepped(optimizer: optax.GradientTransformation, state: Scores, slopes: Params) -> Scores:
     """The scores after a step of their optimizer."""
-    steps, inner = optimizer.update(slopes, state.inner, state.scores)
-    return Scores(optax.apply_updates(state.scores, steps), inner, state.num_updates + 1)
+    scores, inner = stepped(optimizer, slopes, state.inner, state.scores)
+    return Scores(scores, inner, state.num_updates + 1)
 
 
 movement, soft_movement = Movement, SoftMovement
