@@ -92,7 +92,8 @@ class Hutchinson(Sampling):
     def result(self, state: HutchinsonState) -> Estimate:
         """The mean and its standard error."""
         parts = _samples.estimate(state.samples)
-        return parts._replace(mean=parts.mean[0], stderr=parts.stderr[0])
+        with _tree.meant():  # NaN before the first sample
+            return parts._replace(mean=parts.mean[0], stderr=parts.stderr[0])
 
     def error(self, state: HutchinsonState) -> Scalar:
         """The standard error of the total."""
