@@ -20,8 +20,10 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.pop("COLUMNS", None)  # tables are as wide as it says
 
 import jax
+import jaxtyping
 import pytest
 
 PROGRAMS = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "programs"
@@ -66,6 +68,12 @@ def x64():
     """Float64 for the time of a test: what oracles need."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def untyped(monkeypatch):
+    """As people run the package: types are not checked at every call, so that its own checks answer."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from hessjax._core._compiled import compiled
 from hessjax._core._messages import checked_count
 from hessjax._core._types import Amount, Block, Key, Matvec, Params, Relative, Tolerance, Vector
 from hessjax._run import _estimator
-from hessjax._run._estimator import Beginning, Callback, Carry, Estimator, Progress, begun
+from hessjax._run._estimator import Beginning, Callback, Carry, Estimator, Progress, begun, check_run
 
 CHECK_EVERY = 5
 """Products between two looks at the error: reading it makes the host wait for the device."""
@@ -117,12 +117,14 @@ def run(
         (55.0, 3)
     """
     _tree.check_floating(like, "like")
-    _check_estimator(estimator)
+    check_run(estimator, matvec, key, callbacks, on_device)
     if not on_device:
         refuse_tracers((estimator, matvec, key, like, state))
     elif callbacks:
         raise ValueError("`callbacks` must be empty with `on_device=True`: they run on the host.")
     limit = None if tol is None else Amount.of(tol, instead=", or None")
+    if state is not None:
+        _tree.check_like(state, jax.eval_shape(_estimator.init, estimator, key, like), "state", "init")
     carry = _begin(estimator, key, like) if state is None else _resume(state)
     left = begun(estimator)
     if isinstance(limit, Relative):
@@ -153,24 +155,6 @@ def refuse_tracers(tree: Any) -> None:
             "`run` loops on the host by default and cannot be traced: inside `jit`, `vmap` or `scan` pass "
             "`on_device=True`."
         )
-
-
-def _check_estimator(estimator: Any) -> None:
-    """An estimator goes through `jit` as an argument: one that is no pytree is made a static one."""
-    if not isinstance(estimator, Estimator):
-        raise TypeError(f"`estimator` must be an `Estimator`, such as `lanczos(5)`, got {estimator!r}.")
-    if not jax.tree_util.all_leaves([estimator]):
-        return
-    kind = type(estimator)
-    try:
-        hash(estimator)
-    except TypeError as error:
-        raise TypeError(
-            f"`estimator` must hash, got a {kind.__name__} that does not ({error}): make it a frozen "
-            "dataclass, and if it holds arrays a pytree with these as leaves "
-            "(`jax.tree_util.register_dataclass`)."
-        ) from None
-    jax.tree_util.register_static(kind)
 
 
 def _width(estimator: Estimator, state: Any, like: Params, argument: str) -> int:

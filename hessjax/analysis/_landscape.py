@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from hessjax._core import _tree
 from hessjax._core._compiled import compiled
+from hessjax._core._messages import check_flags, checked_count, shown
 from hessjax._core._types import Block, LossFn, Params, Scalar, Vector
+from hessjax._run._bar import columns
 from hessjax.curvature._batches import check_batches, count_examples, leading_axis
-from hessjax.curvature._product import as_pytree, at_precision, scalar
+from hessjax.curvature._product import as_pytree, at_precision, check_call, check_precision, scalar
 from hessjax.estimators._samples import sampling_error
 
 
@@ -110,10 +112,14 @@ def landscape(
         ((25, 25), 3.0)
     """
     _tree.check_floating(params)
+    if batches is not None:
+        check_batches(batches)
+    check_call("loss_fn", loss_fn, args if batches is None else (0, *args))
+    points_at_once = checked_count("points_at_once", points_at_once)
+    check_precision(precision)
+    check_flags(progress=progress)
     rows = _rows(directions, params)
     axes = _axes(distances, len(rows))
-    if points_at_once < 1:
-        raise ValueError(f"`points_at_once` must be at least 1, got {points_at_once}.")
     dtype = _tree.accumulator_dtype(params)
     points = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).astype(dtype)
     chunks = _chunks(points.reshape(-1, len(axes)), points_at_once)
@@ -133,6 +139,7 @@ def landscape(
 
 def _rows(directions: Any, params: Params) -> tuple[Vector, ...]:
     """The directions one by one, from a vector, a block, or a list of vectors."""
+    _tree.check_arrays(directions, "directions")
     # The structure tells them apart: params that are a list look like a list of directions, by type.
     same: bool = jax.tree.structure(directions) == jax.tree.structure(params)  # type: ignore[operator]
     rows = [directions]
@@ -164,8 +171,15 @@ def _axes(distances: Any, number: int) -> list[np.ndarray]:
     """The grid's distances, one array for each direction."""
     if distances is None:
         distances = np.linspace(-1, 1, 51 if number == 1 else 25)
+    if isinstance(distances, (str, bytes, dict)) or not np.iterable(distances):
+        raise TypeError(
+            f"`distances` must be numbers, or numbers for each direction, got {shown(distances)}."
+        )
     shared = all(np.ndim(distance) == 0 for distance in distances)
-    axes = [np.asarray(axis, float) for axis in ([distances] * number if shared else distances)]
+    try:
+        axes = [np.asarray(axis, float) for axis in ([distances] * number if shared else distances)]
+    except (TypeError, ValueError):
+        raise TypeError(f"`distances` must be real numbers, got {shown(distances)}.") from None
     if len(axes) != number:
         raise ValueError(
             f"`distances` must be one array, or one for each of the {number} directions, got {len(axes)}."
@@ -254,11 +268,9 @@ _norm = jax.jit(_tree.norm)
 @contextlib.contextmanager
 def _bar(shown: bool, batches: Any, calls: int) -> Iterator[Callable[[Array], Array]]:
     """A progress bar, and the function that moves it on when a result is there."""
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(),
-               TextColumn("evaluations"), TimeRemainingColumn(compact=True))  # fmt: skip
     number = 1 if batches is None else len(batches) if isinstance(batches, Sized) else None
-    with Progress(*columns, disable=not shown) as bar:
-        task = bar.add_task("landscape", total=number and number * calls)
+    with Progress(*columns(), disable=not shown) as bar:
+        task = bar.add_task("landscape", total=number and number * calls, text="evaluations")
 
         def advance(result: Array) -> Array:
             if shown:  # a bar of calls that were only dispatched would run ahead of the work

@@ -2,21 +2,21 @@
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
-from rich.table import Table
-from rich.text import Text
 
 from hessjax._core import _tree
 from hessjax._core._axes import is_matrix
-from hessjax._core._messages import plain
+from hessjax._core._messages import check_functions, check_path, checked_number, shown
+from hessjax._core._tables import Column, Row, Table, printable
 from hessjax._core._types import Block, Params, Scalar, Where
 from hessjax._run import _drivers
+from hessjax._run._estimator import check_callbacks
 from hessjax.analysis import _sensitivity_csv
 from hessjax.analysis._sensitivity_csv import SensitivityRow, level_name
 from hessjax.pruning._once import prune_once
@@ -24,12 +24,13 @@ from hessjax.pruning._ranking import check_sparsity
 from hessjax.pruning.allocations._allocation import uniform
 from hessjax.pruning.patterns._pattern import Pattern, Patterns, patterns_of, unstructured
 from hessjax.pruning.saliencies._first_order import magnitude
-from hessjax.pruning.saliencies._saliency import Saliency
+from hessjax.pruning.saliencies._saliency import Saliency, checked_saliency
 
 _Question: TypeAlias = tuple[str, str]
 """A leaf, and a level as the file has it."""
 
 
+@printable
 class Sensitivity(NamedTuple):
     """What `sensitivity` returns: rows to compute with, and a table when printed.
 
@@ -43,24 +44,26 @@ class Sensitivity(NamedTuple):
         """Write `parameter,sparsity,<metrics>`, and `predicted` if there is a prediction."""
         _sensitivity_csv.write(Path(path), self.rows)
 
-    def __rich__(self) -> Table:
-        table = Table(box=None, header_style="bold", pad_edge=False)
+    def to_text(self, width: int | None = None) -> str:
+        """The table, at most `width` columns wide; by default as wide as the terminal, 80 without one."""
+        return self._table().to_text(width)
+
+    def _table(self) -> Table:
         has_model = any(row.predicted is not None for row in self.rows)
-        titles = [*self.rows[0].metrics, *(["predicted rise"] if has_model else [])]
-        for title in ("parameter", "sparsity", *titles):
-            table.add_column(Text(title), justify="left" if title == "parameter" else "right", no_wrap=True)
-        last = ""
+        metrics = list(dict.fromkeys(name for row in self.rows for name in row.metrics))
+        heads = [Column("parameter", "name"), Column("sparsity")]
+        heads += [Column(name, rank=2 * rank) for rank, name in enumerate(metrics)]  # the last ones go first
+        heads += [Column("predicted rise", rank=1)] if has_model else []
+        rows, last = [], ""
         for row in self.rows:
-            numbers = [*row.metrics.values(), *([row.predicted] if has_model else [])]
+            numbers = [row.metrics.get(name) for name in metrics] + [row.predicted] * has_model
             name, last = "" if row.parameter == last else row.parameter, row.parameter
-            table.add_row(Text(name), level_name(row.sparsity), *(f"{x:.4g}" for x in numbers))
-        return table
+            rows.append(Row((name, level_name(row.sparsity), *map(_cell, numbers))))
+        return Table(tuple(heads), tuple(rows), hint="`.to_text({width})` and `.to_csv` have them.")
 
-    def __str__(self) -> str:
-        return plain(self)
 
-    def __repr__(self) -> str:  # a notebook's last line shows the table
-        return str(self)
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
 
 
 def sensitivity(
@@ -137,9 +140,15 @@ def sensitivity(
         two               0     0               0
                         0.5     2               2
     """
+    _tree.check_leaves(params)
+    checked_saliency("saliency", saliency)
+    check_functions(metric=metric, grads_fn=grads_fn)
+    check_callbacks(callbacks)
     patterns, chosen = _patterns_by_leaf(params, where, pattern), _checked_levels(levels)
     has_model = diagonal is not None or saliency.compensates
     _check_question(metric, params, diagonal, has_model)
+    if path is not None:
+        check_path("path", path)
     file = None if path is None else Path(path)
     rows = [] if file is None else _sensitivity_csv.read(file, _tree.leaf_paths(params), has_model)
     known = {(row.parameter, level_name(row.sparsity)): row for row in rows}
@@ -252,12 +261,15 @@ def _patterns_by_leaf(params: Params, where: Where, pattern: Patterns) -> dict[s
     if not chosen:
         empty = ", ".join(path for path, hit in zip(paths, hits, strict=True) if hit)
         raise ValueError(f"`where` must match at least one leaf with weights, got only empty ones: {empty}.")
+    _tree.check_floating(chosen, "params[where]")
     found = dict(zip(_tree.leaf_paths(chosen), patterns_of(pattern, chosen), strict=True))
     return {path: found[path] for path in chosen}
 
 
 def _checked_levels(levels: Iterable[float | int]) -> list[float]:
-    listed = [float(level) for level in levels]
+    if isinstance(levels, (str, Mapping)) or not isinstance(levels, Iterable):
+        raise TypeError(f"`levels` must be a sequence of sparsities, got {shown(levels)}.")
+    listed = [float(checked_number("levels", level)) for level in levels]
     names = [level_name(level) for level in listed]  # 0.3 and 0.1 + 0.2 are one level, in the file too
     if not listed or len(set(names)) < len(names):
         raise ValueError(f"`levels` must be one or more different sparsities, got [{', '.join(names)}].")

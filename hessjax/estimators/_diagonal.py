@@ -76,7 +76,7 @@ class HutchinsonDiagonal(Sampling):
 
     def init(self, key: Key, like: Params) -> DiagonalState:
         """The first probe, and an empty regression."""
-        zeros = jax.tree.map(jnp.zeros_like, _tree.wide(like))
+        zeros = _tree.zeros_like(_tree.wide(like))
         return DiagonalState(key, self.draw(key, 0, like), zeros, zeros, zeros, jnp.int32(0))
 
     def update(self, state: DiagonalState, products: Block) -> DiagonalState:

@@ -176,9 +176,7 @@ class TwoVectors(NamedTuple):
 def _start_two(vectors: Block, capacity: int) -> TwoVectors:
     num_rows = jax.tree.leaves(vectors)[0].shape[0]
     zeros = jnp.zeros((num_rows, capacity), _tree.accumulator_dtype(vectors))
-    return TwoVectors(
-        jax.vmap(_unit)(vectors), jax.tree.map(jnp.zeros_like, vectors), zeros, zeros, jnp.int32(0)
-    )
+    return TwoVectors(jax.vmap(_unit)(vectors), _tree.zeros_like(vectors), zeros, zeros, jnp.int32(0))
 
 
 def _restart_two(space: TwoVectors, vectors: Block) -> TwoVectors:

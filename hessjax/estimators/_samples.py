@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from hessjax._core import _tree
+from hessjax._core import _sharding, _tree
+from hessjax._core._messages import checked_function
 from hessjax._core._types import BatchMatvec, Block, Estimate, Forms, Key, Params, Scalar, Vector, settings
 from hessjax._run._estimator import Estimator
 from hessjax.estimators.probes import Probe, rademacher
@@ -31,7 +32,7 @@ class Sampling(Estimator):
 
     def draw(self, key: Key, index: Int[Array, ""] | int, like: Params) -> Vector:
         """The vector of sample `index`."""
-        return self.probe(jax.random.fold_in(key, index), like)
+        return drawn(self.probe, jax.random.fold_in(key, index), like)
 
     def query(self, state: Any) -> Block:
         """The probe under way."""
@@ -40,8 +41,14 @@ class Sampling(Estimator):
 
 def check_probe(probe: Any) -> None:
     """Raise a TypeError unless it can be called."""
-    if not callable(probe):
-        raise TypeError(f"`probe` must be a function `(key, like) -> vector`, got {probe!r}.")
+    checked_function("probe", probe, "(key, like) -> vector")
+
+
+def drawn(probe: Callable[..., Any], key: Key, like: Params) -> Vector:
+    """A vector of the probe, which must be like the params."""
+    vector = probe(key, like)
+    _tree.check_like(vector, like, "probe(key, like)", "like")
+    return vector
 
 
 def when(condition: Bool[Array, ""], step: Callable[..., Any], state: Any, *args: Any) -> Any:
@@ -207,11 +214,9 @@ def hashed_signs(seed: Int[Array, ""], like: Params) -> Vector:
     leaves, structure = jax.tree.flatten(like)
 
     def signs(index: int, leaf: Array) -> Array:
-        bits = jax.lax.iota(jnp.uint32, leaf.size) + (seed * 64 + index + 1).astype(jnp.uint32) * jnp.uint32(
-            0x9E3779B9
-        )
+        bits = _sharding.places(leaf) + (seed * 64 + index + 1).astype(jnp.uint32) * jnp.uint32(0x9E3779B9)
         for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
             bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
-        return jnp.where(bits & 1, 1, -1).astype(leaf.dtype).reshape(leaf.shape)
+        return jnp.where(bits & 1, 1, -1).astype(leaf.dtype)
 
     return jax.tree.unflatten(structure, [signs(i, leaf) for i, leaf in enumerate(leaves)])

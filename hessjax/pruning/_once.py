@@ -12,10 +12,11 @@ from jaxtyping import Array, Float
 
 from hessjax._core import _tree
 from hessjax._core._axes import is_matrix
+from hessjax._core._messages import check_functions, checked_count, checked_number
 from hessjax._core._types import Block, Params, Scalar, Where
 from hessjax._fisher._rows import row
 from hessjax.pruning._ranking import check_sparsity
-from hessjax.pruning.allocations._allocation import AllocationRule, global_threshold
+from hessjax.pruning.allocations._allocation import AllocationRule, check_allocation, global_threshold
 from hessjax.pruning.patterns._pattern import Patterns, unstructured
 from hessjax.pruning.saliencies._saliency import Context, Saliency, checked_saliency, drop_others, is_hole
 
@@ -116,10 +117,11 @@ def prune_once(
                [ 0.,  2.]], dtype=float32)
     """
     check_sparsity(sparsity)
-    if recomputes < 1:
-        raise ValueError(f"`recomputes` must be at least 1, the number of steps, got {recomputes}.")
-    given = saliency if isinstance(saliency, Sequence) else (saliency,)
+    recomputes = checked_count("recomputes", recomputes, 1, ", the number of steps")
+    check_allocation(allocation)
+    given = saliency if isinstance(saliency, Sequence) and not isinstance(saliency, str) else (saliency,)
     rules = tuple(checked_saliency("saliency", rule) for rule in given)
+    check_functions(grads_fn=grads_fn, loss_fn=loss_fn)
     _check_loss(rules, loss_fn, max_ratio)
     if grads_fn is None and any(rule.needs_grads for rule in rules):
         raise ValueError("`grads_fn` must be given for a saliency that needs gradients, got None.")
@@ -252,6 +254,7 @@ def _counts(point: _Point, trial: _Trial) -> tuple[int, int, int]:
 
 def _selected(params: Params, where: Where) -> Params:
     """The leaves that are pruned; holes in place of the others."""
+    _tree.check_leaves(params)
     hits = _tree.match(params, where)
     found = jax.tree.map(lambda x, hit: jnp.asarray(x) if hit else optax.MaskedNode(), params, hits)
     _tree.check_floating(found, "params[where]")
@@ -281,9 +284,6 @@ def _targets(active: Params, sparsity: float | int, recomputes: int) -> list[Any
     return [*(min(s, sparsity) for s in between), sparsity]  # not beyond it by rounding
 
 
-# -- checks --------------------------------------------------------------------------------------
-
-
 def _check_loss(rules: Sequence[Saliency], loss_fn: Any, max_ratio: float | int | None) -> None:
     if not rules or (len(rules) > 1 and loss_fn is None):
         raise ValueError(
@@ -291,7 +291,7 @@ def _check_loss(rules: Sequence[Saliency], loss_fn: Any, max_ratio: float | int 
         )
     if max_ratio is None:
         return
-    if not max_ratio > 1:
+    if not checked_number("max_ratio", max_ratio) > 1:
         raise ValueError(f"`max_ratio` must be above 1, of realised to predicted increase, got {max_ratio}.")
     if loss_fn is None:
         raise ValueError("`loss_fn` must be given for a `max_ratio`, to measure what a step does.")
