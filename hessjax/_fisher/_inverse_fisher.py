@@ -132,9 +132,8 @@ class InverseFisher:
 
     def diagonals(self) -> Parts:
         """The diagonal of F⁻¹, cut."""
-        pairs = zip(self.parts, self.widths, strict=True)
-        found = (x for part, n in pairs for x in _readout.diagonal(part, n, self.shift))
-        return tuple(map(self.totals.times, found))
+        pairs, times = zip(self.parts, self.widths, strict=True), self.totals.times
+        return tuple(times(x) for part, n in pairs for x in _readout.diagonal(part, n, self.shift))
 
 
 def inverse_fisher(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from hessjax._core import _tree
+from hessjax._core import _numbers, _tree
 from hessjax._core._messages import checked_number
 from hessjax._core._packing import Packing
 from hessjax._core._types import Amount, Block, Params, Relative, Scalar, Vector
@@ -262,7 +262,7 @@ def images(rows: tuple[Rows, ...]) -> Parts:
 
 def _sum(products: Sequence[Array]) -> Array:
     """In the widest dtype of any group."""
-    first, *others = _tree.promoted(*products)
+    first, *others = _numbers.promoted(*products)
     return sum(others, first)
 
 
@@ -273,7 +273,7 @@ def combination(rows: tuple[Rows, ...], c: Float[Array, "blocks m"]) -> Parts:
 
 def joined(parts: Sequence[Array]) -> Array:
     """The groups that one factor covers, end to end along the weights."""
-    return parts[0] if len(parts) == 1 else jnp.concatenate(_tree.promoted(*parts), axis=-1)
+    return parts[0] if len(parts) == 1 else jnp.concatenate(_numbers.promoted(*parts), axis=-1)
 
 
 def split(whole: Array, like: Sequence[Array]) -> tuple[Array, ...]:

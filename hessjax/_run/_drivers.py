@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool
 
-from hessjax._core import _tree
+from hessjax._core import _numbers, _tree
 from hessjax._core._compiled import compiled
 from hessjax._core._messages import causes_of_nan, checked_count
 from hessjax._core._types import Amount, Block, Key, Matvec, Params, Relative, Tolerance, Vector
@@ -193,7 +193,7 @@ def _begin(estimator: Estimator, key: Key, like: Params) -> Carry:
 
 def _resume(state: Any) -> Carry:
     # A copy: the steps give the state's memory away, and this one is the caller's.
-    with _tree.meant():
+    with _numbers.meant():
         copied = jax.tree.map(jnp.copy, state)
     return Carry(copied, jnp.int32(0), jnp.int32(-1))
 

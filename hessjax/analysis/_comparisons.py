@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
-from hessjax._core import _tree
+from hessjax._core import _numbers, _tree
 from hessjax._core._compiled import compiled
 from hessjax._core._tables import Column, Row, Table, printable
 from hessjax._core._types import Key, LossFn, Matvec, Params, Scalar, Vector
@@ -193,7 +193,7 @@ def _slopes(
         change = loss(there) - loss(back)
     length = _tree.norm(step)
     length = jnp.where(length > 0, length, 1)
-    return jnp.divide(*_tree.promoted(change, length)), _tree.inner(step, _tree.wide(grads)) / length
+    return jnp.divide(*_numbers.promoted(change, length)), _tree.inner(step, _tree.wide(grads)) / length
 
 
 @jax.jit
@@ -224,7 +224,7 @@ def _residual(
 @jax.jit
 def norms(vector: Vector) -> Float[Array, " l"]:
     """‖·‖ of every leaf."""
-    return jnp.stack(_tree.promoted(*(_tree.norm(leaf) for leaf in jax.tree.leaves(_tree.wide(vector)))))
+    return jnp.stack(_numbers.promoted(*(_tree.norm(leaf) for leaf in jax.tree.leaves(_tree.wide(vector)))))
 
 
 @jax.jit
