@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from hessjax._core import _tree
+from hessjax._core import _numbers, _tree
 from hessjax._core._types import ModelFn, Params
 from hessjax.program._program import Body
 
@@ -67,7 +67,7 @@ def _both(full: ModelFn, small: ModelFn, params: Params, fewer: Params, args: An
 
 def _gap(a: Array, b: Array) -> list[Array]:
     # Booleans cannot be subtracted, and unsigned integers wrap around.
-    a, b = (x.astype(_tree.common_dtype(jnp.float32, x.dtype)) for x in (a, b))
+    a, b = (x.astype(_numbers.common_dtype(jnp.float32, x.dtype)) for x in (a, b))
     same = (a == b) | (jnp.isnan(a) & jnp.isnan(b))
     gap = jnp.max(jnp.where(same, 0, jnp.abs(a - b)), initial=0)
     size = jnp.max(jnp.where(jnp.isfinite(b), jnp.abs(b), 0), initial=0)
