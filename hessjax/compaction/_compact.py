@@ -112,7 +112,7 @@ class Compacted(NamedTuple):
 
         Args:
             model_fn: `model_fn(params, *args)`, which takes the smaller params.
-            *args: arguments of the example's shapes.
+            *args: arguments, of any shapes that both take.
 
         Returns:
             The difference; at rounding level for the same function.
