@@ -275,3 +275,20 @@ def check_path(argument: str, path: Any) -> None:
         raise TypeError(f"`{argument}` must be a path, a string or a `pathlib.Path`, got {shown(path)}.")
     if path == "":
         raise ValueError(f"`{argument}` must name a file or folder, got an empty string.")
+
+
+# -- causes ----------------------------------------------------------------------------------------------
+
+
+def causes_of_nan(tree: Any, mode: str | None = None) -> str:
+    """What may make derivatives of a finite loss NaN or infinite, at params like these."""
+    causes = [f"{dtype} ends at {float(jnp.finfo(dtype).max):.5g}" for dtype in sorted(_short(tree), key=str)]
+    at = "" if mode is None else f" (under `mode={mode!r}`; another may pass)"
+    causes += [f"an untaken branch of `where`{at}", "a norm or square root at 0"]
+    return ", or ".join(causes)
+
+
+def _short(tree: Any) -> set[Any]:
+    """The dtypes whose range ends early."""
+    dtypes = {jnp.result_type(leaf) for leaf in jax.tree.leaves(tree)}
+    return {dtype for dtype in dtypes if float(jnp.finfo(dtype).max) < 1e6}

@@ -12,7 +12,7 @@ import optax
 from jax.tree_util import Partial
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from hessjax._core import _tree
+from hessjax._core import _numbers, _tree
 from hessjax._core._messages import checked_finite, checked_function, is_number, shown
 from hessjax._core._types import Matvec, Params, Vector
 from hessjax.curvature._product import as_pytree
@@ -167,7 +167,7 @@ def _over_root(diagonal: Params, vector: Vector, like: Vector | None = None) -> 
     """D^-½ v, in the dtypes of `like`, or of `vector`."""
     _tree.check_like(vector, diagonal, "vector", "diagonal")
     scaled = jax.tree.map(
-        lambda d, x: jnp.divide(*_tree.promoted(x, jnp.sqrt(d))), *map(_tree.wide, (diagonal, vector))
+        lambda d, x: jnp.divide(*_numbers.promoted(x, jnp.sqrt(d))), *map(_tree.wide, (diagonal, vector))
     )
     return _tree.cast_like(scaled, vector if like is None else like)
 

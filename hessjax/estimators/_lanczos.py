@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from hessjax._core import _tree
+from hessjax._core import _numbers, _tree
 from hessjax._core._messages import checked_choice, checked_count
 from hessjax._core._packing import Packing
 from hessjax._core._types import (
@@ -273,7 +273,7 @@ def _wanted(
     # `norm` of each column and not `jnp.linalg.norm`, whose squares leave float32 at 1e-19 and 1e19.
     residuals = jax.vmap(_tree.norm, in_axes=1)(_coupling_of(space, vectors[:, best]))
     return (
-        _tree.or_nan(exists, values[best]),
+        _numbers.or_nan(exists, values[best]),
         jnp.where(exists[:, None], vectors[:, best].T, 0),
         jnp.where(exists, residuals, jnp.inf),
     )

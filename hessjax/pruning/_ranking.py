@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt
 
-from hessjax._core import _sharding, _tree
+from hessjax._core import _numbers, _sharding, _tree
 from hessjax._core._messages import checked_number
 from hessjax._core._types import Params
 from hessjax.pruning.patterns._pattern import Pattern, Patterns, patterns_of
@@ -68,7 +68,7 @@ def ordered_keys(scores: Sequence[Float[Array, "..."]]) -> list[UInt[Array, "...
 
     `-0.0` equals `0.0`, NaN lies below everything, and the largest integer of the type stays unused.
     """
-    dtype = _tree.common_dtype(*scores)
+    dtype = _numbers.common_dtype(*scores)
     width = jnp.dtype(dtype).itemsize * 8
     uint = jnp.dtype(f"uint{width}")
     sign = jnp.asarray(1 << (width - 1), uint)

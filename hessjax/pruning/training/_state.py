@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from hessjax._core import _tree
+from hessjax._core import _numbers, _tree
 from hessjax._core._messages import (
     checked_count,
     checked_instance,
@@ -62,7 +62,7 @@ def land(step: Any, mask: Any, dense: Any, param: Any) -> Array:
     exception: a weight that jumps over zero exactly onto a power of two can land one unit in the last place
     beside it.) Returning u itself would keep one more array alive between this step and the ranking.
     """
-    dtype = _tree.common_dtype(step.dtype, param.dtype)
+    dtype = _numbers.common_dtype(step.dtype, param.dtype)
     return masked(dense, mask).astype(param.dtype).astype(dtype) - param.astype(dtype)
 
 
