@@ -303,7 +303,7 @@ def _checked_levels(levels: Iterable[float | int]) -> list[float]:
     if not listed or len(set(names)) < len(names):
         raise ValueError(f"`levels` must be one or more different sparsities, got [{', '.join(names)}].")
     for level in listed:
-        check_sparsity(level)
+        check_sparsity(level, argument="levels")
     if "1" in names:
         raise ValueError("`levels` must be below 1 in their first six digits, by which they are told apart.")
     return listed

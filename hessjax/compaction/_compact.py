@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from hessjax._core import _tree
+from hessjax._core import _numbers, _tree
 from hessjax._core._messages import check_flags
 from hessjax._core._tables import Column, Row, Table, printable, shape_text
 from hessjax._core._types import ModelFn, Params, Scalar, Where
@@ -274,7 +274,7 @@ def _both(full: ModelFn, small: ModelFn, params: Params, fewer: Params, args: An
 
 def _gap(pairs: list[tuple[Array, Array]]) -> Scalar:
     """Max |a − b| / max |b|; the same infinity (a masked logit) or NaN on both sides is no difference."""
-    gap = size = jnp.zeros((), _tree.common_dtype(jnp.float32, *(b.dtype for _, b in pairs)))
+    gap = size = jnp.zeros((), _numbers.common_dtype(jnp.float32, *(b.dtype for _, b in pairs)))
     for a, b in pairs:
         # Booleans cannot be subtracted, and unsigned integers wrap around.
         a, b = (x.astype(gap.dtype) for x in (a, b))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from hessjax._core import _sharding, _tree
+from hessjax._core import _numbers, _sharding, _tree
 from hessjax._core._messages import checked_function
 from hessjax._core._types import BatchMatvec, Block, Estimate, Forms, Key, Params, Scalar, Vector, settings
 from hessjax._run._estimator import Estimator
@@ -122,7 +122,7 @@ def longer(spread: Float[Array, "..."], deviation: Float[Array, "..."]) -> Float
 def estimate(moments: Moments) -> Estimate:
     """The mean (NaN without a sample) and its standard error (infinite with fewer than two)."""
     n = moments.num_samples
-    mean = jax.tree.map(lambda m: _tree.or_nan(n > 0, m), moments.mean)
+    mean = jax.tree.map(lambda m: _numbers.or_nan(n > 0, m), moments.mean)
     return Estimate(mean, jax.tree.map(lambda s: standard_error(s, n), moments.spread), n)
 
 
