@@ -39,6 +39,7 @@ from hessjax.curvature._gradients import empirical_fisher as empirical_fisher
 from hessjax.curvature._gradients import per_example_grads as per_example_grads
 from hessjax.curvature._hessian import hessian as hessian
 from hessjax.curvature._hessian import hvp as hvp
+from hessjax.curvature._roots import empirical_fisher_roots as empirical_fisher_roots
 from hessjax.curvature._roots import ggn_roots as ggn_roots
 from hessjax.curvature._roots import sampled_grads as sampled_grads
 from hessjax.curvature._select import Selection as Selection

@@ -282,6 +282,7 @@ def check_callbacks(callbacks: Any) -> None:
                 "`callbacks` must hold functions `(progress) -> None`, such as `hessjax.progress_bar()`, "
                 f"got {shown(callback)}{hint}."
             )
+        checked_function("callbacks", callback, "(progress) -> None")
 
 
 def check_run(estimator: Any, matvec: Any, key: Any, callbacks: Any, on_device: Any) -> None:

@@ -63,6 +63,8 @@ def weighted_sum(
             f"`weights` must hold one number for each of the {len(matvecs)} matvecs, "
             f"got shape {weights.shape}."
         )
+    if np.ndim(shift):
+        raise ValueError(f"`shift` must be one number, got shape {np.shape(shift)}.")
     shift = jnp.asarray(checked_finite("shift", shift), float)
     return Partial(_sum, tuple(map(as_pytree, matvecs)), weights, shift)
 
@@ -155,7 +157,9 @@ def preconditioned(matvec: Matvec, diagonal: Params) -> Matvec:
 
 def _scaled_product(matvec: Matvec, diagonal: Params, vector: Vector) -> Vector:
     # Half of D on either side, not D⁻¹A: similar to it, and symmetric, which Lanczos and CG rely on.
-    return _over_root(diagonal, matvec(_over_root(diagonal, vector)), vector)
+    product = matvec(_over_root(diagonal, vector))
+    _tree.check_like(product, diagonal, "matvec(vector)", "diagonal")
+    return _over_root(diagonal, product, vector)
 
 
 @jax.jit

@@ -271,7 +271,7 @@ def trace_by_leaf(
         `TraceByLeaf(total, leaves, groups)`, `leaves` by path, `groups` by name. The standard error of a
         group is its own: leaves vary together, so theirs do not add up to it. For a matvec `over_batches`,
         `data_stderr` says how far each would move on other data of this size, if the batches come in the same
-        order every time (None for a run restored by `checkpoint`, which did not see all products).
+        order every time.
 
     Raises:
         ValueError: `num_probes` below 1; a group that matches no leaf.
@@ -303,7 +303,8 @@ def trace_by_leaf(
     watched = _samples.Watched(matvec) if isinstance(matvec, BatchMatvec) else None
     method = hutchinson_by_leaf(probe, members)
     estimate, _ = run(method, watched or matvec, key, like, max_matvecs=num_probes, tol=tol, **checked)
-    if watched and (forms := watched.forms(estimate.num_samples)):
+    if watched:
+        forms = watched.forms(estimate.num_samples)
         estimate = estimate._replace(data_stderr=_samples.sampling_errors(forms, members))
     total, *parts = _samples.one_by_one(estimate)
     leaves, of_groups = parts[: len(paths)], parts[len(paths) :]

@@ -130,7 +130,7 @@ class Lanczos(Estimator):
     def __post_init__(self) -> None:
         checked_choice("which", self.which, _PRIORITY)
         if self.start is not None:
-            _tree.check_floating(self.start, "start")
+            _tree.check_arrays(self.start, "start")
         assign(self, k=checked_count("k", self.k), block_size=checked_count("block_size", self.block_size))
         if self.basis_size is not None:
             assign(

@@ -20,12 +20,12 @@ Schedule: TypeAlias = Callable[[Any], Any]
 """`T -> sparsity`, as optax writes schedules."""
 
 
-def check_sparsity(sparsity: Any, note: str = "") -> None:
+def check_sparsity(sparsity: Any, note: str = "", argument: str = "sparsity") -> None:
     """Raise a TypeError for no number, a ValueError for one outside [0, 1); traced values pass."""
-    if isinstance(checked_number("sparsity", sparsity), jax.core.Tracer) or 0 <= sparsity < 1:
+    if isinstance(checked_number(argument, sparsity), jax.core.Tracer) or 0 <= sparsity < 1:
         return
     hint = f" For {sparsity:g} % write {sparsity / 100:g}." if 2 <= sparsity < 100 else ""
-    raise ValueError(f"`sparsity` must be in [0, 1), the fraction of zeros, got {sparsity}{note}.{hint}")
+    raise ValueError(f"`{argument}` must be in [0, 1), the fraction of zeros, got {sparsity}{note}.{hint}")
 
 
 def num_zeros(sparsity: Sparsity, size: int) -> Any:

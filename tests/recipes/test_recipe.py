@@ -195,7 +195,10 @@ def with_args(more, name="magnitude"):
         (with_args("pattern: {class: n_of_m, args: {n: 2}}"), "@.pattern.args: `m` is missing"),
         (with_args("pattern: {class: n_of_m, args: {n: 4, m: 2}}"), "@: `n` must be"),
         (with_args("where: 3"), "@.where: must be a valid string, got 3"),
-        (with_args("update: best", "obs"), "@: `update` must be one of"),
+        (
+            with_args("update: best", "obs"),
+            "@.update: must be 'joint', 'greedy', 'summed' or 'none'",
+        ),
         (with_args("regrow: true", "random"), "@: `seed` is missing"),
         (GOOD.replace("ending_step: 9", "ending_step: 0"), "$: `ending_step` must not lie before"),
         (GOOD.replace("frequency: 2", "frequency: 0"), "$.frequency: must be greater than or equal to 1"),

@@ -105,17 +105,22 @@ class Movement(Saliency):
 
     def __post_init__(self) -> None:
         check_optimizer(self.optimizer)
-        checked_function("start", self.start, "weights -> scores")
+        checked_function("start", self.start, "(weights) -> scores")
 
     @property
     def needs_grads(self) -> bool:  # type: ignore[override]
         """Whether all scores are zero at the start."""
         return self.start is jnp.zeros_like
 
+    def _first(self, weights: Array) -> Array:
+        scores = self.start(weights)
+        _tree.check_like(scores, weights, "start(weights)", "weights")
+        return jnp.array(scores, copy=True)
+
     def init(self, weights: Params) -> Scores:
         """The first scores."""
         # A copy, as `start` may give back w itself, and the loop may donate params and state together.
-        scores = jax.tree.map(lambda w: jnp.array(self.start(w), copy=True), _tree.wide(weights))
+        scores = jax.tree.map(self._first, _tree.wide(weights))
         return Scores(scores, self.optimizer.init(scores), jnp.zeros((), jnp.int32))
 
     def update(self, state: Scores, seen: Context) -> Scores:
