@@ -402,3 +402,26 @@ def test_another_tolerance_or_number_of_products_compiles_nothing_anew(compilati
         estimator = hj.estimators.lanczos(2, basis_size=8, tol=tol)
         hj.run(estimator, matvec, KEY, like, max_matvecs=most, tol=tol, on_device=on_device)
     assert not compilations
+
+
+AGREEING = {
+    "trace": lambda A, like, **k: hj.trace(A, KEY, like, 5, **k),
+    "xtrace": lambda A, like, **k: hj.trace(A, KEY, like, 6, estimator=hj.estimators.xtrace, **k),
+    "diagonal": lambda A, like, **k: hj.diagonal(A, KEY, like, 5, **k),
+    "eigenpairs": lambda A, like, **k: hj.eigenpairs(A, KEY, like, 1, max_matvecs=6, **k).values,
+    "solve": lambda A, like, **k: hj.solve(A, like, 1.0, max_matvecs=5, **k).x,
+}
+
+
+@pytest.mark.parametrize("method", AGREEING)
+def test_host_and_device_agree_to_ten_units_in_the_last_place(method):
+    like = {k: v for k, v in oracles.leaves(dtype=jnp.float32).items() if v.size}
+    batch = jax.tree.map(jnp.float32, oracles.batch())
+    A = hj.hessian(lambda p, b: oracles.loss_fn({"b_empty": jnp.zeros((0, 2)), **p}, b), like, batch)
+    pairs = zip(
+        *(jax.tree.leaves(AGREEING[method](A, like, on_device=d)) for d in (False, True)), strict=True
+    )
+    size = float(hj.frobenius_norm(A, KEY, like, 5).mean)  # what samples cancel from
+    for host, device in pairs:
+        unit = np.spacing(np.float32(max(size, np.max(np.abs(host)))))
+        assert np.all(np.abs(np.float64(host) - np.float64(device)) <= 10 * unit)
