@@ -216,6 +216,22 @@ def test_not_finite_on_the_device():
     assert jnp.isnan(inside.mean)
 
 
+def test_an_error_about_a_product_names_the_causes_where_they_are():
+    like = {"v": jnp.zeros(3), "w": jnp.ones(2)}
+    A = hj.hessian(lambda p: jnp.linalg.norm(p["v"]) + jnp.sum(p["w"] ** 2), like)
+    with pytest.raises(hj.NonFiniteProductError) as error:
+        hj.trace(A, KEY, like, 3)
+    text = str(error.value)
+    assert "(first in leaf `v`): is the loss itself finite at these params?" in text
+    assert "branch of `where` (under `mode='forward-over-reverse'`; another may pass), or a norm or" in text
+    assert "float16" not in text
+    short = jnp.full(3, 100.0, jnp.float16)
+    with pytest.raises(
+        hj.NonFiniteProductError, match="float16 ends at 65504, or an untaken branch of `where`,"
+    ):
+        hj.trace(lambda v: v * jnp.float16(60000) * jnp.float16(2), KEY, short, 3)
+
+
 def test_bad_input_is_named_before_any_product():
     matvec, like = problem()
 
