@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from hessjax._core import _tree
+from hessjax._core import _numbers, _tree
 from hessjax._core._axes import is_matrix
 from hessjax._core._messages import check_functions, checked_count, checked_number
 from hessjax._core._types import Block, Params, Scalar, Where
@@ -132,11 +132,13 @@ def prune_once(
     while targets:
         seen, states = task.look(point, states, len(steps) + 1)
         best = task.step(point, seen, states, targets)
-        steps.append(PruneStep(targets.pop(0), best.increase, best.loss - point.loss))
+        with _numbers.meant():  # NaN without a `loss_fn`
+            steps.append(PruneStep(targets.pop(0), best.increase, best.loss - point.loss))
         point = _Point(best.weights, jax.tree.map(jnp.logical_and, point.active, best.mask), best.loss)
     _check_finite(point.weights)
     mask = jax.tree.map(lambda m: jnp.asarray(True) if is_hole(m) else m, best.mask, is_leaf=is_hole)
-    predicted = jnp.sum(jnp.stack([step.predicted_increase for step in steps]))
+    with _numbers.meant():  # NaN without a prediction
+        predicted = jnp.sum(jnp.stack([step.predicted_increase for step in steps]))
     rise = None if loss_fn is None else point.loss - start
     return Pruned(_refilled(params, point.weights), mask, predicted, rise, tuple(steps))
 
@@ -200,13 +202,12 @@ class _Task:
 
     def loss_at(self, weights: Params) -> Scalar:
         """The loss; NaN if there is no function for it."""
-        loss = jnp.nan if self.loss_fn is None else self.loss_fn(_refilled(self.params, weights))
+        loss = _numbers.unknown() if self.loss_fn is None else self.loss_fn(_refilled(self.params, weights))
         return jnp.asarray(checked_number("loss_fn(params)", loss))
 
     def _best(self, seen: Context, states: list[Any], target: Any) -> _Trial:
         """The step, of those of all rules, after which the loss is least."""
-        pairs = zip(self.rules, states, strict=True)
-        trials = [self._trial(seen, rule, state, target) for rule, state in pairs]
+        trials = [self._trial(seen, *pair, target) for pair in zip(self.rules, states, strict=True)]
         if len(trials) == 1:
             return trials[0]
         # On the device, so that it works inside `jit`; a loss that is NaN never wins.
@@ -221,7 +222,7 @@ class _Task:
         # What is zero already is ranked below everything, whatever a rule says of it: it stays zero.
         order = jax.tree.map(lambda s, a: jnp.where(a, s, -jnp.inf), scores, active)
         mask = allocated(self.allocation, order, target, self.pattern)
-        moved, increase = weights, jnp.asarray(jnp.nan)
+        moved, increase = weights, _numbers.unknown()
         if rule.compensates:
             moved, increase = rule.compensate(state, seen, mask)
         landed = jax.tree.map(lambda w, a, m: jnp.where(a & m, w, jnp.zeros_like(w)), moved, active, mask)

@@ -134,7 +134,7 @@ def _largest(count_below: Callable[[Array], Array], n: Array, bits: Any, dtype: 
 
     def body(i: Any, t: Array) -> Array:
         # A bit stays set while no more than n lie below: t ends as the largest such integer.
-        candidate = t | (jnp.ones((), dtype) << (bits - 1 - i).astype(dtype))
+        candidate = t | (jnp.ones((), dtype) << jnp.asarray(bits - 1 - i, dtype))
         return jnp.where(count_below(candidate) <= n, candidate, t)
 
     return lax.fori_loop(0, bits, body, jnp.zeros(n.shape, dtype))
