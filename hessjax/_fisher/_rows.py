@@ -196,8 +196,10 @@ class Totals(NamedTuple):
 def checked_damping(damping: Any, dtype: Any) -> Amount:
     """λ as the methods want it: an array, so that another damping compiles nothing anew."""
     amount = damping.amount if isinstance(damping, Amount) else damping
-    is_traced = isinstance(checked_number("damping", amount, " or `relative(r)`"), jax.core.Tracer)
-    if not (is_traced or 0 < amount < math.inf):
+    if amount is not None:
+        checked_number("damping", amount, " or `relative(r)`")
+    is_traced = isinstance(amount, jax.core.Tracer)
+    if amount is None or not (is_traced or 0 < amount < math.inf):
         raise ValueError(
             f"`damping` must be a positive finite number or `relative(r)`, got {damping}: without it the "
             f"Fisher of fewer gradients than weights has no inverse."

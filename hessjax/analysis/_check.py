@@ -29,7 +29,7 @@ from hessjax.analysis._finite import cheapest_mode, finite_products, not_finite,
 from hessjax.curvature._batches import check_reiterable
 from hessjax.curvature._hessian import hessian
 from hessjax.curvature._product import at_precision, check_call, scalar
-from hessjax.curvature._weights import Weights
+from hessjax.curvature._weights import Weights, check_weights
 from hessjax.estimators.probes import gaussian
 
 CAUTION = 5
@@ -113,6 +113,7 @@ def check(
         rows.append(CheckRow("same data", changed == 0, changed, 0, detail))
         args = (_first(batches), *args)
     check_call("loss_fn", loss_fn, args)
+    check_weights(weights)
     rows += _finite(loss_fn, params, args)
     if all(row.passed for row in rows if row.name.startswith("finite")):
         rows += _derivatives(loss_fn, params, args, weights, matvec, key)

@@ -122,9 +122,8 @@ def save_npz(path: str | os.PathLike[str], params: Params) -> Saved:
         True
     """
     target = _files.local_path("path", path)
+    _tree.check_leaves(params)
     paths, leaves = _tree.unique_paths(params, "params"), jax.tree.leaves(params)
-    if not leaves:
-        raise ValueError("`params` must hold at least one array, got a tree without any.")
     values = [_number_array(name, leaf) for name, leaf in zip(paths, leaves, strict=True)]
     header = [
         {"path": name, "shape": x.shape, "dtype": x.dtype.name} for name, x in zip(paths, values, strict=True)

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from hessjax._core import _tree
+from hessjax._core._messages import checked_function
 from hessjax._core._types import Block
 
 Weights: TypeAlias = Callable[[Any], Any]
@@ -63,6 +64,8 @@ def check_weights(weights: Any) -> None:
             f"`weights` must be a function of the batch, `weights(batch) -> array`, got a "
             f"{type(weights).__name__}: `lambda batch: batch['mask']`, say."
         )
+    if weights is not None:
+        checked_function("weights", weights, "(batch) -> array")
 
 
 def batch_weight(weights: Weights | None, batch: Any, index: int) -> float:

@@ -147,9 +147,8 @@ def from_magnitudes(weights: Float[Array, "..."]) -> Float[Array, "..."]:
         >>> hj.saliencies.from_magnitudes(jnp.array([-1.0, 3.0]))
         Array([0.5, 1.5], dtype=float32)
     """
-    if not _tree.is_array(weights):
-        raise TypeError(f"`weights` must be one array, those of one leaf, got {shown(weights)}.")
-    _tree.check_floating(weights, "weights")
+    if not _tree.is_array(weights) or not jnp.issubdtype(jnp.result_type(weights), jnp.floating):
+        raise TypeError(f"`weights` must be one floating-point array, those of a leaf, got {shown(weights)}.")
     spread = jnp.std(weights)
     return jnp.abs(weights) / jnp.where(spread > 0, spread, jnp.ones_like(spread))
 
