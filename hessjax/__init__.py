@@ -24,6 +24,7 @@ from hessjax.analysis._sensitivity import sensitivity as sensitivity
 from hessjax.analysis._summary import summary as summary
 from hessjax.compaction._compact import Compacted as Compacted
 from hessjax.compaction._compact import compact as compact
+from hessjax.compaction._obstacles import Obstacle as Obstacle
 from hessjax.compaction._sparse import Saved as Saved
 from hessjax.compaction._sparse import load_npz as load_npz
 from hessjax.compaction._sparse import save_npz as save_npz

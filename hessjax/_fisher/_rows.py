@@ -180,10 +180,10 @@ class Totals(NamedTuple):
 
     def plus(self, more: "Totals") -> "Totals":
         """Of both, of the same weights."""
-        counts = self.num_grads, more.num_grads
-        if counts[0].dtype != counts[1].dtype:  # numbers of gradients and weights
-            counts = tuple(count.astype(self.squares.dtype) for count in counts)
-        return Totals(counts[0] + counts[1], self.squares + more.squares, self.num_weights)
+        one, other = self.num_grads, more.num_grads
+        if one.dtype != other.dtype:  # a number of gradients and a sum of weights
+            one, other = self.number, more.number
+        return Totals(one + other, self.squares + more.squares, self.num_weights)
 
     def shift(self, damping: Amount) -> Scalar:
         """κ = mλ, where a relative λ is a fraction of the mean diagonal of F."""

@@ -18,11 +18,11 @@ class Counted(NamedTuple):
 
     Attributes:
         block: the rows √w g, so that they add up to Σ w ggᵀ.
-        count: Σ w; None where every gradient counts once.
+        total: Σ w; None where every gradient counts once.
     """
 
     block: Block
-    count: Scalar | None
+    total: Scalar | None
 
 
 def stream(grads: Any, like: Any = None, weights: Any = None) -> Iterator[Counted]:
@@ -104,6 +104,6 @@ def gathered(blocks: Iterator[Counted], count: int | None) -> Counted:
 
 @jax.jit
 def _joined(counted: list[Counted]) -> Counted:
-    blocks, counts = zip(*counted, strict=True)
-    count = None if counts[0] is None else jnp.sum(jnp.stack(counts))
-    return Counted(jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *blocks), count)
+    blocks, totals = zip(*counted, strict=True)
+    total = None if totals[0] is None else jnp.sum(jnp.stack(totals))
+    return Counted(jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *blocks), total)

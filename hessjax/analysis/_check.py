@@ -239,7 +239,7 @@ def _symmetric(
     structure: Any = jax.tree.structure(params)
     errors = []
     for i in range(structure.num_leaves):  # only now, for one more product each: whose rows are not columns
-        part = jax.tree.unflatten(structure, [x * (i == j) for j, x in enumerate(jax.tree.leaves(u))])
+        part = jax.tree.unflatten(structure, [x * float(i == j) for j, x in enumerate(jax.tree.leaves(u))])
         errors.append(abs(float(_tree.inner(part, Av)) - float(_tree.inner(v, A(part)))) / size)
     at_fault = named(params, np.array(errors) > limit)
     return CheckRow(

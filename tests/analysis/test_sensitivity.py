@@ -433,7 +433,7 @@ def test_what_is_no_metric_and_no_level():
 
 
 def test_bad_levels_leaves_and_diagonals():
-    with pytest.raises(ValueError, match=r"`sparsity` must be in \[0, 1\).*got 90.*write 0.9"):
+    with pytest.raises(ValueError, match=r"`levels` must be in \[0, 1\).*got 90.*write 0.9"):
         hj.sensitivity(loss_fn, CENTRE, [0, 90])
     for levels in ([], [0.5, 0.5]):
         with pytest.raises(ValueError, match="`levels` must be one or more different sparsities"):

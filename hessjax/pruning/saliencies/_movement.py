@@ -15,12 +15,13 @@ from hessjax._core._types import Params, settings
 from hessjax.pruning.saliencies._saliency import Context, Saliency, stepped
 
 
-class _DefaultAdam(optax.GradientTransformationExtraArgs):
-    def __repr__(self) -> str:
-        return "optax.adam(0.01)"
+def named(optimizer: optax.GradientTransformation, text: str) -> optax.GradientTransformationExtraArgs:
+    """The optimizer, printed as it is written: a default that `help` and a rule can show."""
+    made = {"__repr__": lambda _: text, "__slots__": ()}
+    return type("NamedOptimizer", (optax.GradientTransformationExtraArgs,), made)(*optimizer)
 
 
-_ADAM = _DefaultAdam(*optax.adam(1e-2))  # one object, so that rules with the default optimizer are equal
+_ADAM = named(optax.adam(1e-2), "optax.adam(0.01)")  # one object, so that rules with the default are equal
 
 
 def check_optimizer(optimizer: Any, argument: str = "optimizer") -> None:
