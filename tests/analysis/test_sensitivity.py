@@ -294,7 +294,7 @@ def test_a_table_of_other_params_or_settings_is_refused(tmp_path, message, chang
     }
     del fresh["path"]
     assert hj.sensitivity(wide_loss, levels=[0.5], path=file, **fresh) == hj.sensitivity(
-        loss_fn, levels=[0.5], **fresh
+        wide_loss, levels=[0.5], **fresh
     )
 
 
