@@ -35,8 +35,10 @@ Key: TypeAlias = jax.Array
 
 Scalar: TypeAlias = Float[Array, ""]
 
-Where: TypeAlias = str | Sequence[str] | Callable[[str, Any], bool]
-"""Which leaves: a glob over their paths (`"*/kernel"`), several, or `(path, leaf) -> bool`."""
+Where: TypeAlias = (
+    str | Sequence[str] | Callable[[str, Any], bool] | Callable[[Any], PyTree[bool]] | PyTree[bool]
+)
+"""Which leaves: a glob over paths (`"*/kernel"`), several, `(path, leaf) -> bool`, or booleans as a tree."""
 
 
 # -- settings --------------------------------------------------------------------------------------

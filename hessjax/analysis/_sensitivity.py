@@ -13,16 +13,18 @@ from rich.table import Table
 from rich.text import Text
 
 from hessjax._core import _tree
-from hessjax._core._axes import is_matrix
+from hessjax._core._layout import selected, tree_axes
 from hessjax._core._messages import plain
 from hessjax._core._types import Block, Params, Scalar, Where
+from hessjax._core._words import AxisWords
 from hessjax._run import _drivers
 from hessjax.analysis import _sensitivity_csv
 from hessjax.analysis._sensitivity_csv import SensitivityRow, level_name
 from hessjax.pruning._once import prune_once
 from hessjax.pruning._ranking import check_sparsity
 from hessjax.pruning.allocations._allocation import uniform
-from hessjax.pruning.patterns._pattern import Pattern, Patterns, patterns_of, unstructured
+from hessjax.pruning.patterns._fitting import chosen_patterns, fitted
+from hessjax.pruning.patterns._pattern import Pattern, Patterns, unstructured
 from hessjax.pruning.saliencies._first_order import magnitude
 from hessjax.pruning.saliencies._saliency import Saliency
 
@@ -72,7 +74,8 @@ def sensitivity(
     grads_fn: Callable[[Params], Block] | None = None,
     diagonal: Params | None = None,
     pattern: Patterns = unstructured(),  # noqa: B008 (a value, never changed)
-    where: Where = is_matrix,
+    where: Where | None = None,
+    axes: AxisWords | None = None,
     path: str | os.PathLike[str] | None = None,
     callbacks: Sequence[_drivers.Callback] = (),
 ) -> Sensitivity:
@@ -97,8 +100,9 @@ def sensitivity(
             `hj.diagonal(matvec, key, params, ...).mean`. It takes precedence over the saliency's own
             prediction.
         pattern: which weights go together, as in `prune`: `filters()` for whole filters.
-        where: which leaves: a glob over their paths, several, or `(path, leaf) -> bool`. By default all with
-            two or more axes; empty ones are left out.
+        where: which leaves, as in `prune`: by default all kernels; empty ones are left out.
+        axes: what the axes of leaves mean, as in `prune`. Of a leaf that stacks layers every layer is pruned
+            to the level, as if it stood alone.
         path: a CSV file to which every row is added as soon as it is measured. Rows that are in it already
             are not measured again. It does not know what `params`, `metric` and `saliency` were: take one
             file for one question.
@@ -137,7 +141,7 @@ def sensitivity(
         two               0     0               0
                         0.5     2               2
     """
-    patterns, chosen = _patterns_by_leaf(params, where, pattern), _checked_levels(levels)
+    patterns, chosen = _patterns_by_leaf(params, where, pattern, axes), _checked_levels(levels)
     has_model = diagonal is not None or saliency.compensates
     _check_question(metric, params, diagonal, has_model)
     file = None if path is None else Path(path)
@@ -146,7 +150,7 @@ def sensitivity(
     questions = [(name, level_name(level)) for name in patterns for level in chosen]
     # Gradients are what is expensive: none are taken when the file has all the answers.
     grads = None if grads_fn is None or known.keys() >= set(questions) else grads_fn(params)
-    network = _Network(params, saliency, patterns, grads, diagonal, has_model)
+    network = _Network(params, saliency, patterns, axes, grads, diagonal, has_model)
     with _drivers.entered(callbacks):
         for number, question in enumerate(questions, start=1):
             if question not in known:
@@ -161,6 +165,7 @@ class _Network(NamedTuple):
     params: Params
     saliency: Saliency
     patterns: dict[str, Pattern]
+    axes: AxisWords | None
     grads: Block | None
     diagonal: Params | None
     has_model: bool
@@ -201,6 +206,7 @@ def _pruned(network: _Network, question: _Question) -> tuple[Params, float | Non
         allocation=uniform(),
         pattern=network.patterns[name],
         where=lambda path, _: path == name,
+        axes=network.axes,
     )
     if not network.has_model:
         return pruned.params, None
@@ -244,16 +250,21 @@ def _check_question(metric: Any, params: Params, diagonal: Params | None, has_mo
         _tree.check_like(diagonal, params, "diagonal", "params")
 
 
-def _patterns_by_leaf(params: Params, where: Where, pattern: Patterns) -> dict[str, Pattern]:
+def _patterns_by_leaf(
+    params: Params, where: Where | None, pattern: Patterns, axes: AxisWords | None
+) -> dict[str, Pattern]:
     """The leaves that are asked about, each with its pattern, in the order of the tree."""
     paths = _tree.unique_paths(params, "params")
-    hits, leaves = jax.tree.leaves(_tree.match(params, where)), jax.tree.leaves(params)
+    hits, leaves = jax.tree.leaves(selected(params, where, axes)), jax.tree.leaves(params)
     chosen = {path: x for path, hit, x in zip(paths, hits, leaves, strict=True) if hit and jnp.size(x)}
     if not chosen:
         empty = ", ".join(path for path, hit in zip(paths, hits, strict=True) if hit)
         raise ValueError(f"`where` must match at least one leaf with weights, got only empty ones: {empty}.")
-    found = dict(zip(_tree.leaf_paths(chosen), patterns_of(pattern, chosen), strict=True))
-    return {path: found[path] for path in chosen}
+    found = chosen_patterns(pattern, list(chosen.items()))
+    by_path = dict(zip(paths, tree_axes(params, axes), strict=True))
+    for name, x in chosen.items():
+        fitted(found[name], by_path[name], x.dtype)
+    return found
 
 
 def _checked_levels(levels: Iterable[float | int]) -> list[float]:

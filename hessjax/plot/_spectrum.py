@@ -10,7 +10,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentF
 from hessjax._core import _tree
 from hessjax._core._types import Eigenpairs, Params
 from hessjax.estimators._density import SpectralDensity
-from hessjax.estimators._hutchinson import TraceByLeaf
+from hessjax.estimators._trace import TraceByLeaf
 from hessjax.plot._style import BLUE, GREEN, GREY, ORANGE, Numbers, Pair, axes_of, number
 
 EIGENVALUE = "eigenvalue (loss per squared parameter)"

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from hessjax._core import _tree
 from hessjax._core._types import Eigenpairs, Estimate, Params
-from hessjax.estimators._hutchinson import TraceByLeaf
+from hessjax.estimators._trace import TraceByLeaf
 
 
 def environment() -> dict[str, Any]:
