@@ -93,8 +93,11 @@ class Axes(NamedTuple):
         """The path of every layer: `blocks/Dense_0/kernel[0]`, ...; of the leaf, if it stacks none."""
         if not self.stack:
             return [self.path]
-        counts = itertools.product(*(range(self.shape[axis]) for axis in self.stack))
-        return [f"{self.path}[{','.join(map(str, index))}]" for index in counts]
+        return [f"{self.path}[{','.join(map(str, index))}]" for index in self.layer_indices()]
+
+    def layer_indices(self) -> list[tuple[int, ...]]:
+        """The index of every layer along `stack`."""
+        return list(itertools.product(*(range(self.shape[axis]) for axis in self.stack)))
 
     def in_layer(self, axis: int) -> int:
         """An axis of the leaf, from either end, as an axis of one layer.
@@ -117,15 +120,17 @@ def layers_of(leaf: Shaped[Array, "..."], axes: Axes) -> list[Shaped[Array, "...
     """The layers that a leaf stacks, one by one; the leaf itself if it stacks none."""
     if not axes.stack:
         return [leaf]
+    # By index, not by a reshape, which would gather what is sharded.
     first = jnp.moveaxis(leaf, axes.stack, range(len(axes.stack)))
-    flat = first.reshape(axes.num_layers, *axes.layer)
-    return [flat[i] for i in range(axes.num_layers)]
+    return [first[index] for index in axes.layer_indices()]
 
 
 def stacked(layers: Sequence[Shaped[Array, "..."]], axes: Axes) -> Shaped[Array, "..."]:
     """The inverse of `layers_of`."""
     if not axes.stack:
         return layers[0]
+    if len(axes.stack) == 1:
+        return jnp.stack(layers, axes.stack[0])
     counts = [axes.shape[i] for i in axes.stack]
     first = jnp.stack(layers).reshape(*counts, *axes.layer)
     return jnp.moveaxis(first, range(len(counts)), axes.stack)

@@ -182,19 +182,24 @@ def _flipped(
     """
     roots: dict[str, set[bool]] = {}
     for leaf in leaves:
-        if leaf.path in members:
-            shape = leaf.shape[depths[leaf.path] :]
-            if len(shape) == 2 and shape[0] != shape[1] and not is_vector(leaf, modules[leaf.parent]):
-                bias = modules[leaf.parent].get(bias_name(leaf.name) or "", ())[-1:]
-                three = members[leaf.path].role == "query, key and value"
-                evident = {shape[:1]: True, shape[1:]: False}.get(bias) if bias else None
-                if evident is None and three and max(shape) == 3 * min(shape):
-                    evident = shape[0] > shape[1]
-                if evident is not None:
-                    roots.setdefault(members[leaf.path].root, set()).add(evident)
+        if leaf.path in members and not is_vector(leaf, modules[leaf.parent]):
+            bias = modules[leaf.parent].get(bias_name(leaf.name) or "", ())[-1:]
+            shape, role = leaf.shape[depths[leaf.path] :], members[leaf.path].role
+            if (evident := _is_flipped(shape, bias, role)) is not None:
+                roots.setdefault(members[leaf.path].root, set()).add(evident)
     return {
         leaf.path for leaf in leaves if leaf.path in members and roots.get(members[leaf.path].root) == {True}
     }
+
+
+def _is_flipped(shape: tuple[int, ...], bias: tuple[int, ...], role: Role) -> bool | None:
+    """Whether a fused kernel is (out, in), by its bias or by three projections in one; None: that is open."""
+    if len(shape) != 2 or shape[0] == shape[1]:
+        return None
+    if bias in (shape[:1], shape[1:]):
+        return bias == shape[:1]
+    three = role == "query, key and value" and max(shape) == 3 * min(shape)
+    return shape[0] > shape[1] if three else None
 
 
 def _as_said(leaf: Leaf, words: tuple[str, ...], member: Member | None) -> Axes:

@@ -108,16 +108,14 @@ def _order(leaf: Leaf, kernel: tuple[int, ...], bias: tuple[int, ...]) -> Order 
         return len(bias) if len(kernel) > len(bias) and kernel[-len(bias) :] == bias else None
     if len(kernel) < 2:
         return None
-    fitting: list[Order] = [
-        order
-        for order, axis in (("last", -1), ("first", 0), ("before last", -2))
-        if kernel[axis] == bias[0] and (order != "before last" or len(kernel) > 2)
-    ]
-    if outputs_first(leaf) and "first" in fitting:
+    if outputs_first(leaf) and kernel[0] == bias[0]:
         return "first"
-    # Of a kernel's other axes only those of a transposed one are outputs; its window has any length.
-    usual = [order for order in ("last", "before last", "first") if order in fitting]
-    return usual[0] if usual else None
+    if kernel[-1] == bias[0]:
+        return "last"
+    # The last but one are the outputs of a transposed kernel; the first, of one that is (out, in).
+    if len(kernel) > 2 and kernel[-2] == bias[0]:
+        return "before last"
+    return "first" if kernel[0] == bias[0] else None
 
 
 def _attentions(

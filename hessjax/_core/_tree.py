@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from hessjax._core import _sharding
 from hessjax._core._types import Block, Params, Scalar, Vector, Where
 
 # -- paths ---------------------------------------------------------------------------------------
@@ -117,8 +118,7 @@ def _as_flagged(tree: Any, where: Any, argument: str) -> Any:
     lost = [place for place in flags if place not in used]
     missing = [name for name, flag in zip(names, chosen, strict=True) if flag is None]
     if lost or missing:
-        names = ", ".join(missing or lost)
-        what = f"no entry for {names}" if missing else f"entries for no leaf: {names}"
+        what = f"no entry for {', '.join(missing)}" if missing else f"entries for no leaf: {', '.join(lost)}"
         raise ValueError(
             f"`{argument}` as a tree of booleans must have the structure of the params, or of their upper "
             f"part, but has {what}."
@@ -210,19 +210,37 @@ def size(tree: Any) -> int:
     return sum(jnp.size(leaf) for leaf in jax.tree.leaves(tree))
 
 
+def common_dtype(*numbers: Any) -> jnp.dtype:
+    """What numbers and dtypes promote to, also where jax is told to do it for nobody."""
+    # Only the dtype is asked for here: what is computed in it is cast to it in so many words.
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*numbers)
+
+
+def promoted(*numbers: Any) -> list[Array]:
+    """All as arrays of their common dtype."""
+    dtype = common_dtype(*numbers)
+    return [jnp.asarray(x, dtype) for x in numbers]
+
+
 def accumulator_dtype(tree: Any) -> jnp.dtype:
     """The dtype sums over `tree` are taken in: float64 if any leaf is, float32 otherwise."""
-    return jnp.result_type(jnp.float32, *(jnp.result_type(leaf) for leaf in jax.tree.leaves(tree)))
+    return common_dtype(jnp.float32, *(jnp.result_type(leaf) for leaf in jax.tree.leaves(tree)))
 
 
 def wide(tree: Any) -> Any:
     """Every leaf in at least float32, so that long sums and orthogonality survive bfloat16 params."""
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32)), tree)
+    return jax.tree.map(lambda x: jnp.asarray(x, common_dtype(jnp.result_type(x), jnp.float32)), tree)
 
 
 def cast_like(tree: Any, like: Any) -> Any:
     """Every leaf in the dtype of the leaf of `like` in its place."""
     return jax.tree.map(lambda x, y: x.astype(jnp.result_type(y)), tree, like)
+
+
+def zeros_like(tree: Any) -> Any:
+    """Zeros in the place of every leaf, laid out as it is on an explicit mesh."""
+    return jax.tree.map(lambda x: _sharding.laid_out_like(jnp.zeros_like(x), x), tree)
 
 
 def inner(a: Vector, b: Vector) -> Scalar:
@@ -234,14 +252,21 @@ def inner_by_leaf(a: Vector, b: Vector) -> list[Scalar]:
     """⟨a_l, b_l⟩ for every leaf l, each accumulated in at least float32."""
     dtype = accumulator_dtype(a)
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return [_inner(x.astype(dtype), y.astype(dtype)) for x, y in pairs]
+
+
+def _inner(x: Array, y: Array) -> Scalar:
+    if _sharding.explicit(x) or _sharding.explicit(y):
+        return jnp.sum(x * y)  # `vdot` lays them flat, which a mesh with explicit axes refuses
     # By default accelerators multiply float32 as TF32 or bfloat16, and orthogonality ends at about 1e-3.
-    return [jnp.vdot(x.astype(dtype), y.astype(dtype), precision="highest") for x, y in pairs]
+    return jnp.vdot(x, y, precision="highest")
 
 
 def norm(a: Vector) -> Scalar:
     """‖a‖₂ over all leaves, for entries of any magnitude: squares alone leave float32 at 1e-19 and 1e19."""
-    largest = [jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(a)]
-    top = functools.reduce(jnp.maximum, largest).astype(accumulator_dtype(a))
+    dtype = accumulator_dtype(a)
+    largest = [jnp.max(jnp.abs(x), initial=0).astype(dtype) for x in jax.tree.leaves(a)]
+    top = functools.reduce(jnp.maximum, largest)
     # An infinite entry must come out as ∞, not as ∞/∞; and zeros as 0.
     unit = jnp.where((top > 0) & jnp.isfinite(top), top, 1)
     scaled = jax.tree.map(lambda x: x / unit.astype(x.dtype), a)
@@ -250,12 +275,16 @@ def norm(a: Vector) -> Scalar:
 
 def scale(factor: Any, a: Vector) -> Vector:
     """`factor · a`, every leaf in its own dtype."""
-    return jax.tree.map(lambda x: (factor * x).astype(x.dtype), a)
+    return jax.tree.map(lambda x: _times(factor, x).astype(x.dtype), a)
 
 
 def add_scaled(a: Vector, factor: Any, b: Vector) -> Vector:
     """`a + factor · b`, every leaf in the dtype of `a`'s."""
-    return jax.tree.map(lambda x, y: (x + factor * y).astype(x.dtype), a, b)
+    return jax.tree.map(lambda x, y: jnp.add(*promoted(x, _times(factor, y))).astype(x.dtype), a, b)
+
+
+def _times(factor: Any, x: Array) -> Array:
+    return jnp.multiply(*promoted(factor, x))
 
 
 # -- blocks of vectors ---------------------------------------------------------------------------
@@ -266,7 +295,13 @@ def block_inner(block: Block, vector: Vector) -> Float[Array, " k"]:
     dtype = accumulator_dtype(vector)
 
     def leaf(rows: Array, x: Array) -> Array:
-        return jnp.tensordot(rows.astype(dtype), x.astype(dtype), axes=x.ndim, precision="highest")
+        return jnp.tensordot(
+            rows.astype(dtype),
+            x.astype(dtype),
+            axes=x.ndim,
+            precision="highest",
+            out_sharding=_sharding.everywhere(x),
+        )
 
     parts: list[Array] = jax.tree.leaves(jax.tree.map(leaf, block, vector))
     return sum(parts[1:], parts[0])

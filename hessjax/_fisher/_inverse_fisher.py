@@ -50,7 +50,7 @@ class InverseFisher:
     @property
     def damping(self) -> Scalar:
         """λ, absolute."""
-        return self.shift / self.totals.num_grads
+        return self.shift / self.totals.number
 
     @property
     def num_grads(self) -> Int[Array, ""]:
@@ -126,12 +126,13 @@ class InverseFisher:
     def solved(self, vector: Parts) -> Parts:
         """F⁻¹v of a vector that is cut."""
         pairs = zip(self.parts, self.blocking.coupled(vector), strict=True)
-        return tuple(self.num_grads * x for part, v in pairs for x in part.solve(v, self.shift))
+        return tuple(self.totals.times(x) for part, v in pairs for x in part.solve(v, self.shift))
 
     def diagonals(self) -> Parts:
         """The diagonal of F⁻¹, cut."""
         pairs = zip(self.parts, self.widths, strict=True)
-        return tuple(self.num_grads * x for part, n in pairs for x in _readout.diagonal(part, n, self.shift))
+        found = (x for part, n in pairs for x in _readout.diagonal(part, n, self.shift))
+        return tuple(map(self.totals.times, found))
 
 
 def inverse_fisher(
@@ -317,4 +318,4 @@ def _dense(index: int, inverse: InverseFisher) -> Array:
     group, which = position
     part, place = (0, group) if inverse.blocking.block_size is None else (group, 0)
     found = _readout.dense(inverse.parts[part], inverse.widths[part], place, which, inverse.shift)
-    return inverse.num_grads * found
+    return inverse.totals.times(found)

@@ -200,6 +200,15 @@ class Totals(NamedTuple):
     squares: Scalar
     num_weights: Int[Array, ""] | int
 
+    @property
+    def number(self) -> Scalar:
+        """m, in the dtype of the sums."""
+        return jnp.asarray(self.num_grads, self.squares.dtype)
+
+    def times(self, x: Array) -> Array:
+        """What F⁻¹ = m (A + κI)⁻¹ is of what the factors say."""
+        return self.number.astype(x.dtype) * x
+
     def plus(self, more: "Totals") -> "Totals":
         """Of both, of the same weights."""
         return Totals(self.num_grads + more.num_grads, self.squares + more.squares, self.num_weights)
@@ -207,8 +216,9 @@ class Totals(NamedTuple):
     def shift(self, damping: Amount) -> Scalar:
         """κ = mλ, where a relative λ is a fraction of the mean diagonal of F."""
         # m · mean diag F comes as one sum: a mean times m would be one rounding more.
-        scale = self.squares / self.num_weights if isinstance(damping, Relative) else self.num_grads
-        return jnp.asarray(damping.amount * scale, self.squares.dtype)
+        dtype = self.squares.dtype
+        mean = self.squares / jnp.asarray(self.num_weights, dtype)
+        return jnp.asarray(damping.amount, dtype) * (mean if isinstance(damping, Relative) else self.number)
 
 
 def checked_damping(damping: Any, dtype: Any) -> Amount:
@@ -241,7 +251,7 @@ def read(
     num_weights: Any = blocking.packing.size
     if mask is not None:
         there = blocking.cut(mask)
-        rows = tuple(jnp.where(x > 0, y, 0) for x, y in zip(there, rows, strict=True))
+        rows = tuple(jnp.where(x[None] > 0, y, 0) for x, y in zip(there, rows, strict=True))
         # Columns of zeros would lower the mean diagonal, and a relative λ with it, as weights go.
         num_weights = sum(jnp.sum(x, dtype=jnp.int32) for x in jax.tree.leaves(mask))
     squares = sum((jnp.sum(x**2).astype(scale.dtype) for x in rows), jnp.zeros_like(scale))
@@ -268,14 +278,20 @@ def _signs(start: int, count: int, dtype: Any) -> Array:
 def coefficients(rows: tuple[Rows, ...], v: Parts) -> Float[Array, "blocks m"]:
     """Gv, a sum over the groups."""
     products = [jnp.einsum("gbi,bi->bg", x, y, precision="highest") for x, y in zip(rows, v, strict=True)]
-    return sum(products[1:], products[0])
+    return _sum(products)
 
 
 def images(rows: tuple[Rows, ...]) -> Parts:
     """Az = GᵀGz, for the fixed vector z of signs."""
     z = signs([x.shape[2] for x in rows], [x.dtype for x in rows])
     products = [jnp.einsum("gbi,i->bg", x, y, precision="highest") for x, y in zip(rows, z, strict=True)]
-    return combination(rows, sum(products[1:], products[0]))
+    return combination(rows, _sum(products))
+
+
+def _sum(products: Sequence[Array]) -> Array:
+    """In the widest dtype of any group."""
+    first, *others = _tree.promoted(*products)
+    return sum(others, first)
 
 
 def combination(rows: tuple[Rows, ...], c: Float[Array, "blocks m"]) -> Parts:
@@ -285,7 +301,7 @@ def combination(rows: tuple[Rows, ...], c: Float[Array, "blocks m"]) -> Parts:
 
 def joined(parts: Sequence[Array]) -> Array:
     """The groups that one factor covers, end to end along the weights."""
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+    return parts[0] if len(parts) == 1 else jnp.concatenate(_tree.promoted(*parts), axis=-1)
 
 
 def split(whole: Array, like: Sequence[Array]) -> tuple[Array, ...]:

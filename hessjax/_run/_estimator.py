@@ -137,7 +137,7 @@ class Carry(NamedTuple):
     failed_leaf: Int[Array, ""]
 
 
-@jax.jit
+@functools.partial(jax.jit, keep_unused=True)  # `like` tells jit which mesh it is on
 def init(estimator: Estimator, key: Key, like: Params) -> Any:
     return estimator.init(key, like)
 
@@ -172,7 +172,7 @@ def update(estimator: Estimator, carry: Carry, products: Block) -> Carry:
     state = jax.lax.cond(
         failed < 0, estimator.update, lambda state, _: state, carry.state, _tree.wide(products)
     )
-    return Carry(state, carry.steps + (failed < 0), failed)
+    return Carry(state, carry.steps + jnp.int32(failed < 0), failed)
 
 
 @jax.jit

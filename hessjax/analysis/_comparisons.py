@@ -198,7 +198,7 @@ def _slopes(
         change = loss(there) - loss(back)
     length = _tree.norm(step)
     length = jnp.where(length > 0, length, 1)
-    return change / length, _tree.inner(step, _tree.wide(grads)) / length
+    return jnp.divide(*_tree.promoted(change, length)), _tree.inner(step, _tree.wide(grads)) / length
 
 
 @jax.jit
@@ -212,7 +212,9 @@ def _moved(params: Params, direction: Vector, t: Float[Array, " l"]) -> Params:
 @jax.jit
 def _difference(there: Params, back: Params, h: ArrayLike) -> Vector:
     """(there − back) / 2h."""
-    return jax.tree.map(lambda x, y: (x - y) / (2 * h), _tree.wide(there), _tree.wide(back))
+    return jax.tree.map(
+        lambda x, y: (x - y) / jnp.asarray(2 * h, x.dtype), _tree.wide(there), _tree.wide(back)
+    )
 
 
 @jax.jit
@@ -227,7 +229,7 @@ def _residual(
 @jax.jit
 def _norms(vector: Vector) -> Float[Array, " l"]:
     """‖·‖ of every leaf."""
-    return jnp.stack([_tree.norm(leaf) for leaf in jax.tree.leaves(_tree.wide(vector))])
+    return jnp.stack(_tree.promoted(*(_tree.norm(leaf) for leaf in jax.tree.leaves(_tree.wide(vector)))))
 
 
 @jax.jit
@@ -235,8 +237,10 @@ def _toward(grads: Vector, random: Vector, params: Params) -> tuple[Vector, Floa
     """Directions of norm 1 in every leaf, and the length of the weights in it."""
     unit = functools.partial(jax.tree.map, lambda x: x / jnp.where(_tree.norm(x) > 0, _tree.norm(x), 1))
     direction = unit(_tree.add_scaled(unit(_tree.wide(grads)), 1.0, unit(random)))
-    roots = jnp.sqrt(jnp.array([jnp.size(leaf) for leaf in jax.tree.leaves(params)], jnp.float32))
-    return direction, _scales(params) * roots
+    scales = _scales(params)
+    return direction, scales * jnp.sqrt(
+        jnp.array([jnp.size(x) for x in jax.tree.leaves(params)], scales.dtype)
+    )
 
 
 @jax.jit
@@ -248,8 +252,8 @@ def _in_scale(signs: Vector, params: Params) -> Vector:
 
 def _scales(params: Params) -> Float[Array, " l"]:
     """The root mean square of every leaf; that of all weights where a leaf's is smaller."""
-    sizes = jnp.array([max(jnp.size(leaf), 1) for leaf in jax.tree.leaves(params)], jnp.float32)
     norms = _norms(params)
+    sizes = jnp.array([max(jnp.size(leaf), 1) for leaf in jax.tree.leaves(params)], norms.dtype)
     # A leaf of zeros (fresh biases) has no scale of its own, and a step of zero would test nothing.
     everywhere = jnp.sqrt(jnp.sum(norms**2) / jnp.sum(sizes))
     return jnp.maximum(norms / jnp.sqrt(sizes), jnp.where(everywhere > 0, everywhere, 1.0))

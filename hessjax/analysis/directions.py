@@ -117,13 +117,14 @@ def _check_axis(axis: int, found: Sequence[Axes]) -> None:
     numbers = sorted({len(meaning.shape) for meaning in found})
     if not all(-n <= axis < n for n in numbers):
         raise ValueError(
-            f"`filter_axis` must be an axis of every leaf with two or more, which have {numbers} axes, got {axis}."
+            f"`filter_axis` must be an axis of every leaf with two or more, which have {numbers} axes, got "
+            f"{axis}."
         )
     stacks = [meaning.path for meaning in found if axis % len(meaning.shape) in meaning.stack]
     if stacks:
         raise ValueError(
-            f"`filter_axis` must not count layers, as axis {axis} does in {', '.join(stacks)}; where it does not, "
-            "say so by `axes`."
+            f"`filter_axis` must not count layers, as axis {axis} does in {', '.join(stacks)}; where it does "
+            "not, say so by `axes`."
         )
 
 

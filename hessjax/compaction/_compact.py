@@ -277,10 +277,10 @@ def _both(full: ModelFn, small: ModelFn, params: Params, fewer: Params, args: An
 
 def _gap(pairs: list[tuple[Array, Array]]) -> Scalar:
     """Max |a − b| / max |b|; the same infinity (a masked logit) or NaN on both sides is no difference."""
-    gap = size = jnp.zeros(())
+    gap = size = jnp.zeros((), _tree.common_dtype(jnp.float32, *(b.dtype for _, b in pairs)))
     for a, b in pairs:
         # Booleans cannot be subtracted, and unsigned integers wrap around.
-        a, b = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (a, b))
+        a, b = (x.astype(gap.dtype) for x in (a, b))
         same = (a == b) | (jnp.isnan(a) & jnp.isnan(b))
         gap = jnp.maximum(gap, jnp.max(jnp.where(same, 0, jnp.abs(a - b)), initial=0))
         size = jnp.maximum(size, jnp.max(jnp.where(jnp.isfinite(b), jnp.abs(b), 0), initial=0))

@@ -152,7 +152,9 @@ def _scaled_product(matvec: Matvec, diagonal: Params, vector: Vector) -> Vector:
 def _over_root(diagonal: Params, vector: Vector, like: Vector | None = None) -> Vector:
     """D^-½ v, in the dtypes of `like`, or of `vector`."""
     _tree.check_like(vector, diagonal, "vector", "diagonal")
-    scaled = jax.tree.map(lambda d, x: x / jnp.sqrt(d), *map(_tree.wide, (diagonal, vector)))
+    scaled = jax.tree.map(
+        lambda d, x: jnp.divide(*_tree.promoted(x, jnp.sqrt(d))), *map(_tree.wide, (diagonal, vector))
+    )
     return _tree.cast_like(scaled, vector if like is None else like)
 
 

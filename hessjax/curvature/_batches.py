@@ -148,7 +148,7 @@ class _BatchMean:
 def zero(vector: Vector) -> Vector:
     """A sum of no vectors, in float32 at least."""
     # bfloat16 has 8 bits: a sum of some hundred batches in it would stop growing.
-    return jax.tree.map(jnp.zeros_like, _tree.wide(vector))
+    return _tree.zeros_like(_tree.wide(vector))
 
 
 @functools.partial(jax.jit, donate_argnums=0)

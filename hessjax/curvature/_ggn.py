@@ -177,7 +177,7 @@ def _mean_outer(scores: Float[Array, "samples *n c"], tangents: Float[Array, "*n
     """The mean of s sᵀ t over the samples, in every example."""
     # Scores of different examples are independent with mean zero: their cross terms, zero on average, are
     # left out, which takes nothing from the expectation and most of the variance.
-    slopes = jnp.sum(scores * _tree.wide(tangents), axis=-1, keepdims=True)
+    slopes = jnp.sum(scores * _tree.wide(tangents)[None], axis=-1, keepdims=True)
     return jnp.mean(scores * slopes, axis=0) / _num_examples(tangents)
 
 

@@ -169,10 +169,10 @@ def _root(information: Partial, outputs: Float[Array, " c"]) -> Float[Array, "c 
     """S with SSᵀ the information of one position."""
     # By eigh, not Cholesky: softmax's information is singular (its rows sum to zero), and rounding may make
     # an eigenvalue of zero slightly negative.
-    wide = outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
+    wide = outputs.astype(_tree.accumulator_dtype(outputs))
     matrix = jax.vmap(lambda t: information(wide, t))(jnp.eye(wide.size, dtype=wide.dtype))
     values, vectors = jnp.linalg.eigh(matrix)
-    return vectors * jnp.sqrt(jnp.maximum(values, 0))
+    return vectors * jnp.sqrt(jnp.maximum(values, 0))[None]
 
 
 def _checked(outputs: Any) -> Float[Array, "... c"]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from hessjax._core import _tree
 from hessjax._core._types import Estimate
 from hessjax.estimators._quadrature import bulk, bumps, ends, quadrature_bounds, sphere_deviation
 
@@ -40,7 +41,7 @@ class SpectralDensity(NamedTuple):
 
     def cumulative(self, grid: Grid) -> Float[Array, " n"]:
         """The share of eigenvalues at or below each grid point; a staircase."""
-        below = self.nodes[..., None] <= grid
+        below = jnp.less_equal(*_tree.promoted(self.nodes[..., None], jnp.asarray(grid)[None, None]))
         return self._mean(jnp.sum(jnp.where(below, self.weights[..., None], 0), axis=1))
 
     def bounds(self, grid: Grid, confidence: Number = 0.95) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
@@ -135,7 +136,9 @@ class SpectralDensity(NamedTuple):
         # Of each probe: the trace is d·Σ w f, its variance d² · 2/d · Σ w (f − Σ w f)².
         means = jnp.sum(self.weights * values, axis=1)
         spreads = jnp.sum(self.weights * (values - means[:, None]) ** 2, axis=1)
-        stderr = jnp.sqrt(2 * self.dimension * self._mean(spreads) / jnp.maximum(self.num_probes, 1))
+        stderr = jnp.sqrt(
+            2 * self.dimension * self._mean(spreads) / jnp.maximum(self.num_probes, 1).astype(spreads.dtype)
+        )
         stderr = jnp.where(self.num_probes > 0, stderr, jnp.inf)
         return Estimate(self.dimension * self._mean(means), stderr, self.num_probes)
 
@@ -274,9 +277,9 @@ class SpectralDensity(NamedTuple):
 
     def _mean(self, values: Float[Array, "probes ..."]) -> Float[Array, "..."]:
         """The mean over the probes that took place; NaN if none did."""
-        took_place = jnp.arange(len(values)) < self.num_probes
+        took_place = jnp.arange(len(values), dtype=jnp.int32) < self.num_probes
         took_place = took_place.reshape(-1, *[1] * (values.ndim - 1))
-        return jnp.sum(jnp.where(took_place, values, 0), axis=0) / self.num_probes
+        return jnp.sum(jnp.where(took_place, values, 0), axis=0) / self.num_probes.astype(values.dtype)
 
 
 def _check_positive(argument: str, number: Any, why: str = "") -> None:

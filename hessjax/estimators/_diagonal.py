@@ -68,7 +68,7 @@ class HutchinsonDiagonal(Sampling):
 
     def init(self, key: Key, like: Params) -> DiagonalState:
         """The first probe, and an empty regression."""
-        zeros = jax.tree.map(jnp.zeros_like, _tree.wide(like))
+        zeros = _tree.zeros_like(_tree.wide(like))
         return DiagonalState(key, self.draw(key, 0, like), zeros, zeros, zeros, jnp.int32(0))
 
     def update(self, state: DiagonalState, products: Block) -> DiagonalState:
@@ -107,7 +107,7 @@ def _slope_error(
     residual: Float[Array, "..."], weight: Float[Array, "..."], n: Int[Array, ""]
 ) -> Float[Array, "..."]:
     """√(Σ (Av − slope⊙v)² / ((n − 1)·Σ v⊙v)), infinite with fewer than two samples."""
-    square = residual / (jnp.maximum(n - 1, 1) * jnp.where(weight > 0, weight, 1))
+    square = residual / (jnp.maximum(n - 1, 1).astype(weight.dtype) * jnp.where(weight > 0, weight, 1))
     return jnp.where(n > 1, jnp.sqrt(square), jnp.inf)
 
 

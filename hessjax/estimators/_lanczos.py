@@ -44,9 +44,9 @@ _PRIORITY: dict[str, Callable[[Array, Array, Array], Float[Array, " m"] | Int[Ar
 
 def _ranked(values: Float[Array, " m"], size: Int[Array, ""], which: str) -> Int[Array, " m"]:
     """Indices of the Ritz values, the most wanted first, those that mean nothing last."""
-    index = jnp.arange(values.shape[0])
+    index = jnp.arange(values.shape[0], dtype=jnp.int32)
     priority = _PRIORITY[which](values, index, size).astype(values.dtype)
-    return jnp.argsort(jnp.where(index < size, priority, jnp.inf))
+    return jnp.argsort(jnp.where(index < size, priority, jnp.inf)).astype(jnp.int32)
 
 
 def num_wanted(k: int, which: str) -> int:
@@ -213,7 +213,9 @@ class Lanczos(Estimator):
     def scale(self, state: LanczosState) -> Scalar:
         """The largest absolute Ritz value."""
         values, _ = ritz(state.space)
-        return jnp.max(jnp.abs(jnp.where(jnp.arange(values.shape[0]) < state.space.size, values, 0)))
+        return jnp.max(
+            jnp.abs(jnp.where(jnp.arange(values.shape[0], dtype=jnp.int32) < state.space.size, values, 0))
+        )
 
 
 lanczos = Lanczos
@@ -224,8 +226,10 @@ def _distributed(vectors: Block, num_sums: int) -> Block:
     finite = [jnp.all(jnp.isfinite(x), axis=range(1, x.ndim)) for x in jax.tree.leaves(vectors)]
     found = functools.reduce(jnp.logical_and, finite)
     vectors = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0), vectors)  # 0 · NaN would be NaN
-    members = jnp.arange(len(found)) % num_sums == jnp.arange(num_sums)[:, None]
-    return _tree.combine((members & found).astype(_tree.accumulator_dtype(vectors)), vectors)
+    members = (jnp.arange(len(found), dtype=jnp.int32) % num_sums)[None] == jnp.arange(
+        num_sums, dtype=jnp.int32
+    )[:, None]
+    return _tree.combine((members & found[None]).astype(_tree.accumulator_dtype(vectors)), vectors)
 
 
 def _near(vector: Vector, noise: Vector) -> Vector:

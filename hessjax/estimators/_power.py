@@ -101,7 +101,7 @@ class PowerIteration(Estimator):
         probes = jax.vmap(lambda key: packing.pack(gaussian(key, like)))(jax.random.split(key, k))
         # Orthonormal at every step: otherwise all columns turn into the first eigenvector.
         iterate = orthonormal(probes)
-        none = jax.tree.map(jnp.zeros_like, iterate)
+        none = _tree.zeros_like(iterate)
         zeros = jnp.zeros(k, _tree.accumulator_dtype(like))
         return PowerState(iterate, none, zeros + jnp.nan, zeros + jnp.inf, packing, jnp.int32(0))
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from hessjax._core import _sharding
 from hessjax._core._types import BatchMatvec, Block, Estimate, Forms, Key, Params, Scalar, Vector, settings
 from hessjax._run._estimator import Estimator
 from hessjax.estimators.probes import Probe, rademacher
@@ -92,7 +93,7 @@ def push(moments: Moments, sample: Any) -> Moments:
     count = moments.num_samples + 1
     # Deviations from the old and from the new mean: their product is never negative.
     delta = jax.tree.map(jnp.subtract, sample, moments.mean)
-    mean = jax.tree.map(lambda m, d: m + d / count, moments.mean, delta)
+    mean = jax.tree.map(lambda m, d: m + d / count.astype(d.dtype), moments.mean, delta)
     squares = jax.tree.map(lambda s, d, x, m: s + d * (x - m), moments.squares, delta, sample, mean)
     return Moments(mean, squares, count)
 
@@ -106,9 +107,8 @@ def estimate(moments: Moments) -> Estimate:
 
 def standard_error(squares: Float[Array, "..."], count: Int[Array, ""]) -> Float[Array, "..."]:
     """Of a mean, from the sum of squared deviations; infinite with fewer than two samples."""
-    return jnp.where(
-        count > 1, jnp.sqrt(squares / (jnp.maximum(count - 1, 1) * jnp.maximum(count, 1))), jnp.inf
-    )
+    pairs = (jnp.maximum(count - 1, 1) * jnp.maximum(count, 1)).astype(squares.dtype)
+    return jnp.where(count > 1, jnp.sqrt(squares / pairs), jnp.inf)
 
 
 def stopping_error(stderr: Scalar, count: Int[Array, ""]) -> Scalar:
@@ -155,7 +155,7 @@ def sampling_error(values: Any, weights: Any) -> Any:
     mean = (weights * values).sum(axis=0) / weights.sum()
     if len(values) < 2:
         return abs(mean) + math.inf
-    return ((weights * (values - mean) ** 2).sum(axis=0) / ((len(values) - 1) * weights.sum())) ** 0.5
+    return ((weights * (values - mean[None]) ** 2).sum(axis=0) / ((len(values) - 1) * weights.sum())) ** 0.5
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -182,11 +182,9 @@ def hashed_signs(seed: Int[Array, ""], like: Params) -> Vector:
     leaves, structure = jax.tree.flatten(like)
 
     def signs(index: int, leaf: Array) -> Array:
-        bits = jax.lax.iota(jnp.uint32, leaf.size) + (seed * 64 + index + 1).astype(jnp.uint32) * jnp.uint32(
-            0x9E3779B9
-        )
+        bits = _sharding.places(leaf) + (seed * 64 + index + 1).astype(jnp.uint32) * jnp.uint32(0x9E3779B9)
         for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
             bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
-        return jnp.where(bits & 1, 1, -1).astype(leaf.dtype).reshape(leaf.shape)
+        return jnp.where(bits & 1, 1, -1).astype(leaf.dtype)
 
     return jax.tree.unflatten(structure, [signs(i, leaf) for i, leaf in enumerate(leaves)])

@@ -145,7 +145,7 @@ class Slq(Estimator):
         self, key: Key, packing: Packing, group: Any, like: Params, leaf: Int[Array, ""] | None
     ) -> Block:
         """The group's probes, one after the other: whoever draws, the numbers are the same."""
-        indices = group * self.at_once + jnp.arange(self.at_once)
+        indices = group * self.at_once + jnp.arange(self.at_once, dtype=jnp.int32)
         return jax.lax.map(
             lambda i: packing.pack(_within(leaf, self.stacks, self.probe(jax.random.fold_in(key, i), like))),
             indices,
@@ -186,16 +186,16 @@ class Slq(Estimator):
         nodes, weights = (
             jnp.where(begun, *pair) for pair in ((so_far.nodes, state.nodes), (so_far.weights, state.weights))
         )
-        num = finished + self.at_once * begun
+        num = finished + self.at_once * jnp.int32(begun)
         return SpectralDensity(nodes, weights, num, state.num_matvecs, state.dimension)
 
     def error(self, state: SlqState) -> Scalar:
         """The standard error of the mean eigenvalue over the finished probes."""
         n = self._num_finished(state)
         means = jnp.sum(state.weights * state.nodes, axis=1)
-        deviations = (means - jnp.sum(means) / jnp.maximum(n, 1)) ** 2
-        squares = jnp.sum(jnp.where(jnp.arange(self.num_probes) < n, deviations, 0))
-        return jnp.where(n > 1, jnp.sqrt(squares / jnp.maximum(n * (n - 1), 1)), jnp.inf)
+        deviations = (means - jnp.sum(means) / jnp.maximum(n, 1).astype(means.dtype)) ** 2
+        squares = jnp.sum(jnp.where(jnp.arange(self.num_probes, dtype=jnp.int32) < n, deviations, 0))
+        return jnp.where(n > 1, jnp.sqrt(squares / jnp.maximum(n * (n - 1), 1).astype(means.dtype)), jnp.inf)
 
     def scale(self, state: SlqState) -> Scalar:
         """The largest absolute node."""
@@ -228,7 +228,7 @@ def _numbers(x: Array, axes: tuple[int, ...]) -> np.ndarray:
 
 
 def _store(state: SlqState, first: Any, quadrature: Quadrature) -> SlqState:
-    where = first + jnp.arange(len(quadrature.nodes))
+    where = first + jnp.arange(len(quadrature.nodes), dtype=jnp.int32)
     return state._replace(
         # Dropped past the end: more products than asked for change nothing.
         nodes=state.nodes.at[where].set(quadrature.nodes, mode="drop"),

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from hessjax._core import _sharding
 from hessjax._core._packing import Packing
 from hessjax._core._types import Key, Params, Vector
 
@@ -57,11 +58,13 @@ def gaussian(key: Key, like: Params) -> Vector:
 
 def _sample(sampler: Callable[..., Array], key: Key, like: Params) -> Vector:
     """Drawn packed: every draw is a program to compile (a third of a second), and leaves are many."""
-    packing = Packing.of(like)
-    arrays = jax.eval_shape(packing.pack, like)
+    # As if on one device: where a leaf lies must not change what is drawn for it.
+    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), like)
+    packing = Packing.of(plain)
+    arrays = jax.eval_shape(packing.pack, plain)
     keys = jax.random.split(key, len(arrays))
     draws = [_draw(sampler, k, x) for k, x in zip(keys, arrays, strict=True)]
-    return packing.unpack(tuple(draws))
+    return jax.tree.map(_sharding.laid_out_like, packing.unpack(tuple(draws)), like)
 
 
 def _draw(sampler: Callable[..., Array], key: Key, like: jax.ShapeDtypeStruct) -> Array:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt
 
+from hessjax._core import _sharding, _tree
 from hessjax._core._axes import Axes, layers_of, stacked
 from hessjax._core._types import Params
 from hessjax.pruning.patterns._fitting import Fit, fits_of
@@ -68,7 +69,7 @@ def ordered_keys(scores: Sequence[Float[Array, "..."]]) -> list[UInt[Array, "...
 
     `-0.0` equals `0.0`, NaN lies below everything, and the largest integer of the type stays unused.
     """
-    dtype = jnp.result_type(*scores)
+    dtype = _tree.common_dtype(*scores)
     width = jnp.dtype(dtype).itemsize * 8
     uint = jnp.dtype(f"uint{width}")
     sign = jnp.asarray(1 << (width - 1), uint)
@@ -165,10 +166,7 @@ def _each(values: Array, keys: Sequence[Array]) -> Array:
 def _places(keys: Sequence[Array]) -> list[Array]:
     """The position of every entry in the concatenation of all arrays."""
     starts = [sum(k.size for k in keys[:i]) for i in range(len(keys))]
-    return [
-        (jnp.arange(k.size, dtype=jnp.uint32) + jnp.uint32(start)).reshape(k.shape)
-        for k, start in zip(keys, starts, strict=True)
-    ]
+    return [_sharding.places(k, start) for k, start in zip(keys, starts, strict=True)]
 
 
 class Member(NamedTuple):
@@ -264,7 +262,7 @@ def units_of(scores: Params, pattern: Patterns) -> Units:
     singles = [single for leaf in layers for single in leaf]
     # Heads are tied within a layer: the first of one leaf to the first of another.
     ties = [(index, member.pattern.tie) for leaf in layers for index, (member, _) in enumerate(leaf)]
-    sets = _grouped(ties)
+    sets = _tied(ties)
     made = [_set([singles[i][1] for i in same], [singles[i][0] for i in same]) for same in sets]
     unit_scores, free, sizes, most = (list(column) for column in zip(*made, strict=True))
     return Units(
@@ -291,10 +289,10 @@ def _check_total(leaves: list[Array]) -> None:
 
 def together(patterns: Sequence[Pattern]) -> list[list[int]]:
     """Leaves by their tie, in the order of the tree."""
-    return _grouped([(0, pattern.tie) for pattern in patterns])
+    return _tied([(0, pattern.tie) for pattern in patterns])
 
 
-def _grouped(ties: Sequence[tuple[int, str | None]]) -> list[list[int]]:
+def _tied(ties: Sequence[tuple[int, str | None]]) -> list[list[int]]:
     """The places of what is tied, in order; None is tied to nothing."""
     sets: dict[object, list[int]] = {}
     for i, tie in enumerate(ties):
@@ -311,7 +309,8 @@ def _set(leaves: list[Array], members: list[Member]) -> tuple[Array, Array | Non
         rows = pattern.group(leaf)
         free = pattern.ungroup(_lowest(rows, pattern.at_most), leaf.shape)
         return leaf, free, 1, rows.shape[0] * pattern.at_most
-    shapes = [jax.eval_shape(p.group, x).shape for p, x in zip(patterns, leaves, strict=True)]
+    # Of the shapes alone: groups of a sharded leaf are not made where only their number is asked for.
+    shapes = [_grouped(p, x).shape for p, x in zip(patterns, leaves, strict=True)]
     if len({rows for rows, _ in shapes}) > 1:
         groups = ", ".join(f"{m.path} has {rows}" for m, (rows, _) in zip(members, shapes, strict=True))
         raise ValueError(f"Leaves tied as {pattern.tie} must have as many groups each, but {groups}.")
@@ -323,12 +322,21 @@ def _set(leaves: list[Array], members: list[Member]) -> tuple[Array, Array | Non
     gone = [jnp.isneginf(rows) for rows in grouped]
     total = sum(jnp.sum(jnp.where(g, 0, rows), axis=1) for g, rows in zip(gone, grouped, strict=True))
     left = size - sum(jnp.sum(g, axis=1) for g in gone)
-    return jnp.where(left == 0, -jnp.inf, total / jnp.maximum(left, 1)), None, size, shapes[0][0]
+    return (
+        jnp.where(left == 0, -jnp.inf, total / jnp.asarray(jnp.maximum(left, 1), leaf.dtype)),
+        None,
+        size,
+        shapes[0][0],
+    )
+
+
+def _grouped(pattern: Pattern, leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.eval_shape(pattern.group, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
 
 
 def _spread(units: Array, pattern: Pattern, shape: tuple[int, ...]) -> Array:
     """The flags of a leaf's weights from those of its units."""
-    rows, width = jax.eval_shape(pattern.group, jax.ShapeDtypeStruct(shape, units.dtype)).shape
+    rows, width = _grouped(pattern, jax.ShapeDtypeStruct(shape, units.dtype)).shape
     if pattern.at_most is not None or (width == 1 and units.shape == shape):
         return units
     return pattern.ungroup(jnp.broadcast_to(units[:, None], (rows, width)), shape)
@@ -342,6 +350,6 @@ def _lowest(rows: Float[Array, "groups m"], number: int) -> Bool[Array, "groups 
     place = jnp.zeros(rows.shape, jnp.int32)
     for j in range(rows.shape[1]):
         other = keys[:, j : j + 1]
-        before = jnp.arange(rows.shape[1]) > j  # of equal ones the earlier goes first
-        place += (other < keys) | ((other == keys) & before)
+        before = (jnp.arange(rows.shape[1]) > j)[None]  # of equal ones the earlier goes first
+        place += jnp.int32((other < keys) | ((other == keys) & before))
     return place < number

@@ -116,7 +116,7 @@ class ConjugateGradient(System, Estimator):
         along = rhs if self.start is None else _tree.scale(1 / unit, packing.pack(_tree.wide(self.start)))
         length = _tree.norm(along)
         return CgState(
-            x=jax.tree.map(jnp.zeros_like, rhs),
+            x=_tree.zeros_like(rhs),
             residual=rhs,
             direction=_tree.scale(_over(1.0, length), along),
             length=length,

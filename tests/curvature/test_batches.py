@@ -52,7 +52,7 @@ def test_batches_of_any_shape_and_a_loader_that_opens_anew(x64):
 def test_examples_counted_otherwise(x64):
     """Sequences packed to one shape: what counts is the number of tokens that are not padding."""
     tokens = [jnp.array([[1.0, 2.0, 0.0]]), jnp.array([[3.0, 0.0, 0.0]])]
-    loss = lambda w, t: w**2 / 2 * jnp.sum(t) / jnp.sum(t > 0)
+    loss = lambda w, t: w**2 / 2 * jnp.sum(t) / jnp.sum(t > 0, dtype=t.dtype)
     count = lambda t: int(jnp.sum(t > 0))
     matvec = hj.over_batches(lambda t: hj.hessian(loss, jnp.array(1.0), t), tokens, num_examples=count)
     assert float(matvec(jnp.array(1.0))) == pytest.approx(2.0)

@@ -71,7 +71,9 @@ class ErdosRenyi(Allocation):
         sizes = np.asarray(units.num_weights)
         zeros = num_zeros(sparsity, int(sizes.sum()))
         each = _by_shares(jnp.asarray(_shares(units), jnp.float32), sizes, zeros)
-        caps = jnp.asarray([cap * size for cap, size in zip(caps_of(units), units.sizes, strict=True)])
+        caps = jnp.asarray(
+            [cap * size for cap, size in zip(caps_of(units), units.sizes, strict=True)], jnp.int32
+        )
         return rank_each(units, list(_within_caps(each, caps, zeros)), sparsity)
 
 
@@ -95,7 +97,7 @@ def _by_shares(shares: Float[Array, " leaves"], sizes: np.ndarray, zeros: Any) -
     # At this ε the leaf of the smallest share keeps all its weights, and so does every other.
     top = 1 / jnp.min(jnp.where(numbers > 0, shares, jnp.inf))
     # What is kept rises with ε, so that halving finds it; 40 times is more than float32 resolves.
-    _, epsilon = jax.lax.fori_loop(0, 40, halve, (jnp.zeros(()), top))
+    _, epsilon = jax.lax.fori_loop(0, 40, halve, (jnp.zeros_like(top), top))
     return jnp.round((1 - jnp.minimum(1, epsilon * shares)) * numbers).astype(jnp.int32)
 
 
@@ -108,7 +110,7 @@ def _within_caps(each: Array, caps: Array, total: Any) -> Array:
         return missing - (moved - each[i]), moved
 
     order = jnp.argsort(-caps)
-    _, moved = jax.lax.scan(one, total - jnp.sum(each), order)
+    _, moved = jax.lax.scan(one, total - jnp.sum(each, dtype=jnp.int32), order)
     return each.at[order].set(moved)
 
 

@@ -241,7 +241,9 @@ def _bands(seen: Context, worth: Params, fresh: Params, share: Any) -> Params:
     kept = [x > 0 for x in units_of(masks, seen.pattern).scores]
     total = jnp.stack([jnp.sum(k, dtype=jnp.int32) for k in kept])
     most = jnp.minimum(total, jnp.asarray(units.counts, jnp.int32) - total)
-    number = jnp.clip(jnp.round(share * total.astype(jnp.float32)).astype(jnp.int32), 0, most)
+    number = jnp.clip(
+        jnp.round(jnp.asarray(share, jnp.float32) * total.astype(jnp.float32)).astype(jnp.int32), 0, most
+    )
     low, high = ordered_keys(units.scores), ordered_keys(units_of(fresh, seen.pattern).scores)
     # The integer above all keys for those that are out of question, and below all once it is turned round.
     gone = smallest([jnp.where(k, x, ~(x & 0)) for k, x in zip(kept, low, strict=True)], number)

@@ -95,13 +95,13 @@ class Gradient(Saliency):
         # Adam's correction, written as the share of the newest: a mean from the first gradient on.
         share = (1 - self.decay) / (1 - self.decay ** count.astype(jnp.float32))
         mean = jax.tree.map(
-            lambda m, g: m + (share * (g.astype(m.dtype) - m)).astype(m.dtype), state.mean, seen.grads
+            lambda m, g: m + share.astype(m.dtype) * (g.astype(m.dtype) - m), state.mean, seen.grads
         )
         return MeanGradient(mean, count)
 
     def scores(self, state: MeanGradient, seen: Context) -> Params:
         """|w · ḡ|."""
-        return jax.tree.map(lambda m, w: jnp.abs(m * w), state.mean, seen.weights)
+        return jax.tree.map(lambda m, w: jnp.abs(m * w.astype(m.dtype)), state.mean, seen.weights)
 
 
 @settings(arrays=("key",))

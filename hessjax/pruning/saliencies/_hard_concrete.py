@@ -143,7 +143,7 @@ class HardConcrete(Saliency):
         def slope(log_alpha: Array, z: Array, g: Array, w: Array) -> Array:
             through = g.astype(z.dtype) * w.astype(z.dtype) * _gate_slope(z)
             chance = jax.nn.sigmoid(log_alpha - _SHIFT)  # P(z > 0), whose slope is that of a sigmoid
-            return through + amount * chance * (1 - chance)
+            return through + jnp.asarray(amount, z.dtype) * chance * (1 - chance)
 
         return jax.tree.map(slope, state.log_alpha, state.open, seen.grads, seen.weights)
 

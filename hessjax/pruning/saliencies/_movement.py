@@ -188,7 +188,9 @@ class SoftMovement(Saliency):
         amount = self.penalty(state.num_updates) if callable(self.penalty) else self.penalty
         amount = amount / _tree.size(state.scores)
         # d/dS of λ · mean σ(S); σ(−S) instead of 1 − σ(S), which is 0 in float32 from S = 17 on.
-        pull = jax.tree.map(lambda s: amount * jax.nn.sigmoid(s) * jax.nn.sigmoid(-s), state.scores)
+        pull = jax.tree.map(
+            lambda s: jnp.asarray(amount, s.dtype) * jax.nn.sigmoid(s) * jax.nn.sigmoid(-s), state.scores
+        )
         return _stepped(self.optimizer, state, jax.tree.map(jnp.add, _slopes(state, seen), pull))
 
     def scores(self, state: Scores, seen: Context) -> Params:

@@ -218,7 +218,10 @@ def _scored(
 def _with_lost(inverse: InverseFisher, scores: Parts, u: Parts) -> Verdict:
     """A block is also lost if some score is NaN that should not be: its pivot was nothing but rounding."""
     lost = [
-        sum(jnp.any(jnp.isnan(s) & jnp.isfinite(x), axis=-1) for s, x in zip(*part, strict=True)) > 0
+        functools.reduce(
+            jnp.logical_or,
+            [jnp.any(jnp.isnan(s) & jnp.isfinite(x), axis=-1) for s, x in zip(*part, strict=True)],
+        )
         for part in zip(*map(inverse.blocking.coupled, (scores, u)), strict=True)
     ]
     verdict = verdict_of(inverse)
@@ -257,7 +260,10 @@ def _moved(
         moves = tuple(jnp.where(good[:, None], x, 0) for good, part in parts for x in part)
     # A pruned weight keeps its dense copy: the mask is what makes it zero.
     moved = jax.tree.map(
-        lambda w, f, s: jnp.where(f, w + s, w).astype(w.dtype), weights, free, model.blocking.join(moves)
+        lambda w, f, s: jnp.where(f, jnp.add(*_tree.promoted(w, s)).astype(w.dtype), w),
+        weights,
+        free,
+        model.blocking.join(moves),
     )
     increase = jnp.sum(jnp.concatenate(increases))
     return moved, increase, None if inverse is None else verdict_of(inverse)
@@ -275,7 +281,8 @@ def _diagonal_scores(
     grads: Block, count: Int[Array, ""], active: Params, weights: Params, batch_size: int
 ) -> Params:
     def leaf(m: Array, g: Array, w: Array) -> Array:
-        squares = batch_size * jnp.sum(_tree.wide(g) ** 2, axis=0) / count
+        squares = jnp.sum(_tree.wide(g) ** 2, axis=0)
+        squares = batch_size * squares / count.astype(squares.dtype)
         return jnp.where(m, _tree.wide(w) ** 2 * squares / 2, -jnp.inf)
 
     return jax.tree.map(leaf, active, grads, weights)

@@ -83,6 +83,7 @@ class Distillation:
             teacher = jax.lax.stop_gradient(self.teacher_fn(*args))
             taught = softened_divergence(student, teacher, self.temperature)
         task = self.output_loss(student, *args) if self.alpha < 1 else jnp.zeros(())
+        taught, task = _tree.promoted(taught, task)
         return self.alpha * taught + (1 - self.alpha) * task
 
 
@@ -97,7 +98,8 @@ def softened_divergence(student: Any, teacher: Any, temperature: float | int) ->
         for z, t in pairs
     ]
     # The gradient of the divergence shrinks by T²: this makes up for it.
-    return temperature**2 * sum((jnp.mean(d) for d in divergences), jnp.zeros(()))
+    means = _tree.promoted(*map(jnp.mean, divergences))
+    return temperature**2 * sum(means[1:], means[0])
 
 
 distillation = Distillation

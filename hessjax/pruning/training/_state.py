@@ -54,7 +54,7 @@ def land(step: Any, mask: Any, dense: Any, param: Any) -> Array:
     exception: a weight that jumps over zero exactly onto a power of two can land one unit in the last place
     beside it.) Returning u itself would keep one more array alive between this step and the ranking.
     """
-    dtype = jnp.promote_types(step.dtype, param.dtype)
+    dtype = _tree.common_dtype(step.dtype, param.dtype)
     return masked(dense, mask).astype(param.dtype).astype(dtype) - param.astype(dtype)
 
 

@@ -298,7 +298,7 @@ def linear_problem():
 
 
 def squares(params, x):
-    return jnp.mean(jnp.sum((x @ params["w"] + params["b"] - jnp.tanh(x[:, :3])) ** 2, axis=1))
+    return jnp.mean(jnp.sum((x @ params["w"] + params["b"][None] - jnp.tanh(x[:, :3])) ** 2, axis=1))
 
 
 def run(tx, steps, jit=True, per_example=False):
