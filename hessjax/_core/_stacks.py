@@ -90,10 +90,15 @@ def _of_its_kernel(leaf: Leaf, siblings: Siblings) -> int | None:
 
 def by_bias(leaf: Leaf, bias: tuple[int, ...]) -> tuple[int, Order] | None:
     """The depth of a kernel, and where its outputs are, by the shape of its bias; None if they do not fit."""
-    # Equinox keeps axes of length 1 behind the biases of convolutions.
-    axes = len(leaf.shape)
-    while len(bias) > 1 and bias[-1] == 1 and outputs_first(leaf) and len(bias) >= axes - 1 > 1:
-        bias = bias[:-1]
+    found = _by_bias(leaf, bias)
+    if found is None and outputs_first(leaf) and bias[-1:] == (1,):
+        # Equinox keeps an axis of length 1 behind the biases of convolutions for each of their windows'.
+        channels = len(bias) - sum(1 for _ in itertools.takewhile(lambda n: n == 1, reversed(bias)))
+        found = _by_bias(leaf, bias[: max(channels, 1)])
+    return found
+
+
+def _by_bias(leaf: Leaf, bias: tuple[int, ...]) -> tuple[int, Order] | None:
     # The deepest stack first, as layers of several output axes are rare.
     for depth in range(len(bias) - 1, -1, -1):
         if leaf.shape[:depth] == bias[:depth]:
