@@ -22,6 +22,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import jax
+import jaxtyping
 import pytest
 
 PROGRAMS = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "programs"
@@ -51,6 +52,12 @@ def x64():
     """Float64 for the time of a test: what oracles need."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def untyped(monkeypatch):
+    """As people run the package: types are not checked at every call, so that its own checks answer."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture

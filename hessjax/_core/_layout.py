@@ -71,6 +71,7 @@ def selected(
     Raises:
         ValueError: if there are none.
     """
+    _tree.check_leaves(params)
     if where is not None:
         return _tree.match(params, where, argument)
     hits = [found.kind == "kernel" for found in tree_axes(params, axes)]

@@ -1,24 +1,99 @@
-"""Arguments that count something, and random keys, checked; tables as text."""
+"""Arguments checked by kind: numbers, counts, keys, functions, flags, choices, settings; tables as text."""
 
+import inspect
 import io
+import math
+import numbers
 import operator
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
+
+# -- what messages call a value ----------------------------------------------------------------------
+
+
+def shown(value: Any) -> str:
+    """A value as messages name it, on one line: arrays by dtype and shape, functions by name."""
+    if isinstance(value, type):
+        return f"the class `{value.__name__}`"
+    if inspect.isroutine(value):
+        return f"the function `{value.__name__}`"
+    if isinstance(value, (jax.Array, np.ndarray)) and (np.ndim(value) or isinstance(value, jax.core.Tracer)):
+        traced = "traced " if isinstance(value, jax.core.Tracer) else ""
+        return f"{traced}{value.dtype}{list(value.shape)}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"a {type(value).__name__}"
+
+
+def uncalled(value: Any) -> str:
+    """A hint at the call to write, for a class of ours where one of its instances is wanted; or nothing."""
+    ours = isinstance(value, type) and value.__module__.startswith("hessjax.")
+    return f": call it, `{_as_call(value)}`" if ours else ""
+
+
+def _as_call(cls: type) -> str:
+    """The call that makes one, by the name that the class is public under: `n_of_m(n, m)`."""
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z])", "_", cls.__name__).lower()
+    needed = inspect.signature(cls).parameters.values()
+    return f"{name}({', '.join(p.name for p in needed if p.default is p.empty)})"
+
+
+# -- numbers -----------------------------------------------------------------------------------------
 
 
 def checked_int(argument: str, number: Any) -> int:
     """The number as an int.
 
     Raises:
-        TypeError: it is not an integer (2.0 is not one either).
+        TypeError: it is not an integer (2.0 is not one either, nor is True).
     """
+    if isinstance(number, jax.core.Tracer):
+        raise TypeError(
+            f"`{argument}` must be an integer, got a traced value: it decides shapes, so make it static, "
+            f"`jax.jit(f, static_argnames={argument!r})`."
+        )
     try:
+        if isinstance(number, (bool, np.bool_)):
+            raise TypeError
         return operator.index(number)
     except TypeError:
-        raise TypeError(f"`{argument}` must be an integer, got {number}.") from None
+        raise TypeError(f"`{argument}` must be an integer, got {shown(number)}.") from None
+
+
+def is_number(x: Any) -> bool:
+    """Whether this is one real number, traced or not; booleans are none."""
+    if isinstance(x, (jax.Array, np.ndarray, np.generic)) and not np.ndim(x):
+        return bool(jnp.issubdtype(x.dtype, jnp.integer) or jnp.issubdtype(x.dtype, jnp.floating))
+    return isinstance(x, numbers.Real) and not isinstance(x, (bool, np.bool_))
+
+
+def checked_number(argument: str, number: Any, instead: str = "") -> Any:
+    """The number itself, NaN too. `instead` may say what else a caller takes.
+
+    Raises:
+        TypeError: it is not one real number.
+    """
+    if not is_number(number):
+        raise TypeError(f"`{argument}` must be a number{instead}, got {shown(number)}.")
+    return number
+
+
+def checked_finite(argument: str, number: Any) -> Any:
+    """The number itself; traced ones pass.
+
+    Raises:
+        TypeError: it is not one real number.
+        ValueError: it is NaN or infinite.
+    """
+    if not isinstance(checked_number(argument, number), jax.core.Tracer) and not math.isfinite(number):
+        raise ValueError(f"`{argument}` must be finite, got {number}.")
+    return number
 
 
 def checked_count(argument: str, number: Any, least: int = 1, meaning: str = "") -> int:
@@ -39,15 +114,140 @@ def is_key(x: Any) -> bool:
     return isinstance(x, jax.Array) and bool(jnp.issubdtype(x.dtype, jax.dtypes.prng_key))
 
 
-def checked_key(key: Any) -> Any:
+def checked_key(key: Any, argument: str = "key") -> Any:
     """One random key.
 
     Raises:
         TypeError: it is not one.
     """
     if not is_key(key) or key.ndim:
-        raise TypeError(f"`key` must be one random key, such as `jax.random.key(0)`, got {key!r}.")
+        raise TypeError(
+            f"`{argument}` must be one random key, such as `jax.random.key(0)`, got {shown(key)}{_hint(key)}."
+        )
     return key
+
+
+def checked_any_key(key: Any, argument: str = "key") -> Any:
+    """One random key, or one in the old style, `jax.random.PRNGKey(0)`, which draws the same numbers.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    return key if _is_old_key(key) else checked_key(key, argument)
+
+
+def _is_old_key(key: Any) -> bool:
+    return isinstance(key, (jax.Array, np.ndarray)) and key.dtype == jnp.uint32 and key.ndim == 1
+
+
+def _hint(key: Any) -> str:
+    if _is_old_key(key):
+        return ": wrap it, `jax.random.wrap_key_data(key)`"
+    return ": take one of them, `keys[0]`" if is_key(key) else ""
+
+
+def checked_schedule(argument: str, value: Any) -> Any:
+    """The number itself, or the function of the step T that gives one.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if callable(value) and not isinstance(value, type):
+        return value
+    return checked_number(argument, value, ", or a schedule `T -> number`")
+
+
+# -- functions, flags, choices, settings ---------------------------------------------------------------
+
+
+def checked_function(argument: str, function: Any, form: str) -> Any:
+    """The function itself; `form` says how it is called, `(params) -> scalar`.
+
+    Raises:
+        TypeError: it cannot be called.
+    """
+    if not callable(function):
+        raise TypeError(f"`{argument}` must be a function `{form}`, got {shown(function)}.")
+    return function
+
+
+def checked_flag(argument: str, flag: Any) -> bool:
+    """The flag as a bool: what is merely true, such as the string "no", would count as True.
+
+    Raises:
+        TypeError: it is neither True nor False.
+    """
+    if not isinstance(flag, (bool, np.bool_)):
+        raise TypeError(f"`{argument}` must be True or False, got {shown(flag)}.")
+    return bool(flag)
+
+
+def check_flags(**flags: Any) -> None:
+    """Raise a TypeError for an argument that is neither True nor False."""
+    for argument, flag in flags.items():
+        checked_flag(argument, flag)
+
+
+def checked_choice(argument: str, choice: Any, choices: Iterable[str], note: str = "") -> Any:
+    """The choice itself, one of several names.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    names = tuple(choices)
+    if not isinstance(choice, str) or choice not in names:
+        listed = ", ".join(map(repr, names))
+        raise ValueError(f"`{argument}` must be one of {listed}{note}, got {shown(choice)}.")
+    return choice
+
+
+def checked_instance(argument: str, value: Any, kind: type, example: str) -> Any:
+    """The value itself, an instance of a public class; most often parentheses are missing.
+
+    Raises:
+        TypeError: it is none: the call to write is named.
+    """
+    if isinstance(value, kind):
+        return value
+    hint = uncalled(value)
+    if isinstance(value, str):
+        calls = [_as_call(cls) for cls in _all_kinds(kind)]
+        hint = "".join(f": write `{call}`" for call in calls if call.split("(")[0] == value)
+    article = "an" if kind.__name__[0] in "AEIOU" else "a"
+    raise TypeError(
+        f"`{argument}` must be {article} `{kind.__name__}`, such as `{example}`, got {shown(value)}{hint}."
+    )
+
+
+def _all_kinds(kind: type) -> Iterator[type]:
+    direct: list[type] = kind.__subclasses__()
+    for cls in direct:
+        yield cls
+        yield from _all_kinds(cls)
+
+
+def checked_sequence(argument: str, value: Any, what: str) -> Sequence[Any]:
+    """The sequence itself, of what is said.
+
+    Raises:
+        TypeError: it is none; most often it is the one thing that should be put into a list.
+    """
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(
+            f"`{argument}` must be a sequence of {what}, got {shown(value)}: put one into a list."
+        )
+    return value
+
+
+def check_path(argument: str, path: Any) -> None:
+    """Raise a TypeError for what names no file, a ValueError for an empty name."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"`{argument}` must be a path, a string or a `pathlib.Path`, got {shown(path)}.")
+    if path == "":
+        raise ValueError(f"`{argument}` must name a file or folder, got an empty string.")
+
+
+# -- tables --------------------------------------------------------------------------------------------
 
 
 def plain(table: Any) -> str:

@@ -3,7 +3,7 @@
 import fnmatch
 import functools
 import inspect
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from hessjax._core import _sharding
+from hessjax._core._messages import shown
 from hessjax._core._types import Block, Params, Scalar, Vector, Where
 
 # -- paths ---------------------------------------------------------------------------------------
@@ -49,14 +50,14 @@ def match(tree: Any, where: Where, argument: str = "where") -> Any:
         return _matched(tree, [where], argument)
     if _is_tree_of_bools(where):
         return _as_flagged(tree, where, argument)
-    patterns = list(where) if isinstance(where, Sequence | Set) else None
-    if patterns == []:
-        raise ValueError(f"`{argument}` must name at least one pattern, got an empty {type(where).__name__}.")
+    patterns = list(where) if isinstance(where, Collection) and not isinstance(where, Mapping) else None
     if patterns is None or not all(isinstance(x, str) or callable(x) for x in patterns):
         raise TypeError(
             f"`{argument}` must be a glob over paths, several, a function `(path, leaf) -> bool` or "
-            f"`params -> tree`, or a tree of booleans, got {where!r}."
+            f"`params -> tree`, or a tree of booleans, got {shown(where)}."
         )
+    if not patterns:
+        raise ValueError(f"`{argument}` must name at least one pattern, got an empty {type(where).__name__}.")
     return _matched(tree, patterns, argument)
 
 
@@ -65,9 +66,9 @@ def _matched(tree: Any, patterns: list[Any], argument: str) -> Any:
     hits = [_hits(tree, pattern, argument) for pattern in patterns]
     for pattern, hit in zip(patterns, hits, strict=True):
         if not any(jax.tree.leaves(hit)):
-            shown = f"`{pattern}`" if isinstance(pattern, str) else "its predicate"
+            name = f"`{pattern}`" if isinstance(pattern, str) else "its predicate"
             raise ValueError(
-                f"`{argument}` must match at least one leaf, but {shown} matches none of: "
+                f"`{argument}` must match at least one leaf, but {name} matches none of: "
                 f"{', '.join(leaf_paths(tree)) or '(no leaves)'}."
             )
     return jax.tree.map(lambda *flags: any(flags), *hits)
@@ -141,26 +142,82 @@ def _places_above(path: str) -> list[str]:
 
 def check_floating(params: Params, argument: str = "params") -> None:
     """Raise a TypeError naming every leaf that is not a real floating-point array."""
-    bad = [
-        f"  {path_name(path)}: {_describe(leaf)}"
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-        if not _is_floating(leaf)
-    ]
+    found = jax.tree_util.tree_leaves_with_path(params)
+    bad = {path_name(path): leaf for path, leaf in found if not _is_floating(leaf)}
     if bad:
         raise TypeError(
-            f"`{argument}` must have real floating-point leaves only, got\n"
-            + "\n".join(bad)
-            + "\nKeep counters and other state out of it: `hessjax.select` splits a tree by path."
+            f"`{argument}` must have real floating-point leaves only, got\n{_listed(bad)}\n{_way_out(bad)}"
         )
     if not any(jnp.size(leaf) for leaf in jax.tree.leaves(params)):
         raise ValueError(f"`{argument}` must hold at least one number, got a tree without any.")
 
 
+def check_leaves(tree: Any, argument: str = "params") -> None:
+    """Raise a ValueError for a tree without leaves, a TypeError for one with leaves that are no arrays."""
+    if not jax.tree.leaves(tree):
+        raise ValueError(f"`{argument}` must hold at least one array, got a tree without any.")
+    check_arrays(tree, argument)
+
+
+def _listed(leaves: dict[str, Any]) -> str:
+    return "\n".join(f"  {path}: {_describe(leaf)}" for path, leaf in leaves.items())
+
+
+def _way_out(bad: dict[str, Any]) -> str:
+    """What to do about leaves that are not floating-point arrays."""
+    if not all(map(is_array, bad.values())):
+        # As Equinox has them: a module's functions and settings are leaves of it.
+        return (
+            "Keep functions, settings and arrays of other libraries out of it: of an Equinox module take the "
+            "first part of `eqx.partition(model, eqx.is_inexact_array)`."
+        )
+    return "Keep counters and other state out of it: `hessjax.select` splits a tree by path."
+
+
+def check_args(args: tuple[Any, ...], function: str) -> None:
+    """Raise a TypeError naming the first leaf of `args` that a compiled function cannot take."""
+    for i, arg in enumerate(args):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(arg):
+            if is_array(leaf):
+                continue
+            where = f"`args[{i}]`" if path == () else f"`args[{i}]`, at {path_name(path)},"
+            way_out = (
+                "convert it, `jnp.asarray(x)`"
+                if hasattr(leaf, "__array__") and not isinstance(leaf, (np.ndarray, type))
+                else f"bind it beforehand, `functools.partial({function}, name=value)`"
+            )
+            raise TypeError(
+                f"{where} must hold arrays and numbers only, which `{function}` is compiled for, got "
+                f"{_describe(leaf)}: {way_out}."
+            )
+
+
+def check_arrays(tree: Any, argument: str) -> None:
+    """Raise a TypeError naming every leaf that is no array."""
+    if all(map(is_array, jax.tree.leaves(tree))):  # first, as it runs at every product
+        return
+    found = jax.tree_util.tree_leaves_with_path(tree)
+    bad = {path_name(path): leaf for path, leaf in found if not is_array(leaf)}
+    raise TypeError(f"`{argument}` must hold arrays only, got\n{_listed(bad)}\n{_way_out(bad)}")
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether jax takes this for an array: its own, NumPy's, numbers, shapes."""
+    if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
+        return True
+    try:
+        jax.typeof(leaf)
+    except TypeError:
+        return False
+    return True
+
+
 def check_like(tree: Any, like: Any, argument: str, reference: str) -> None:
     """Raise a ValueError listing every leaf whose path or shape differs from `like`'s.
 
-    A TypeError if any leaf is complex: a cast would take the imaginary part away in silence.
+    A TypeError if any leaf is no array, or complex: a cast would take the imaginary part away in silence.
     """
+    check_arrays(tree, argument)
     if any(_is_complex(leaf) for leaf in jax.tree.leaves(tree)):
         kinds = ", ".join(sorted({_describe(leaf) for leaf in jax.tree.leaves(tree) if _is_complex(leaf)}))
         raise TypeError(f"`{argument}` must be real, got {kinds}.")
@@ -197,9 +254,9 @@ def _is_complex(leaf: Any) -> bool:
 
 
 def _describe(leaf: Any) -> str:
-    if isinstance(leaf, str) or not hasattr(leaf, "dtype"):
-        return f"a {type(leaf).__name__}"
-    return f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}"
+    if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic)):
+        return f"{leaf.dtype}{list(leaf.shape)}"
+    return shown(leaf) if callable(leaf) else f"a {type(leaf).__name__}"
 
 
 # -- vectors -------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from hessjax._core._messages import is_key
+from hessjax._core._messages import checked_number, is_key
 
 Params: TypeAlias = PyTree
 """Weights: any pytree whose leaves are real floating-point arrays."""
@@ -181,6 +181,7 @@ class Amount:
         """What a user gave: a number that is at least 0, or `hessjax.relative(r)`.
 
         Raises:
+            TypeError: it is not a number.
             ValueError: it is negative or NaN, or None. `meaning` may say what the number is for, `instead`
                 what a caller takes in its place.
         """
@@ -188,6 +189,7 @@ class Amount:
             return value
         if value is None:
             raise ValueError(f"`{argument}` must be a number or `relative(r)`{meaning}.")
+        checked_number(argument, value, " or `relative(r)`")
         if isinstance(value, jax.core.Tracer):
             return Amount(value)
         if not (number := float(value)) >= 0:
@@ -238,14 +240,15 @@ def relative(factor: float | Scalar) -> Relative:
         The fraction, marked as one.
 
     Raises:
-        ValueError: `factor` is not a positive finite number.
+        TypeError: `factor` is not a number.
+        ValueError: `factor` is not positive and finite.
 
     Example:
         >>> import hessjax as hj
         >>> hj.relative(0.1)
         relative(0.1)
     """
-    if isinstance(factor, jax.core.Tracer):
+    if isinstance(checked_number("factor", factor), jax.core.Tracer):
         return Relative(factor)
     if not 0 < factor < math.inf:
         raise ValueError(f"`factor` must be positive and finite, got {factor}.")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from hessjax._core import _tree
-from hessjax._core._messages import checked_count
+from hessjax._core._messages import checked_count, checked_number
 from hessjax._core._types import Amount, Block, Relative, Scalar, Vector
 from hessjax._fisher import _factors, _readout
 from hessjax._fisher._factors import Dual, Factor
@@ -198,7 +198,7 @@ def inverse_fisher(
     """
     block_size = None if block_size is None else checked_count("block_size", block_size)
     chunk_size = checked_count("chunk_size", chunk_size)
-    if not isinstance(batch_size, jax.core.Tracer) and not batch_size >= 1:  # refuses NaN too
+    if not isinstance(checked_number("batch_size", batch_size), jax.core.Tracer) and not batch_size >= 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
     blocks = stream(grads)
     first = next(blocks)

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from hessjax._core import _tree
+from hessjax._core._messages import checked_number
 from hessjax._core._packing import Packing
 from hessjax._core._types import Amount, Block, Params, Relative, Scalar, Vector
 
@@ -58,6 +59,7 @@ def num_grads(block: Block, name: str = "grads") -> int:
         TypeError: leaves that are not floating point.
         ValueError: the axes disagree, or there is none.
     """
+    _tree.check_arrays(block, name)
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(block)]
     if len({shape[:1] for shape in shapes}) != 1 or () in shapes:
         raise ValueError(
@@ -224,8 +226,8 @@ class Totals(NamedTuple):
 def checked_damping(damping: Any, dtype: Any) -> Amount:
     """λ as the methods want it: an array, so that another damping compiles nothing anew."""
     amount = damping.amount if isinstance(damping, Amount) else damping
-    is_traced = isinstance(amount, jax.core.Tracer)
-    if amount is None or jnp.ndim(amount) or not (is_traced or 0 < amount < math.inf):
+    is_traced = isinstance(checked_number("damping", amount, " or `relative(r)`"), jax.core.Tracer)
+    if not (is_traced or 0 < amount < math.inf):
         raise ValueError(
             f"`damping` must be a positive finite number or `relative(r)`, got {damping}: without it the "
             f"Fisher of fewer gradients than weights has no inverse."

@@ -2,7 +2,6 @@
 
 import json
 import math
-import operator
 import os
 import tempfile
 import types
@@ -17,6 +16,7 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from hessjax._core._messages import check_path, checked_count, checked_flag, shown
 from hessjax._run._estimator import Beginning, Progress
 from hessjax._run._identity import Identity, as_numbers, differences, identity
 
@@ -91,7 +91,10 @@ def progress_bar(
         >>> estimate = hj.trace(A, jax.random.key(0), jnp.zeros(10), num_probes=20, callbacks=[bar])
         trace ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━ 20/20 products, error 0 00:00
     """
-    return _ProgressBar(description, transient, unit)
+    for name, text in {"description": description, "unit": unit}.items():
+        if not isinstance(text, str):
+            raise TypeError(f"`{name}` must be a string, got {shown(text)}.")
+    return _ProgressBar(description, checked_flag("transient", transient), unit)
 
 
 # -- checkpoints ------------------------------------------------------------------------------------
@@ -144,9 +147,8 @@ def checkpoint(path: str | os.PathLike[str], *, every: int = 10) -> "_Checkpoint
         >>> int(first.num_samples), int(more.num_samples)
         (10, 15)
     """
-    if operator.index(every) < 1:
-        raise ValueError(f"`every` must be at least 1, got {every}.")
-    return _Checkpoint(Path(path).absolute(), every)
+    check_path("path", path)
+    return _Checkpoint(Path(path).absolute(), checked_count("every", every))
 
 
 class _Checkpoint:

@@ -12,10 +12,16 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool
 
 from hessjax._core import _tree
-from hessjax._core._messages import checked_count
+from hessjax._core._messages import (
+    checked_any_key,
+    checked_count,
+    checked_flag,
+    checked_function,
+    checked_instance,
+)
 from hessjax._core._types import Amount, Block, Key, Matvec, Params, Relative, Tolerance, Vector
 from hessjax._run import _estimator
-from hessjax._run._estimator import Beginning, Callback, Carry, Estimator, Progress, begun
+from hessjax._run._estimator import Beginning, Callback, Carry, Estimator, Progress, begun, check_callbacks
 
 CHECK_EVERY = 5
 """Products between two looks at the error: reading it makes the host wait for the device."""
@@ -117,11 +123,16 @@ def run(
     """
     _tree.check_floating(like, "like")
     _check_estimator(estimator)
-    if not on_device:
+    checked_function("matvec", matvec, "(vector) -> vector")
+    checked_any_key(key)
+    check_callbacks(callbacks)
+    if not checked_flag("on_device", on_device):
         refuse_tracers((estimator, matvec, key, like, state))
     elif callbacks:
         raise ValueError("`callbacks` must be empty with `on_device=True`: they run on the host.")
     limit = None if tol is None else Amount.of(tol, instead=", or None")
+    if state is not None:
+        _tree.check_like(state, jax.eval_shape(_estimator.init, estimator, key, like), "state", "init")
     carry = _begin(estimator, key, like) if state is None else _resume(state)
     left = begun(estimator)
     if isinstance(limit, Relative):
@@ -156,8 +167,7 @@ def refuse_tracers(tree: Any) -> None:
 
 def _check_estimator(estimator: Any) -> None:
     """An estimator goes through `jit` as an argument: one that is no pytree is made a static one."""
-    if not isinstance(estimator, Estimator):
-        raise TypeError(f"`estimator` must be an `Estimator`, such as `lanczos(5)`, got {estimator!r}.")
+    checked_instance("estimator", estimator, Estimator, "lanczos(5)")
     if not jax.tree_util.all_leaves([estimator]):
         return
     kind = type(estimator)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from hessjax._core import _tree
+from hessjax._core._messages import checked_flag, checked_sequence, shown
 from hessjax._core._types import Amount, Block, Key, Matvec, Params, Relative, Scalar, Vector
 
 
@@ -244,4 +245,19 @@ def checked_options(function: str, options: Mapping[str, Any]) -> RunOptions:
             f"{function}() got an unexpected keyword argument '{min(unknown)}'; options of a run are "
             f"{', '.join(f'`{name}`' for name in RunOptions.__annotations__)}."
         )
+    check_callbacks(options.get("callbacks", ()))
+    checked_flag("on_device", options.get("on_device", False))
     return RunOptions(**options)  # type: ignore[typeddict-item]
+
+
+def check_callbacks(callbacks: Any) -> None:
+    """Raise a TypeError for what is no sequence of functions, or one that only makes a callback."""
+    for callback in checked_sequence("callbacks", callbacks, "functions `(progress) -> None`"):
+        # Called with a `Progress`, they would make one more callback and show nothing.
+        is_maker = getattr(callback, "__name__", "") in ("progress_bar", "checkpoint")
+        if not callable(callback) or is_maker:
+            hint = f": call it, `hessjax.{callback.__name__}(...)`" if is_maker else ""
+            raise TypeError(
+                "`callbacks` must hold functions `(progress) -> None`, such as `hessjax.progress_bar()`, "
+                f"got {shown(callback)}{hint}."
+            )

@@ -11,6 +11,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from hessjax._core import _tree
+from hessjax._core._messages import checked_any_key, checked_function
 from hessjax._core._types import Key, LossFn, Matvec, Params, Scalar, Vector
 from hessjax.analysis._comparisons import (
     Check,
@@ -24,8 +25,8 @@ from hessjax.analysis._comparisons import (
     named,
 )
 from hessjax.curvature._batches import check_reiterable
-from hessjax.curvature._hessian import hessian
-from hessjax.curvature._product import at_precision, scalar
+from hessjax.curvature._hessian import Mode, hessian
+from hessjax.curvature._product import at_precision, check_call, scalar
 from hessjax.estimators.probes import gaussian
 
 CAUTION = 5
@@ -91,7 +92,10 @@ def check(
         'gradient and product are exactly zero in: spare'
     """
     _tree.check_floating(params)
-    key = jax.random.key(0) if key is None else key
+    check_call("loss_fn", loss_fn, args if batches is None else (0, *args))
+    if matvec is not None:
+        checked_function("matvec", matvec, "(vector) -> vector")
+    key = jax.random.key(0) if key is None else checked_any_key(key)
     rows = []
     if batches is not None:
         check_reiterable(batches)
@@ -243,7 +247,7 @@ def _relative(change: Vector, products: Sequence[Vector]) -> np.ndarray:
 # -- derivatives -----------------------------------------------------------------------------------
 
 
-def _mode(loss_fn: LossFn, params: Params, args: tuple[Any, ...]) -> str:
+def _mode(loss_fn: LossFn, params: Params, args: tuple[Any, ...]) -> Mode:
     """The cheapest nesting of derivatives that the loss admits."""
     try:  # a trace decides; nothing is computed or compiled
         jax.eval_shape(hessian(loss_fn, params, *args), params)

@@ -12,9 +12,10 @@ from jaxtyping import Array, ArrayLike, Float
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from hessjax._core import _tree
+from hessjax._core._messages import check_flags, checked_count, shown
 from hessjax._core._types import Block, LossFn, Params, Scalar, Vector
 from hessjax.curvature._batches import check_batches, count_examples, leading_axis
-from hessjax.curvature._product import as_pytree, at_precision, scalar
+from hessjax.curvature._product import as_pytree, at_precision, check_call, check_precision, scalar
 from hessjax.estimators._samples import sampling_error
 
 
@@ -109,10 +110,14 @@ def landscape(
         ((25, 25), 3.0)
     """
     _tree.check_floating(params)
+    if batches is not None:
+        check_batches(batches)
+    check_call("loss_fn", loss_fn, args if batches is None else (0, *args))
+    points_at_once = checked_count("points_at_once", points_at_once)
+    check_precision(precision)
+    check_flags(progress=progress)
     rows = _rows(directions, params)
     axes = _axes(distances, len(rows))
-    if points_at_once < 1:
-        raise ValueError(f"`points_at_once` must be at least 1, got {points_at_once}.")
     dtype = _tree.accumulator_dtype(params)
     points = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).astype(dtype)
     chunks = _chunks(points.reshape(-1, len(axes)), points_at_once)
@@ -132,6 +137,7 @@ def landscape(
 
 def _rows(directions: Any, params: Params) -> tuple[Vector, ...]:
     """The directions one by one, from a vector, a block, or a list of vectors."""
+    _tree.check_arrays(directions, "directions")
     # The structure tells them apart: params that are a list look like a list of directions, by type.
     same: bool = jax.tree.structure(directions) == jax.tree.structure(params)  # type: ignore[operator]
     rows = [directions]
@@ -163,8 +169,15 @@ def _axes(distances: Any, number: int) -> list[np.ndarray]:
     """The grid's distances, one array for each direction."""
     if distances is None:
         distances = np.linspace(-1, 1, 51 if number == 1 else 25)
+    if isinstance(distances, (str, bytes, dict)) or not np.iterable(distances):
+        raise TypeError(
+            f"`distances` must be numbers, or numbers for each direction, got {shown(distances)}."
+        )
     shared = all(np.ndim(distance) == 0 for distance in distances)
-    axes = [np.asarray(axis, float) for axis in ([distances] * number if shared else distances)]
+    try:
+        axes = [np.asarray(axis, float) for axis in ([distances] * number if shared else distances)]
+    except (TypeError, ValueError):
+        raise TypeError(f"`distances` must be real numbers, got {shown(distances)}.") from None
     if len(axes) != number:
         raise ValueError(
             f"`distances` must be one array, or one for each of the {number} directions, got {len(axes)}."

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -14,10 +14,11 @@ from rich.text import Text
 
 from hessjax._core import _tree
 from hessjax._core._layout import selected, tree_axes
-from hessjax._core._messages import plain
+from hessjax._core._messages import check_path, checked_function, checked_number, plain, shown
 from hessjax._core._types import Block, Params, Scalar, Where
 from hessjax._core._words import AxisWords
 from hessjax._run import _drivers
+from hessjax._run._estimator import check_callbacks
 from hessjax.analysis import _sensitivity_csv
 from hessjax.analysis._sensitivity_csv import SensitivityRow, level_name
 from hessjax.pruning._once import prune_once
@@ -26,7 +27,7 @@ from hessjax.pruning.allocations._allocation import uniform
 from hessjax.pruning.patterns._fitting import chosen_patterns, fitted
 from hessjax.pruning.patterns._pattern import Pattern, Patterns, unstructured
 from hessjax.pruning.saliencies._first_order import magnitude
-from hessjax.pruning.saliencies._saliency import Saliency
+from hessjax.pruning.saliencies._saliency import Saliency, checked_saliency
 
 _Question: TypeAlias = tuple[str, str]
 """A leaf, and a level as the file has it."""
@@ -141,9 +142,17 @@ def sensitivity(
         two               0     0               0
                         0.5     2               2
     """
+    _tree.check_leaves(params)
+    checked_saliency("saliency", saliency)
+    for name, function in {"metric": metric, "grads_fn": grads_fn}.items():
+        if function is not None:
+            checked_function(name, function, "(params) -> ...")
+    check_callbacks(callbacks)
     patterns, chosen = _patterns_by_leaf(params, where, pattern, axes), _checked_levels(levels)
     has_model = diagonal is not None or saliency.compensates
     _check_question(metric, params, diagonal, has_model)
+    if path is not None:
+        check_path("path", path)
     file = None if path is None else Path(path)
     rows = [] if file is None else _sensitivity_csv.read(file, _tree.leaf_paths(params), has_model)
     known = {(row.parameter, level_name(row.sparsity)): row for row in rows}
@@ -260,6 +269,7 @@ def _patterns_by_leaf(
     if not chosen:
         empty = ", ".join(path for path, hit in zip(paths, hits, strict=True) if hit)
         raise ValueError(f"`where` must match at least one leaf with weights, got only empty ones: {empty}.")
+    _tree.check_floating(chosen, "params[where]")
     found = chosen_patterns(pattern, list(chosen.items()))
     by_path = dict(zip(paths, tree_axes(params, axes), strict=True))
     for name, x in chosen.items():
@@ -268,7 +278,9 @@ def _patterns_by_leaf(
 
 
 def _checked_levels(levels: Iterable[float | int]) -> list[float]:
-    listed = [float(level) for level in levels]
+    if isinstance(levels, (str, Mapping)) or not isinstance(levels, Iterable):
+        raise TypeError(f"`levels` must be a sequence of sparsities, got {shown(levels)}.")
+    listed = [float(checked_number("levels", level)) for level in levels]
     names = [level_name(level) for level in listed]  # 0.3 and 0.1 + 0.2 are one level, in the file too
     if not listed or len(set(names)) < len(names):
         raise ValueError(f"`levels` must be one or more different sparsities, got [{', '.join(names)}].")

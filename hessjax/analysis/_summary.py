@@ -18,6 +18,7 @@ from hessjax._core._layout import tree_axes
 from hessjax._core._messages import plain
 from hessjax._core._types import ModelFn, Params
 from hessjax._core._words import AxisWords
+from hessjax.curvature._product import check_call
 from hessjax.program._products import multiply_adds
 from hessjax.program._tracing import read
 
@@ -186,6 +187,8 @@ def summary(
         4
     """
     _tree.check_floating(params)
+    if model_fn is not None or args:
+        check_call("model_fn", model_fn, args)
     work = None if model_fn is None else multiply_adds(read(model_fn, params, *args))
     spent = [None] * len(jax.tree.leaves(params)) if work is None else work.by_leaf
     entries = [

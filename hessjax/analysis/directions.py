@@ -11,6 +11,7 @@ from jaxtyping import Array
 from hessjax._core import _tree
 from hessjax._core._axes import Axes
 from hessjax._core._layout import tree_axes
+from hessjax._core._messages import checked_int
 from hessjax._core._types import Key, Params, Vector
 from hessjax._core._words import AxisWords
 from hessjax.estimators.probes import gaussian
@@ -67,7 +68,8 @@ def random(
             "`params` must have a leaf with two or more axes, got none that is a kernel or an embedding; "
             "`hessjax.probes.gaussian` gives a direction with every entry random."
         )
-    if isinstance(filter_axis, int):
+    if filter_axis is not None and filter_axis != "output":
+        filter_axis = checked_int("filter_axis", filter_axis)
         _check_axis(filter_axis, deep)
     # One tuple of axes for every leaf, static: all leaves of all trees of these shapes share a program.
     within = tuple(

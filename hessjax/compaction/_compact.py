@@ -12,9 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from hessjax._core import _tree
-from hessjax._core._messages import plain
+from hessjax._core._messages import check_flags, plain
 from hessjax._core._types import ModelFn, Params, Scalar, Where
 from hessjax.compaction._narrow import Narrowing, analyse, shrink_leaf, take
+from hessjax.curvature._product import check_call
 from hessjax.program._products import multiply_adds
 from hessjax.program._program import Body
 from hessjax.program._tracing import read
@@ -196,6 +197,9 @@ def compact(
         >>> small.check(model, jnp.full((2, 4), 3.0))
         0.0
     """
+    check_flags(drop_constants=drop_constants)
+    _tree.check_leaves(params)
+    check_call("model_fn", model_fn, args)
     paths, leaves = _tree.unique_paths(params, "params"), jax.tree.leaves(params)
     program = read(model_fn, params, *args)
     may_shrink = jax.tree.leaves(_tree.match(params, where))

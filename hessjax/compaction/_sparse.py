@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hessjax._core import _tree
+from hessjax._core._messages import check_path, checked_number
 from hessjax._core._types import Params, Where
 
 HEADER = "hessjax"
@@ -64,7 +65,7 @@ def to_sparse(params: Params, *, where: Where = has_two_axes, least_sparsity: fl
     """
     from jax.experimental.sparse import BCOO  # here, as it alone takes half as long to import as hessjax
 
-    if not 0 <= least_sparsity <= 1:
+    if not 0 <= checked_number("least_sparsity", least_sparsity) <= 1:
         raise ValueError(
             f"`least_sparsity` must be in [0, 1], the fraction of zeros of a leaf, got {least_sparsity}."
         )
@@ -119,6 +120,8 @@ def save_npz(path: str | os.PathLike[str], params: Params) -> Saved:
         >>> bool((back["kernel"] == params["kernel"]).all())
         True
     """
+    check_path("path", path)
+    _tree.check_leaves(params)
     paths, leaves = _tree.unique_paths(params, "params"), jax.tree.leaves(params)
     values = [_number_array(name, leaf) for name, leaf in zip(paths, leaves, strict=True)]
     header = [
@@ -151,6 +154,8 @@ def load_npz(path: str | os.PathLike[str], like: Params = None) -> Params:
         ValueError: if the file is of another kind, it holds 64-bit numbers and jax has 32, or its leaves do
             not have the paths, shapes and dtypes of `like`.
     """
+    check_path("path", path)
+    _tree.check_arrays(like, "like")
     with np.load(path) as file:
         if HEADER not in file:
             raise ValueError(f"`path` must be a file that `save_npz` wrote, but {path} has no header of its.")

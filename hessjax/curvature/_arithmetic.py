@@ -7,11 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.tree_util import Partial
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from hessjax._core import _tree
+from hessjax._core._messages import checked_finite, checked_function, is_number, shown
 from hessjax._core._types import Matvec, Params, Vector
 from hessjax.curvature._product import as_pytree
 
@@ -55,16 +57,23 @@ def weighted_sum(
     """
     _check_matvecs(matvecs)
     # As arrays they are leaves of the Partial: other weights or another damping retrace nothing.
-    weights = jnp.asarray([1.0] * len(matvecs) if weights is None else weights, float)
+    weights = jnp.asarray([1.0] * len(matvecs) if weights is None else _checked_weights(weights), float)
     if weights.shape != (len(matvecs),):
         raise ValueError(
             f"`weights` must hold one number for each of the {len(matvecs)} matvecs, "
             f"got shape {weights.shape}."
         )
-    shift = jnp.asarray(shift, float)
-    if shift.ndim:
-        raise ValueError(f"`shift` must be one number, got shape {shift.shape}.")
+    shift = jnp.asarray(checked_finite("shift", shift), float)
     return Partial(_sum, tuple(map(as_pytree, matvecs)), weights, shift)
+
+
+def _checked_weights(weights: Any) -> Any:
+    listed = isinstance(weights, Sequence) and not isinstance(weights, str)
+    if is_number(weights) or (listed and all(map(is_number, weights))):
+        return weights
+    if not isinstance(weights, (jax.Array, np.ndarray)) or not jnp.issubdtype(weights.dtype, jnp.number):
+        raise TypeError(f"`weights` must be numbers, one for each of `matvecs`, got {shown(weights)}.")
+    return weights
 
 
 def _check_matvecs(matvecs: Any) -> None:
@@ -136,6 +145,7 @@ def preconditioned(matvec: Matvec, diagonal: Params) -> Matvec:
         >>> hj.preconditioned(A, jnp.array([1.0, 4.0]))(jnp.ones(2)).tolist()
         [2.0, 0.5]
     """
+    checked_function("matvec", matvec, "(vector) -> vector")
     _tree.check_floating(diagonal, "diagonal")
     # Values can only be looked at outside `jit`; inside it a bad entry shows as NaN in the products.
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(diagonal)):
@@ -213,6 +223,8 @@ def adam_preconditioner(
         >>> hj.adam_preconditioner(opt_state).tolist()  # after one step, |g|
         [0.5, 4.0]
     """
+    for name, number in {"b2": b2, "eps": eps, "eps_root": eps_root}.items():
+        checked_finite(name, number)
     nodes = jax.tree.leaves(opt_state, is_leaf=_is_adam)
     found = [node for node in nodes if _is_adam(node)]
     if len(found) != 1:

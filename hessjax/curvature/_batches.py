@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from hessjax._core import _tree
+from hessjax._core._messages import checked_function
 from hessjax._core._types import Forms, Matvec, Vector
 
 COUNTED_OTHERWISE = "If examples are counted otherwise, pass `num_examples=lambda batch: ...`."
@@ -104,6 +105,7 @@ def over_batches(
         >>> float(A(jnp.array(1.0)))
         3.0
     """
+    checked_function("make_matvec", make_matvec, "(batch) -> matvec")
     check_reiterable(batches)
     return _BatchMean(make_matvec, batches, num_examples)
 

@@ -11,9 +11,17 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from hessjax._core import _tree
-from hessjax._core._messages import checked_count
+from hessjax._core._messages import check_flags, checked_any_key, checked_count, checked_instance
 from hessjax._core._types import Key, LossFn, Matvec, ModelFn, Params
-from hessjax.curvature._product import as_pytree, described, pull_back, sandwich, scalar
+from hessjax.curvature._product import (
+    as_pytree,
+    check_call,
+    check_precision,
+    described,
+    pull_back,
+    sandwich,
+    scalar,
+)
 from hessjax.curvature.likelihoods import Likelihood
 
 
@@ -70,6 +78,11 @@ def ggn(
         >>> float(A(jnp.array(1.0)))
         180.0
     """
+    _tree.check_floating(params)
+    check_call("model_fn", model_fn, args)
+    check_call("output_loss", output_loss, args, "outputs")
+    check_flags(linearize=linearize)
+    check_precision(precision)
     return sandwich(
         model_fn, Partial(_loss_curvature, as_pytree(output_loss)), params, args, linearize, precision
     )
@@ -130,6 +143,11 @@ def fisher(
         >>> float(A(jnp.array(1.0)))  # p (1 - p) x², on average
         1.25
     """
+    _tree.check_floating(params)
+    check_call("model_fn", model_fn, args)
+    check_likelihood(likelihood)
+    check_flags(linearize=linearize)
+    check_precision(precision)
     if key is None:
         if num_samples is not None:
             raise ValueError(
@@ -138,8 +156,14 @@ def fisher(
         curvature = Partial(_exact_fisher, as_pytree(likelihood.information))
     else:
         num_samples = 1 if num_samples is None else checked_count("num_samples", num_samples)
+        key = checked_any_key(key)
         curvature = Partial(_SampledFisher(num_samples), as_pytree(likelihood.score), key)
     return sandwich(model_fn, curvature, params, args, linearize, precision)
+
+
+def check_likelihood(likelihood: Any) -> None:
+    """Raise a TypeError for what is no `Likelihood`, such as its name."""
+    checked_instance("likelihood", likelihood, Likelihood, "hessjax.likelihoods.categorical")
 
 
 # -- the curvature in the outputs ----------------------------------------------------------------

@@ -11,10 +11,18 @@ from jax.tree_util import Partial
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from hessjax._core import _tree
-from hessjax._core._messages import checked_count
+from hessjax._core._messages import check_flags, checked_count
 from hessjax._core._types import Block, LossFn, Matvec, Params, Vector
 from hessjax.curvature._batches import add, divide, leading_axis, zero
-from hessjax.curvature._product import as_pytree, at_precision, sandwich, scalar
+from hessjax.curvature._product import (
+    as_pytree,
+    at_precision,
+    check_call,
+    check_precision,
+    explained,
+    sandwich,
+    scalar,
+)
 
 
 def per_example_grads(
@@ -61,7 +69,7 @@ def per_example_grads(
         >>> hj.per_example_grads(loss_fn, jnp.array([1.0, 1.0]), batch).tolist()
         [[0.0, 0.0], [10.0, 15.0]]
     """
-    _tree.check_floating(params)
+    microbatch = _checked(loss_fn, params, args, microbatch, precision)
     count = num_examples(args)
     loss_fn = as_pytree(loss_fn)
     if microbatch is None or microbatch >= count:
@@ -120,19 +128,28 @@ def empirical_fisher(
         >>> A(jnp.array([1.0, 0.0])).tolist()
         [50.0, 75.0]
     """
-    count = num_examples(args)
+    microbatch = _checked(loss_fn, params, args, microbatch, precision)
+    check_flags(linearize=linearize)
+    num_examples(args)  # for its checks
     loss_fn = as_pytree(loss_fn)
     if microbatch is None:
         # 1/m Σ gᵢgᵢᵀ = Jᵀ(I/m)J with J the Jacobian of the per-example losses: the same product as the GGN's,
         # and no gradient is ever formed.
         return sandwich(Partial(_losses, loss_fn), Partial(_mean), params, args, linearize, precision)
-    _tree.check_floating(params)
     if linearize:
         raise ValueError(
             f"`microbatch` must be None with `linearize=True`, which keeps all activations, got {microbatch}."
         )
-    _cuts(count, microbatch)
     return Partial(_ProductInParts(microbatch, precision), loss_fn, params, args)
+
+
+def _checked(loss_fn: Any, params: Any, args: tuple[Any, ...], microbatch: Any, precision: Any) -> int | None:
+    """The microbatch, all arguments being what they must be."""
+    _tree.check_floating(params)
+    if args:  # else `num_examples` says what is missing
+        check_call("loss_fn", loss_fn, args)
+    check_precision(precision)
+    return None if microbatch is None else checked_count("microbatch", microbatch)
 
 
 # -- examples ------------------------------------------------------------------------------------
@@ -150,7 +167,6 @@ def num_examples(args: tuple[Any, ...]) -> int:
 
 def _cuts(count: int, microbatch: int) -> list[tuple[int, int]]:
     """(start, size) of every microbatch; the last may be short."""
-    microbatch = checked_count("microbatch", microbatch)
     return [(start, min(microbatch, count - start)) for start in range(0, count, microbatch)]
 
 
@@ -180,6 +196,7 @@ def of_each(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
 # -- gradients -----------------------------------------------------------------------------------
 
 
+@explained("loss_fn")
 @functools.partial(jax.jit, static_argnums=0)
 def _grads(precision: str | None, loss_fn: LossFn, params: Params, args: tuple[Any, ...]) -> Block:
     with at_precision(precision):

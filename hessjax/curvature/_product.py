@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,12 +12,45 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from hessjax._core import _tree
+from hessjax._core._messages import checked_function, shown
 from hessjax._core._types import LossFn, Matvec, ModelFn, Params, Scalar, Vector
 
 
 def as_pytree(function: Callable[..., Any]) -> Partial:
     """The function as one that goes through `jit` as an argument, with the arrays it may carry."""
     return function if isinstance(function, Partial) else Partial(function)
+
+
+def check_call(argument: str, function: Any, args: tuple[Any, ...], first: str = "params") -> None:
+    """Raise a TypeError now for a function that `first` and these arguments cannot be passed to.
+
+    That is: it is no function, they are no arrays, or they are too many or too few.
+    """
+    checked_function(argument, function, f"({first}, *args)")
+    _tree.check_args(args, argument)
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # those of C have none, and wrapped ones may hide theirs
+        return
+    try:
+        signature.bind(None, *args)
+    except TypeError as error:
+        raise TypeError(
+            f"`{argument}` must take `{first}` and the {len(args)} `args` given after it, got one with the "
+            f"signature {signature}: {error}."
+        ) from None
+
+
+def check_precision(precision: Any) -> None:
+    """Raise a ValueError for what is no precision of matrix products."""
+    try:
+        with at_precision(precision):
+            pass
+    except (TypeError, ValueError):
+        raise ValueError(
+            "`precision` must be None or one of jax's, such as 'highest' or 'bfloat16' (see "
+            f"`jax.default_matmul_precision`), got {shown(precision)}."
+        ) from None
 
 
 def scalar(loss_fn: LossFn, args: tuple[Any, ...], argument: str = "loss_fn") -> Callable[[Any], Scalar]:
@@ -46,16 +80,46 @@ def at_precision(precision: str | None) -> contextlib.AbstractContextManager[Any
     return contextlib.nullcontext() if precision is None else jax.default_matmul_precision(precision)
 
 
+_NEEDS_VALUES = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
+
+
 @contextlib.contextmanager
-def explained(way_out: str) -> Iterator[None]:
-    """Turns jax's error about a `custom_vjp` into one that names the way out."""
+def explained(argument: str, custom_vjp: str = "") -> Iterator[None]:
+    """Turns jax's errors about what a function does into ones that name it, and the way out.
+
+    Args:
+        argument: what the function is called.
+        custom_vjp: the way out where a `custom_vjp` cannot be passed.
+    """
     try:
         yield
-    except (TypeError, NotImplementedError) as error:
-        # jax has no type for these errors; other words mean that something else is wrong.
-        if "custom_vjp" not in str(error) and "custom_lin" not in str(error):
+    except (TypeError, ValueError, NotImplementedError) as error:
+        message = _explanation(error, argument, custom_vjp)
+        if message is None:
             raise
-        raise TypeError(way_out) from error
+        raise TypeError(message) from error
+
+
+def _explanation(error: Exception, argument: str, custom_vjp: str) -> str | None:
+    if isinstance(error, _NEEDS_VALUES):
+        return (
+            f"`{argument}` must not look at values, which it is compiled without, but it does, by `if`, "
+            "`int()` or a function of NumPy (the error above says where): bind what decides beforehand, "
+            f"`functools.partial({argument}, name=value)`, or use `jnp.where`."
+        )
+    # jax has no type for these errors; other words mean that something else is wrong.
+    if "Reverse-mode differentiation does not work" in str(error):
+        return (
+            f"`{argument}` must be differentiable backwards, but it has a `while_loop`, which jax cannot go "
+            "back through in any `mode`: give it a fixed number of steps, by `scan` or by a `fori_loop` "
+            "whose bounds are numbers."
+        )
+    hit = "custom_vjp" in str(error) or "custom_lin" in str(error)
+    return custom_vjp if custom_vjp and hit else None
 
 
 def pull_back(pullback: Callable[[Any], tuple[Any]], cotangents: Any) -> Any:
@@ -63,9 +127,14 @@ def pull_back(pullback: Callable[[Any], tuple[Any]], cotangents: Any) -> Any:
     return pullback(cotangents)[0]
 
 
-@jax.jit
 def multiply_linear(linear: Callable[[Vector], Vector], params: Params, vector: Vector) -> Vector:
     """The product with a linear map that was made, and is kept, at these params."""
+    _tree.check_arrays(vector, "vector")
+    return _multiply_linear(linear, params, vector)
+
+
+@jax.jit
+def _multiply_linear(linear: Callable[[Vector], Vector], params: Params, vector: Vector) -> Vector:
     # A linear map takes tangents in exactly the dtypes it was traced at, while vectors may come wider.
     _tree.check_like(vector, params, "vector", "params")
     return linear(_tree.cast_like(vector, params))
@@ -83,7 +152,8 @@ def sandwich(
     _tree.check_floating(params)
     model_fn = as_pytree(model_fn)
     if linearize:
-        return Partial(multiply_linear, _linearize(precision, model_fn, curvature, params, args), params)
+        with explained("model_fn"):
+            return Partial(multiply_linear, _linearize(precision, model_fn, curvature, params, args), params)
     return Partial(_Product(precision), model_fn, curvature, params, args)
 
 
@@ -96,7 +166,9 @@ class _Product:
     def __call__(
         self, model_fn: ModelFn, curvature: Partial, params: Params, args: tuple[Any, ...], vector: Vector
     ) -> Vector:
-        return _multiply(self.precision, model_fn, curvature, params, args, vector)
+        _tree.check_arrays(vector, "vector")
+        with explained("model_fn"):
+            return _multiply(self.precision, model_fn, curvature, params, args, vector)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -10,11 +10,12 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from hessjax._core import _tree
-from hessjax._core._messages import checked_count
+from hessjax._core._messages import checked_any_key, checked_count, checked_number
 from hessjax._core._types import Block, Key, ModelFn, Params
 from hessjax.curvature import likelihoods
+from hessjax.curvature._ggn import check_likelihood
 from hessjax.curvature._gradients import num_examples, of_each
-from hessjax.curvature._product import as_pytree, at_precision
+from hessjax.curvature._product import as_pytree, at_precision, check_call, check_precision, explained
 from hessjax.curvature.likelihoods import Likelihood
 
 
@@ -65,7 +66,8 @@ def ggn_roots(
         >>> (abs(roots.T @ roots) / 2).round(4).tolist()  # 4·(diag(p) − ppᵀ), up to signs
         [[1.0, 1.0], [1.0, 1.0]]
     """
-    _tree.check_floating(params)
+    _check(model_fn, params, args, likelihood, precision)
+    checked_number("temperature", temperature)
     num_examples(args)
     if not isinstance(temperature, jax.core.Tracer) and not 0 < temperature < math.inf:
         raise ValueError(f"`temperature` must be positive and finite, got {temperature}.")
@@ -111,13 +113,22 @@ def sampled_grads(
         >>> abs(rows).tolist()
         [[[1.0, 1.0]], [[1.0, 1.0]], [[1.0, 1.0]]]
     """
-    _tree.check_floating(params)
+    _check(model_fn, params, args, likelihood, precision)
     num_samples = checked_count("num_samples", num_samples)
-    keys = jax.random.split(key, num_examples(args))
+    keys = jax.random.split(checked_any_key(key), num_examples(args))
     score = as_pytree(likelihood.score)
     return _sampled_grads(precision, num_samples, as_pytree(model_fn), score, params, args, keys)
 
 
+def _check(model_fn: Any, params: Any, args: tuple[Any, ...], likelihood: Any, precision: Any) -> None:
+    _tree.check_floating(params)
+    if args:  # else `num_examples` says what is missing
+        check_call("model_fn", model_fn, args)
+    check_likelihood(likelihood)
+    check_precision(precision)
+
+
+@explained("model_fn")
 @functools.partial(jax.jit, static_argnums=0)
 def _ggn_roots(
     precision: str | None,
@@ -142,6 +153,7 @@ def _ggn_roots(
         return _end_to_end(of_each(of_example, args))
 
 
+@explained("model_fn")
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _sampled_grads(
     precision: str | None,

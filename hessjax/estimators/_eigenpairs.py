@@ -23,7 +23,7 @@ from hessjax._core._types import (
 )
 from hessjax._run._drivers import as_partial, run
 from hessjax._run._estimator import RunOptions, checked_options, limit_of
-from hessjax.estimators._lanczos import lanczos
+from hessjax.estimators._lanczos import Which, lanczos
 from hessjax.estimators._samples import sampling_error
 
 
@@ -32,7 +32,7 @@ def eigenpairs(
     key: Key,
     like: Params,
     k: int = 5,
-    which: str = "both",
+    which: Which = "both",
     *,
     max_matvecs: int = 300,
     tol: Tolerance = Relative(1e-4),  # noqa: B008 - immutable

@@ -16,6 +16,7 @@ from hessjax.estimators import _krylov
 from hessjax.estimators._samples import (
     Moments,
     check_probe,
+    drawn,
     estimate,
     no_samples,
     push,
@@ -109,7 +110,7 @@ class Hutchpp(Estimator):
         """The first probe, and an empty basis."""
         packing = Packing.of(like)
         _check_size(self.num_matvecs, packing.size)
-        vector = packing.pack(self.probe(jax.random.fold_in(key, 0), like))
+        vector = packing.pack(drawn(self.probe, jax.random.fold_in(key, 0), like))
         zero = jnp.zeros((), _tree.accumulator_dtype(like))
         basis = _krylov.allocate(vector, self.rank)
         return HutchppState(key, vector, basis, zero, zero, no_samples(zero), jnp.int32(0), packing)

@@ -3,14 +3,14 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from hessjax._core import _tree
-from hessjax._core._messages import checked_count
+from hessjax._core._messages import checked_choice, checked_count
 from hessjax._core._packing import Packing
 from hessjax._core._types import (
     CONVERGENCE,
@@ -65,6 +65,10 @@ class LanczosState(NamedTuple):
     num_matvecs: Int[Array, ""]
 
 
+Which: TypeAlias = Literal["both", "largest", "smallest", "magnitude"]
+"""Which end of the spectrum: both, one, or what is largest in absolute value."""
+
+
 @settings(arrays=("start", "tol"))
 class Lanczos(Estimator):
     """Thick-restart Lanczos with full reorthogonalisation, as an estimator of eigenpairs.
@@ -116,7 +120,7 @@ class Lanczos(Estimator):
     init_only = ("basis_size", "start")
 
     k: int = 5
-    which: str = "both"
+    which: Which = "both"
     _: dataclasses.KW_ONLY
     basis_size: int | None = None
     block_size: int = 1
@@ -124,8 +128,9 @@ class Lanczos(Estimator):
     tol: Tolerance | None = Relative(1e-4)
 
     def __post_init__(self) -> None:
-        if self.which not in _PRIORITY:
-            raise ValueError(f"`which` must be one of {', '.join(map(repr, _PRIORITY))}, got {self.which!r}.")
+        checked_choice("which", self.which, _PRIORITY)
+        if self.start is not None:
+            _tree.check_floating(self.start, "start")
         assign(self, k=checked_count("k", self.k), block_size=checked_count("block_size", self.block_size))
         if self.basis_size is not None:
             assign(

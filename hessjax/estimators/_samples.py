@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from hessjax._core import _sharding
+from hessjax._core import _sharding, _tree
+from hessjax._core._messages import checked_function
 from hessjax._core._types import BatchMatvec, Block, Estimate, Forms, Key, Params, Scalar, Vector, settings
 from hessjax._run._estimator import Estimator
 from hessjax.estimators.probes import Probe, rademacher
@@ -31,7 +32,7 @@ class Sampling(Estimator):
 
     def draw(self, key: Key, index: Int[Array, ""] | int, like: Params) -> Vector:
         """The vector of sample `index`."""
-        return self.probe(jax.random.fold_in(key, index), like)
+        return drawn(self.probe, jax.random.fold_in(key, index), like)
 
     def query(self, state: Any) -> Block:
         """The probe under way."""
@@ -40,8 +41,14 @@ class Sampling(Estimator):
 
 def check_probe(probe: Any) -> None:
     """Raise a TypeError unless it can be called."""
-    if not callable(probe):
-        raise TypeError(f"`probe` must be a function `(key, like) -> vector`, got {probe!r}.")
+    checked_function("probe", probe, "(key, like) -> vector")
+
+
+def drawn(probe: Callable[..., Any], key: Key, like: Params) -> Vector:
+    """A vector of the probe, which must be like the params."""
+    vector = probe(key, like)
+    _tree.check_like(vector, like, "probe(key, like)", "like")
+    return vector
 
 
 def when(condition: Bool[Array, ""], step: Callable[..., Any], state: Any, *args: Any) -> Any:

@@ -10,14 +10,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from hessjax._core import _tree
-from hessjax._core._messages import checked_count
+from hessjax._core._messages import check_flags, checked_count
 from hessjax._core._packing import Packing
 from hessjax._core._types import Block, Key, Matvec, Params, Scalar, assign, settings
 from hessjax._run._drivers import run
 from hessjax._run._estimator import Estimator, RunOptions, checked_options
 from hessjax.estimators._density import SpectralDensity
 from hessjax.estimators._quadrature import Quadrature, Recurrence, with_basis, without_basis
-from hessjax.estimators._samples import check_probe, when
+from hessjax.estimators._samples import check_probe, drawn, when
 from hessjax.estimators.probes import Probe, gaussian
 
 
@@ -108,6 +108,7 @@ class Slq(Estimator):
         for name in ("num_probes", "num_matvecs", "at_once"):
             assign(self, **{name: checked_count(name, getattr(self, name))})
         check_probe(self.probe)
+        check_flags(reorthogonalise=self.reorthogonalise)
         if self.num_probes % self.at_once:
             raise ValueError(f"`at_once` must divide `num_probes`, {self.num_probes}, got {self.at_once}.")
         if self.at_once > 1 and self.reorthogonalise:
@@ -147,7 +148,9 @@ class Slq(Estimator):
         """The group's probes, one after the other: whoever draws, the numbers are the same."""
         indices = group * self.at_once + jnp.arange(self.at_once, dtype=jnp.int32)
         return jax.lax.map(
-            lambda i: packing.pack(_within(leaf, self.stacks, self.probe(jax.random.fold_in(key, i), like))),
+            lambda i: packing.pack(
+                _within(leaf, self.stacks, drawn(self.probe, jax.random.fold_in(key, i), like))
+            ),
             indices,
         )
 

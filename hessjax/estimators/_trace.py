@@ -1,14 +1,14 @@
 """The trace, in all and by leaf, layer or group of leaves."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import jax
 
 from hessjax._core import _tree
 from hessjax._core._axes import Axes
 from hessjax._core._layout import tree_axes
-from hessjax._core._messages import checked_count
+from hessjax._core._messages import checked_count, checked_function, checked_instance, shown
 from hessjax._core._types import BatchMatvec, Estimate, Key, Matvec, Params, Tolerance, Where
 from hessjax._core._words import AxisWords
 from hessjax._run._drivers import run
@@ -83,6 +83,7 @@ def trace(
         55.0
     """
     checked = checked_options("trace", options)
+    _tree.check_floating(like, "like")
     if estimator is None and isinstance(matvec, BatchMatvec):
         return trace_by_leaf(matvec, key, like, num_probes, tol=tol, probe=probe, **checked).total
     num_probes = checked_count("num_probes", num_probes)
@@ -91,8 +92,13 @@ def trace(
             "`probe` must be left out with `estimator`: where the estimator takes one, bind it, as in "
             "`functools.partial(hj.estimators.hutchpp, probe=hj.probes.gaussian)`."
         )
-    method = hutchinson(probe) if estimator is None else estimator(num_probes)
+    method = hutchinson(probe) if estimator is None else _made(estimator, num_probes)
     return run(method, matvec, key, like, max_matvecs=num_probes, tol=tol, **checked)[0]
+
+
+def _made(estimator: Any, num_probes: int) -> Estimator:
+    checked_function("estimator", estimator, "(num_probes) -> Estimator`, such as `hessjax.estimators.xtrace")
+    return checked_instance("estimator(num_probes)", estimator(num_probes), Estimator, "xtrace(100)")
 
 
 def trace_by_leaf(
@@ -151,8 +157,9 @@ def trace_by_leaf(
     """
     checked = checked_options("trace_by_leaf", options)
     num_probes = checked_count("num_probes", num_probes)
+    _tree.check_floating(like, "like")
     paths = _tree.unique_paths(like, "like")
-    groups = groups or {}
+    groups = {} if groups is None else _checked_groups(groups)
     members = tuple(_members(like, name, where) for name, where in groups.items())
     # The batches of every product are listened to: they say how far other data would move the result.
     watched = _samples.Watched(matvec) if isinstance(matvec, BatchMatvec) else None
@@ -183,6 +190,12 @@ def _by_layer(
         for found in axes
         for name in found.layer_names()
     }
+
+
+def _checked_groups(groups: Any) -> Mapping[str, Where]:
+    if not isinstance(groups, Mapping):
+        raise TypeError(f"`groups` must be a mapping `name -> where`, got {shown(groups)}.")
+    return groups
 
 
 def _members(like: Params, name: str, where: Where) -> tuple[int, ...]:

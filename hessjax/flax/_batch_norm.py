@@ -10,7 +10,10 @@ import jax.numpy as jnp
 from flax import core, linen, nnx, traverse_util
 from jaxtyping import Array, Float, Int
 
-from hessjax.flax._linen import Inputs, LinenModel, arguments, check_hashable, frozen
+from hessjax._core._messages import shown
+from hessjax.curvature._batches import check_batches
+from hessjax.flax._linen import Inputs, LinenModel, arguments, check_hashable, check_module, frozen
+from hessjax.flax._nnx import check_model
 
 Moments: TypeAlias = dict[str, tuple[Float[Array, "..."], Float[Array, "..."]]]
 """`{path: (mean, variance)}` of every BatchNorm."""
@@ -79,6 +82,10 @@ def linen_recalibrate(
         >>> jax.tree.map(lambda x: round(x.item(), 4), new["batch_stats"])
         {'mean': 3.0, 'var': 4.6667}
     """
+    check_module(module)
+    if not isinstance(variables, (dict, core.FrozenDict)):
+        raise TypeError(f"`variables` must be a mapping, as `module.init` gives it, got {shown(variables)}.")
+    check_batches(batches)
     if "batch_stats" not in variables:
         raise ValueError(
             f'`variables` must hold the collection "batch_stats", got {sorted(variables)}: without BatchNorm '
@@ -138,6 +145,8 @@ def nnx_recalibrate(model: Any, batches: Iterable[Any], *, inputs: Inputs = 0, *
         >>> model.mean[...].item()
         3.0
     """
+    check_model(model)
+    check_batches(batches)
     inputs = tuple(inputs) if isinstance(inputs, list) else inputs
     check_hashable(inputs=inputs, **call_kwargs)
     copy, batches = nnx.clone(model), iter(batches)

@@ -2,13 +2,17 @@
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 from flax import nnx
 
+from hessjax._core._messages import checked_choice, checked_function, shown
 from hessjax._core._types import LossFn, ModelFn, Params
 from hessjax.flax._linen import Inputs, Loss, OutputLoss, arguments, check_hashable
+
+Mode: TypeAlias = Literal["eval", "train"]
+"""How BatchNorm and dropout are set."""
 
 
 class NnxModel(NamedTuple):
@@ -44,7 +48,7 @@ def nnx_loss(
     loss: OutputLoss,
     *,
     inputs: Inputs = 0,
-    mode: str = "eval",
+    mode: Mode = "eval",
     **call_kwargs: Any,
 ) -> NnxLoss:
     """The loss of an nnx model, as a pure function of its params, with those params and the rest.
@@ -92,11 +96,12 @@ def nnx_loss(
         True
     """
     check_hashable(loss=loss)
+    checked_function("loss", loss, "(outputs, batch) -> scalar")
     model_fn, params, state = nnx_model(model, inputs=inputs, mode=mode, **call_kwargs)
     return NnxLoss(Loss(model_fn, loss), params, state)
 
 
-def nnx_model(model: Any, *, inputs: Inputs = 0, mode: str = "eval", **call_kwargs: Any) -> NnxModel:
+def nnx_model(model: Any, *, inputs: Inputs = 0, mode: Mode = "eval", **call_kwargs: Any) -> NnxModel:
     """An nnx model as a pure function of its params, for `hessjax.ggn` and `hessjax.fisher`.
 
     Args:
@@ -129,8 +134,8 @@ def nnx_model(model: Any, *, inputs: Inputs = 0, mode: str = "eval", **call_kwar
     """
     inputs = tuple(inputs) if isinstance(inputs, list) else inputs
     check_hashable(inputs=inputs, **call_kwargs)
-    if mode not in ("eval", "train"):
-        raise ValueError(f'`mode` must be "eval" or "train", got {mode!r}.')
+    checked_choice("mode", mode, ("eval", "train"))
+    check_model(model)
     copy = nnx.merge(*nnx.split(model))  # `eval` and `train` change a model in place
     copy.eval() if mode == "eval" else copy.train()
     graphdef, params, state = nnx.split(copy, nnx.Param, ...)
@@ -138,6 +143,12 @@ def nnx_model(model: Any, *, inputs: Inputs = 0, mode: str = "eval", **call_kwar
         raise ValueError(f"`model` must hold at least one nnx.Param, but {type(model).__name__} has none.")
     model_fn = _NnxModel(graphdef, inputs, tuple(sorted(call_kwargs.items())))
     return NnxModel(model_fn, nnx.to_pure_dict(params), nnx.to_pure_dict(state))
+
+
+def check_model(model: Any) -> None:
+    """Raise a TypeError for what is no nnx model, such as the class of one."""
+    if isinstance(model, type) or not callable(model):
+        raise TypeError(f"`model` must be an `nnx.Module`, made with its `rngs`, got {shown(model)}.")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 
+from hessjax._core._messages import check_flags, checked_instance, checked_sequence
 from hessjax.analysis._landscape import Landscape
 from hessjax.plot._style import BLUE, GREY, ORANGE, STYLE, axes_of, number
 
@@ -51,7 +52,7 @@ def landscape(
         >>> plot.landscape(curve).get_ylabel()
         'loss'
     """
-    losses = _finite(result, log)
+    losses = _finite(result, log, labels)
     curve = losses.ndim == 1
     with axes_of(ax, figsize=(6.4, 4.2) if curve else (6.4, 5.2)) as (ax,):
         if curve:
@@ -100,7 +101,7 @@ def landscape_surface(
         >>> plot.landscape_surface(plane).get_zlabel()
         'loss'
     """
-    losses = _finite(result, log)
+    losses = _finite(result, log, labels)
     if losses.ndim != 2:
         raise ValueError("`result` must be of two directions, got one: `plot.landscape` draws its curve.")
     with plt.rc_context(STYLE if ax is None else {}):
@@ -122,8 +123,12 @@ def _surface(ax: Any, result: Landscape, height: np.ndarray) -> None:
     ax.set_box_aspect(None, zoom=0.94)
 
 
-def _finite(result: Landscape, log: bool) -> np.ma.MaskedArray:
+def _finite(result: Landscape, log: bool, labels: Any) -> np.ma.MaskedArray:
     """The losses, those that are not finite masked."""
+    checked_instance("result", result, Landscape, "hessjax.landscape(...)")
+    check_flags(log=log)
+    if isinstance(labels, str) or len(checked_sequence("labels", labels, "strings")) < len(result.distances):
+        raise ValueError(f"`labels` must be a string for each direction, got {labels!r}.")
     losses = np.ma.masked_invalid(np.asarray(result.losses, float))
     if not losses.count():
         raise ValueError("`result` must have a finite loss somewhere, got none: go less far.")

@@ -12,9 +12,21 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
 from hessjax._core import _tree
+from hessjax._core._messages import checked_instance, shown
 from hessjax._core._types import Params
 from hessjax.analysis._sensitivity import Sensitivity, SensitivityRow
-from hessjax.plot._style import BLUE, GREEN, GREY, ORANGE, Numbers, Pair, axes_of, dense_line, number
+from hessjax.plot._style import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    Numbers,
+    Pair,
+    axes_of,
+    columns_of,
+    dense_line,
+    number,
+)
 
 
 def pruning_run(
@@ -45,7 +57,7 @@ def pruning_run(
         >>> lower.get_xlabel()
         'step of fine-tuning'
     """
-    x, y, zeros = map(np.asarray, (steps, accuracy, sparsity))
+    x, y, zeros = columns_of(steps=steps, accuracy=accuracy, sparsity=sparsity)
     with axes_of(axes, 2, 1, figsize=(7.6, 5.0), sharex=True, height_ratios=(3, 2)) as (upper, lower):
         dense_line(upper, dense_accuracy)
         upper.plot(x, y, color=BLUE, lw=1.8, label=f"pruned network, {y[-1]:.1%} at the end")
@@ -86,18 +98,32 @@ def accuracy_left(
         >>> [text.get_text() for text in ax.get_legend().get_texts()]
         ['dense network, 85.0%', 'magnitude', 'movement']
     """
+    points = _points(curves)
     with axes_of(ax, figsize=(7.6, 4.4)) as (ax,):
         dense_line(ax, dense_accuracy)
-        for i, (name, (left, accuracy)) in enumerate(curves.items()):
-            order = np.argsort(np.asarray(left))
+        for i, (name, (left, accuracy)) in enumerate(points.items()):
+            order = np.argsort(left)
             color, marker = (ORANGE, BLUE, GREEN)[i % 3], "osD^v"[i // 3 % 5]
-            x, y = np.asarray(left)[order], np.asarray(accuracy)[order]
+            x, y = left[order], accuracy[order]
             ax.plot(x, y, color=color, marker=marker, lw=1.8, label=name)
-        _shares_left(ax, {x for left, _ in curves.values() for x in np.asarray(left).tolist()})
+        _shares_left(ax, {x for left, _ in points.values() for x in left.tolist()})
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
         ax.legend(loc="best")
         ax.set(ylabel="test accuracy", title="What accuracy the weights that are left still give")
     return ax
+
+
+def _points(curves: Any) -> dict[str, tuple[np.ndarray, ...]]:
+    try:
+        pairs = {name: (left, accuracy) for name, (left, accuracy) in curves.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise TypeError(
+            f"`curves` must be a mapping `name -> (left, accuracy)`, got {shown(curves)}."
+        ) from None
+    return {
+        name: columns_of(**{f"curves[{name!r}][0]": left, f"curves[{name!r}][1]": accuracy})
+        for name, (left, accuracy) in pairs.items()
+    }
 
 
 def _shares_left(ax: Axes, shares: set[float]) -> None:
@@ -128,6 +154,7 @@ def kept(params: Params, ax: Axes | None = None) -> Axes:
         >>> [text.get_text() for text in ax.texts]
         ['3 of 3', '1 of 4']
     """
+    _tree.check_leaves(params)
     paths, leaves = _tree.leaf_paths(params), jax.tree.leaves(params)
     left = np.array([np.count_nonzero(leaf) for leaf in leaves])
     sizes = np.array([np.size(leaf) for leaf in leaves])
@@ -189,6 +216,7 @@ def sensitivity(result: Sensitivity, metric: str | None = None, ax: Axes | None 
 
 def _shown(result: Sensitivity, metric: str | None) -> str | None:
     """The metric to draw; None where nothing was measured."""
+    checked_instance("result", result, Sensitivity, "hessjax.sensitivity(...)")
     names = list(result.rows[0].metrics)
     if metric is not None and metric not in names:
         raise ValueError(

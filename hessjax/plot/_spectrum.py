@@ -8,10 +8,11 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 
 from hessjax._core import _tree
+from hessjax._core._messages import check_flags, checked_instance, checked_number
 from hessjax._core._types import Eigenpairs, Params
 from hessjax.estimators._density import SpectralDensity
 from hessjax.estimators._trace import TraceByLeaf
-from hessjax.plot._style import BLUE, GREEN, GREY, ORANGE, Numbers, Pair, axes_of, number
+from hessjax.plot._style import BLUE, GREEN, GREY, ORANGE, Numbers, Pair, axes_of, number, numbers_of
 
 EIGENVALUE = "eigenvalue (loss per squared parameter)"
 
@@ -51,6 +52,10 @@ def density(
         >>> plot.density(result).get_yscale()
         'log'
     """
+    checked_instance("density", density, SpectralDensity, "hessjax.spectral_density(...)")
+    if eigenpairs is not None:
+        checked_instance("eigenpairs", eigenpairs, Eigenpairs, "hessjax.eigenpairs(...)")
+    check_flags(linear=linear)
     top = float(np.max(np.abs(density.nodes))) or 1.0
     width = 8 / density.nodes.shape[1]  # about half the mean distance of the nodes on this axis
     curve = density.curve() if linear else density.signed_log_curve(threshold=1e-3 * top, bandwidth=width)
@@ -96,6 +101,9 @@ def cumulative(density: SpectralDensity, ax: Axes | None = None, *, confidence: 
         >>> [text.get_text() for text in plot.cumulative(result).get_legend().get_texts()]
         ['estimate', '95 % bounds']
     """
+    checked_instance("density", density, SpectralDensity, "hessjax.spectral_density(...)")
+    if not 0 < checked_number("confidence", confidence) < 1:
+        raise ValueError(f"`confidence` must be in (0, 1), got {confidence}.")
     top = float(np.max(np.abs(density.nodes))) or 1.0
     smooth, _ = map(np.asarray, density.signed_log_curve(2000, threshold=1e-3 * top))
     # With the nodes themselves, where the staircase jumps: a smooth grid alone would miss the steps.
@@ -140,6 +148,8 @@ def layers(traces: TraceByLeaf, params: Params, axes: Pair | None = None) -> tup
         >>> [tick.get_text() for tick in plot.layers(traces, params)[0].get_yticklabels()]
         ['bias', 'kernel']
     """
+    checked_instance("traces", traces, TraceByLeaf, "hessjax.trace_by_leaf(...)")
+    _tree.check_leaves(params)
     paths = _tree.leaf_paths(params)
     if list(traces.leaves) != paths:
         raise ValueError(f"`traces` must be of the leaves of `params`, {paths}, got {list(traces.leaves)}.")
@@ -256,9 +266,11 @@ _SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 def _training(steps: Any, values: Any, residuals: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Steps (n,), values (n, k), and residuals like them, zero where there are none."""
-    x, lines = np.asarray(steps), np.asarray(values, float)
-    errors = np.zeros_like(lines) if residuals is None else np.asarray(residuals, float)
-    if x.ndim != 1 or lines.shape[:1] != x.shape or lines.ndim > 2:
+    x, lines = numbers_of("steps", steps), numbers_of("values", values)
+    errors = np.zeros_like(lines) if residuals is None else numbers_of("residuals", residuals)
+    if x.ndim != 1:
+        raise ValueError(f"`steps` must be numbers of shape (n,), got {x.shape}.")
+    if lines.shape[:1] != x.shape or lines.ndim > 2:
         raise ValueError(
             f"`values` must be ({len(x)},) or ({len(x)}, k), a row for each step, got {lines.shape}."
         )
@@ -268,7 +280,7 @@ def _training(steps: Any, values: Any, residuals: Any) -> tuple[np.ndarray, np.n
 
 
 def _limit(threshold: Any, x: np.ndarray) -> np.ndarray:
-    limit = np.asarray(threshold, float)
+    limit = numbers_of("threshold", threshold)
     if limit.shape not in ((), x.shape):
         raise ValueError(f"`threshold` must be one number or ({len(x)},), got {limit.shape}.")
     return np.broadcast_to(limit, x.shape)

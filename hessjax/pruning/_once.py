@@ -12,12 +12,13 @@ from jaxtyping import Array, Float
 
 from hessjax._core import _tree
 from hessjax._core._layout import selected
+from hessjax._core._messages import checked_count, checked_function, checked_number
 from hessjax._core._types import Block, Params, Scalar, Where
 from hessjax._core._words import AxisWords
 from hessjax._fisher._rows import row
 from hessjax.pruning._ranking import check_sparsity
-from hessjax.pruning.allocations._allocation import AllocationRule, global_threshold
-from hessjax.pruning.patterns._pattern import Laid, Patterns, unstructured
+from hessjax.pruning.allocations._allocation import AllocationRule, check_allocation, global_threshold
+from hessjax.pruning.patterns._pattern import Laid, Patterns, check_pattern, unstructured
 from hessjax.pruning.saliencies._saliency import Context, Saliency, checked_saliency, drop_others, is_hole
 
 
@@ -119,10 +120,12 @@ def prune_once(
                [ 0.,  2.]], dtype=float32)
     """
     check_sparsity(sparsity)
-    if recomputes < 1:
-        raise ValueError(f"`recomputes` must be at least 1, the number of steps, got {recomputes}.")
-    given = saliency if isinstance(saliency, Sequence) else (saliency,)
+    recomputes = checked_count("recomputes", recomputes, 1, ", the number of steps")
+    check_pattern(pattern)
+    check_allocation(allocation)
+    given = saliency if isinstance(saliency, Sequence) and not isinstance(saliency, str) else (saliency,)
     rules = tuple(checked_saliency("saliency", rule) for rule in given)
+    _check_functions(grads_fn, loss_fn)
     _check_loss(rules, loss_fn, max_ratio)
     if grads_fn is None and any(rule.needs_grads for rule in rules):
         raise ValueError("`grads_fn` must be given for a saliency that needs gradients, got None.")
@@ -287,6 +290,13 @@ def _targets(active: Params, sparsity: float | int, recomputes: int) -> list[Any
 # -- checks --------------------------------------------------------------------------------------
 
 
+def _check_functions(grads_fn: Any, loss_fn: Any) -> None:
+    if grads_fn is not None:
+        checked_function("grads_fn", grads_fn, "(params) -> block")
+    if loss_fn is not None:
+        checked_function("loss_fn", loss_fn, "(params) -> scalar")
+
+
 def _check_loss(rules: Sequence[Saliency], loss_fn: Any, max_ratio: float | int | None) -> None:
     if not rules or (len(rules) > 1 and loss_fn is None):
         raise ValueError(
@@ -294,7 +304,7 @@ def _check_loss(rules: Sequence[Saliency], loss_fn: Any, max_ratio: float | int 
         )
     if max_ratio is None:
         return
-    if not max_ratio > 1:
+    if not checked_number("max_ratio", max_ratio) > 1:
         raise ValueError(f"`max_ratio` must be above 1, of realised to predicted increase, got {max_ratio}.")
     if loss_fn is None:
         raise ValueError("`loss_fn` must be given for a `max_ratio`, to measure what a step does.")

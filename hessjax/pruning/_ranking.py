@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped, UInt
 
 from hessjax._core import _sharding, _tree
 from hessjax._core._axes import Axes, layers_of, stacked
+from hessjax._core._messages import checked_number
 from hessjax._core._types import Params
 from hessjax.pruning.patterns._fitting import Fit, fits_of
 from hessjax.pruning.patterns._pattern import Kept, Pattern, Patterns
@@ -22,8 +23,8 @@ Schedule: TypeAlias = Callable[[Any], Any]
 
 
 def check_sparsity(sparsity: Any, note: str = "") -> None:
-    """Raise a ValueError for a number outside [0, 1); traced values pass."""
-    if isinstance(sparsity, jax.core.Tracer) or 0 <= sparsity < 1:
+    """Raise a TypeError for no number, a ValueError for one outside [0, 1); traced values pass."""
+    if isinstance(checked_number("sparsity", sparsity), jax.core.Tracer) or 0 <= sparsity < 1:
         return
     hint = f" For {sparsity:g} % write {sparsity / 100:g}." if 2 <= sparsity < 100 else ""
     raise ValueError(f"`sparsity` must be in [0, 1), the fraction of zeros, got {sparsity}{note}.{hint}")
@@ -247,6 +248,7 @@ class Units(NamedTuple):
 
 def units_of(scores: Params, pattern: Patterns) -> Units:
     """The units that a pattern makes of a tree of scores."""
+    _tree.check_floating(scores, "scores")
     leaves, treedef = jax.tree.flatten(scores)
     _check_total(leaves)
     fits = fits_of(pattern, scores)

@@ -10,6 +10,7 @@ import jax
 import optax
 
 from hessjax._core import _tree
+from hessjax._core._messages import check_path, checked_count
 from hessjax._core._types import Params, settings
 from hessjax.pruning._ranking import Schedule
 from hessjax.pruning.allocations._densities import Threshold, threshold
@@ -142,8 +143,9 @@ def load_recipe(path: str | os.PathLike[str], *, steps_per_epoch: int | None = N
         ...     tx = hj.load_recipe(file, steps_per_epoch=100).prune(optax.adam(1e-3))
         >>> state = tx.init({"dense": {"kernel": jnp.ones((4, 5)), "bias": jnp.zeros(5)}})
     """
-    if steps_per_epoch is not None and steps_per_epoch < 1:
-        raise ValueError(f"`steps_per_epoch` must be at least 1, got {steps_per_epoch}.")
+    check_path("path", path)
+    if steps_per_epoch is not None:
+        steps_per_epoch = checked_count("steps_per_epoch", steps_per_epoch)
     name = os.fspath(path)
     file, place = _read(name)
     wrong = [(*place(loc), reason) for loc, reason in _mismatches(file, steps_per_epoch)]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from hessjax._core import _tree
+from hessjax._core._messages import checked_function, checked_instance
 from hessjax._core._packing import Packed, Packing
 from hessjax._core._types import Block, Key, Matvec, Params, Relative, Scalar, Tolerance, Vector, settings
 from hessjax._run._drivers import as_partial, run
@@ -251,12 +252,19 @@ def solve(
         ([1.0, 0.5, 0.25], True)
     """
     checked = checked_options("solve", options)
-    system, estimator = System(rhs, damping, tol), method(rhs, damping, tol=tol)
+    system, estimator = System(rhs, damping, tol), _made(method, rhs, damping, tol)
     key = jax.random.key(0)  # nothing here is random
     solution, _ = run(estimator, matvec, key, rhs, max_matvecs=max_matvecs, tol=tol, **checked)
     if options.get("on_device"):
         return _multiplied_and_measured(as_partial(matvec), solution, system, rhs)
     return _measured(solution, matvec(_cast(solution.x, rhs)), system)
+
+
+def _made(method: Any, rhs: Vector, damping: Any, tol: Any) -> Estimator:
+    checked_function(
+        "method", method, "(rhs, damping, tol=) -> Estimator`, such as `hessjax.estimators.minres"
+    )
+    return checked_instance("method(rhs, damping)", method(rhs, damping, tol=tol), Estimator, "minres(rhs)")
 
 
 _cast = jax.jit(_tree.cast_like)

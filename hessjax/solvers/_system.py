@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from hessjax._core import _tree
+from hessjax._core._messages import checked_number
 from hessjax._core._packing import Packed, Packing
 from hessjax._core._types import CONVERGENCE, Amount, Relative, Scalar, Tolerance, Vector, assign, settings
 
@@ -69,8 +70,8 @@ def _checked_damping(damping: Any, rhs: Vector) -> Scalar:
             "mean of A's diagonal, for one, is `hessjax.trace(A, key, params).mean` over their number."
         )
     # An array: other dampings compile nothing anew.
-    number = jnp.asarray(damping, _tree.accumulator_dtype(rhs))
-    if number.shape or (not isinstance(number, jax.core.Tracer) and not math.isfinite(number)):
+    number = jnp.asarray(checked_number("damping", damping), _tree.accumulator_dtype(rhs))
+    if not isinstance(number, jax.core.Tracer) and not math.isfinite(number):
         raise ValueError(f"`damping` must be one finite number, got {number}.")
     return number
 

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from hessjax._core._axes import Axes, stacked
+from hessjax._core._messages import checked_number, checked_schedule, shown
 from hessjax._core._types import Params, settings
 from hessjax.pruning._ranking import (
     Member,
@@ -143,10 +144,10 @@ class Explicit(Allocation):
     sparsities: Mapping[str, float | int] | tuple[tuple[str, float | int], ...]
 
     def __post_init__(self) -> None:
-        pairs = tuple(dict(self.sparsities).items())  # a mapping does not hash, and the first glob counts
+        pairs = _pairs(self.sparsities)  # a mapping does not hash, and the first glob counts
         object.__setattr__(self, "sparsities", pairs)
         for path, value in pairs:
-            if not 0 <= value < 1:
+            if not 0 <= checked_number(f"sparsities[{path!r}]", value) < 1:
                 raise ValueError(f"`sparsities` must be in [0, 1), got {value} for `{path}`.")
         if not any(value for _, value in pairs):
             raise ValueError("`sparsities` must ask for zeros in at least one leaf, got none.")
@@ -169,6 +170,16 @@ class Explicit(Allocation):
         share = sparsity / total
         scaled = [smaller(share * level, level) for level in levels]
         return rank_each(units, [num_zeros(s, n) for s, n in zip(scaled, sizes, strict=True)], sparsity)
+
+
+def _pairs(sparsities: Any) -> tuple[tuple[str, float | int], ...]:
+    try:
+        pairs = dict(sparsities)
+    except (TypeError, ValueError):
+        pairs = {0: None}
+    if not all(isinstance(glob, str) for glob in pairs):
+        raise TypeError(f"`sparsities` must be a mapping `glob -> sparsity`, got {shown(sparsities)}.")
+    return tuple(pairs.items())
 
 
 def _levels(sparsities: Mapping[str, float | int], units: Units) -> list[float]:
@@ -231,7 +242,7 @@ class ByCurvature(Allocation):
     def __post_init__(self) -> None:
         check_floor(self.floor)
         if not isinstance(self.curvature, Mapping):
-            raise TypeError(f"`curvature` must be a mapping `path -> number`, got {self.curvature!r}.")
+            raise TypeError(f"`curvature` must be a mapping `path -> number`, got {shown(self.curvature)}.")
 
     def __call__(self, scores: Params, sparsity: Sparsity, pattern: Patterns = _ALONE) -> Params:
         """The mask of one ranking."""
@@ -300,10 +311,9 @@ class Threshold:
     least: float | int = 0.005
 
     def __post_init__(self) -> None:
-        is_number = isinstance(self.level, (int, float, np.number, jax.Array))
-        if not callable(self.level) and not (is_number and self.level == self.level):
-            raise ValueError(f"`level` must be a number or a schedule, got {self.level!r}.")
-        if not 0 <= self.least <= 1:
+        if not callable(checked_schedule("level", self.level)) and self.level != self.level:
+            raise ValueError(f"`level` must be a number or a schedule, got {self.level}.")
+        if not 0 <= checked_number("least", self.least) <= 1:
             raise ValueError(f"`least` must be in [0, 1], the share of a leaf that stays, got {self.least}.")
 
     def mask(

@@ -11,9 +11,18 @@ from jaxtyping import Array, Shaped
 
 from hessjax._core import _tree
 from hessjax._core._axes import Axes, layers_of, stacked
+from hessjax._core._messages import shown
 from hessjax._core._types import Params, settings
 from hessjax.pruning.patterns._heads import check_heads
-from hessjax.pruning.patterns._pattern import Kept, Laid, Pattern, PatternRule, Patterns, Unstructured
+from hessjax.pruning.patterns._pattern import (
+    Kept,
+    Laid,
+    Pattern,
+    PatternRule,
+    Patterns,
+    Unstructured,
+    check_pattern,
+)
 
 
 class Fit(NamedTuple):
@@ -50,6 +59,7 @@ def chosen_patterns(pattern: Patterns, named: list[tuple[str, Any]]) -> dict[str
         TypeError: if a pattern is none.
         ValueError: if a glob matches no leaf, or a leaf matches none.
     """
+    check_pattern(pattern)
     rule = _rule(pattern, [path for path, _ in named])
     return {path: rule(path, leaf) for path, leaf in named}
 
@@ -60,10 +70,6 @@ def _rule(pattern: Any, paths: list[str]) -> PatternRule:
         return functools.partial(_look_up, pattern, paths)
     if isinstance(pattern, Pattern):
         return functools.partial(_same, pattern)
-    if not callable(pattern) or isinstance(pattern, type):
-        raise TypeError(
-            f"`pattern` must be a pattern, such as `filters()`, or several by glob, got {pattern!r}."
-        )
     return functools.partial(_ruled, pattern, paths)
 
 
@@ -74,7 +80,7 @@ def _same(pattern: Pattern, path: str, leaf: Any) -> Pattern:
 def _ruled(rule: PatternRule, paths: list[str], path: str, leaf: Any) -> Pattern:
     found = rule(path, leaf)
     if not isinstance(found, Pattern):
-        raise TypeError(f"`pattern` must give a pattern for every leaf, got {found!r} for {path}.")
+        raise TypeError(f"`pattern` must give a `Pattern` for every leaf, got {shown(found)} for {path}.")
     return found
 
 

@@ -9,6 +9,7 @@ from jaxtyping import Array, Shaped
 
 from hessjax._core._axes import Axes
 from hessjax._core._layout import tree_axes
+from hessjax._core._messages import shown, uncalled
 from hessjax._core._types import Params, settings
 from hessjax._core._words import AxisWords
 
@@ -101,6 +102,22 @@ class Unstructured(Pattern):
     def ungroup(self, rows: Shaped[Array, "size 1"], shape: tuple[int, ...]) -> Shaped[Array, "..."]:
         """As they were."""
         return rows.reshape(shape)
+
+
+def check_pattern(pattern: Any, argument: str = "pattern") -> None:
+    """Raise a TypeError for what is no pattern, nor several, nor a function that gives one."""
+    if isinstance(pattern, Mapping):
+        for glob, found in pattern.items():
+            check_pattern(found, f"{argument}[{glob!r}]")
+    elif not isinstance(pattern, Pattern) and (not callable(pattern) or isinstance(pattern, type)):
+        hint = uncalled(pattern)
+        if isinstance(pattern, str):
+            numbers = pattern.split(":")
+            hint = f": write `n_of_m({numbers[0]}, {numbers[-1]})`" if len(numbers) == 2 else ""
+        raise TypeError(
+            f"`{argument}` must be a `Pattern`, such as `n_of_m(2, 4)`, a mapping `glob -> pattern` or a "
+            f"function `(path, leaf) -> pattern`, got {shown(pattern)}{hint}."
+        )
 
 
 @settings()

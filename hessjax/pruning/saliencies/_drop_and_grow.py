@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from hessjax._core import _tree
-from hessjax._core._messages import checked_key
+from hessjax._core._messages import checked_key, checked_schedule
 from hessjax._core._types import Params, settings
 from hessjax.pruning._ranking import Schedule, ordered_keys, smallest, units_of
 from hessjax.pruning.saliencies._first_order import Magnitude
@@ -32,6 +32,7 @@ class DropAndGrow(MaskChange):
     fraction: float | int | Schedule
 
     def __post_init__(self) -> None:
+        checked_schedule("fraction", self.fraction)
         if not callable(self.fraction) and not 0 <= self.fraction <= 1:
             raise ValueError(
                 f"`fraction` must be in [0, 1], the share of kept weights replaced, got {self.fraction}."

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
 from hessjax._core import _tree
-from hessjax._core._messages import checked_key
+from hessjax._core._messages import checked_key, checked_number
 from hessjax._core._types import Params, settings
 from hessjax.pruning.saliencies._saliency import Context, Saliency
 
@@ -82,7 +82,7 @@ class Gradient(Saliency):
     needs_grads: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.decay < 1:
+        if not 0 <= checked_number("decay", self.decay) < 1:
             raise ValueError(f"`decay` must be in [0, 1), of the running mean, got {self.decay}.")
 
     def init(self, weights: Params) -> MeanGradient:

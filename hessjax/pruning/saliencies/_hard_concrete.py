@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Int, Key
 
 from hessjax._core import _tree
-from hessjax._core._messages import checked_count, checked_key
+from hessjax._core._messages import checked_count, checked_key, checked_number
 from hessjax._core._types import Params, settings
 from hessjax.pruning._ranking import cond_now
 from hessjax.pruning.saliencies._movement import check_optimizer, check_penalty
@@ -101,7 +101,7 @@ class HardConcrete(Saliency):
         checked_key(self.key)
         check_optimizer(self.optimizer)
         check_penalty(self.penalty)
-        if not 0 < self.start_open < 1:
+        if not 0 < checked_number("start_open", self.start_open) < 1:
             raise ValueError(
                 f"`start_open` must be in (0, 1), the share of open gates, got {self.start_open}."
             )

@@ -6,27 +6,30 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
 from hessjax._core import _tree
+from hessjax._core._messages import checked_function, checked_schedule, shown
 from hessjax._core._types import Params, settings
 from hessjax.pruning.saliencies._saliency import Context, Saliency
 
 _ADAM = optax.adam(1e-2)  # one object, so that rules with the default optimizer are equal
 
 
-def check_optimizer(optimizer: Any) -> None:
+def check_optimizer(optimizer: Any, argument: str = "optimizer") -> None:
     """Raise a TypeError for what is no optimizer, such as a learning rate."""
     if not isinstance(optimizer, optax.GradientTransformation):
-        raise TypeError(f"`optimizer` must be one of optax, such as `optax.adam(1e-2)`, got {optimizer!r}.")
+        hint = ": call it, with a learning rate" if callable(optimizer) else ""
+        raise TypeError(
+            f"`{argument}` must be one of optax, such as `optax.adam(1e-2)`, got {shown(optimizer)}{hint}."
+        )
 
 
 def check_penalty(penalty: Any) -> None:
     """Raise a ValueError for a penalty that is no schedule, and no number from 0 up."""
-    is_number = isinstance(penalty, (int, float, np.number, jax.Array))
-    if not callable(penalty) and not (is_number and 0 <= penalty < math.inf):
+    checked_schedule("penalty", penalty)
+    if not callable(penalty) and not 0 <= penalty < math.inf:
         raise ValueError(f"`penalty` must be a finite number, at least 0, or a schedule, got {penalty!r}.")
 
 
@@ -96,8 +99,7 @@ class Movement(Saliency):
 
     def __post_init__(self) -> None:
         check_optimizer(self.optimizer)
-        if not callable(self.start):
-            raise TypeError(f"`start` must be a function `weights -> scores`, got {self.start!r}.")
+        checked_function("start", self.start, "weights -> scores")
 
     @property
     def needs_grads(self) -> bool:  # type: ignore[override]
@@ -133,6 +135,9 @@ def from_magnitudes(weights: Float[Array, "..."]) -> Float[Array, "..."]:
         >>> hj.saliencies.from_magnitudes(jnp.array([-1.0, 3.0]))
         Array([0.5, 1.5], dtype=float32)
     """
+    if not _tree.is_array(weights):
+        raise TypeError(f"`weights` must be one array, those of one leaf, got {shown(weights)}.")
+    _tree.check_floating(weights, "weights")
     spread = jnp.std(weights)
     return jnp.abs(weights) / jnp.where(spread > 0, spread, jnp.ones_like(spread))
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from hessjax._core._messages import checked_instance
 from hessjax._core._types import Block, Params, settings
 from hessjax.pruning.patterns._pattern import Patterns, unstructured
 
@@ -145,9 +146,7 @@ def checked_saliency(argument: str, rule: Any) -> Saliency:
     Raises:
         TypeError: it is no saliency; most often parentheses are missing.
     """
-    if not isinstance(rule, Saliency):
-        raise TypeError(f"`{argument}` must be a `Saliency`, such as `magnitude()`, got {rule!r}.")
-    return rule
+    return checked_instance(argument, rule, Saliency, "magnitude()")
 
 
 @settings(arrays=("choose", "by"))

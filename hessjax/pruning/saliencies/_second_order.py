@@ -6,11 +6,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from hessjax._core import _tree
-from hessjax._core._messages import checked_count
+from hessjax._core._messages import checked_choice, checked_count, checked_number
 from hessjax._core._types import Amount, Block, Params, Scalar, Tolerance, assign, settings
 from hessjax._fisher import _model, _scores
 from hessjax._fisher._inverse_fisher import InverseFisher, verdict_of
@@ -102,12 +101,10 @@ class SecondOrder(_FromGradients):
     with_slope: bool
 
     def __post_init__(self) -> None:
-        if self.update_by not in _MOVES:
-            names = ", ".join(f'"{name}"' for name in _MOVES)
-            raise ValueError(f'`update` must be one of {names}, got "{self.update_by}".')
+        checked_choice("update", self.update_by, _MOVES)
         assign(self, damping=_checked(self.damping))
         _check_counts(num_grads=self.num_grads, block_size=self.block_size)
-        _check_batch_size(self.batch_size)
+        assign(self, batch_size=_checked_batch_size(self.batch_size))
 
     def scores(self, state: Gradients, seen: Context) -> Params:
         """What single weights cost, or groups."""
@@ -139,7 +136,7 @@ class DiagonalOnly(_FromGradients):
 
     def __post_init__(self) -> None:
         _check_counts(num_grads=self.num_grads)
-        _check_batch_size(self.batch_size)
+        assign(self, batch_size=_checked_batch_size(self.batch_size))
 
     def scores(self, state: Gradients, seen: Context) -> Params:
         """½ w_q² F_qq."""
@@ -166,18 +163,19 @@ def _check_counts(**counts: int | None) -> None:
             checked_count(name, count)
 
 
-def _check_batch_size(batch_size: Any) -> None:
+def _checked_batch_size(batch_size: Any) -> float | int:
     # As of `inverse_fisher`: no integer where gradients are means over a fractional number of examples.
-    if isinstance(batch_size, str) or batch_size is None or not batch_size >= 1:
+    if not checked_number("batch_size", batch_size) >= 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    return batch_size.item() if hasattr(batch_size, "item") else batch_size  # static, hence one that hashes
 
 
 def _checked(damping: Any) -> Amount:
     """λ, an absolute one too as an `Amount`."""
     made = damping if isinstance(damping, Amount) else Amount(damping)
-    if isinstance(made.amount, jax.core.Tracer):
+    if isinstance(checked_number("damping", made.amount, " or `relative(r)`"), jax.core.Tracer):
         return made
-    if np.ndim(made.amount) or isinstance(made.amount, str | None) or not 0 < made.amount < math.inf:
+    if not 0 < made.amount < math.inf:
         raise ValueError(
             f"`damping` must be positive and finite, got {made.amount}: F from few gradients is singular "
             "without."

@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, Float
 
 from hessjax._core import _tree
+from hessjax._core._messages import checked_function, checked_number
 from hessjax._core._types import ModelFn, settings
 
 
@@ -69,9 +70,15 @@ class Distillation:
     alpha: float | int = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 < self.temperature < math.inf:
+        for name, form in {
+            "model_fn": "(params, *args) -> logits",
+            "teacher_fn": "(*args) -> logits",
+            "output_loss": "(logits, *args) -> scalar",
+        }.items():
+            checked_function(name, getattr(self, name), form)
+        if not 0 < checked_number("temperature", self.temperature) < math.inf:
             raise ValueError(f"`temperature` must be positive and finite, got {self.temperature}.")
-        if not 0 <= self.alpha <= 1:
+        if not 0 <= checked_number("alpha", self.alpha) <= 1:
             raise ValueError(f"`alpha` must be in [0, 1], the weight of the teacher, got {self.alpha}.")
 
     def __call__(self, params: Any, *args: Any) -> Float[Array, ""]:

@@ -10,12 +10,14 @@ from jaxtyping import Array, Int
 
 from hessjax._core import _tree
 from hessjax._core._layout import selected
+from hessjax._core._messages import check_flags
 from hessjax._core._types import Block, Params, Where
 from hessjax._core._words import AxisWords
 from hessjax.pruning._ranking import Schedule, cond_now
 from hessjax.pruning.allocations._allocation import AllocationRule, global_threshold
 from hessjax.pruning.allocations._densities import Threshold
 from hessjax.pruning.patterns._pattern import Laid, Patterns, unstructured
+from hessjax.pruning.saliencies._movement import check_optimizer
 from hessjax.pruning.saliencies._saliency import Context, Nested, Saliency, checked_saliency, drop_others
 from hessjax.pruning.training._state import (
     Budget,
@@ -135,6 +137,7 @@ def prune(
         Array([[-4.1, -3.1,  0. ,  0. ],
                [ 0. ,  0. ,  1.9,  2.9]], dtype=float32)
     """
+    check_flags(regrow=regrow, straight_through=straight_through)
     rule = _Pruning(
         steps=MaskSteps(every, start, stop),
         budget=Budget(sparsity, allocation, pattern),
@@ -284,6 +287,7 @@ class _Pruning:
 def _with_extra_args(inner: Any) -> optax.GradientTransformationExtraArgs:
     if isinstance(inner, optax.MultiSteps):  # which passes extra arguments on only as a transformation
         inner = inner.gradient_transformation()
+    check_optimizer(inner, "inner")
     return optax.with_extra_args_support(inner)
 
 

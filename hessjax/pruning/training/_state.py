@@ -11,11 +11,12 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from hessjax._core import _tree
+from hessjax._core._messages import checked_count, checked_instance, checked_int
 from hessjax._core._types import Params
 from hessjax.pruning._ranking import Schedule, check_sparsity
-from hessjax.pruning.allocations._allocation import AllocationRule
+from hessjax.pruning.allocations._allocation import AllocationRule, check_allocation
 from hessjax.pruning.allocations._densities import Threshold
-from hessjax.pruning.patterns._pattern import Patterns
+from hessjax.pruning.patterns._pattern import Patterns, check_pattern
 from hessjax.pruning.saliencies._saliency import is_hole
 
 
@@ -177,13 +178,9 @@ class MaskSteps:
     stop: int | None
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(
-                f"`every` must be at least 1, the number of updates between mask steps, got {self.every}."
-            )
-        if self.start < 0:
-            raise ValueError(f"`start` must be at least 0, the first mask step, got {self.start}.")
-        if self.stop is not None and self.stop < self.start:
+        checked_count("every", self.every, 1, ", the number of updates between mask steps")
+        checked_count("start", self.start, 0, ", the first mask step")
+        if self.stop is not None and checked_int("stop", self.stop) < self.start:
             raise ValueError(f"`stop` must not lie before `start`, which is {self.start}, got {self.stop}.")
 
     def are_at(self, step: Int[Array, ""]) -> Bool[Array, ""]:
@@ -209,6 +206,10 @@ class Budget:
     pattern: Patterns
 
     def __post_init__(self) -> None:
+        check_pattern(self.pattern)
+        check_allocation(self.allocation)
+        if isinstance(self.sparsity, type):
+            checked_instance("sparsity", self.sparsity, Threshold, "threshold(level)")
         if not callable(self.sparsity) and not isinstance(self.sparsity, Threshold):
             check_sparsity(self.sparsity)
 

@@ -168,7 +168,7 @@ def test_queries_alone_where_all_share_one_key():
         (module(kernels(kv=2)), hj.patterns.heads(num_kv_heads=4), "it has 2 heads, and `num_kv_heads` is 4"),
         (module(fused(SPLIT)), hj.patterns.heads(), "share an axis of 8: say how many heads"),
         (module(fused(SPLIT)), hj.patterns.heads(3), "3 does not divide axis"),
-        ({"attn": module({k: SPLIT[k] for k in NAMES[:3]})}, hj.patterns.heads(), "attn has no output that is"),
+        ({"attn": module({k: SPLIT[k] for k in NAMES[:3]})}, hj.patterns.heads(), "attn has no output"),
         ({**module(SPLIT), "mlp": {"kernel": jnp.ones((8, 8))}}, hj.patterns.heads(), "mlp/kernel.* attention"),
     ],
 )  # fmt: skip
