@@ -93,16 +93,16 @@ def is_convolution(leaf: Leaf) -> bool:
     return "conv" in f"{leaf.module}/{leaf.name}".lower()
 
 
-def matrix_axes(leaf: Leaf) -> int | None:
-    """How many axes it must have for its name, if a kernel of that name is a matrix; None if that is open."""
+def is_matrix(leaf: Leaf) -> bool:
+    """Whether a kernel of that name is a matrix, so that further axes stack several."""
     if is_convolution(leaf):
-        return None
+        return False
     # A projection of four axes is as well a convolution, as of patches; one called dense is not.
-    named = _MATRICES.search(leaf.module)
-    if named and leaf.name in _WEIGHTS and (len(leaf.shape) == 3 or "dense" in leaf.module.lower()):
-        return 2
+    named = bool(_MATRICES.search(leaf.module)) and leaf.name in _WEIGHTS
+    if named and (len(leaf.shape) == 3 or "dense" in leaf.module.lower()):
+        return True
     # Hand-written convolutions have four axes or say what they are; three are matrices side by side.
-    return 2 if leaf.name not in ("kernel", "weight") and len(leaf.shape) == 3 else None
+    return leaf.name not in ("kernel", "weight") and len(leaf.shape) == 3
 
 
 def outputs_first(leaf: Leaf) -> bool:

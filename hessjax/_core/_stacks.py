@@ -10,9 +10,9 @@ from hessjax._core._names import (
     Siblings,
     bias_name,
     is_embedding,
+    is_matrix,
     is_norm,
     is_vector,
-    matrix_axes,
     outputs_first,
 )
 
@@ -199,10 +199,14 @@ def _depth(leaf: Leaf, siblings: Siblings, known: Mapping[str, int], below: Mapp
     # A kernel has two axes at least; what has another name may be a vector in each layer.
     least = 2 if leaf.name in ("kernel", "weight", "w") else 1
     if stack and leaf.shape[: len(stack)] == stack and axes - len(stack) >= least:
-        return len(stack)
+        # Within a layer there may be matrices side by side again: experts.
+        inner = Leaf(leaf.path, leaf.shape[len(stack) :])
+        return len(stack) + (1 if len(inner.shape) == 3 and _is_matrix(inner, siblings) else 0)
     if is_embedding(leaf, siblings):
         return axes - 2 if axes > 2 and set(leaf.shape[: axes - 2]) != {1} else 0
-    matrix = matrix_axes(leaf)
-    if matrix is None or axes <= matrix or set(leaf.shape[:-1]) == {1}:
-        return 0
-    return axes - matrix
+    return axes - 2 if axes > 2 and _is_matrix(leaf, siblings) else 0
+
+
+def _is_matrix(leaf: Leaf, siblings: Siblings) -> bool:
+    """Whether its name says that it is a matrix, whatever it has more of axes."""
+    return not is_embedding(leaf, siblings) and is_matrix(leaf) and set(leaf.shape[:-1]) != {1}

@@ -89,7 +89,8 @@ class NOfM(_ByAxis):
         """Along the axis that is summed over, if none is given."""
         if self.axis is not None:
             return NOfM(self.n, self.m, axes.in_layer(self.axis))
-        if len(axes.input) and axes.layer[axes.input[-1]] == 1 and axes.spatial:
+        depthwise = "depthwise" in "/".join(axes.path.split("/")[-2:]).lower()
+        if axes.spatial and (depthwise or axes.layer[axes.input[-1]] == 1):
             raise ValueError(
                 "it has one input channel for each output, as depthwise convolutions have, and nothing to "
                 "sum over in groups"
