@@ -1,5 +1,6 @@
 """Which axes of every leaf mean what: the one place that decides, for everybody who asks."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -12,12 +13,14 @@ from hessjax._core._names import (
     Siblings,
     bias_name,
     is_embedding,
+    is_kernel,
     is_vector,
     leaves_of,
     outputs_first,
 )
 from hessjax._core._stacks import Order, by_bias, depths_of, siblings_of
-from hessjax._core._types import Params, Where
+from hessjax._core._types import Params, Where, settings
+from hessjax._core._where import match
 from hessjax._core._words import WINDOW, AxisWords, layer_places, words_by_path
 
 
@@ -43,13 +46,8 @@ def tree_axes(tree: Params, axes: AxisWords | None = None) -> tuple[Axes, ...]:
     # A stack in front is evidence for the neighbours; anywhere else it is the leaf's alone.
     given = {path: len(stack) for path, stack in places.items() if stack == tuple(range(len(stack)))}
     depths = depths_of(leaves, modules, members, given)
-    flipped = _flipped(leaves, depths, members, modules)
-    return _with_outputs(
-        [
-            _of_leaf(leaf, modules[leaf.parent], depths[leaf.path], members.get(leaf.path), said, flipped)
-            for leaf in leaves
-        ]
-    )
+    tree_of = _Tree(modules, members, depths, _turned(leaves, depths, members, modules))
+    return _with_outputs([tree_of.axes(leaf, said.get(leaf.path)) for leaf in leaves])
 
 
 def _with_outputs(found: Sequence[Axes]) -> tuple[Axes, ...]:
@@ -63,105 +61,122 @@ def _with_outputs(found: Sequence[Axes]) -> tuple[Axes, ...]:
     )
 
 
-def selected(
-    params: Params, where: Where | None, axes: AxisWords | None = None, argument: str = "where"
-) -> Params:
-    """A tree of bools: the leaves that are pruned. None: all kernels.
+@settings()
+class Kernels:
+    """The leaves that are pruned by default: all but biases, scales, embeddings and the like."""
 
-    Raises:
-        ValueError: if there are none.
-    """
+    def __call__(self, params: Params, axes: AxisWords | None = None) -> Params:
+        """A tree of bools: which leaves are kernels.
+
+        Raises:
+            ValueError: if there are none.
+        """
+        hits = [found.kind == "kernel" for found in tree_axes(params, axes)]
+        if not any(hits):
+            raise ValueError(
+                "`where` must be given for a tree without kernels, of which biases, scales and embeddings "
+                f"are none, got {', '.join(_tree.leaf_paths(params)) or '(no leaves)'}."
+            )
+        return jax.tree.unflatten(jax.tree.structure(params), hits)
+
+    def __repr__(self) -> str:
+        return "kernels"
+
+
+kernels = Kernels()
+
+
+def selected(params: Params, where: Where, axes: AxisWords | None = None) -> Params:
+    """A tree of bools: the leaves that `where` selects, of which `kernels` are told by their axes."""
     _tree.check_leaves(params)
-    if where is not None:
-        return _tree.match(params, where, argument)
-    hits = [found.kind == "kernel" for found in tree_axes(params, axes)]
-    if not any(hits):
-        raise ValueError(
-            f"`{argument}` must be given for a tree without kernels, of which biases, scales and embeddings "
-            f"are none, got {', '.join(_tree.leaf_paths(params)) or '(no leaves)'}."
-        )
-    return jax.tree.unflatten(jax.tree.structure(params), hits)
+    return where(params, axes) if isinstance(where, Kernels) else match(params, where)
 
 
 # -- one leaf ------------------------------------------------------------------------------------
 
 
-def _of_leaf(
-    leaf: Leaf,
-    siblings: Siblings,
-    depth: int,
-    member: Member | None,
-    said: Mapping[str, tuple[str, ...]],
-    flipped: set[str],
-) -> Axes:
-    words = said.get(leaf.path)
-    if words is not None and "..." not in words:
-        return _as_said(leaf, words, member)
-    stack = tuple(range(depth)) if words is None else layer_places(words, len(leaf.shape))
-    shape = tuple(n for axis, n in enumerate(leaf.shape) if axis not in stack)
-    n = len(shape)
+@dataclasses.dataclass(frozen=True)
+class _Tree:
+    """What the whole tree says of its leaves.
+
+    Attributes:
+        modules: the shapes of all leaves, by module and name.
+        members: the leaves of attentions, by path.
+        depths: how many leading axes count layers, by path.
+        turned: of leaves of attentions whether they are (out, in), by path, where that is known.
+    """
+
+    modules: Mapping[str, Siblings]
+    members: Mapping[str, Member]
+    depths: Mapping[str, int]
+    turned: Mapping[str, bool]
+
+    def axes(self, leaf: Leaf, words: tuple[str, ...] | None) -> Axes:
+        """The axes of one leaf."""
+        member, depth = self.members.get(leaf.path), self.depths[leaf.path]
+        if words is not None and "..." not in words:
+            return _as_said(leaf, words, member)
+        stack = tuple(range(depth)) if words is None else layer_places(words, len(leaf.shape))
+        layer = Leaf(leaf.path, tuple(n for axis, n in enumerate(leaf.shape) if axis not in stack))
+        found = Axes(leaf.path, leaf.shape, stack, (), (), tuple(range(len(layer.shape))), "vector")
+        siblings = self.modules[leaf.parent]
+        if _is_vector(layer, siblings):
+            return found if member is None else found._replace(attention=_of_bias(member, layer.shape))
+        if is_embedding(leaf, siblings):
+            spatial, inputs, outputs = _ordered("last", len(layer.shape))
+            return found._replace(kind="embedding", spatial=spatial, input=inputs, output=outputs)
+        return self._kernel(layer, found, member)
+
+    def _kernel(self, layer: Leaf, found: Axes, member: Member | None) -> Axes:
+        n = len(layer.shape)
+        if member is None:
+            spatial, inputs, outputs = _ordered(self._order(layer), n)
+            return found._replace(kind="kernel", spatial=spatial, input=inputs, output=outputs)
+        # With heads on an axis of their own: (features, heads, entries), (heads, entries, features).
+        is_split = n == 3 or (n == 4 and member.role == "query, key and value")
+        is_output, order = member.role == "output", self._order(layer)
+        if is_split:
+            order = 1 if is_output else n - 1
+        spatial, inputs, outputs = _ordered(order, n)
+        head = inputs[0] if is_output else n - 2 if is_split else outputs[0]
+        attention = _attention(member, head, is_split)
+        return found._replace(
+            kind="kernel", spatial=spatial, input=inputs, output=outputs, attention=attention
+        )
+
+    def _order(self, layer: Leaf) -> Order:
+        """Where a kernel has its outputs: as its attention, its bias or its name says."""
+        if layer.path in self.turned:
+            return "first" if self.turned[layer.path] else "last"
+        bias = self.modules[layer.parent].get(bias_name(layer.name) or "")
+        found = None if bias is None else by_bias(layer, bias[self.depths[layer.path] :])
+        if found is not None and found[0] == 0:
+            return found[1]
+        return "first" if outputs_first(layer) else "last"
+
+
+def _is_vector(layer: Leaf, siblings: Siblings) -> bool:
+    """Whether a layer is a bias, a scale or the like, or has but one axis that is longer than 1."""
+    if is_vector(layer, siblings) or len(layer.shape) < 2:
+        return True
+    has_one = set(layer.shape[:-1]) == {1}
+    return has_one and (len(layer.shape) > 2 or is_embedding(layer, siblings)) and not is_kernel(layer)
+
+
+def _of_bias(member: Member, shape: tuple[int, ...]) -> Attention:
+    """Of a bias: (heads, entries), or both in one axis; that of the output has none."""
+    is_split = len(shape) > 1
+    head = None if member.role == "output" or not shape else len(shape) - 2 if is_split else 0
+    return _attention(member, head, is_split)
+
+
+def _attention(member: Member, head: int | None, is_split: bool) -> Attention:
+    return Attention(member.root, member.role, head, is_split, member.has_output, member.interleaved)
+
+
+def _ordered(order: Order, n: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Window, inputs and outputs of a kernel of n axes."""
     every = tuple(range(n))
-    vector = is_vector(leaf, siblings) or n < 2
-    if vector or (is_embedding(leaf, siblings) and (n < 2 or set(shape[:-1]) == {1})):
-        attention = None if member is None else _attention(member, shape, vector=True)
-        return Axes(leaf.path, leaf.shape, stack, (), (), every, "vector", attention)
-    if is_embedding(leaf, siblings):
-        return Axes(leaf.path, leaf.shape, stack, every[:-2], (n - 2,), (n - 1,), "embedding")
-    split = member is not None and _is_split(member, shape)
-    order = _order_of(leaf, siblings, depth, shape, split, member, flipped)
-    spatial, inputs, outputs = _ordered(order, n, split and member is not None and member.role == "output")
-    attention = None
-    if member is not None:
-        at = inputs[0] if member.role == "output" else (n - 2 if split else outputs[0])
-        attention = Attention(member.root, member.role, at, split, member.has_output, member.interleaved)
-    kind: Kind = (
-        "vector"
-        if n > 2 and set(shape[:-1]) == {1} and leaf.name not in ("kernel", "weight", "w")
-        else "kernel"
-    )
-    return Axes(leaf.path, leaf.shape, stack, spatial, inputs, outputs, kind, attention)
-
-
-def _is_split(member: Member, shape: tuple[int, ...]) -> bool:
-    """Whether heads have an axis of their own: (features, heads, entries), (heads, entries, features)."""
-    return len(shape) == 3 or (len(shape) == 4 and member.role == "query, key and value")
-
-
-def _attention(member: Member, shape: tuple[int, ...], *, vector: bool) -> Attention:
-    """Of a bias: (heads, entries), or both in one axis."""
-    split = len(shape) > 1
-    head = None if member.role == "output" or not shape else len(shape) - 2 if split else 0
-    return Attention(member.root, member.role, head, split, member.has_output, member.interleaved)
-
-
-def _order_of(
-    leaf: Leaf,
-    siblings: Siblings,
-    depth: int,
-    shape: tuple[int, ...],
-    split: bool,
-    member: Member | None,
-    flipped: set[str],
-) -> Order:
-    """Where a kernel has its outputs."""
-    if member is not None and split:
-        return "last" if member.role == "output" else len(shape) - 1
-    if leaf.path in flipped:
-        return "first"
-    bias = siblings.get(bias_name(leaf.name) or "")
-    found = None if bias is None else by_bias(Leaf(leaf.path, shape), bias[depth:])
-    if found is not None and found[0] == 0:
-        return found[1]
-    return "first" if outputs_first(leaf) else "last"
-
-
-def _ordered(
-    order: Order, n: int, is_output: bool
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Window, inputs and outputs."""
-    every = tuple(range(n))
-    if is_output:
-        return (), every[:-1], every[-1:]
     if isinstance(order, int):
         return (), every[: n - order], every[n - order :]
     if order == "first":
@@ -171,26 +186,26 @@ def _ordered(
     return every[:-2], (n - 2,), (n - 1,)
 
 
-def _flipped(
+def _turned(
     leaves: Sequence[Leaf],
     depths: Mapping[str, int],
     members: Mapping[str, Member],
     modules: Mapping[str, Siblings],
-) -> set[str]:
-    """The fused kernels of attentions that are (out, in), as those of one module all are.
+) -> dict[str, bool]:
+    """Of the fused kernels of attentions whether they are (out, in), where that is evident.
 
-    A square one says nothing by itself; its neighbour, three times as long one way, does.
+    A square one says nothing by itself; its neighbour, three times as long one way, says it for both.
     """
-    roots: dict[str, set[bool]] = {}
-    for leaf in leaves:
-        if leaf.path in members and not is_vector(leaf, modules[leaf.parent]):
+    found: dict[str, set[bool]] = {}
+    mine = [leaf for leaf in leaves if leaf.path in members]
+    for leaf in mine:
+        if not is_vector(leaf, modules[leaf.parent]):
             bias = modules[leaf.parent].get(bias_name(leaf.name) or "", ())[-1:]
-            shape, role = leaf.shape[depths[leaf.path] :], members[leaf.path].role
-            if (evident := _is_flipped(shape, bias, role)) is not None:
-                roots.setdefault(members[leaf.path].root, set()).add(evident)
-    return {
-        leaf.path for leaf in leaves if leaf.path in members and roots.get(members[leaf.path].root) == {True}
-    }
+            shape, member = leaf.shape[depths[leaf.path] :], members[leaf.path]
+            if (evident := _is_flipped(shape, bias, member.role)) is not None:
+                found.setdefault(member.root, set()).add(evident)
+    known = {root: min(evident) for root, evident in found.items() if len(evident) == 1}
+    return {leaf.path: known[members[leaf.path].root] for leaf in mine if members[leaf.path].root in known}
 
 
 def _is_flipped(shape: tuple[int, ...], bias: tuple[int, ...], role: Role) -> bool | None:

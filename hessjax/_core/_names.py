@@ -88,6 +88,11 @@ def is_embedding(leaf: Leaf, siblings: Siblings) -> bool:
     return len(leaf.shape) < 4 and not has_bias and bool(_EMBEDDING.search(leaf.module.lower()))
 
 
+def is_kernel(leaf: Leaf) -> bool:
+    """Whether its name is that of what a module multiplies with, which has two axes at least."""
+    return leaf.name in ("kernel", "weight", "w")
+
+
 def is_convolution(leaf: Leaf) -> bool:
     """Whether it says so itself."""
     return "conv" in f"{leaf.module}/{leaf.name}".lower()

@@ -10,6 +10,7 @@ from hessjax._core._names import (
     Siblings,
     bias_name,
     is_embedding,
+    is_kernel,
     is_matrix,
     is_norm,
     is_vector,
@@ -197,7 +198,7 @@ def _depth(leaf: Leaf, siblings: Siblings, known: Mapping[str, int], below: Mapp
     axes = len(leaf.shape)
     stack = _nearest(leaf.parent, below)
     # A kernel has two axes at least; what has another name may be a vector in each layer.
-    least = 2 if leaf.name in ("kernel", "weight", "w") else 1
+    least = 2 if is_kernel(leaf) else 1
     if stack and leaf.shape[: len(stack)] == stack and axes - len(stack) >= least:
         # Within a layer there may be matrices side by side again: experts.
         inner = Leaf(leaf.path, leaf.shape[len(stack) :])

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hessjax._core import _tree
-from hessjax._core._layout import selected, tree_axes
+from hessjax._core._layout import kernels, selected, tree_axes
 from hessjax._core._messages import check_path, checked_function, checked_number, plain, shown
 from hessjax._core._types import Block, Params, Scalar, Where
 from hessjax._core._words import AxisWords
@@ -75,7 +75,7 @@ def sensitivity(
     grads_fn: Callable[[Params], Block] | None = None,
     diagonal: Params | None = None,
     pattern: Patterns = unstructured(),  # noqa: B008 (a value, never changed)
-    where: Where | None = None,
+    where: Where = kernels,
     axes: AxisWords | None = None,
     path: str | os.PathLike[str] | None = None,
     callbacks: Sequence[_drivers.Callback] = (),
@@ -260,7 +260,7 @@ def _check_question(metric: Any, params: Params, diagonal: Params | None, has_mo
 
 
 def _patterns_by_leaf(
-    params: Params, where: Where | None, pattern: Patterns, axes: AxisWords | None
+    params: Params, where: Where, pattern: Patterns, axes: AxisWords | None
 ) -> dict[str, Pattern]:
     """The leaves that are asked about, each with its pattern, in the order of the tree."""
     paths = _tree.unique_paths(params, "params")

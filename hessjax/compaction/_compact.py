@@ -14,6 +14,7 @@ from rich.text import Text
 from hessjax._core import _tree
 from hessjax._core._messages import check_flags, plain
 from hessjax._core._types import ModelFn, Params, Scalar, Where
+from hessjax._core._where import match
 from hessjax.compaction._narrow import Narrowing, analyse, shrink_leaf, take
 from hessjax.curvature._product import check_call
 from hessjax.program._products import multiply_adds
@@ -202,7 +203,7 @@ def compact(
     check_call("model_fn", model_fn, args)
     paths, leaves = _tree.unique_paths(params, "params"), jax.tree.leaves(params)
     program = read(model_fn, params, *args)
-    may_shrink = jax.tree.leaves(_tree.match(params, where))
+    may_shrink = jax.tree.leaves(match(params, where))
     narrowing = analyse(program, leaves, may_shrink, drop_constants=drop_constants)
     chosen = narrowing.indices()
     small_leaves = [take(leaf, axes) for leaf, axes in zip(leaves, chosen, strict=True)]

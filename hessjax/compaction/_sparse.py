@@ -12,6 +12,7 @@ import numpy as np
 from hessjax._core import _tree
 from hessjax._core._messages import check_path, checked_number
 from hessjax._core._types import Params, Where
+from hessjax._core._where import match
 
 HEADER = "hessjax"
 
@@ -82,7 +83,7 @@ def to_sparse(params: Params, *, where: Where = has_two_axes, least_sparsity: fl
         indices = jnp.asarray(places, jnp.int32)
         return BCOO((data, indices), shape=value.shape, indices_sorted=True, unique_indices=True)
 
-    return jax.tree.map(convert, params, _tree.match(params, where))
+    return jax.tree.map(convert, params, match(params, where))
 
 
 def save_npz(path: str | os.PathLike[str], params: Params) -> Saved:

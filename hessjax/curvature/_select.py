@@ -7,6 +7,7 @@ from jax.tree_util import Partial
 
 from hessjax._core import _tree
 from hessjax._core._types import LossFn, Params, Where
+from hessjax._core._where import match
 from hessjax.curvature._product import as_pytree
 
 
@@ -65,7 +66,7 @@ def select(params: Params, where: Where) -> Selection:
         [6.0, 12.0]
     """
     _tree.check_leaves(params)
-    mask = _tree.match(params, where)
+    mask = match(params, where)
     # None is a subtree without leaves: jax maps and differentiates each half as if the other were not there.
     part = jax.tree.map(lambda keep, leaf: leaf if keep else None, mask, params)
     rest = jax.tree.map(lambda keep, leaf: None if keep else leaf, mask, params)

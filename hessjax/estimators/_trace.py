@@ -10,6 +10,7 @@ from hessjax._core._axes import Axes
 from hessjax._core._layout import tree_axes
 from hessjax._core._messages import checked_count, checked_function, checked_instance, shown
 from hessjax._core._types import BatchMatvec, Estimate, Key, Matvec, Params, Tolerance, Where
+from hessjax._core._where import match
 from hessjax._core._words import AxisWords
 from hessjax._run._drivers import run
 from hessjax._run._estimator import Estimator, RunOptions, checked_options
@@ -200,5 +201,5 @@ def _checked_groups(groups: Any) -> Mapping[str, Where]:
 
 def _members(like: Params, name: str, where: Where) -> tuple[int, ...]:
     """The indices of the leaves of a group."""
-    flags = jax.tree.leaves(_tree.match(like, where, f'groups["{name}"]'))
+    flags = jax.tree.leaves(match(like, where, f'groups["{name}"]'))
     return tuple(i for i, flag in enumerate(flags) if flag)

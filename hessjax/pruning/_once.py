@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Float
 
 from hessjax._core import _tree
-from hessjax._core._layout import selected
+from hessjax._core._layout import kernels, selected
 from hessjax._core._messages import checked_count, checked_function, checked_number
 from hessjax._core._types import Block, Params, Scalar, Where
 from hessjax._core._words import AxisWords
@@ -64,7 +64,7 @@ def prune_once(
     recomputes: int = 1,
     allocation: AllocationRule = global_threshold(),  # noqa: B008 (a value, never changed)
     pattern: Patterns = unstructured(),  # noqa: B008 (a value, never changed)
-    where: Where | None = None,
+    where: Where = kernels,
     axes: AxisWords | None = None,
     loss_fn: Callable[[Params], Any] | None = None,
     max_ratio: float | int | None = None,
@@ -256,7 +256,7 @@ def _counts(point: _Point, trial: _Trial) -> tuple[int, int, int]:
     return before, after, sum(active.size for active, _ in pairs)
 
 
-def _selected(params: Params, where: Where | None, axes: AxisWords | None) -> Params:
+def _selected(params: Params, where: Where, axes: AxisWords | None) -> Params:
     """The leaves that are pruned; holes in place of the others."""
     hits = selected(params, where, axes)
     found = jax.tree.map(lambda x, hit: jnp.asarray(x) if hit else optax.MaskedNode(), params, hits)

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from hessjax._core._axes import layers_of, stacked
-from hessjax._core._layout import selected, tree_axes
+from hessjax._core._layout import kernels, selected, tree_axes
 
 S = jax.ShapeDtypeStruct
 
@@ -252,7 +252,7 @@ def test_other_modules_are_no_attentions():
 )  # fmt: skip
 def test_what_is_pruned_by_default(tree, kernels):
     tree = shapes(tree)
-    hits = jax.tree.leaves(selected(tree, None))
+    hits = jax.tree.leaves(selected(tree, kernels))
     assert {found.path for found, hit in zip(tree_axes(tree), hits, strict=True) if hit} == kernels
 
 
@@ -260,7 +260,7 @@ def test_nothing_to_prune_is_an_error():
     with pytest.raises(
         ValueError, match="`where` must be given for a tree without kernels, .*got bias, scale"
     ):
-        selected({"bias": jnp.ones((2, 2)), "scale": jnp.ones(2)}, None)
+        selected({"bias": jnp.ones((2, 2)), "scale": jnp.ones(2)}, kernels)
 
 
 def test_layers_and_back():

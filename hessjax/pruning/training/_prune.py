@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Int
 
 from hessjax._core import _tree
-from hessjax._core._layout import selected
+from hessjax._core._layout import kernels, selected
 from hessjax._core._messages import check_flags
 from hessjax._core._types import Block, Params, Where
 from hessjax._core._words import AxisWords
@@ -42,7 +42,7 @@ def prune(
     *,
     allocation: AllocationRule = global_threshold(),  # noqa: B008 (a value, never changed)
     pattern: Patterns = unstructured(),  # noqa: B008 (a value, never changed)
-    where: Where | None = None,
+    where: Where = kernels,
     axes: AxisWords | None = None,
     every: int = 100,
     start: int = 0,
@@ -86,7 +86,7 @@ def prune(
             `channels()`, `filters()`, `rows()`, `heads()`; or several by glob over paths,
             `{"conv/*": filters(), "*": unstructured()}`, the first that matches counting.
         where: which leaves are pruned: a glob over their paths, several, `(path, leaf) -> bool`, or a tree of
-            booleans, as `optax.masked` takes. None: all kernels, which biases, scales and embeddings are not.
+            booleans, as `optax.masked` takes. By default all kernels: no biases, scales or embeddings.
         axes: what the axes of leaves mean, where names and shapes do not tell: `{"*/weight": "out in"}`,
             `{"blocks/*": "layer ..."}`, by glob, with the words `layer`, `in`, `out`, `head`, `entry`,
             `heads` (and entries in one axis), `vocab`, and `h`, `w`, `d`, `t`, `window` of convolutions.
@@ -160,7 +160,7 @@ class _Pruning:
     budget: Budget
     inner: optax.GradientTransformationExtraArgs
     saliency: Saliency
-    where: Where | None
+    where: Where
     axes: AxisWords | None
     regrow: bool
     straight_through: bool
