@@ -9,8 +9,8 @@ from hessjax._core._types import Estimate as Estimate
 from hessjax._core._types import relative as relative
 from hessjax._fisher._inverse_fisher import InverseFisher as InverseFisher
 from hessjax._fisher._inverse_fisher import inverse_fisher as inverse_fisher
+from hessjax._run._bar import progress_bar as progress_bar
 from hessjax._run._callbacks import checkpoint as checkpoint
-from hessjax._run._callbacks import progress_bar as progress_bar
 from hessjax._run._drivers import NonFiniteProductError as NonFiniteProductError
 from hessjax._run._drivers import run as run
 from hessjax._run._estimator import Progress as Progress

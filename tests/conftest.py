@@ -20,6 +20,7 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.pop("COLUMNS", None)  # tables are as wide as it says
 
 import jax
 import jaxtyping
@@ -45,6 +46,21 @@ def _few_programs():
     yield
     if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
         jax.clear_caches()
+
+
+PROMOTING = ("benchmarks", "cli", "compaction", "docs", "flax", "plot", "program", "recipes", "report")
+"""Folders whose tests run networks of others, or other libraries, that promote dtypes or ranks themselves."""
+
+
+@pytest.fixture(autouse=True)
+def _no_silent_promotion(request):
+    """The library is written for people who forbid it."""
+    folder = pathlib.Path(request.path).relative_to(pathlib.Path(__file__).parent).parts[0]
+    if folder in PROMOTING or request.node.get_closest_marker("promotes"):
+        yield
+        return
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
 
 
 @pytest.fixture

@@ -1,19 +1,18 @@
-"""Arguments checked by kind: numbers, counts, keys, functions, flags, choices, settings; tables as text."""
+"""Arguments checked by kind: numbers, counts, keys, functions, flags, choices, settings."""
 
 import inspect
-import io
 import math
 import numbers
 import operator
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 
 # -- what messages call a value ----------------------------------------------------------------------
 
@@ -22,7 +21,7 @@ def shown(value: Any) -> str:
     """A value as messages name it, on one line: arrays by dtype and shape, functions by name."""
     if isinstance(value, type):
         return f"the class `{value.__name__}`"
-    if inspect.isroutine(value):
+    if inspect.isroutine(value) or (callable(value) and hasattr(value, "__name__")):
         return f"the function `{value.__name__}`"
     if isinstance(value, (jax.Array, np.ndarray)) and (np.ndim(value) or isinstance(value, jax.core.Tracer)):
         traced = "traced " if isinstance(value, jax.core.Tracer) else ""
@@ -37,11 +36,16 @@ def uncalled(value: Any) -> str:
     return f": call it, `{_as_call(value)}`" if ours else ""
 
 
-def _as_call(cls: type) -> str:
-    """The call that makes one, by the name that the class is public under: `n_of_m(n, m)`."""
+def public_name(cls: type) -> str:
+    """The name that people call the class by, `n_of_m` for `NOfM`, if there is one beside it."""
     name = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z])", "_", cls.__name__).lower()
+    return name if getattr(sys.modules.get(cls.__module__), name, None) is cls else cls.__name__
+
+
+def _as_call(cls: type) -> str:
+    """The call that makes one: `n_of_m(n, m)`."""
     needed = inspect.signature(cls).parameters.values()
-    return f"{name}({', '.join(p.name for p in needed if p.default is p.empty)})"
+    return f"{public_name(cls)}({', '.join(p.name for p in needed if p.default is p.empty)})"
 
 
 # -- numbers -----------------------------------------------------------------------------------------
@@ -171,6 +175,13 @@ def checked_function(argument: str, function: Any, form: str) -> Any:
     return function
 
 
+def check_functions(**functions: Any) -> None:
+    """Raise a TypeError for an argument that is given and no function of the params."""
+    for argument, function in functions.items():
+        if function is not None:
+            checked_function(argument, function, "(params) -> ...")
+
+
 def checked_flag(argument: str, flag: Any) -> bool:
     """The flag as a bool: what is merely true, such as the string "no", would count as True.
 
@@ -245,13 +256,3 @@ def check_path(argument: str, path: Any) -> None:
         raise TypeError(f"`{argument}` must be a path, a string or a `pathlib.Path`, got {shown(path)}.")
     if path == "":
         raise ValueError(f"`{argument}` must name a file or folder, got an empty string.")
-
-
-# -- tables --------------------------------------------------------------------------------------------
-
-
-def plain(table: Any) -> str:
-    """What rich shows, without colour, as wide as it needs, no blanks at the ends of lines."""
-    text = io.StringIO()
-    Console(file=text, width=1000, color_system=None).print(table)
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())

@@ -45,7 +45,7 @@ class Packing:
         """The packing of vectors like `like`."""
         leaves, structure = jax.tree.flatten(like)
         dtypes = tuple(np.dtype(_tree.accumulator_dtype(leaf)) for leaf in leaves)
-        shapes, layouts = (tuple(map(of, leaves)) for of in (jnp.shape, _sharding.explicit))
+        shapes, layouts = tuple(map(jnp.shape, leaves)), tuple(map(_sharding.explicit, leaves))
         return cls(structure, shapes, dtypes, layouts, str(structure))
 
     @property

@@ -1,6 +1,8 @@
 """The pytree algebra that `optax.tree` lacks: paths, checks, inner products, blocks of vectors."""
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -58,7 +60,7 @@ def check_leaves(tree: Any, argument: str = "params") -> None:
 
 
 def _listed(leaves: dict[str, Any]) -> str:
-    return "\n".join(f"  {path}: {_describe(leaf)}" for path, leaf in leaves.items())
+    return "\n".join(f"  {path}: {describe(leaf)}" for path, leaf in leaves.items())
 
 
 def _way_out(bad: dict[str, Any]) -> str:
@@ -70,24 +72,6 @@ def _way_out(bad: dict[str, Any]) -> str:
             "first part of `eqx.partition(model, eqx.is_inexact_array)`."
         )
     return "Keep counters and other state out of it: `hessjax.select` splits a tree by path."
-
-
-def check_args(args: tuple[Any, ...], function: str) -> None:
-    """Raise a TypeError naming the first leaf of `args` that a compiled function cannot take."""
-    for i, arg in enumerate(args):
-        for path, leaf in jax.tree_util.tree_leaves_with_path(arg):
-            if is_array(leaf):
-                continue
-            where = f"`args[{i}]`" if path == () else f"`args[{i}]`, at {path_name(path)},"
-            way_out = (
-                "convert it, `jnp.asarray(x)`"
-                if hasattr(leaf, "__array__") and not isinstance(leaf, (np.ndarray, type))
-                else f"bind it beforehand, `functools.partial({function}, name=value)`"
-            )
-            raise TypeError(
-                f"{where} must hold arrays and numbers only, which `{function}` is compiled for, got "
-                f"{_describe(leaf)}: {way_out}."
-            )
 
 
 def check_arrays(tree: Any, argument: str) -> None:
@@ -117,7 +101,7 @@ def check_like(tree: Any, like: Any, argument: str, reference: str) -> None:
     """
     check_arrays(tree, argument)
     if any(_is_complex(leaf) for leaf in jax.tree.leaves(tree)):
-        kinds = ", ".join(sorted({_describe(leaf) for leaf in jax.tree.leaves(tree) if _is_complex(leaf)}))
+        kinds = ", ".join(sorted({describe(leaf) for leaf in jax.tree.leaves(tree) if _is_complex(leaf)}))
         raise TypeError(f"`{argument}` must be real, got {kinds}.")
     # This first: it runs at every product, and paths as text are wanted for an error only.
     same_structure: bool = jax.tree.structure(tree) == jax.tree.structure(like)  # type: ignore[operator]
@@ -151,7 +135,7 @@ def _is_complex(leaf: Any) -> bool:
     return isinstance(leaf, complex) or getattr(getattr(leaf, "dtype", None), "kind", None) == "c"
 
 
-def _describe(leaf: Any) -> str:
+def describe(leaf: Any) -> str:
     if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic)):
         return f"{leaf.dtype}{list(leaf.shape)}"
     return shown(leaf) if callable(leaf) else f"a {type(leaf).__name__}"
@@ -228,17 +212,24 @@ def norm(a: Vector) -> Scalar:
     return unit * jnp.sqrt(inner(scaled, scaled))
 
 
+def power_of_two(x: Float[Array, "..."]) -> Scalar:
+    """The power of two next above all |x|, 1 where all are 0: to divide by it changes no digit."""
+    top = jnp.max(jnp.abs(x))
+    return jnp.ldexp(jnp.ones((), x.dtype), jnp.where(top > 0, jnp.frexp(top)[1], 0))
+
+
 def scale(factor: Any, a: Vector) -> Vector:
     """`factor · a`, every leaf in its own dtype."""
-    return jax.tree.map(lambda x: _times(factor, x).astype(x.dtype), a)
+    return jax.tree.map(lambda x: times(factor, x).astype(x.dtype), a)
 
 
 def add_scaled(a: Vector, factor: Any, b: Vector) -> Vector:
     """`a + factor · b`, every leaf in the dtype of `a`'s."""
-    return jax.tree.map(lambda x, y: jnp.add(*promoted(x, _times(factor, y))).astype(x.dtype), a, b)
+    return jax.tree.map(lambda x, y: jnp.add(*promoted(x, times(factor, y))).astype(x.dtype), a, b)
 
 
-def _times(factor: Any, x: Array) -> Array:
+def times(factor: Any, x: Array) -> Array:
+    """`factor · x`, in their common dtype."""
     return jnp.multiply(*promoted(factor, x))
 
 
@@ -287,3 +278,19 @@ def rows(block: Block) -> list[Vector]:
 def block_of(*vectors: Vector) -> Block:
     """The block of these vectors."""
     return jax.tree.map(lambda *xs: jnp.stack(xs), *vectors)
+
+
+# -- numbers that are not there --------------------------------------------------------------------
+
+
+def or_nan(there: Any, x: Array) -> Array:
+    """`x` where there is such a number, and a NaN that is meant where there is none."""
+    with meant():
+        return jnp.where(there, x, jnp.nan)
+
+
+@contextlib.contextmanager
+def meant() -> Iterator[None]:
+    """Around results of ours, which say by NaN and infinity what is not known: products stay watched."""
+    with jax.debug_nans(False), jax.debug_infs(False):
+        yield

@@ -81,7 +81,7 @@ def residual(
     product = (Az + shift * z) / count
     # A dual multiplies by gradients of size s once more, and s³ leaves float32's range at 1e-15 and 1e13. The
     # unit is a power of two, so that no digit changes.
-    unit = jnp.ldexp(jnp.ones((), Az.dtype), jnp.frexp(jnp.max(jnp.abs(product)))[1])
+    unit = _tree.power_of_two(product)
     cut = tuple(jnp.split(product / unit, ends(widths), axis=-1))
     miss = unit * count * joined(factor.solve(cut, shift)) - z
     if is_whole and isinstance(factor, Dual):

@@ -1,10 +1,8 @@
-"""What may watch a run: a progress bar, and checkpoints: what a killed run had done is not done again."""
+"""Checkpoints of a run: what a killed run had done is not done again."""
 
 import json
-import math
 import os
 import tempfile
-import types
 import warnings
 import zlib
 from pathlib import Path
@@ -13,88 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 
-from hessjax._core._messages import check_path, checked_count, checked_flag, shown
+from hessjax._core._messages import check_path, checked_count
 from hessjax._run._estimator import Beginning, Progress
 from hessjax._run._identity import Identity, as_numbers, differences, identity
 
 KEPT = 2
 """Checkpoints on disk: the latest, and the one before in case the latest cannot be read."""
-
-
-# -- the bar ---------------------------------------------------------------------------------------
-
-
-class _ProgressBar:
-    """A callback and a context manager: the bar lives as long as the run."""
-
-    def __init__(self, description: str, transient: bool, unit: str) -> None:
-        self._bar = Bar(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TextColumn(unit + "{task.fields[status]}", markup=False),
-            TimeRemainingColumn(compact=True),
-            transient=transient,
-        )
-        self._description = description
-        self._task: TaskID | None = None
-
-    def __enter__(self) -> "_ProgressBar":
-        for task in self._bar.task_ids:  # of earlier runs
-            self._bar.remove_task(task)
-        self._task = self._bar.add_task(self._description, total=None, status="")
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
-    ) -> None:
-        self._bar.stop()
-
-    def __call__(self, progress: Progress) -> None:
-        assert self._task is not None
-        total = progress.num_matvecs if progress.done else progress.max_matvecs
-        self._bar.update(self._task, completed=progress.num_matvecs, total=total, status=_status(progress))
-
-
-def _status(progress: Progress) -> str:
-    if not math.isfinite(progress.error):
-        return ""
-    goal = f" (goal {progress.target:.2g})" if math.isfinite(progress.target) else ""
-    return f", error {progress.error:.2g}{goal}"
-
-
-def progress_bar(
-    description: str = "curvature", *, transient: bool = False, unit: str = "products"
-) -> _ProgressBar:
-    """A callback for `run` and the one-liners: products done, error against its goal, time left.
-
-    Args:
-        description: stands before the bar.
-        transient: wipe the bar when the run is over.
-        unit: what is counted: `"evaluations"` for `sensitivity`.
-
-    Returns:
-        A callback; it can serve several runs, one after the other.
-
-    Cost:
-        None beyond the error that `run` reads anyway; a run without `tol` reads it for its callbacks.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> import hessjax as hj
-        >>> A = jax.tree_util.Partial(jnp.multiply, jnp.arange(1.0, 11.0))
-        >>> bar = hj.progress_bar("trace")
-        >>> estimate = hj.trace(A, jax.random.key(0), jnp.zeros(10), num_probes=20, callbacks=[bar])
-        trace ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━ 20/20 products, error 0 00:00
-    """
-    for name, text in {"description": description, "unit": unit}.items():
-        if not isinstance(text, str):
-            raise TypeError(f"`{name}` must be a string, got {shown(text)}.")
-    return _ProgressBar(description, checked_flag("transient", transient), unit)
 
 
 # -- checkpoints ------------------------------------------------------------------------------------
@@ -158,6 +81,9 @@ class _Checkpoint:
         self._path, self._every = path, every
         self._identity: Identity = {}
         self._saved = 0
+
+    def __repr__(self) -> str:
+        return f"checkpoint({str(self._path)!r}, every={self._every})"
 
     def restore(self, beginning: Beginning) -> tuple[Any, int] | None:
         """The state on disk and its products, if there is one; it must be of the run that begins here."""

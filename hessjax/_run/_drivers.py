@@ -12,16 +12,11 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool
 
 from hessjax._core import _tree
-from hessjax._core._messages import (
-    checked_any_key,
-    checked_count,
-    checked_flag,
-    checked_function,
-    checked_instance,
-)
+from hessjax._core._compiled import compiled
+from hessjax._core._messages import checked_count
 from hessjax._core._types import Amount, Block, Key, Matvec, Params, Relative, Tolerance, Vector
 from hessjax._run import _estimator
-from hessjax._run._estimator import Beginning, Callback, Carry, Estimator, Progress, begun, check_callbacks
+from hessjax._run._estimator import Beginning, Callback, Carry, Estimator, Progress, begun, check_run
 
 CHECK_EVERY = 5
 """Products between two looks at the error: reading it makes the host wait for the device."""
@@ -122,11 +117,8 @@ def run(
         (55.0, 3)
     """
     _tree.check_floating(like, "like")
-    _check_estimator(estimator)
-    checked_function("matvec", matvec, "(vector) -> vector")
-    checked_any_key(key)
-    check_callbacks(callbacks)
-    if not checked_flag("on_device", on_device):
+    check_run(estimator, matvec, key, callbacks, on_device)
+    if not on_device:
         refuse_tracers((estimator, matvec, key, like, state))
     elif callbacks:
         raise ValueError("`callbacks` must be empty with `on_device=True`: they run on the host.")
@@ -165,23 +157,6 @@ def refuse_tracers(tree: Any) -> None:
         )
 
 
-def _check_estimator(estimator: Any) -> None:
-    """An estimator goes through `jit` as an argument: one that is no pytree is made a static one."""
-    checked_instance("estimator", estimator, Estimator, "lanczos(5)")
-    if not jax.tree_util.all_leaves([estimator]):
-        return
-    kind = type(estimator)
-    try:
-        hash(estimator)
-    except TypeError as error:
-        raise TypeError(
-            f"`estimator` must hash, got a {kind.__name__} that does not ({error}): make it a frozen "
-            "dataclass, and if it holds arrays a pytree with these as leaves "
-            "(`jax.tree_util.register_dataclass`)."
-        ) from None
-    jax.tree_util.register_static(kind)
-
-
 def _width(estimator: Estimator, state: Any, like: Params, argument: str) -> int:
     """How many vectors a step multiplies, all of them like the params."""
     # By a function of the module: a bound method would be traced anew in every run.
@@ -212,7 +187,9 @@ def _begin(estimator: Estimator, key: Key, like: Params) -> Carry:
 
 def _resume(state: Any) -> Carry:
     # A copy: the steps give the state's memory away, and this one is the caller's.
-    return Carry(jax.tree.map(jnp.copy, state), jnp.int32(0), jnp.int32(-1))
+    with _tree.meant():
+        copied = jax.tree.map(jnp.copy, state)
+    return Carry(copied, jnp.int32(0), jnp.int32(-1))
 
 
 def _restored(loop: Loop, beginning: Beginning, carry: Carry, max_matvecs: int) -> Carry:
@@ -277,7 +254,7 @@ def entered(callbacks: Sequence[Callback]) -> Iterator[None]:
 # -- on the device ---------------------------------------------------------------------------------
 
 
-@jax.jit
+@compiled()
 def loop_on_device(
     estimator: Estimator, matvec: Matvec, like: Params, max_steps: Any, tol: Amount | None, carry: Carry
 ) -> Carry:

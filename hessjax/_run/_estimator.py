@@ -11,7 +11,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from hessjax._core import _tree
-from hessjax._core._messages import checked_flag, checked_sequence, shown
+from hessjax._core._messages import (
+    checked_any_key,
+    checked_flag,
+    checked_function,
+    checked_instance,
+    checked_sequence,
+    shown,
+)
 from hessjax._core._types import Amount, Block, Key, Matvec, Params, Relative, Scalar, Vector
 
 
@@ -138,11 +145,24 @@ class Carry(NamedTuple):
     failed_leaf: Int[Array, ""]
 
 
+def _meant(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled function whose NaN and infinity are meant, such as the error of a run that has no sample."""
+
+    @functools.wraps(compiled)
+    def call(*args: Any) -> Any:
+        with _tree.meant():
+            return compiled(*args)
+
+    return call
+
+
+@_meant
 @functools.partial(jax.jit, keep_unused=True)  # `like` tells jit which mesh it is on
 def init(estimator: Estimator, key: Key, like: Params) -> Any:
     return estimator.init(key, like)
 
 
+@_meant
 @jax.jit
 def read_result(estimator: Estimator, state: Any) -> Any:
     return estimator.result(state)
@@ -176,6 +196,7 @@ def update(estimator: Estimator, carry: Carry, products: Block) -> Carry:
     return Carry(state, carry.steps + jnp.int32(failed < 0), failed)
 
 
+@_meant
 @jax.jit
 def error(estimator: Estimator, tol: Amount | None, state: Any) -> tuple[Scalar, Scalar]:
     """The error, and the target it has to reach."""
@@ -261,3 +282,29 @@ def check_callbacks(callbacks: Any) -> None:
                 "`callbacks` must hold functions `(progress) -> None`, such as `hessjax.progress_bar()`, "
                 f"got {shown(callback)}{hint}."
             )
+
+
+def check_run(estimator: Any, matvec: Any, key: Any, callbacks: Any, on_device: Any) -> None:
+    """Raise an error for arguments of a run that are not what they must be."""
+    _check_estimator(estimator)
+    checked_function("matvec", matvec, "(vector) -> vector")
+    checked_any_key(key)
+    check_callbacks(callbacks)
+    checked_flag("on_device", on_device)
+
+
+def _check_estimator(estimator: Any) -> None:
+    """An estimator goes through `jit` as an argument: one that is no pytree is made a static one."""
+    checked_instance("estimator", estimator, Estimator, "lanczos(5)")
+    if not jax.tree_util.all_leaves([estimator]):
+        return
+    kind = type(estimator)
+    try:
+        hash(estimator)
+    except TypeError as error:
+        raise TypeError(
+            f"`estimator` must hash, got a {kind.__name__} that does not ({error}): make it a frozen "
+            "dataclass, and if it holds arrays a pytree with these as leaves "
+            "(`jax.tree_util.register_dataclass`)."
+        ) from None
+    jax.tree_util.register_static(kind)

@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
-from rich.table import Table
-from rich.text import Text
 
 from hessjax._core import _tree
-from hessjax._core._messages import plain
+from hessjax._core._compiled import compiled
+from hessjax._core._tables import Column, Row, Table, printable
 from hessjax._core._types import Key, LossFn, Matvec, Params, Scalar, Vector
 from hessjax.curvature._product import at_precision, scalar
 from hessjax.estimators.probes import gaussian, rademacher
@@ -40,6 +39,7 @@ class CheckRow(NamedTuple):
     detail: str
 
 
+@printable
 class Check(NamedTuple):
     """What `check` returns: rows to compute with, and a table when printed.
 
@@ -54,28 +54,21 @@ class Check(NamedTuple):
         """Whether every row passed."""
         return all(row.passed for row in self.rows)
 
-    def __rich__(self) -> Table:
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        for title in ("Check", "Result", "Measured", "Limit"):
-            table.add_column(
-                title, justify="right" if title in ("Measured", "Limit") else "left", no_wrap=True
-            )
-        table.add_column("Detail")
-        for row in self.rows:
-            table.add_row(*_cells(row), style="" if row.passed else "bold red")
-        return table
+    def to_text(self, width: int | None = None) -> str:
+        """The table, at most `width` columns wide; by default as wide as the terminal, 80 without one."""
+        return self._table().to_text(width)
 
-    def __str__(self) -> str:
-        return plain(self)
-
-    def __repr__(self) -> str:  # a notebook's last line shows the table
-        return str(self)
+    def _table(self) -> Table:
+        heads = (Column("Check", "word"), Column("Result", "word"), Column("Measured", rank=1),
+                 Column("Limit", rank=2), Column("Detail", "text"))  # fmt: skip
+        rows = [Row(_cells(row), "" if row.passed else "bold red") for row in self.rows]
+        return Table(heads, tuple(rows))
 
 
-def _cells(row: CheckRow) -> tuple[str | Text, ...]:
+def _cells(row: CheckRow) -> tuple[str, ...]:
     note = math.isinf(row.limit)
     result = "FAILED" if not row.passed else "note" if note else "ok"
-    return row.name, result, f"{row.measured:.3g}", "" if note else f"{row.limit:.3g}", Text(row.detail)
+    return row.name, result, f"{row.measured:.3g}", "" if note else f"{row.limit:.3g}", row.detail
 
 
 def named(params: Params, flags: Iterable[Any]) -> str:
@@ -173,14 +166,14 @@ def _count(params: Params) -> int:
     return len(jax.tree.leaves(params))
 
 
-@jax.jit
+@compiled()
 def loss_and_gradient(loss_fn: LossFn, params: Params, args: tuple[Any, ...]) -> tuple[Scalar, Vector]:
     """The loss and its gradient, in full float32."""
     with at_precision("highest"):
         return jax.value_and_grad(scalar(loss_fn, args))(params)
 
 
-@jax.jit
+@compiled()
 def _slopes(
     loss_fn: LossFn,
     params: Params,

@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from hessjax._core import _tree
+from hessjax._core._compiled import compiled
 from hessjax._core._messages import check_flags, checked_count, shown
 from hessjax._core._types import Block, LossFn, Params, Scalar, Vector
+from hessjax._run._bar import columns
 from hessjax.curvature._batches import check_batches, count_examples, leading_axis
 from hessjax.curvature._product import as_pytree, at_precision, check_call, check_precision, scalar
 from hessjax.estimators._samples import sampling_error
@@ -231,7 +233,7 @@ def _evaluated(
     return np.array(weights), np.array(losses)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@compiled(static_argnums=0)
 def _losses(
     precision: str | None,
     loss_fn: LossFn,
@@ -266,11 +268,9 @@ _norm = jax.jit(_tree.norm)
 @contextlib.contextmanager
 def _bar(shown: bool, batches: Any, calls: int) -> Iterator[Callable[[Array], Array]]:
     """A progress bar, and the function that moves it on when a result is there."""
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(),
-               TextColumn("evaluations"), TimeRemainingColumn(compact=True))  # fmt: skip
     number = 1 if batches is None else len(batches) if isinstance(batches, Sized) else None
-    with Progress(*columns, disable=not shown) as bar:
-        task = bar.add_task("landscape", total=number and number * calls)
+    with Progress(*columns(), disable=not shown) as bar:
+        task = bar.add_task("landscape", total=number and number * calls, text="evaluations")
 
         def advance(result: Array) -> Array:
             if shown:  # a bar of calls that were only dispatched would run ahead of the work

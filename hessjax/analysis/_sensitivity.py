@@ -9,12 +9,11 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
-from rich.table import Table
-from rich.text import Text
 
 from hessjax._core import _tree
 from hessjax._core._layout import kernels, selected, tree_axes
-from hessjax._core._messages import check_path, checked_function, checked_number, plain, shown
+from hessjax._core._messages import check_functions, check_path, checked_number, shown
+from hessjax._core._tables import Column, Row, Table, printable
 from hessjax._core._types import Block, Params, Scalar, Where
 from hessjax._core._words import AxisWords
 from hessjax._run import _drivers
@@ -33,6 +32,7 @@ _Question: TypeAlias = tuple[str, str]
 """A leaf, and a level as the file has it."""
 
 
+@printable
 class Sensitivity(NamedTuple):
     """What `sensitivity` returns: rows to compute with, and a table when printed.
 
@@ -46,24 +46,26 @@ class Sensitivity(NamedTuple):
         """Write `parameter,sparsity,<metrics>`, and `predicted` if there is a prediction."""
         _sensitivity_csv.write(Path(path), self.rows)
 
-    def __rich__(self) -> Table:
-        table = Table(box=None, header_style="bold", pad_edge=False)
+    def to_text(self, width: int | None = None) -> str:
+        """The table, at most `width` columns wide; by default as wide as the terminal, 80 without one."""
+        return self._table().to_text(width)
+
+    def _table(self) -> Table:
         has_model = any(row.predicted is not None for row in self.rows)
-        titles = [*self.rows[0].metrics, *(["predicted rise"] if has_model else [])]
-        for title in ("parameter", "sparsity", *titles):
-            table.add_column(Text(title), justify="left" if title == "parameter" else "right", no_wrap=True)
-        last = ""
+        metrics = list(dict.fromkeys(name for row in self.rows for name in row.metrics))
+        heads = [Column("parameter", "name"), Column("sparsity")]
+        heads += [Column(name, rank=2 * rank) for rank, name in enumerate(metrics)]  # the last ones go first
+        heads += [Column("predicted rise", rank=1)] if has_model else []
+        rows, last = [], ""
         for row in self.rows:
-            numbers = [*row.metrics.values(), *([row.predicted] if has_model else [])]
+            numbers = [row.metrics.get(name) for name in metrics] + [row.predicted] * has_model
             name, last = "" if row.parameter == last else row.parameter, row.parameter
-            table.add_row(Text(name), level_name(row.sparsity), *(f"{x:.4g}" for x in numbers))
-        return table
+            rows.append(Row((name, level_name(row.sparsity), *map(_cell, numbers))))
+        return Table(tuple(heads), tuple(rows), hint="`.to_text({width})` and `.to_csv` have them.")
 
-    def __str__(self) -> str:
-        return plain(self)
 
-    def __repr__(self) -> str:  # a notebook's last line shows the table
-        return str(self)
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
 
 
 def sensitivity(
@@ -144,9 +146,7 @@ def sensitivity(
     """
     _tree.check_leaves(params)
     checked_saliency("saliency", saliency)
-    for name, function in {"metric": metric, "grads_fn": grads_fn}.items():
-        if function is not None:
-            checked_function(name, function, "(params) -> ...")
+    check_functions(metric=metric, grads_fn=grads_fn)
     check_callbacks(callbacks)
     patterns, chosen = _patterns_by_leaf(params, where, pattern, axes), _checked_levels(levels)
     has_model = diagonal is not None or saliency.compensates

@@ -9,13 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
-from rich.table import Table
-from rich.text import Text
 
 from hessjax._core import _tree
 from hessjax._core._axes import Axes, layers_of
 from hessjax._core._layout import tree_axes
-from hessjax._core._messages import plain
+from hessjax._core._tables import Column, Row, Table, number, percent, printable, shape_text
 from hessjax._core._types import ModelFn, Params
 from hessjax._core._words import AxisWords
 from hessjax.curvature._product import check_call
@@ -68,11 +66,13 @@ class SummaryRow(NamedTuple):
     abs_mean: float
 
 
+@printable
 class Summary(NamedTuple):
     """What `summary` returns: numbers to compute with, and a table when printed.
 
     The table leaves out what says nothing: multiply-adds without a model, and structures (columns, rows,
-    channels, 2D kernels, 3D filters) of which no leaf has lost any. `rows` and `total` hold all.
+    channels, 2D kernels, 3D filters) of which no leaf has lost any. It is as wide as the terminal, or 80;
+    what does not fit is left out too, and named below. `rows` and `total` hold all.
 
     Attributes:
         rows: one per leaf, in the order of the tree.
@@ -85,53 +85,43 @@ class Summary(NamedTuple):
     total: SummaryRow
     notes: tuple[str, ...] = ()
 
-    def __rich__(self) -> Table:
-        table = Table(box=None, header_style="bold", pad_edge=False)
+    def to_text(self, width: int | None = None) -> str:
+        """The table, at most `width` columns wide; by default as wide as the terminal, 80 without one."""
+        return self._table().to_text(width)
+
+    def _table(self) -> Table:
         columns = [column for column in _COLUMNS if column.always or column.value(self.total)]
-        for title, *_ in columns:
-            table.add_column(title, justify="left" if title in ("Name", "Shape") else "right", no_wrap=True)
-        for row in (*self.rows, self.total):
-            if row is self.total:
-                table.add_section()
-            cells = (column.form(column.value(row)) for column in columns)
-            table.add_row(*cells, style="bold" if row is self.total else None)
-        table.caption, table.caption_justify = "\n".join(self.notes) or None, "left"
-        return table
-
-    def __str__(self) -> str:
-        return plain(self)
-
-    def __repr__(self) -> str:  # a notebook's last line shows the table
-        return str(self)
+        rows = [
+            Row(tuple(column.form(column.value(row)) for column in columns))
+            for row in (*self.rows, self.total)
+        ]
+        rows[-1] = rows[-1]._replace(style="bold")
+        return Table(tuple(column.head for column in columns), tuple(rows), notes=self.notes)
 
 
 class _Column(NamedTuple):
-    title: str
+    head: Column
     value: Callable[[SummaryRow], Any]
-    form: Callable[[Any], str | Text]
+    form: Callable[[Any], str]
     always: bool = True
 
 
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.2f}"
-
-
 _COLUMNS = (
-    _Column("Name", lambda row: row.path, Text),
-    _Column("Shape", lambda row: "×".join(map(str, row.shape)), str),
-    _Column("Weights", lambda row: row.number, "{:,}".format),
-    _Column("Nonzero", lambda row: row.nonzeros, "{:,}".format),
-    _Column("Mult-adds", lambda row: row.multiply_adds, "{:,}".format, False),
-    _Column("Left", lambda row: row.multiply_adds_left, "{:,.0f}".format, False),
-    _Column("Cols %", lambda row: row.zero_columns, _percent, False),
-    _Column("Rows %", lambda row: row.zero_rows, _percent, False),
-    _Column("Ch %", lambda row: row.zero_channels, _percent, False),
-    _Column("2D %", lambda row: row.zero_kernels, _percent, False),
-    _Column("3D %", lambda row: row.zero_filters, _percent, False),
-    _Column("Zeros %", lambda row: row.sparsity, _percent),
-    _Column("Std", lambda row: row.std, "{:.4f}".format),
-    _Column("Mean", lambda row: row.mean, "{:.4f}".format),
-    _Column("Abs-mean", lambda row: row.abs_mean, "{:.4f}".format),
+    _Column(Column("Name", "name"), lambda row: row.path, str),
+    _Column(Column("Shape", "word", 9), lambda row: row.shape, shape_text),
+    _Column(Column("Weights", rank=1), lambda row: row.number, "{:,}".format),
+    _Column(Column("Nonzero", rank=2), lambda row: row.nonzeros, "{:,}".format),
+    _Column(Column("Mult-adds", rank=4), lambda row: row.multiply_adds, "{:,}".format, False),
+    _Column(Column("Left", rank=3), lambda row: row.multiply_adds_left, "{:,.0f}".format, False),
+    _Column(Column("Cols %", rank=5), lambda row: row.zero_columns, percent, False),
+    _Column(Column("Rows %", rank=7), lambda row: row.zero_rows, percent, False),
+    _Column(Column("Ch %", rank=6), lambda row: row.zero_channels, percent, False),
+    _Column(Column("2D %", rank=10), lambda row: row.zero_kernels, percent, False),
+    _Column(Column("3D %", rank=8), lambda row: row.zero_filters, percent, False),
+    _Column(Column("Zeros %"), lambda row: row.sparsity, percent),
+    _Column(Column("Std", rank=11), lambda row: row.std, number),
+    _Column(Column("Mean", rank=13), lambda row: row.mean, number),
+    _Column(Column("Abs-mean", rank=12), lambda row: row.abs_mean, number),
 )
 
 
@@ -177,10 +167,10 @@ def summary(
         >>> params = {"kernel": jnp.array([[0.0, 2.0], [0.0, 0.0]]), "bias": jnp.array([1.0, 1.0])}
         >>> result = hj.summary(params)
         >>> print(result)
-        Name    Shape  Weights  Nonzero  Cols %  Rows %  Zeros %     Std    Mean  Abs-mean
-        bias    2            2        2    0.00    0.00     0.00  0.0000  1.0000    1.0000
-        kernel  2×2          4        1   50.00   50.00    75.00  0.8660  0.5000    0.5000
-        total                6        3   50.00   50.00    50.00  0.7454  0.6667    0.6667
+        Name    Shape  Weights  Nonzero  Cols %  Rows %  Zeros %    Std   Mean  Abs-mean
+        bias    2            2        2    0.00    0.00     0.00   0.00   1.00      1.00
+        kernel  2×2          4        1   50.00   50.00    75.00  0.866  0.500     0.500
+        total                6        3   50.00   50.00    50.00  0.745  0.667     0.667
         >>> result.total.sparsity
         0.5
         >>> hj.summary(params, lambda p, x: x @ p["kernel"] + p["bias"], jnp.ones((1, 2))).total.multiply_adds
@@ -197,7 +187,7 @@ def summary(
         for entry in (_by_layer(x, found, number) if by_layer else [_Entry(found.path, x, found, number)])
     ]
     counted = jax.device_get(
-        [(_moments(entry.leaf), _zero_parts(entry.leaf, entry.axes)) for entry in entries]
+        [(_moments(entry.leaf), _zero_parts(entry.leaf, _meaning(entry.axes))) for entry in entries]
     )
     facts = [_facts(entry, *moments) for entry, moments in zip(entries, counted, strict=True)]
     return Summary(tuple(map(_row, facts)), _row(_total(facts)), () if work is None else work.notes)
@@ -261,6 +251,11 @@ def _zero_parts(x: Array, axes: Axes) -> dict[int, Array]:
     lines = jnp.all(x == 0, axis=window, keepdims=True)
     by_output, by_input = (jnp.sum(jnp.all(lines, axis=part)) for part in (ins, outs))
     return {2: by_input, 3: jnp.sum(lines), 4: by_output} if window else {0: by_output, 1: by_input}
+
+
+def _meaning(axes: Axes) -> Axes:
+    """Without the path: leaves of one shape share a program."""
+    return axes._replace(path="", attention=None)
 
 
 def _num_parts(axes: Axes) -> list[int]:

@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
-from rich.table import Table
-from rich.text import Text
 
 from hessjax._core import _tree
-from hessjax._core._messages import check_flags, plain
+from hessjax._core._messages import check_flags
+from hessjax._core._tables import Column, Row, Table, printable, shape_text
 from hessjax._core._types import ModelFn, Params, Scalar, Where
 from hessjax._core._where import match
 from hessjax.compaction._narrow import Narrowing, analyse, shrink_leaf, take
@@ -37,6 +36,7 @@ class Size(NamedTuple):
     multiply_adds: int
 
 
+@printable
 class Compacted(NamedTuple):
     """A model without its dead channels.
 
@@ -119,23 +119,16 @@ class Compacted(NamedTuple):
         """
         return float(_difference(self.model_fn, model_fn, self.params, self.params, args)[0])
 
-    def __rich__(self) -> Table:
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        for title in ("Name", "Shape", "Compact"):
-            table.add_column(title, no_wrap=True)
-        for path in self.kept:
-            table.add_row(Text(path), *("×".join(map(str, shape)) for shape in self.shapes[path]))
-        table.add_section()
-        for name, before, after in zip(Size._fields, self.before, self.after, strict=True):
-            table.add_row(name.replace("_", "-"), f"{before:,}", f"{after:,}", style="bold")
-        table.caption, table.caption_justify = "\n".join(self.notes) or None, "left"
-        return table
+    def to_text(self, width: int | None = None) -> str:
+        """The table, at most `width` columns wide; by default as wide as the terminal, 80 without one."""
+        return self._table().to_text(width)
 
-    def __str__(self) -> str:
-        return plain(self)
-
-    def __repr__(self) -> str:  # a notebook's last line shows the table
-        return str(self)
+    def _table(self) -> Table:
+        heads = (Column("Name", "name"), Column("Shape", "word", 1), Column("Compact", "word"))
+        rows = [Row((path, *map(shape_text, self.shapes[path]))) for path in self.kept]
+        sizes = zip(Size._fields, self.before, self.after, strict=True)
+        rows += [Row((name.replace("_", "-"), f"{a:,}", f"{b:,}"), "bold") for name, a, b in sizes]
+        return Table(heads, tuple(rows), notes=self.notes)
 
 
 def compact(

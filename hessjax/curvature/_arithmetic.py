@@ -2,8 +2,8 @@
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -185,7 +185,11 @@ def _smallest(diagonal: Params) -> list[Float[Array, ""]]:
 
 
 def adam_preconditioner(
-    opt_state: Any, *, b2: ArrayLike = 0.999, eps: ArrayLike = 1e-8, eps_root: ArrayLike = 0.0
+    opt_state: Any,
+    *,
+    b2: ArrayLike | None = None,
+    eps: ArrayLike | None = None,
+    eps_root: ArrayLike | None = None,
 ) -> Params:
     """What Adam divides its momentum by: D = √(ν̂ + eps_root) + eps, read out of an optimizer's state.
 
@@ -195,20 +199,22 @@ def adam_preconditioner(
     full-batch training hovers there.
 
     Args:
-        opt_state: an optax state that holds the state of one Adam (`adam`, `adamw`, `nadam`, ...), nested
-            in any way: chain, masked, MultiSteps, inject_hyperparams, `hessjax.prune`. From an
-            `nnx.Optimizer`: `nnx.as_pure(optimizer.opt_state)`.
-        b2: decay of ν, as given to the optimizer.
-        eps: as given to the optimizer.
-        eps_root: as given to the optimizer.
+        opt_state: what holds the state of one Adam (`adam`, `adamw`, `nadam`, ...), nested in any way: an
+            optax state (chain, masked, MultiSteps, inject_hyperparams, `hessjax.prune`), a `TrainState`, an
+            `nnx.Optimizer`, its `opt_state` or its `nnx.state`. Not `adamax`: its state is of the same type,
+            and holds maxima.
+        b2: decay of ν, as given to the optimizer. By default what `inject_hyperparams` has recorded, else
+            0.999.
+        eps: likewise; 1e-8.
+        eps_root: likewise; 0.
 
     Returns:
-        D, a pytree like the params, in float32 at least. Leaves that Adam does not train (`optax.masked`)
-        are None, as in `select(params, where).part`.
+        D, a pytree like the params, in float32 at least; from nnx in arrays, like the params of `nnx_loss`.
+        Leaves that Adam does not train (`optax.masked`) are None, as in `select(params, where).part`.
 
     Raises:
-        ValueError: no Adam in the state, or several; or one that has not made an update yet (not checked
-            inside `jit`).
+        ValueError: no Adam in the state, or several, which are named; or one that has not made an update yet
+            (not checked inside `jit`).
 
     References:
         Kingma and Ba (2015), Adam, arXiv 1412.6980.
@@ -223,23 +229,63 @@ def adam_preconditioner(
         >>> hj.adam_preconditioner(opt_state).tolist()  # after one step, |g|
         [0.5, 4.0]
     """
-    for name, number in {"b2": b2, "eps": eps, "eps_root": eps_root}.items():
-        checked_finite(name, number)
-    nodes = jax.tree.leaves(opt_state, is_leaf=_is_adam)
-    found = [node for node in nodes if _is_adam(node)]
+    given = {"b2": b2, "eps": eps, "eps_root": eps_root}
+    for name, number in given.items():
+        if number is not None:
+            checked_finite(name, number)
+    adam = _the_adam(opt_state)
+    if not isinstance(adam.count, jax.core.Tracer) and adam.count < 1:
+        raise ValueError("`opt_state` must be one after the first update, got one after 0 updates.")
+    known = {"b2": 0.999, "eps": 1e-8, "eps_root": 0.0} | adam.hyperparams
+    chosen = {name: known[name] if value is None else value for name, value in given.items()}
+    return _denominator(adam.nu, adam.count, **chosen)
+
+
+class _Adam(NamedTuple):
+    """What is read of one Adam: its place, its state, and the hyperparameters recorded around it."""
+
+    path: str
+    count: Any
+    nu: Params
+    hyperparams: dict[str, Any]
+
+
+def _the_adam(opt_state: Any) -> _Adam:
+    found = list(_adams(_bare(opt_state), (), {}))
     if len(found) != 1:
+        places = f": {', '.join(f'`{adam.path}`' for adam in found)}" if found else ""
         raise ValueError(
             f"`opt_state` must hold the state of exactly one Adam (`optax.ScaleByAdamState`), found "
-            f"{len(found)} in {type(opt_state).__name__}: pass the part that belongs to one."
+            f"{len(found)} in {type(opt_state).__name__}{places}: pass the part that belongs to one."
         )
-    count = found[0].count
-    if not isinstance(count, jax.core.Tracer) and count < 1:
-        raise ValueError("`opt_state` must be one after the first update, got one after 0 updates.")
-    return _denominator(found[0].nu, count, b2, eps, eps_root)
+    (adam,) = found
+    # An `nnx.State` is flattened into plain dicts: back to what the params of its model are.
+    own = isinstance(opt_state, Mapping) and isinstance(adam.nu, dict)
+    return adam._replace(nu=type(opt_state)(adam.nu)) if own else adam
 
 
-def _is_adam(node: Any) -> bool:
-    return isinstance(node, optax.ScaleByAdamState)
+def _adams(node: Any, path: tuple[Any, ...], hyperparams: dict[str, Any]) -> Iterator[_Adam]:
+    """Every Adam in the tree. One that went through a checkpoint or `nnx.state` is a mapping."""
+    if isinstance(node, optax.ScaleByAdamState):
+        node = node._asdict()
+    if isinstance(node, Mapping) and {"count", "mu", "nu"} <= set(node):
+        yield _Adam(_tree.path_name(path), node["count"], node["nu"], hyperparams)
+        return
+    recorded = node.get("hyperparams") if isinstance(node, Mapping) else getattr(node, "hyperparams", None)
+    hyperparams = {**hyperparams, **(recorded if isinstance(recorded, Mapping) else {})}
+    for key, child in jax.tree_util.tree_leaves_with_path(node, is_leaf=lambda x: x is not node):
+        if child is not node:
+            yield from _adams(child, (*path, *key), hyperparams)
+
+
+def _bare(tree: Any) -> Any:
+    """Arrays in the place of nnx's Variables, which an `nnx.Optimizer` keeps its state in."""
+    return jax.tree.map(lambda x: x.get_value() if _is_variable(x) else x, tree, is_leaf=_is_variable)
+
+
+def _is_variable(node: Any) -> bool:
+    # By what it can do: only `hessjax.flax` names Flax.
+    return hasattr(node, "get_value") and hasattr(node, "set_value")
 
 
 @jax.jit

@@ -11,6 +11,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from hessjax._core import _tree
+from hessjax._core._compiled import compiled
 from hessjax._core._messages import check_flags, checked_count
 from hessjax._core._types import Block, LossFn, Matvec, Params, Vector
 from hessjax.curvature._batches import add, divide, leading_axis, zero
@@ -135,7 +136,9 @@ def empirical_fisher(
     if microbatch is None:
         # 1/m Σ gᵢgᵢᵀ = Jᵀ(I/m)J with J the Jacobian of the per-example losses: the same product as the GGN's,
         # and no gradient is ever formed.
-        return sandwich(Partial(_losses, loss_fn), Partial(_mean), params, args, linearize, precision)
+        return sandwich(
+            Partial(_losses, loss_fn), Partial(_mean), params, args, linearize, precision, "loss_fn"
+        )
     if linearize:
         raise ValueError(
             f"`microbatch` must be None with `linearize=True`, which keeps all activations, got {microbatch}."
@@ -197,7 +200,7 @@ def of_each(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
 
 
 @explained("loss_fn")
-@functools.partial(jax.jit, static_argnums=0)
+@compiled(static_argnums=0)
 def _grads(precision: str | None, loss_fn: LossFn, params: Params, args: tuple[Any, ...]) -> Block:
     with at_precision(precision):
         return of_each(lambda example: jax.grad(scalar(loss_fn, example))(params), args)
@@ -208,7 +211,7 @@ def _empty_block(count: int, params: Params) -> Block:
     return jax.tree.map(lambda x: jnp.zeros((count, *jnp.shape(x)), jnp.result_type(x)), params)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+@compiled(static_argnums=(0, 1), donate_argnums=2)
 def _fill(
     precision: str | None,
     size: int,
@@ -258,7 +261,7 @@ class _ProductInParts:
         return divide(total, count, params)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+@compiled(static_argnums=(0, 1), donate_argnums=2)
 def _add_part(
     precision: str | None,
     size: int,

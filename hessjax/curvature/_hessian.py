@@ -1,7 +1,6 @@
 """Hessian-vector products: a loss, params and one batch become a matvec."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
@@ -9,15 +8,16 @@ import jax
 from jax.tree_util import Partial
 
 from hessjax._core import _tree
+from hessjax._core._compiled import compiled
 from hessjax._core._messages import check_flags, checked_choice
 from hessjax._core._types import LossFn, Matvec, Params, Scalar, Vector
 from hessjax.curvature._product import (
+    LinearProduct,
     as_pytree,
     at_precision,
     check_call,
     check_precision,
     explained,
-    multiply_linear,
     pull_back,
     scalar,
 )
@@ -85,9 +85,10 @@ def hessian(
     checked_choice("mode", mode, products, " with `linearize=True`" if linearize else "")
     loss_fn = as_pytree(loss_fn)
     if linearize:
-        # No product is made here, so no vector is checked: `multiply_linear` keeps the params to do that.
+        # No product is made here, so no vector is checked: `LinearProduct` keeps the params to do that.
         with explained("loss_fn", _way_out(mode)):
-            return Partial(multiply_linear, _linearize(mode, precision, loss_fn, params, args), params)
+            linear = _linearize(mode, precision, loss_fn, params, args)
+        return Partial(LinearProduct("loss_fn"), linear, params)
     return Partial(_Product(mode, precision), loss_fn, params, args)
 
 
@@ -176,7 +177,7 @@ class _Product:
             return _multiply(self, loss_fn, params, args, vector)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@compiled(static_argnums=0)
 def _multiply(
     settings: _Product, loss_fn: LossFn, params: Params, args: tuple[Any, ...], vector: Vector
 ) -> Vector:
@@ -187,7 +188,7 @@ def _multiply(
         return _PRODUCTS[settings.mode](scalar(loss_fn, args), params, vector)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@compiled(static_argnums=(0, 1))
 def _linearize(
     mode: str, precision: str | None, loss_fn: LossFn, params: Params, args: tuple[Any, ...]
 ) -> Any:

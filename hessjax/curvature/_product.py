@@ -2,16 +2,17 @@
 
 import contextlib
 import dataclasses
-import functools
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 
 from hessjax._core import _tree
+from hessjax._core._compiled import compiled
 from hessjax._core._messages import checked_function, shown
 from hessjax._core._types import LossFn, Matvec, ModelFn, Params, Scalar, Vector
 
@@ -27,7 +28,7 @@ def check_call(argument: str, function: Any, args: tuple[Any, ...], first: str =
     That is: it is no function, they are no arrays, or they are too many or too few.
     """
     checked_function(argument, function, f"({first}, *args)")
-    _tree.check_args(args, argument)
+    _check_args(args, argument)
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # those of C have none, and wrapped ones may hide theirs
@@ -39,6 +40,24 @@ def check_call(argument: str, function: Any, args: tuple[Any, ...], first: str =
             f"`{argument}` must take `{first}` and the {len(args)} `args` given after it, got one with the "
             f"signature {signature}: {error}."
         ) from None
+
+
+def _check_args(args: tuple[Any, ...], function: str) -> None:
+    """Raise a TypeError naming the first leaf of `args` that a compiled function cannot take."""
+    for i, arg in enumerate(args):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(arg):
+            if _tree.is_array(leaf):
+                continue
+            where = f"`args[{i}]`" if path == () else f"`args[{i}]`, at {_tree.path_name(path)},"
+            way_out = (
+                "convert it, `jnp.asarray(x)`"
+                if hasattr(leaf, "__array__") and not isinstance(leaf, (np.ndarray, type))
+                else f"bind it beforehand, `functools.partial({function}, name=value)`"
+            )
+            raise TypeError(
+                f"{where} must hold arrays and numbers only, which `{function}` is compiled for, got "
+                f"{_tree.describe(leaf)}: {way_out}."
+            )
 
 
 def check_precision(precision: Any) -> None:
@@ -115,8 +134,8 @@ def _explanation(error: Exception, argument: str, custom_vjp: str) -> str | None
     if "Reverse-mode differentiation does not work" in str(error):
         return (
             f"`{argument}` must be differentiable backwards, but it has a `while_loop`, which jax cannot go "
-            "back through in any `mode`: give it a fixed number of steps, by `scan` or by a `fori_loop` "
-            "whose bounds are numbers."
+            "back through (in no `mode` of `hessian` either): give it a fixed number of steps, by `scan` or "
+            "by a `fori_loop` whose bounds are numbers."
         )
     hit = "custom_vjp" in str(error) or "custom_lin" in str(error)
     return custom_vjp if custom_vjp and hit else None
@@ -127,13 +146,24 @@ def pull_back(pullback: Callable[[Any], tuple[Any]], cotangents: Any) -> Any:
     return pullback(cotangents)[0]
 
 
-def multiply_linear(linear: Callable[[Vector], Vector], params: Params, vector: Vector) -> Vector:
-    """The product with a linear map that was made, and is kept, at these params."""
-    _tree.check_arrays(vector, "vector")
-    return _multiply_linear(linear, params, vector)
+@dataclasses.dataclass(frozen=True)
+class LinearProduct:
+    """The product with a linear map that was made, and is kept, at these params.
+
+    Attributes:
+        argument: what the function that it was made from is called.
+    """
+
+    argument: str
+
+    def __call__(self, linear: Callable[[Vector], Vector], params: Params, vector: Vector) -> Vector:
+        """The product."""
+        _tree.check_arrays(vector, "vector")
+        with explained(self.argument):
+            return _multiply_linear(linear, params, vector)
 
 
-@jax.jit
+@compiled()
 def _multiply_linear(linear: Callable[[Vector], Vector], params: Params, vector: Vector) -> Vector:
     # A linear map takes tangents in exactly the dtypes it was traced at, while vectors may come wider.
     _tree.check_like(vector, params, "vector", "params")
@@ -147,14 +177,19 @@ def sandwich(
     args: tuple[Any, ...],
     linearize: bool,
     precision: str | None,
+    argument: str = "model_fn",
 ) -> Matvec:
-    """Products Jᵀ C J v; `curvature(outputs, args)` is C: a pytree, linear, from tangents to cotangents."""
+    """Products Jᵀ C J v; `curvature(outputs, args)` is C: a pytree, linear, from tangents to cotangents.
+
+    Errors call the model by the name of the argument that it was given as.
+    """
     _tree.check_floating(params)
     model_fn = as_pytree(model_fn)
     if linearize:
-        with explained("model_fn"):
-            return Partial(multiply_linear, _linearize(precision, model_fn, curvature, params, args), params)
-    return Partial(_Product(precision), model_fn, curvature, params, args)
+        with explained(argument):
+            linear = _linearize(precision, model_fn, curvature, params, args)
+        return Partial(LinearProduct(argument), linear, params)
+    return Partial(_Product(precision, argument), model_fn, curvature, params, args)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,16 +197,17 @@ class _Product:
     """The settings of a product; equal settings hash alike, so that equal matvecs share compiled code."""
 
     precision: str | None
+    argument: str
 
     def __call__(
         self, model_fn: ModelFn, curvature: Partial, params: Params, args: tuple[Any, ...], vector: Vector
     ) -> Vector:
         _tree.check_arrays(vector, "vector")
-        with explained("model_fn"):
+        with explained(self.argument):
             return _multiply(self.precision, model_fn, curvature, params, args, vector)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@compiled(static_argnums=0)
 def _multiply(
     precision: str | None,
     model_fn: ModelFn,
@@ -184,7 +220,7 @@ def _multiply(
     return _linearize(precision, model_fn, curvature, params, args)(_tree.cast_like(vector, params))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@compiled(static_argnums=0)
 def _linearize(
     precision: str | None, model_fn: ModelFn, curvature: Partial, params: Params, args: tuple[Any, ...]
 ) -> Partial:

@@ -1,6 +1,5 @@
 """Vectors r with 1/m Σ rrᵀ = GGN or Fisher: what an inverse Fisher is built from, beside gradients."""
 
-import functools
 import math
 from typing import Any
 
@@ -10,6 +9,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from hessjax._core import _tree
+from hessjax._core._compiled import compiled
 from hessjax._core._messages import checked_any_key, checked_count, checked_number
 from hessjax._core._types import Block, Key, ModelFn, Params
 from hessjax.curvature import likelihoods
@@ -129,7 +129,7 @@ def _check(model_fn: Any, params: Any, args: tuple[Any, ...], likelihood: Any, p
 
 
 @explained("model_fn")
-@functools.partial(jax.jit, static_argnums=0)
+@compiled(static_argnums=0)
 def _ggn_roots(
     precision: str | None,
     model_fn: Partial,
@@ -154,7 +154,7 @@ def _ggn_roots(
 
 
 @explained("model_fn")
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@compiled(static_argnums=(0, 1))
 def _sampled_grads(
     precision: str | None,
     num_samples: int,

@@ -273,7 +273,7 @@ def _wanted(
     # `norm` of each column and not `jnp.linalg.norm`, whose squares leave float32 at 1e-19 and 1e19.
     residuals = jax.vmap(_tree.norm, in_axes=1)(_coupling_of(space, vectors[:, best]))
     return (
-        jnp.where(exists, values[best], jnp.nan),
+        _tree.or_nan(exists, values[best]),
         jnp.where(exists[:, None], vectors[:, best].T, 0),
         jnp.where(exists, residuals, jnp.inf),
     )

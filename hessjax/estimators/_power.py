@@ -25,7 +25,7 @@ from hessjax._core._types import (
     settings,
 )
 from hessjax._run._estimator import Estimator, limit_of
-from hessjax.estimators._krylov import orthonormal
+from hessjax.estimators._krylov import eigh, orthonormal
 from hessjax.estimators.probes import gaussian
 
 
@@ -103,7 +103,8 @@ class PowerIteration(Estimator):
         iterate = orthonormal(probes)
         none = _tree.zeros_like(iterate)
         zeros = jnp.zeros(k, _tree.accumulator_dtype(like))
-        return PowerState(iterate, none, zeros + jnp.nan, zeros + jnp.inf, packing, jnp.int32(0))
+        unknown = _tree.or_nan(False, zeros)
+        return PowerState(iterate, none, unknown, zeros + jnp.inf, packing, jnp.int32(0))
 
     def query(self, state: PowerState) -> Block:
         """The iterate."""
@@ -114,7 +115,7 @@ class PowerIteration(Estimator):
         products = jax.vmap(state.packing.pack)(products)
         projected = _tree.gram(state.iterate, products)
         # Symmetric but for rounding; `eigh` reads one triangle only, and the mean of both is closer.
-        values, rotation = jnp.linalg.eigh((projected + projected.T) / 2)
+        values, rotation = eigh((projected + projected.T) / 2)
         values, rotation = values[::-1], rotation[:, ::-1]
         # The products are rotated with the vectors: residuals then cost no product of their own.
         vectors, products = _tree.combine(rotation.T, state.iterate), _tree.combine(rotation.T, products)

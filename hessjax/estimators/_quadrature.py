@@ -84,9 +84,9 @@ def bumps(
     width: Scalar,
 ) -> Float[Array, "probes n"]:
     """A Gaussian for every node, of its weight; summed for each probe."""
-    return jnp.sum(
-        weights[..., None] * jax.scipy.stats.norm.pdf(grid[None, None], nodes[..., None], width), axis=1
-    )
+    # In units of the width, whose square may leave float32.
+    away = (grid[None, None] - nodes[..., None]) / width
+    return jnp.sum(weights[..., None] * jax.scipy.stats.norm.pdf(away), axis=1) / width
 
 
 def ends(nodes: Float[Array, "probes m"], weights: Float[Array, "probes m"]) -> tuple[Scalar, Scalar]:
@@ -236,7 +236,7 @@ def _gauss(
     above = 4 * jnp.max(jnp.abs(jnp.where(inside, diagonal, 0))) + 4 * jnp.max(off, initial=0)
     # Weights are squared first components of the eigenvectors: a dense `eigh` of a small T has both.
     T = jnp.diag(jnp.where(inside, diagonal, above)) + jnp.diag(off, 1) + jnp.diag(off, -1)
-    values, vectors = jnp.linalg.eigh(T)
+    values, vectors = _krylov.eigh(T)
     return _those_inside(
         values, vectors[0], jnp.arange(len(values), dtype=jnp.int32) < jnp.sum(inside, dtype=jnp.int32)
     )

@@ -81,12 +81,13 @@ class Moments(NamedTuple):
 
     Attributes:
         mean: mean of the samples.
-        squares: sum of squared deviations from the mean.
+        spread: the root of the sum of squared deviations from the mean. The sum itself would leave float32
+            where samples are of 1e-19 or 1e19.
         num_samples: number of samples.
     """
 
     mean: Any
-    squares: Any
+    spread: Any
     num_samples: Int[Array, ""]
 
 
@@ -98,24 +99,43 @@ def no_samples(zeros: Any) -> Moments:
 def push(moments: Moments, sample: Any) -> Moments:
     """Take in one sample (Welford 1962: no large squares are subtracted from each other)."""
     count = moments.num_samples + 1
-    # Deviations from the old and from the new mean: their product is never negative.
+    # Of the squared deviation from the old mean the share 1 − 1/n comes on top.
     delta = jax.tree.map(jnp.subtract, sample, moments.mean)
     mean = jax.tree.map(lambda m, d: m + d / count.astype(d.dtype), moments.mean, delta)
-    squares = jax.tree.map(lambda s, d, x, m: s + d * (x - m), moments.squares, delta, sample, mean)
-    return Moments(mean, squares, count)
+    spread = jax.tree.map(lambda s, d: longer(s, d * _root_of_share(count, d.dtype)), moments.spread, delta)
+    return Moments(mean, spread, count)
+
+
+def _root_of_share(count: Int[Array, ""], dtype: Any) -> Scalar:
+    """√(1 − 1/n)."""
+    return jnp.sqrt((count - 1).astype(dtype) / count.astype(dtype))
+
+
+def longer(spread: Float[Array, "..."], deviation: Float[Array, "..."]) -> Float[Array, "..."]:
+    """√(s² + x²), by squares of what is at most 1: exact in its scaling by any power of two."""
+    size = jnp.abs(deviation)
+    large, small = jnp.maximum(spread, size), jnp.minimum(spread, size)
+    return large * jnp.sqrt(1 + (small / jnp.where(large > 0, large, 1)) ** 2)
 
 
 def estimate(moments: Moments) -> Estimate:
     """The mean (NaN without a sample) and its standard error (infinite with fewer than two)."""
     n = moments.num_samples
-    mean = jax.tree.map(lambda m: jnp.where(n > 0, m, jnp.nan), moments.mean)
-    return Estimate(mean, jax.tree.map(lambda s: standard_error(s, n), moments.squares), n)
+    mean = jax.tree.map(lambda m: _tree.or_nan(n > 0, m), moments.mean)
+    return Estimate(mean, jax.tree.map(lambda s: standard_error(s, n), moments.spread), n)
 
 
-def standard_error(squares: Float[Array, "..."], count: Int[Array, ""]) -> Float[Array, "..."]:
-    """Of a mean, from the sum of squared deviations; infinite with fewer than two samples."""
-    pairs = (jnp.maximum(count - 1, 1) * jnp.maximum(count, 1)).astype(squares.dtype)
-    return jnp.where(count > 1, jnp.sqrt(squares / pairs), jnp.inf)
+def standard_error(spread: Float[Array, "..."], count: Int[Array, ""]) -> Float[Array, "..."]:
+    """Of a mean, from the root of the sum of squared deviations; infinite with fewer than two samples."""
+    # As floats: n(n − 1) leaves int32 at 46,342 samples.
+    n = count.astype(spread.dtype)
+    return jnp.where(count > 1, spread / jnp.sqrt(jnp.maximum(n - 1, 1) * jnp.maximum(n, 1)), jnp.inf)
+
+
+def moments_of(samples: Float[Array, " n"], inside: Bool[Array, " n"], count: Int[Array, ""]) -> Moments:
+    """Of so many samples, those inside."""
+    mean = jnp.sum(jnp.where(inside, samples, 0)) / jnp.maximum(count, 1).astype(samples.dtype)
+    return Moments(mean, _tree.norm(jnp.where(inside, samples - mean, 0)), count)
 
 
 def stopping_error(stderr: Scalar, count: Int[Array, ""]) -> Scalar:
@@ -162,7 +182,12 @@ def sampling_error(values: Any, weights: Any) -> Any:
     mean = (weights * values).sum(axis=0) / weights.sum()
     if len(values) < 2:
         return abs(mean) + math.inf
-    return ((weights * (values - mean[None]) ** 2).sum(axis=0) / ((len(values) - 1) * weights.sum())) ** 0.5
+    deviations = abs(values - mean[None])
+    # In units of the largest, whose squares stay within float32; 1 where all are 0.
+    unit = deviations.max(axis=0)
+    unit = unit + (unit == 0).astype(unit.dtype)
+    squares = (weights * (deviations / unit[None]) ** 2).sum(axis=0)
+    return unit * (squares / ((len(values) - 1) * weights.sum())) ** 0.5
 
 
 @functools.partial(jax.jit, static_argnums=1)

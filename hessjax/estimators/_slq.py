@@ -17,7 +17,7 @@ from hessjax._run._drivers import run
 from hessjax._run._estimator import Estimator, RunOptions, checked_options
 from hessjax.estimators._density import SpectralDensity
 from hessjax.estimators._quadrature import Quadrature, Recurrence, with_basis, without_basis
-from hessjax.estimators._samples import check_probe, drawn, when
+from hessjax.estimators._samples import check_probe, drawn, estimate, moments_of, when
 from hessjax.estimators.probes import Probe, gaussian
 
 
@@ -196,9 +196,8 @@ class Slq(Estimator):
         """The standard error of the mean eigenvalue over the finished probes."""
         n = self._num_finished(state)
         means = jnp.sum(state.weights * state.nodes, axis=1)
-        deviations = (means - jnp.sum(means) / jnp.maximum(n, 1).astype(means.dtype)) ** 2
-        squares = jnp.sum(jnp.where(jnp.arange(self.num_probes, dtype=jnp.int32) < n, deviations, 0))
-        return jnp.where(n > 1, jnp.sqrt(squares / jnp.maximum(n * (n - 1), 1).astype(means.dtype)), jnp.inf)
+        finished = jnp.arange(self.num_probes, dtype=jnp.int32) < n
+        return estimate(moments_of(means, finished, n)).stderr
 
     def scale(self, state: SlqState) -> Scalar:
         """The largest absolute node."""

@@ -12,7 +12,7 @@ from hessjax._core._packing import Packed, Packing
 from hessjax._core._types import Block, Estimate, Key, Params, Scalar, assign, settings
 from hessjax._run._estimator import Estimator
 from hessjax.estimators import _krylov
-from hessjax.estimators._samples import Moments, estimate, stopping_error, when
+from hessjax.estimators._samples import Moments, estimate, moments_of, stopping_error, when
 from hessjax.estimators.probes import gaussian
 
 
@@ -134,7 +134,7 @@ class Xtrace(Estimator):
         """The standard error; NaN once all test vectors were used."""
         found = self.result(state)
         full = state.num_matvecs >= 2 * self.num_tests  # more products would change nothing
-        return jnp.where(full, jnp.nan, stopping_error(found.stderr, found.num_samples))
+        return _tree.or_nan(~full, stopping_error(found.stderr, found.num_samples))
 
     def scale(self, state: XtraceState) -> Scalar:
         """The absolute value of the trace."""
@@ -158,7 +158,8 @@ def _check_size(num_matvecs: int, dimension: int) -> None:
 def _take_test(state: XtraceState, product: Packed) -> XtraceState:
     """The product of a test vector: a column of R, a row of the basis, and both their shares of W."""
     j, test = state.num_matvecs // 2, state.vector
-    largest = jnp.maximum(jnp.max(jnp.linalg.norm(state.R, axis=0)), _tree.norm(product))
+    # `norm` of each column and not `jnp.linalg.norm`, whose squares leave float32 at 1e-19 and 1e19.
+    largest = jnp.maximum(jnp.max(jax.vmap(_tree.norm, in_axes=1)(state.R)), _tree.norm(product))
     tiny = 64 * jnp.finfo(largest.dtype).eps * largest
     # The QR factorisation of AΩ, a column at a time: so the estimate may be read at any moment.
     row, column, left = _krylov.orthogonalise(state.basis, j, product, tiny)
@@ -199,10 +200,7 @@ def _moments(state: XtraceState) -> Moments:
     num_tests = len(state.forms)
     count = jnp.minimum(state.num_matvecs // 2, num_tests)
     inside = jnp.arange(num_tests, dtype=jnp.int32) < count
-    estimates = _leave_one_out(state, inside)
-    mean = jnp.sum(jnp.where(inside, estimates, 0)) / jnp.maximum(count, 1).astype(estimates.dtype)
-    squares = jnp.sum(jnp.where(inside, (estimates - mean) ** 2, 0))
-    return Moments(mean, squares, count)
+    return moments_of(_leave_one_out(state, inside), inside, count)
 
 
 def _leave_one_out(state: XtraceState, inside: Bool[Array, " n"]) -> Float[Array, " n"]:

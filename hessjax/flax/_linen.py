@@ -129,12 +129,23 @@ class LinenModel:
         return outputs
 
 
+_OTHER_PARAMS = (
+    errors.ApplyScopeInvalidVariablesStructureError,
+    errors.ScopeParamNotFoundError,
+    errors.ScopeParamShapeError,
+)
+
+
 @contextlib.contextmanager
 def _explained(state: Mapping[str, Any]) -> Iterator[None]:
     """Turns Flax's errors about what is missing into ones that name the argument."""
     try:
         yield
-    except errors.ScopeCollectionNotFound as error:
+    except _OTHER_PARAMS as error:
+        raise ValueError(
+            f'`params` must be the module\'s own, `variables["params"]` as `module.init` made them. {error}'
+        ) from error
+    except (errors.ScopeCollectionNotFound, errors.ScopeVariableNotFoundError) as error:
         raise ValueError(
             "`state` must hold every collection that the module reads, as `module.init` made them, e.g. "
             f'`{{"batch_stats": variables["batch_stats"]}}`; got {sorted(state) or "none"}. {error}'

@@ -19,13 +19,21 @@ from hessjax.plot._style import (
     BLUE,
     GREEN,
     GREY,
+    MOST_INSIDE,
     ORANGE,
     Numbers,
     Pair,
     axes_of,
     columns_of,
     dense_line,
+    dot,
+    legend_beside,
+    legend_columns,
+    names_on_axis,
     number,
+    rows_height,
+    short,
+    wrapped,
 )
 
 
@@ -60,10 +68,10 @@ def pruning_run(
     x, y, zeros = columns_of(steps=steps, accuracy=accuracy, sparsity=sparsity)
     with axes_of(axes, 2, 1, figsize=(7.6, 5.0), sharex=True, height_ratios=(3, 2)) as (upper, lower):
         dense_line(upper, dense_accuracy)
-        upper.plot(x, y, color=BLUE, lw=1.8, label=f"pruned network, {y[-1]:.1%} at the end")
+        upper.plot(x, y, marker=dot(y), color=BLUE, lw=1.8, label=f"pruned network, {y[-1]:.1%} at the end")
         upper.legend(loc="lower right")
         upper.set(ylabel="test accuracy", title="Pruning while fine-tuning")
-        lower.plot(x, zeros, color=ORANGE, lw=1.8, drawstyle="steps-post")
+        lower.plot(x, zeros, marker=dot(zeros), color=ORANGE, lw=1.8, drawstyle="steps-post")
         lower.fill_between(x, zeros, color=ORANGE, alpha=0.18, lw=0, step="post")
         lower.set(ylim=(0, 1), ylabel="weights at zero", xlabel="step of fine-tuning")
         lower.margins(x=0.01)
@@ -99,16 +107,18 @@ def accuracy_left(
         ['dense network, 85.0%', 'magnitude', 'movement']
     """
     points = _points(curves)
-    with axes_of(ax, figsize=(7.6, 4.4)) as (ax,):
+    beside = legend_columns(len(points)) if len(points) >= MOST_INSIDE else 0
+    with axes_of(ax, figsize=(7.6 + 2.6 * beside, 4.4 + beside)) as (ax,):
         dense_line(ax, dense_accuracy)
-        for i, (name, (left, accuracy)) in enumerate(points.items()):
+        for i, (name, (left, accuracy)) in enumerate(zip(short(list(points)), points.values(), strict=True)):
             order = np.argsort(left)
             color, marker = (ORANGE, BLUE, GREEN)[i % 3], "osD^v"[i // 3 % 5]
             x, y = left[order], accuracy[order]
             ax.plot(x, y, color=color, marker=marker, lw=1.8, label=name)
         _shares_left(ax, {x for left, _ in points.values() for x in left.tolist()})
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-        ax.legend(loc="best")
+        few = len(ax.lines) <= MOST_INSIDE
+        ax.legend(loc="best") if few else legend_beside(ax, list(ax.lines))
         ax.set(ylabel="test accuracy", title="What accuracy the weights that are left still give")
     return ax
 
@@ -158,14 +168,13 @@ def kept(params: Params, ax: Axes | None = None) -> Axes:
     paths, leaves = _tree.leaf_paths(params), jax.tree.leaves(params)
     left = np.array([np.count_nonzero(leaf) for leaf in leaves])
     sizes = np.array([np.size(leaf) for leaf in leaves])
-    with axes_of(ax, figsize=(7.6, 0.36 * len(paths) + 1.6)) as (ax,):
+    with axes_of(ax, figsize=(7.6, rows_height(len(paths)))) as (ax,):
         rows = np.arange(len(paths))
         ax.barh(rows, np.ones(len(rows)), color="#EEEEEE", height=0.62)
         ax.barh(rows, left / np.maximum(sizes, 1), color=GREEN, height=0.62)
         for row, number, size in zip(rows, left, sizes, strict=True):
             ax.annotate(f"{number:,} of {size:,}", (1, row), (8, 0), textcoords="offset points", va="center")
-        ax.set_yticks(rows, paths)
-        ax.invert_yaxis()
+        names_on_axis(ax, paths)
         ax.grid(visible=False)
         ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         ax.set(xlim=(0, 1), xlabel="weights that are not zero", title="What is left of every layer")
@@ -203,11 +212,9 @@ def sensitivity(result: Sensitivity, metric: str | None = None, ax: Axes | None 
     """
     shown = _shown(result, metric)
     curves = {k: list(rows) for k, rows in itertools.groupby(result.rows, key=lambda row: row.parameter)}
-    with axes_of(ax, figsize=(8.8, 0.15 * len(curves) + 4.0)) as (ax,):
-        ax.legend(
-            handles=_curves(ax, curves, shown), loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=9
-        )
-        ax.set(xlabel="sparsity of that leaf alone", ylabel=shown or "predicted rise of the loss")
+    with axes_of(ax, figsize=(6.2 + 2.6 * legend_columns(len(curves)), 5.4)) as (ax,):
+        legend_beside(ax, _curves(ax, curves, shown))
+        ax.set(xlabel="sparsity of that leaf alone", ylabel=wrapped(shown or "predicted rise of the loss"))
         ax.set_title("What every leaf can spare")
         ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         ax.margins(x=0.01)
@@ -227,9 +234,11 @@ def _shown(result: Sensitivity, metric: str | None) -> str | None:
 
 def _curves(ax: Axes, curves: dict[str, list[SensitivityRow]], metric: str | None) -> list[Line2D]:
     """Every leaf's curve; the entries of the legend, the leaf that ends highest first."""
-    looks = zip(curves.items(), _colors(len(curves)), itertools.cycle(".sD^v"), strict=False)
+    looks = zip(
+        short(list(curves)), curves.values(), _colors(len(curves)), itertools.cycle(".sD^v"), strict=False
+    )
     handles, is_predicted = [], False
-    for (name, rows), color, marker in looks:
+    for name, rows, color, marker in looks:
         look = {"color": color, "marker": marker, "ms": 3.5 if marker != "." else 7}
         line, is_predicted = _curve(ax, name, sorted(rows, key=lambda row: row.sparsity), metric, look)
         handles.append(line)
@@ -252,7 +261,7 @@ def _curve(
     return ax.plot(x, measured, lw=1.6, label=name, **look)[0], has_both
 
 
-def _colors(number: int) -> list[str]:
+def _colors(number: int) -> list[Any]:
     """Colours that stay apart, in the order of the leaves: from the first layers to the last if many."""
     few = [BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#E69F00"]
     return few[:number] if number <= len(few) else list(colormaps["viridis"](np.linspace(0, 0.92, number)))

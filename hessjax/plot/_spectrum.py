@@ -12,7 +12,21 @@ from hessjax._core._messages import check_flags, checked_instance, checked_numbe
 from hessjax._core._types import Eigenpairs, Params
 from hessjax.estimators._density import SpectralDensity
 from hessjax.estimators._trace import TraceByLeaf
-from hessjax.plot._style import BLUE, GREEN, GREY, ORANGE, Numbers, Pair, axes_of, number, numbers_of
+from hessjax.plot._style import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    Numbers,
+    Pair,
+    axes_of,
+    dot,
+    names_on_axis,
+    number,
+    numbers_of,
+    rows_height,
+    wrapped,
+)
 
 EIGENVALUE = "eigenvalue (loss per squared parameter)"
 
@@ -156,12 +170,11 @@ def layers(traces: TraceByLeaf, params: Params, axes: Pair | None = None) -> tup
     sizes = np.maximum([np.size(leaf) for leaf in jax.tree.leaves(params)], 1)
     mean = np.array([estimate.mean for estimate in traces.leaves.values()])
     stderr = np.array([estimate.stderr for estimate in traces.leaves.values()])
-    with axes_of(axes, 1, 2, figsize=(9.6, 0.36 * len(paths) + 1.7), sharey=True) as (left, right):
+    with axes_of(axes, 1, 2, figsize=(9.6, rows_height(len(paths))), sharey=True) as (left, right):
         _bars(left, paths, mean, stderr, BLUE)
         _bars(right, paths, mean / sizes, stderr / sizes, GREEN)
-        left.invert_yaxis()
-        left.set(title="Curvature by layer", xlabel="trace of the layer's block  (± standard error)")
-        right.set(title="… per parameter", xlabel="trace / parameters = mean eigenvalue")
+        left.set(title="Curvature by layer", xlabel="trace of the layer's block\n(± standard error)")
+        right.set(title="… per parameter", xlabel="trace / parameters\n= mean eigenvalue")
     return left, right
 
 
@@ -171,9 +184,18 @@ def _signed_log_axis(ax: Axes, grid: Any, unit: float) -> None:
     ax.set_xlim(*np.sinh(ends + 0.04 * np.ptp(ends) * np.array([-1, 1])) * unit)
     decades = 10.0 ** np.arange(np.ceil(np.log10(unit)), np.ceil(np.log10(np.abs(grid).max())) + 1)
     ticks = np.concatenate([-decades[::-1], [0.0], decades])
-    ax.xaxis.set_major_locator(FixedLocator(ticks.tolist()))
+    ax.xaxis.set_major_locator(FixedLocator(_apart(ticks, unit, 0.11 * float(np.ptp(ends)))))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(float(value))))
+
+
+def _apart(ticks: np.ndarray, unit: float, gap: float) -> list[float]:
+    """Those whose labels have room: zero, and from both ends inwards what is far enough from the others."""
+    kept = [0.0]
+    for tick in sorted(ticks.tolist(), key=abs, reverse=True):
+        if np.abs(np.arcsinh(tick / unit) - np.arcsinh(np.array(kept) / unit)).min() >= gap:
+            kept.append(tick)
+    return sorted(kept)
 
 
 def _mark(ax: Axes, pairs: Eigenpairs) -> None:
@@ -197,7 +219,7 @@ def _bars(ax: Axes, names: list[str], values: Any, errors: Any, color: str) -> N
     ax.barh(rows, values, xerr=errors, color=color, alpha=0.85, height=0.62,
             error_kw={"ecolor": "#222222", "elinewidth": 1.2, "capsize": 3})  # fmt: skip
     ax.axvline(0, color=GREY, lw=0.8)
-    ax.set_yticks(rows, names)
+    names_on_axis(ax, names)
     ax.grid(visible=False, axis="y")
 
 
@@ -251,10 +273,12 @@ def eigenvalues_over_training(
     with axes_of(ax, figsize=(7.2, 4.2)) as (ax,):
         for i, (line, error) in enumerate(zip(lines.T, errors.T, strict=True)):
             color = CURVES[i % len(CURVES)]
-            ax.plot(x, line, color=color, lw=1.8, label=f"λ{str(i + 1).translate(_SUBSCRIPTS)}")
+            ax.plot(
+                x, line, marker=dot(line), color=color, lw=1.8, label=f"λ{str(i + 1).translate(_SUBSCRIPTS)}"
+            )
             ax.fill_between(x, line - error, line + error, color=color, alpha=0.22, lw=0)
         if limit is not None:
-            ax.plot(x, limit, color="#222222", ls=(0, (5, 3)), lw=1.4, label=threshold_label)
+            ax.plot(x, limit, color="#222222", ls=(0, (5, 3)), lw=1.4, label=wrapped(threshold_label))
         ax.set(xlabel="step of training", ylabel=EIGENVALUE, title="Largest eigenvalues over training")
         ax.margins(x=0.01)
         ax.legend(loc="best")

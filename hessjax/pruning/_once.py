@@ -12,13 +12,13 @@ from jaxtyping import Array, Float
 
 from hessjax._core import _tree
 from hessjax._core._layout import kernels, selected
-from hessjax._core._messages import checked_count, checked_function, checked_number
+from hessjax._core._messages import check_functions, checked_count, checked_number
 from hessjax._core._types import Block, Params, Scalar, Where
 from hessjax._core._words import AxisWords
 from hessjax._fisher._rows import row
 from hessjax.pruning._ranking import check_sparsity
 from hessjax.pruning.allocations._allocation import AllocationRule, check_allocation, global_threshold
-from hessjax.pruning.patterns._pattern import Laid, Patterns, check_pattern, unstructured
+from hessjax.pruning.patterns._pattern import Laid, Patterns, unstructured
 from hessjax.pruning.saliencies._saliency import Context, Saliency, checked_saliency, drop_others, is_hole
 
 
@@ -121,11 +121,10 @@ def prune_once(
     """
     check_sparsity(sparsity)
     recomputes = checked_count("recomputes", recomputes, 1, ", the number of steps")
-    check_pattern(pattern)
     check_allocation(allocation)
     given = saliency if isinstance(saliency, Sequence) and not isinstance(saliency, str) else (saliency,)
     rules = tuple(checked_saliency("saliency", rule) for rule in given)
-    _check_functions(grads_fn, loss_fn)
+    check_functions(grads_fn=grads_fn, loss_fn=loss_fn)
     _check_loss(rules, loss_fn, max_ratio)
     if grads_fn is None and any(rule.needs_grads for rule in rules):
         raise ValueError("`grads_fn` must be given for a saliency that needs gradients, got None.")
@@ -285,16 +284,6 @@ def _targets(active: Params, sparsity: float | int, recomputes: int) -> list[Any
     ratio = min((1 - sparsity) / start, 1.0) if start else 1.0  # more zeros than asked for stay
     between = [max(1 - start * ratio ** (i / recomputes), 0.0) for i in range(1, recomputes)]
     return [*(min(s, sparsity) for s in between), sparsity]  # not beyond it by rounding
-
-
-# -- checks --------------------------------------------------------------------------------------
-
-
-def _check_functions(grads_fn: Any, loss_fn: Any) -> None:
-    if grads_fn is not None:
-        checked_function("grads_fn", grads_fn, "(params) -> block")
-    if loss_fn is not None:
-        checked_function("loss_fn", loss_fn, "(params) -> scalar")
 
 
 def _check_loss(rules: Sequence[Saliency], loss_fn: Any, max_ratio: float | int | None) -> None:

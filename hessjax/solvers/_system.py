@@ -20,12 +20,15 @@ class Solution(NamedTuple):
         x: like the params, in at least float32.
         residual: ‖b − (A + λI)x‖, in the units of b.
         converged: whether the residual is within the tolerance asked for.
-        negative_curvature: whether a direction p with pᵀ(A + λI)p ≤ 0 (up to rounding) was met: A + λI is
-            not positive definite. Conjugate gradients cannot go on from there; MINRES can.
+        negative_curvature: whether a direction p was met with pᵀ(A + λI)p below 0 by more than rounding
+            errors: A + λI is not positive definite. Conjugate gradients cannot go on from there; MINRES can.
         curvature: the smallest pᵀ(A + λI)p / pᵀp met, an upper bound of the smallest eigenvalue; infinite
             before the first. A damping that is to make A + λI positive definite must be larger by more than
             minus this.
         num_matvecs: how many products it took.
+        singular: whether the method ended because A + λI could not be told from a singular matrix: conjugate
+            gradients at a direction whose curvature is within rounding errors of 0, MINRES where no x has a
+            smaller residual. A damping above eps·‖A + λI‖, or float64, leads on.
     """
 
     x: Vector
@@ -34,6 +37,12 @@ class Solution(NamedTuple):
     negative_curvature: Bool[Array, ""]
     curvature: Float[Array, ""]
     num_matvecs: Int[Array, ""]
+    singular: Bool[Array, ""]
+
+
+BELOW_ZERO = 16
+"""A curvature counts as negative below minus this times eps times ‖A + λI‖: products of a network have
+rounding errors of several eps."""
 
 
 @settings(arrays=("rhs", "damping", "tol"))

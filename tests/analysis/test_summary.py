@@ -39,7 +39,7 @@ def test_linen_nnx_and_bfloat16():
 
 def test_table_is_aligned_and_plain():
     result = hj.summary({"layer": {"kernel": jnp.zeros((3, 3, 16, 32)), "scale": jnp.ones(())}})
-    lines = str(result).splitlines()
+    lines = result.to_text(120).splitlines()
     assert str(result) == repr(result)
     assert lines[0].split()[:2] == ["Name", "Shape"]
     assert "3×3×16×32" in lines[1]

@@ -153,7 +153,7 @@ class Explicit(Allocation):
             raise ValueError("`sparsities` must ask for zeros in at least one leaf, got none.")
 
     def __repr__(self) -> str:
-        return f"Explicit(sparsities={dict(self.sparsities)})"
+        return f"explicit(sparsities={dict(self.sparsities)})"
 
     def __call__(self, scores: Params, sparsity: Sparsity, pattern: Patterns = _ALONE) -> Params:
         """The mask of a ranking in every leaf."""

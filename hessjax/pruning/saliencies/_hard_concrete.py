@@ -15,7 +15,7 @@ from hessjax._core._messages import checked_count, checked_key, checked_number
 from hessjax._core._types import Params, settings
 from hessjax.pruning._ranking import cond_now
 from hessjax.pruning.saliencies._movement import check_optimizer, check_penalty
-from hessjax.pruning.saliencies._saliency import Context, Saliency
+from hessjax.pruning.saliencies._saliency import Context, Saliency, stepped
 
 BETA, LOW, HIGH = 2 / 3, -0.1, 1.1
 """The temperature of the concrete distribution, and the interval it is stretched to before clipping."""
@@ -116,8 +116,8 @@ class HardConcrete(Saliency):
 
     def update(self, state: Gates, seen: Context) -> Gates:
         """One step of the optimizer of log α, and new gates."""
-        steps, inner = self.optimizer.update(self._slopes(state, seen), state.inner, state.log_alpha)
-        count, moved = state.num_updates + 1, optax.apply_updates(state.log_alpha, steps)
+        count = state.num_updates + 1
+        moved, inner = stepped(self.optimizer, self._slopes(state, seen), state.inner, state.log_alpha)
         # From `stop` on all of it rests: the mask made then belongs to these gates.
         log_alpha, inner = jax.tree.map(
             lambda new, old: jnp.where(count > self.stop, old, new),

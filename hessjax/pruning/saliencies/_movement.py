@@ -12,9 +12,15 @@ from jaxtyping import Array, Float, Int
 from hessjax._core import _tree
 from hessjax._core._messages import checked_function, checked_schedule, shown
 from hessjax._core._types import Params, settings
-from hessjax.pruning.saliencies._saliency import Context, Saliency
+from hessjax.pruning.saliencies._saliency import Context, Saliency, stepped
 
-_ADAM = optax.adam(1e-2)  # one object, so that rules with the default optimizer are equal
+
+class _DefaultAdam(optax.GradientTransformationExtraArgs):
+    def __repr__(self) -> str:
+        return "optax.adam(0.01)"
+
+
+_ADAM = _DefaultAdam(*optax.adam(1e-2))  # one object, so that rules with the default optimizer are equal
 
 
 def check_optimizer(optimizer: Any, argument: str = "optimizer") -> None:
@@ -212,8 +218,8 @@ def _slopes(state: Scores, seen: Context) -> Params:
 
 def _stepped(optimizer: optax.GradientTransformation, state: Scores, slopes: Params) -> Scores:
     """The scores after a step of their optimizer."""
-    steps, inner = optimizer.update(slopes, state.inner, state.scores)
-    return Scores(optax.apply_updates(state.scores, steps), inner, state.num_updates + 1)
+    scores, inner = stepped(optimizer, slopes, state.inner, state.scores)
+    return Scores(scores, inner, state.num_updates + 1)
 
 
 movement, soft_movement = Movement, SoftMovement

@@ -1,5 +1,6 @@
 """What a weight is worth: the contract between scores and pruning, and two rules made one."""
 
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -225,3 +226,17 @@ class Compensated(Saliency):
 
 
 compensated = Compensated
+
+
+def promoting() -> AbstractContextManager[Any]:
+    """Around what optax computes: its Adam raises a float to an int32, which strict promotion forbids."""
+    return jax.numpy_dtype_promotion("standard")
+
+
+def stepped(
+    optimizer: optax.GradientTransformation, slopes: Params, state: Any, scores: Params
+) -> tuple[Params, Any]:
+    """Scores after a step of their optimizer, and its state."""
+    with promoting():
+        steps, state = optimizer.update(slopes, state, scores)
+        return optax.apply_updates(scores, steps), state

@@ -100,6 +100,11 @@ class SecondOrder(_FromGradients):
     block_size: int | None
     with_slope: bool
 
+    def __repr__(self) -> str:
+        name = "wood_taylor" if self.with_slope else "obs"
+        given = f"{self.update_by!r}, {self.damping}, {self.block_size}"
+        return f"{name}({given}, num_grads={self.num_grads}, batch_size={self.batch_size})"
+
     def __post_init__(self) -> None:
         checked_choice("update", self.update_by, _MOVES)
         assign(self, damping=_checked(self.damping))
@@ -133,6 +138,9 @@ class SecondOrder(_FromGradients):
 @settings()
 class DiagonalOnly(_FromGradients):
     """½ w_q² F_qq, without moves."""
+
+    def __repr__(self) -> str:
+        return f"obd(num_grads={self.num_grads}, batch_size={self.batch_size})"
 
     def __post_init__(self) -> None:
         _check_counts(num_grads=self.num_grads)

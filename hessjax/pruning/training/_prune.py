@@ -18,7 +18,14 @@ from hessjax.pruning.allocations._allocation import AllocationRule, global_thres
 from hessjax.pruning.allocations._densities import Threshold
 from hessjax.pruning.patterns._pattern import Laid, Patterns, unstructured
 from hessjax.pruning.saliencies._movement import check_optimizer
-from hessjax.pruning.saliencies._saliency import Context, Nested, Saliency, checked_saliency, drop_others
+from hessjax.pruning.saliencies._saliency import (
+    Context,
+    Nested,
+    Saliency,
+    checked_saliency,
+    drop_others,
+    promoting,
+)
 from hessjax.pruning.training._state import (
     Budget,
     Choice,
@@ -209,9 +216,11 @@ class _Pruning:
         if per_example_grads is not None:
             extra["per_example_grads"] = per_example_grads  # for a `prune` inside
         through = self._masked_grads(grads, state, weights)
-        steps, inner = self.inner.update(through, state.inner, weights, **extra)
+        with promoting():
+            steps, inner = self.inner.update(through, state.inner, weights, **extra)
+            moved = optax.apply_updates(weights, steps)
         # Scores learn at the weights that the gradient belongs to, and rank those after the step.
-        before, dense = (drop_others(x, state.mask) for x in (weights, optax.apply_updates(weights, steps)))
+        before, dense = (drop_others(x, state.mask) for x in (weights, moved))
         block = None if callable(per_example_grads) else per_example_grads
         seen = self._seen(before, state.mask, count, grads, block)
         scorer = self.saliency.update(state.saliency, seen)
@@ -226,7 +235,7 @@ class _Pruning:
         dense = dense if choice.moved is None else choice.moved
         landing = dense
         if self.saliency.gated:
-            landing = jax.tree.map(jnp.multiply, landing, self.saliency.gates(scorer))
+            landing = jax.tree.map(_tree.times, landing, self.saliency.gates(scorer))
         updates = on_selected(land, steps, choice.mask, landing, params)
         return updates, self._state(count, inner, dense, scorer, choice)
 
@@ -240,7 +249,7 @@ class _Pruning:
         """What `inner` sees for gradients."""
         through = grads if self.straight_through else on_selected(masked, grads, state.mask)
         if self.saliency.gated:
-            through = on_selected(jnp.multiply, through, self.saliency.gates(state.saliency))
+            through = on_selected(_tree.times, through, self.saliency.gates(state.saliency))
         return _tree.cast_like(through, weights) if self._dense_is_truth else through
 
     def _seen(
