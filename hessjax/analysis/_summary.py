@@ -180,10 +180,11 @@ def summary(
     if model_fn is not None or args:
         check_call("model_fn", model_fn, args)
     work = None if model_fn is None else multiply_adds(read(model_fn, params, *args))
-    spent = [None] * len(jax.tree.leaves(params)) if work is None else work.by_leaf
+    leaves, meanings = jax.tree.leaves(params), tree_axes(params, axes)
+    spent = [None if work is None else work.by_leaf[i] for i in range(len(leaves))]
     entries = [
         entry
-        for x, found, number in zip(jax.tree.leaves(params), tree_axes(params, axes), spent, strict=True)
+        for x, found, number in zip(leaves, meanings, spent, strict=True)
         for entry in (_by_layer(x, found, number) if by_layer else [_Entry(found.path, x, found, number)])
     ]
     counted = jax.device_get(

@@ -43,8 +43,8 @@ def to_sparse(params: Params, *, where: Where = has_two_axes, least_sparsity: fl
 
     Args:
         params: any pytree of floating-point arrays.
-        where: which leaves: a glob over their paths, several, or `(path, leaf) -> bool`. By default all with
-            two axes.
+        where: which leaves: a glob over their paths, several, `(path, leaf) -> bool`, or booleans as a tree.
+            By default all with two axes.
         least_sparsity: leaves with a smaller fraction of zeros stay dense.
 
     Returns:

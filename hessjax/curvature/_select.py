@@ -43,7 +43,8 @@ def select(params: Params, where: Where) -> Selection:
     Args:
         params: any pytree of arrays.
         where: which leaves. A glob over their paths (`"Conv_0/*"`, `"*/kernel"`; `*` also crosses `/`),
-            a sequence of globs, or a function `(path, leaf) -> bool`.
+            a sequence of globs, a function `(path, leaf) -> bool`, or booleans as a tree like `params` or its
+            upper part.
 
     Returns:
         A `Selection(part, rest)`, with `.restrict(loss_fn)` and `.merge(part)`.

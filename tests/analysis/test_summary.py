@@ -90,11 +90,11 @@ def count_zero_parts(kernel):
 def test_structures_are_counted_as_defined():
     rng = np.random.default_rng(0)
     params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in
-              {"conv_line": (3, 4, 5), "dense": (6, 5), "plane": (3, 3, 4, 6),
+              {"conv": (3, 4, 5), "dense": (6, 5), "plane": (3, 3, 4, 6),
                "scale": (7,)}.items()}  # fmt: skip
     params["dense"][[0, 2]] = 0
     params["dense"][:, 1] = 0
-    params["conv_line"][..., 1, :] = 0
+    params["conv"][..., 1, :] = 0
     params["plane"][..., 2] = 0
     params["plane"][..., :2, 3] = 0
     params["plane"][..., 0, 4] = 0
