@@ -4,6 +4,7 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
+from hessjax._core._messages import shown
 from hessjax._core._names import Leaf
 
 AxisWords: TypeAlias = Mapping[str, str]
@@ -25,7 +26,11 @@ def words_by_path(axes: AxisWords | None, leaves: Sequence[Leaf]) -> dict[str, t
         return {}
     if not isinstance(axes, Mapping):
         raise TypeError(
-            f'`axes` must be a mapping from globs to words, such as {{"*/weight": "out in"}}, got {axes!r}.'
+            f'`axes` must be a mapping from globs to words, such as {{"*/weight": "out in"}}, got {shown(axes)}.'
+        )
+    if not axes:
+        raise ValueError(
+            "`axes` must say something of at least one leaf, or be left out, got an empty mapping."
         )
     found: dict[str, tuple[str, ...]] = {}
     for glob, text in axes.items():

@@ -13,6 +13,7 @@ from jaxtyping import Array
 from hessjax._core import _tree
 from hessjax._core._axes import Axes, layers_of
 from hessjax._core._layout import tree_axes
+from hessjax._core._messages import checked_flag
 from hessjax._core._tables import Column, Row, Table, number, percent, printable, shape_text
 from hessjax._core._types import ModelFn, Params
 from hessjax._core._words import AxisWords
@@ -177,6 +178,7 @@ def summary(
         4
     """
     _tree.check_floating(params)
+    checked_flag("by_layer", by_layer)
     if model_fn is not None or args:
         check_call("model_fn", model_fn, args)
     work = None if model_fn is None else multiply_adds(read(model_fn, params, *args))

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from hessjax._core import _tree
 from hessjax._core._layout import tree_axes
-from hessjax._core._messages import checked_any_key, checked_count
+from hessjax._core._messages import checked_any_key, checked_count, checked_flag
 from hessjax._core._types import Amount, Eigenpairs, Estimate, Key, Matvec, Params, Relative, Tolerance
 from hessjax._core._words import AxisWords
 from hessjax._run._drivers import run
@@ -82,6 +82,7 @@ def spectral_density_by_leaf(
     """
     _tree.check_floating(like, "like")
     checked, key = checked_options("spectral_density_by_leaf", options), checked_any_key(key)
+    checked_flag("by_layer", by_layer)
     _tree.unique_paths(like, "like")
     if any(hasattr(callback, "restore") for callback in options.get("callbacks", ())):
         raise ValueError(

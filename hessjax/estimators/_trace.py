@@ -8,7 +8,7 @@ import jax
 from hessjax._core import _tree
 from hessjax._core._axes import Axes
 from hessjax._core._layout import tree_axes
-from hessjax._core._messages import checked_count, checked_function, checked_instance, shown
+from hessjax._core._messages import checked_count, checked_flag, checked_function, checked_instance, shown
 from hessjax._core._types import BatchMatvec, Estimate, Key, Matvec, Params, Tolerance, Where
 from hessjax._core._where import match
 from hessjax._core._words import AxisWords
@@ -157,6 +157,7 @@ def trace_by_leaf(
         16.0
     """
     checked = checked_options("trace_by_leaf", options)
+    checked_flag("by_layer", by_layer)
     num_probes = checked_count("num_probes", num_probes)
     _tree.check_floating(like, "like")
     paths = _tree.unique_paths(like, "like")

@@ -299,6 +299,7 @@ def test_words(words, stack, spatial, inputs, outputs):
         ({"k*": "layer ... in"}, ValueError, "only `layer` beside one `...`"),
         ({"k*": "height in out"}, ValueError, 'made of the words layer, in, out, .*got "height in out"'),
         ({"k*": ""}, ValueError, "made of the words"),
+        ({}, ValueError, "got an empty mapping"),
         ({"*/kernel": "h in out"}, ValueError, r"`\*/kernel` matches none of: kernel"),
         ({"k*": "head head out"}, ValueError, "name heads once"),
         ({"k*": 3}, TypeError, "must map globs to words|Type-check"),
