@@ -156,7 +156,7 @@ class HutchinsonByLeaf(Hutchinson):
 
 def _inner_by_layer(v: Array, x: Array, axes: tuple[int, ...]) -> Float[Array, " layers"]:
     """⟨v_l, x_l⟩ for every layer l of a leaf, accumulated in at least float32."""
-    dtype = jnp.promote_types(jnp.result_type(v, x), jnp.float32)
+    dtype = _tree.common_dtype(v, x, jnp.float32)
     within = tuple(axis for axis in range(v.ndim) if axis not in axes)
     return jnp.sum(v.astype(dtype) * x.astype(dtype), axis=within).ravel()
 
