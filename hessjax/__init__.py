@@ -24,6 +24,7 @@ from hessjax.analysis._sensitivity import sensitivity as sensitivity
 from hessjax.analysis._summary import summary as summary
 from hessjax.compaction._compact import Compacted as Compacted
 from hessjax.compaction._compact import compact as compact
+from hessjax.compaction._obstacles import Obstacle as Obstacle
 from hessjax.compaction._sparse import Saved as Saved
 from hessjax.compaction._sparse import load_npz as load_npz
 from hessjax.compaction._sparse import save_npz as save_npz
@@ -39,6 +40,7 @@ from hessjax.curvature._gradients import empirical_fisher as empirical_fisher
 from hessjax.curvature._gradients import per_example_grads as per_example_grads
 from hessjax.curvature._hessian import hessian as hessian
 from hessjax.curvature._hessian import hvp as hvp
+from hessjax.curvature._roots import empirical_fisher_roots as empirical_fisher_roots
 from hessjax.curvature._roots import ggn_roots as ggn_roots
 from hessjax.curvature._roots import sampled_grads as sampled_grads
 from hessjax.curvature._select import Selection as Selection

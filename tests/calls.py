@@ -63,7 +63,7 @@ def size_of(params):
 
 NUMBERS = [None, "0.5", [0.5], {}, jnp.ones(2), 1j, len, Thing(), True]
 COUNTS = [*NUMBERS, 2.5, float("nan"), -1, jnp.float32(2)]
-TREES = [{"w": "x"}, UNFILTERED, Tensor(), {"w": Tensor()}, loss, "w", jnp.ones(3) * 1j]
+TREES = [{"w": "x"}, UNFILTERED, Tensor(), {"w": Tensor()}, loss, "w", jnp.full(3, 1j)]
 RULES = [None, 1, X, {}, Thing(), dict]
 
 WRONG = {

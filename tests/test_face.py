@@ -15,8 +15,8 @@ from hessjax import flax, plot
 pytestmark = pytest.mark.smoke
 
 VERBS = """
-    hessian hvp ggn fisher empirical_fisher per_example_grads ggn_roots sampled_grads over_batches select
-    weighted_sum preconditioned adam_preconditioner
+    hessian hvp ggn fisher empirical_fisher per_example_grads empirical_fisher_roots
+    ggn_roots sampled_grads over_batches select weighted_sum preconditioned adam_preconditioner
     eigenpairs trace trace_by_leaf diagonal frobenius_norm spectral_density spectral_density_by_leaf spectrum
     solve inverse_fisher landscape check
     prune prune_once mask_of summary sensitivity compact to_sparse save_npz load_npz load_recipe distillation
@@ -121,3 +121,10 @@ def says_what_it_holds(value):
 def test_types_say_what_they_hold():
     classes = {name: EVERYTHING[name] for name in NOUNS if inspect.isclass(EVERYTHING[name])}
     assert not [name for name, value in classes.items() if not says_what_it_holds(value)]
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_defaults_can_be_read(name):
+    defaults = [p.default for p in inspect.signature(CALLED[name]).parameters.values()]
+    settings = [repr(x) for x in defaults if not (inspect.isclass(x) or inspect.isfunction(x))]
+    assert not [text for text in settings if re.search(r" at 0x|\bobject\b", text) or len(text) > 60]

@@ -157,8 +157,8 @@ def checked_schedule(argument: str, value: Any) -> Any:
         TypeError: it is neither.
     """
     if callable(value) and not isinstance(value, type):
-        return value
-    return checked_number(argument, value, ", or a schedule `T -> number`")
+        return checked_function(argument, value, "(step) -> number")
+    return checked_number(argument, value, ", or a schedule `(step) -> number`")
 
 
 # -- functions, flags, choices, settings ---------------------------------------------------------------
@@ -168,11 +168,30 @@ def checked_function(argument: str, function: Any, form: str) -> Any:
     """The function itself; `form` says how it is called, `(params) -> scalar`.
 
     Raises:
-        TypeError: it cannot be called.
+        TypeError: it cannot be called, or not with as many arguments.
     """
     if not callable(function):
         raise TypeError(f"`{argument}` must be a function `{form}`, got {shown(function)}.")
+    names = re.split(", *", form[form.index("(") + 1 : form.index(")")])
+    if "*args" not in names:
+        _check_takes(argument, function, form, names)
     return function
+
+
+def _check_takes(argument: str, function: Any, form: str, names: list[str]) -> None:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # those of C have none, and wrapped ones may hide theirs
+        return
+    try:
+        # A name with `=` behind it is passed as a keyword.
+        signature.bind(
+            *(name for name in names if "=" not in name), **{name[:-1]: 0 for name in names if "=" in name}
+        )
+    except TypeError as error:
+        raise TypeError(
+            f"`{argument}` must be a function `{form}`, got one with the signature {signature}: {error}."
+        ) from None
 
 
 def check_functions(**functions: Any) -> None:
@@ -256,3 +275,20 @@ def check_path(argument: str, path: Any) -> None:
         raise TypeError(f"`{argument}` must be a path, a string or a `pathlib.Path`, got {shown(path)}.")
     if path == "":
         raise ValueError(f"`{argument}` must name a file or folder, got an empty string.")
+
+
+# -- causes ----------------------------------------------------------------------------------------------
+
+
+def causes_of_nan(tree: Any, mode: str | None = None) -> str:
+    """What may make derivatives of a finite loss NaN or infinite, at params like these."""
+    causes = [f"{dtype} ends at {float(jnp.finfo(dtype).max):.5g}" for dtype in sorted(_short(tree), key=str)]
+    at = "" if mode is None else f" (under `mode={mode!r}`; another may pass)"
+    causes += [f"an untaken branch of `where`{at}", "a norm or square root at 0"]
+    return ", or ".join(causes)
+
+
+def _short(tree: Any) -> set[Any]:
+    """The dtypes whose range ends early."""
+    dtypes = {jnp.result_type(leaf) for leaf in jax.tree.leaves(tree)}
+    return {dtype for dtype in dtypes if float(jnp.finfo(dtype).max) < 1e6}

@@ -1,8 +1,6 @@
 """The pytree algebra that `optax.tree` lacks: paths, checks, inner products, blocks of vectors."""
 
-import contextlib
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,6 +10,7 @@ from jaxtyping import Array, Float
 
 from hessjax._core import _sharding
 from hessjax._core._messages import shown
+from hessjax._core._numbers import common_dtype, promoted
 from hessjax._core._types import Block, Params, Scalar, Vector
 
 # -- paths ---------------------------------------------------------------------------------------
@@ -149,19 +148,6 @@ def size(tree: Any) -> int:
     return sum(jnp.size(leaf) for leaf in jax.tree.leaves(tree))
 
 
-def common_dtype(*numbers: Any) -> jnp.dtype:
-    """What numbers and dtypes promote to, also where jax is told to do it for nobody."""
-    # Only the dtype is asked for here: what is computed in it is cast to it in so many words.
-    with jax.numpy_dtype_promotion("standard"):
-        return jnp.result_type(*numbers)
-
-
-def promoted(*numbers: Any) -> list[Array]:
-    """All as arrays of their common dtype."""
-    dtype = common_dtype(*numbers)
-    return [jnp.asarray(x, dtype) for x in numbers]
-
-
 def accumulator_dtype(tree: Any) -> jnp.dtype:
     """The dtype sums over `tree` are taken in: float64 if any leaf is, float32 otherwise."""
     return common_dtype(jnp.float32, *(jnp.result_type(leaf) for leaf in jax.tree.leaves(tree)))
@@ -210,12 +196,6 @@ def norm(a: Vector) -> Scalar:
     unit = jnp.where((top > 0) & jnp.isfinite(top), top, 1)
     scaled = jax.tree.map(lambda x: x / unit.astype(x.dtype), a)
     return unit * jnp.sqrt(inner(scaled, scaled))
-
-
-def power_of_two(x: Float[Array, "..."]) -> Scalar:
-    """The power of two next above all |x|, 1 where all are 0: to divide by it changes no digit."""
-    top = jnp.max(jnp.abs(x))
-    return jnp.ldexp(jnp.ones((), x.dtype), jnp.where(top > 0, jnp.frexp(top)[1], 0))
 
 
 def scale(factor: Any, a: Vector) -> Vector:
@@ -278,19 +258,3 @@ def rows(block: Block) -> list[Vector]:
 def block_of(*vectors: Vector) -> Block:
     """The block of these vectors."""
     return jax.tree.map(lambda *xs: jnp.stack(xs), *vectors)
-
-
-# -- numbers that are not there --------------------------------------------------------------------
-
-
-def or_nan(there: Any, x: Array) -> Array:
-    """`x` where there is such a number, and a NaN that is meant where there is none."""
-    with meant():
-        return jnp.where(there, x, jnp.nan)
-
-
-@contextlib.contextmanager
-def meant() -> Iterator[None]:
-    """Around results of ours, which say by NaN and infinity what is not known: products stay watched."""
-    with jax.debug_nans(False), jax.debug_infs(False):
-        yield

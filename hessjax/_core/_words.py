@@ -26,7 +26,8 @@ def words_by_path(axes: AxisWords | None, leaves: Sequence[Leaf]) -> dict[str, t
         return {}
     if not isinstance(axes, Mapping):
         raise TypeError(
-            f'`axes` must be a mapping from globs to words, such as {{"*/weight": "out in"}}, got {shown(axes)}.'
+            f'`axes` must be a mapping from globs to words, such as {{"*/weight": "out in"}}, got '
+            f"{shown(axes)}."
         )
     if not axes:
         raise ValueError(

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float
 
-from hessjax._core._tree import common_dtype
+from hessjax._core._numbers import common_dtype
 from hessjax._core._types import Scalar
 from hessjax._fisher._rows import Cut, Parts, Rows, coefficients, combination, ends, images, joined, split
 

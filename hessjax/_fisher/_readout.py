@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from hessjax._core import _tree
+from hessjax._core import _numbers, _tree
 from hessjax._core._types import Scalar
 from hessjax._fisher._factors import Dual, Factor
 from hessjax._fisher._rows import Blocking, Cut, Parts, ends, joined, signs
@@ -81,7 +81,7 @@ def residual(
     product = (Az + shift * z) / count
     # A dual multiplies by gradients of size s once more, and s³ leaves float32's range at 1e-15 and 1e13. The
     # unit is a power of two, so that no digit changes.
-    unit = _tree.power_of_two(product)
+    unit = _numbers.power_of_two(product)
     cut = tuple(jnp.split(product / unit, ends(widths), axis=-1))
     miss = unit * count * joined(factor.solve(cut, shift)) - z
     if is_whole and isinstance(factor, Dual):

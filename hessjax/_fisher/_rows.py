@@ -1,9 +1,9 @@
-"""Gradients as rows: streams of them, how they are cut into blocks of weights, and what they add up to."""
+"""Gradients as rows: how they are cut into blocks of weights, and what they add up to."""
 
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from hessjax._core import _tree
+from hessjax._core import _numbers, _tree
 from hessjax._core._messages import checked_number
 from hessjax._core._packing import Packing
 from hessjax._core._types import Amount, Block, Params, Relative, Scalar, Vector
@@ -26,25 +26,7 @@ Parts = tuple[Cut, ...]
 """A vector, cut: for every group of leaves with equally wide blocks their blocks, below each other."""
 
 
-# -- streams ---------------------------------------------------------------------------------------
-
-
-def stream(grads: Any, like: Any = None) -> Iterator[Block]:
-    """The blocks of gradients, each checked against the first, or against `like`."""
-    # Arrays can be iterated over too, and a list or a dict is a tree: a block. A stream is for jax a leaf.
-    is_stream = isinstance(grads, Iterable) and not hasattr(grads, "shape")
-    is_stream = is_stream and jax.tree_util.all_leaves([grads])
-    reference, empty = "the gradients before", True
-    for index, block in enumerate(grads if is_stream else [grads]):
-        name = f"grads[{index}]" if is_stream else "grads"
-        count = num_grads(block, name)
-        like = row(block) if like is None else like
-        _tree.check_like(row(block), like, name, reference)
-        if count:
-            empty = False
-            yield block
-    if empty:
-        raise ValueError("`grads` must hold at least one gradient, got none.")
+# -- gradients -------------------------------------------------------------------------------------
 
 
 def row(block: Block) -> Vector:
@@ -69,21 +51,6 @@ def num_grads(block: Block, name: str = "grads") -> int:
     if shapes[0][0]:
         _tree.check_floating(block, name)
     return shapes[0][0]
-
-
-def gathered(blocks: Iterator[Block], count: int | None) -> Block:
-    """At least `count` gradients in one block, as far as there are any; None: all."""
-    gathered = [next(blocks)]
-    held = jax.tree.leaves(gathered[0])[0].shape[0]
-    while (count is None or held < count) and (block := next(blocks, None)) is not None:
-        gathered.append(block)
-        held += jax.tree.leaves(block)[0].shape[0]
-    return gathered[0] if len(gathered) == 1 else _joined(gathered)
-
-
-@jax.jit
-def _joined(blocks: list[Block]) -> Block:
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *blocks)
 
 
 # -- blocks of weights -----------------------------------------------------------------------------
@@ -193,12 +160,12 @@ class Totals(NamedTuple):
     """What was summed over the gradients, or counted.
 
     Attributes:
-        num_grads: m.
+        num_grads: m, or where gradients have weights the sum of these.
         squares: of all their entries, times `batch_size`; their mean over the weights is m · mean diag F.
         num_weights: those that are there, pruned ones are not.
     """
 
-    num_grads: Int[Array, ""]
+    num_grads: Int[Array, ""] | Scalar
     squares: Scalar
     num_weights: Int[Array, ""] | int
 
@@ -213,7 +180,10 @@ class Totals(NamedTuple):
 
     def plus(self, more: "Totals") -> "Totals":
         """Of both, of the same weights."""
-        return Totals(self.num_grads + more.num_grads, self.squares + more.squares, self.num_weights)
+        one, other = self.num_grads, more.num_grads
+        if one.dtype != other.dtype:  # a number of gradients and a sum of weights
+            one, other = self.number, more.number
+        return Totals(one + other, self.squares + more.squares, self.num_weights)
 
     def shift(self, damping: Amount) -> Scalar:
         """κ = mλ, where a relative λ is a fraction of the mean diagonal of F."""
@@ -246,7 +216,7 @@ def read(
         grads: m of them.
         scale: b.
         mask: booleans like the params, False for weights that are not there: columns of zeros. None: all are.
-        count: how many they are, if rows of zeros beside them do not count.
+        count: how many they are, if rows of zeros beside them do not count, or how much by weight.
     """
     # b enters here, and once: with √b in the rows all that is made of them is of F, and knows no b.
     rows = tuple(jnp.sqrt(scale).astype(x.dtype) * x for x in jax.vmap(blocking.cut)(grads))
@@ -292,7 +262,7 @@ def images(rows: tuple[Rows, ...]) -> Parts:
 
 def _sum(products: Sequence[Array]) -> Array:
     """In the widest dtype of any group."""
-    first, *others = _tree.promoted(*products)
+    first, *others = _numbers.promoted(*products)
     return sum(others, first)
 
 
@@ -303,7 +273,7 @@ def combination(rows: tuple[Rows, ...], c: Float[Array, "blocks m"]) -> Parts:
 
 def joined(parts: Sequence[Array]) -> Array:
     """The groups that one factor covers, end to end along the weights."""
-    return parts[0] if len(parts) == 1 else jnp.concatenate(_tree.promoted(*parts), axis=-1)
+    return parts[0] if len(parts) == 1 else jnp.concatenate(_numbers.promoted(*parts), axis=-1)
 
 
 def split(whole: Array, like: Sequence[Array]) -> tuple[Array, ...]:

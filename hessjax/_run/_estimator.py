@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from hessjax._core import _tree
+from hessjax._core import _numbers, _tree
 from hessjax._core._messages import (
     checked_any_key,
     checked_flag,
@@ -150,7 +150,7 @@ def _meant(compiled: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(compiled)
     def call(*args: Any) -> Any:
-        with _tree.meant():
+        with _numbers.meant():
             return compiled(*args)
 
     return call
@@ -282,6 +282,7 @@ def check_callbacks(callbacks: Any) -> None:
                 "`callbacks` must hold functions `(progress) -> None`, such as `hessjax.progress_bar()`, "
                 f"got {shown(callback)}{hint}."
             )
+        checked_function("callbacks", callback, "(progress) -> None")
 
 
 def check_run(estimator: Any, matvec: Any, key: Any, callbacks: Any, on_device: Any) -> None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
-from hessjax._core import _tree
+from hessjax._core import _numbers, _tree
 from hessjax._core._compiled import compiled
 from hessjax._core._tables import Column, Row, Table, printable
 from hessjax._core._types import Key, LossFn, Matvec, Params, Scalar, Vector
@@ -28,7 +28,8 @@ class CheckRow(NamedTuple):
         name: what should hold.
         passed: whether it does.
         measured: how far it is from holding; `check` says in which unit.
-        limit: the most that may be; infinite for a note, which cannot fail.
+        limit: the most that may be; infinite for a note, which cannot fail; NaN for what could not be tested,
+            which has not passed.
         detail: what was seen, with the paths of the leaves at fault, and what may be the cause.
     """
 
@@ -66,9 +67,10 @@ class Check(NamedTuple):
 
 
 def _cells(row: CheckRow) -> tuple[str, ...]:
-    note = math.isinf(row.limit)
-    result = "FAILED" if not row.passed else "note" if note else "ok"
-    return row.name, result, f"{row.measured:.3g}", "" if note else f"{row.limit:.3g}", row.detail
+    note, untested = math.isinf(row.limit), math.isnan(row.limit)
+    result = "untested" if untested else "FAILED" if not row.passed else "note" if note else "ok"
+    measured, limit = "" if untested else f"{row.measured:.3g}", f"{row.limit:.3g}"
+    return row.name, result, measured, "" if note or untested else limit, row.detail
 
 
 def named(params: Params, flags: Iterable[Any]) -> str:
@@ -150,8 +152,8 @@ def compare_product(
         disagreement, size = _residual(*ends, h, product)
         disagreements.append(disagreement)
         sizes.append(size)
-    spread = [_norms(_tree.add_scaled(disagreements[0], -1.0, other)) for other in disagreements[1:]]
-    columns = jax.device_get((_norms(disagreements[0]), jnp.maximum(*spread), sizes[0]))
+    spread = [norms(_tree.add_scaled(disagreements[0], -1.0, other)) for other in disagreements[1:]]
+    columns = jax.device_get((norms(disagreements[0]), jnp.maximum(*spread), sizes[0]))
     return _relative([[i] for i in range(len(sizes[0]))], np.array(columns, float).T)
 
 
@@ -191,7 +193,7 @@ def _slopes(
         change = loss(there) - loss(back)
     length = _tree.norm(step)
     length = jnp.where(length > 0, length, 1)
-    return jnp.divide(*_tree.promoted(change, length)), _tree.inner(step, _tree.wide(grads)) / length
+    return jnp.divide(*_numbers.promoted(change, length)), _tree.inner(step, _tree.wide(grads)) / length
 
 
 @jax.jit
@@ -216,13 +218,13 @@ def _residual(
 ) -> tuple[Vector, Float[Array, " l"]]:
     """Difference of gradients less the product, and the size of the two, leaf by leaf."""
     measured, product = _difference(there, back, h), _tree.wide(product)
-    return _tree.add_scaled(measured, -1.0, product), jnp.maximum(_norms(measured), _norms(product))
+    return _tree.add_scaled(measured, -1.0, product), jnp.maximum(norms(measured), norms(product))
 
 
 @jax.jit
-def _norms(vector: Vector) -> Float[Array, " l"]:
+def norms(vector: Vector) -> Float[Array, " l"]:
     """‖·‖ of every leaf."""
-    return jnp.stack(_tree.promoted(*(_tree.norm(leaf) for leaf in jax.tree.leaves(_tree.wide(vector)))))
+    return jnp.stack(_numbers.promoted(*(_tree.norm(leaf) for leaf in jax.tree.leaves(_tree.wide(vector)))))
 
 
 @jax.jit
@@ -245,11 +247,11 @@ def _in_scale(signs: Vector, params: Params) -> Vector:
 
 def _scales(params: Params) -> Float[Array, " l"]:
     """The root mean square of every leaf; that of all weights where a leaf's is smaller."""
-    norms = _norms(params)
-    sizes = jnp.array([max(jnp.size(leaf), 1) for leaf in jax.tree.leaves(params)], norms.dtype)
+    lengths = norms(params)
+    sizes = jnp.array([max(jnp.size(leaf), 1) for leaf in jax.tree.leaves(params)], lengths.dtype)
     # A leaf of zeros (fresh biases) has no scale of its own, and a step of zero would test nothing.
-    everywhere = jnp.sqrt(jnp.sum(norms**2) / jnp.sum(sizes))
-    return jnp.maximum(norms / jnp.sqrt(sizes), jnp.where(everywhere > 0, everywhere, 1.0))
+    everywhere = jnp.sqrt(jnp.sum(lengths**2) / jnp.sum(sizes))
+    return jnp.maximum(lengths / jnp.sqrt(sizes), jnp.where(everywhere > 0, everywhere, 1.0))
 
 
 def compare_passes(batches: Iterable[Any]) -> tuple[int, str]:

@@ -1,5 +1,6 @@
 """How much each leaf can be pruned: one at a time, at one sparsity at a time, measured and predicted."""
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,15 +11,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from hessjax._core import _tree
+from hessjax._core import _files, _tree
 from hessjax._core._layout import kernels, selected, tree_axes
-from hessjax._core._messages import check_functions, check_path, checked_number, shown
+from hessjax._core._messages import check_functions, checked_number, shown
 from hessjax._core._tables import Column, Row, Table, printable
 from hessjax._core._types import Block, Params, Scalar, Where
 from hessjax._core._words import AxisWords
 from hessjax._run import _drivers
 from hessjax._run._estimator import check_callbacks
-from hessjax.analysis import _sensitivity_csv
+from hessjax._run._identity import Identity, describe, fingerprint
+from hessjax.analysis import _metrics, _sensitivity_csv, _sensitivity_file
 from hessjax.analysis._sensitivity_csv import SensitivityRow, level_name
 from hessjax.pruning._once import prune_once
 from hessjax.pruning._ranking import check_sparsity
@@ -43,8 +45,12 @@ class Sensitivity(NamedTuple):
     rows: tuple[SensitivityRow, ...]
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write `parameter,sparsity,<metrics>`, and `predicted` if there is a prediction."""
-        _sensitivity_csv.write(Path(path), self.rows)
+        """Write `parameter,sparsity,<metrics>`, and `predicted` if there is a prediction.
+
+        A file that is there is replaced in one go, once the new one is on disk. Names that a spreadsheet
+        would compute (`=a`, `-b`) have a `'` before them.
+        """
+        _sensitivity_csv.write(_files.local_path("path", path), self.rows)
 
     def to_text(self, width: int | None = None) -> str:
         """The table, at most `width` columns wide; by default as wide as the terminal, 80 without one."""
@@ -107,8 +113,9 @@ def sensitivity(
         axes: what the axes of leaves mean, as in `prune`. Of a leaf that stacks layers every layer is pruned
             to the level, as if it stood alone.
         path: a CSV file to which every row is added as soon as it is measured. Rows that are in it already
-            are not measured again. It does not know what `params`, `metric` and `saliency` were: take one
-            file for one question.
+            are not measured again; of a line that a kill cut off, nothing is kept. Beside it, `<path>.json`
+            records the params, the saliency, the diagonal and the patterns, and a table of others is
+            refused. It does not know what `metric` and `grads_fn` compute: take one file for one question.
         callbacks: told of the evaluations as `run` tells them of products:
             `hj.progress_bar("sensitivity", unit="evaluations")`.
 
@@ -120,9 +127,11 @@ def sensitivity(
     Raises:
         ValueError: a level outside [0, 1) or twice; no metric and nothing to predict from; a metric whose
             names change, or are names of other columns; if `where` matches no leaf, or only empty
-            ones; if `path` holds something else (it names the line).
+            ones; if `path` holds something else (it names the line), or a table of other params.
+        BlockingIOError: if another process adds to `path`.
         TypeError: a metric that is not a scalar.
-        FloatingPointError: if the metric is NaN: it names leaf and level. Rows before it stay in the file.
+        FloatingPointError: if a metric or a prediction is NaN: it names leaf and level. Rows before it stay
+            in the file.
 
     Cost:
         For every leaf and level one evaluation of the metric, one scoring of the leaf and a ranking.
@@ -151,21 +160,42 @@ def sensitivity(
     patterns, chosen = _patterns_by_leaf(params, where, pattern, axes), _checked_levels(levels)
     has_model = diagonal is not None or saliency.compensates
     _check_question(metric, params, diagonal, has_model)
-    if path is not None:
-        check_path("path", path)
-    file = None if path is None else Path(path)
-    rows = [] if file is None else _sensitivity_csv.read(file, _tree.leaf_paths(params), has_model)
-    known = {(row.parameter, level_name(row.sparsity)): row for row in rows}
     questions = [(name, level_name(level)) for name in patterns for level in chosen]
-    # Gradients are what is expensive: none are taken when the file has all the answers.
-    grads = None if grads_fn is None or known.keys() >= set(questions) else grads_fn(params)
-    network = _Network(params, saliency, patterns, axes, grads, diagonal, has_model)
-    with _drivers.entered(callbacks):
+    with contextlib.ExitStack() as stack:
+        file, rows = None, []
+        if path is not None:
+            file = _files.local_path("path", path)
+            record = _record(params, saliency, patterns, axes, diagonal)
+            rows = stack.enter_context(
+                _sensitivity_file.opened(file, record, _tree.leaf_paths(params), has_model)
+            )
+        known = {(row.parameter, level_name(row.sparsity)): row for row in rows}
+        # Gradients are what is expensive: none are taken when the file has all the answers.
+        grads = None if grads_fn is None or known.keys() >= set(questions) else grads_fn(params)
+        network = _Network(params, saliency, patterns, axes, grads, diagonal, has_model)
+        stack.enter_context(_drivers.entered(callbacks))
         for number, question in enumerate(questions, start=1):
             if question not in known:
                 known[question] = _answer(metric, network, question, list(known.values()), file)
             _tell(callbacks, number, len(questions))
-    return Sensitivity(tuple(known[question] for question in questions))
+    result = Sensitivity(tuple(known[question] for question in questions))
+    _metrics.warn_of_one_number(result.rows)
+    return result
+
+
+def _record(
+    params: Params,
+    saliency: Saliency,
+    patterns: dict[str, Pattern],
+    axes: AxisWords | None,
+    diagonal: Params | None,
+) -> Identity:
+    """What the numbers depend on, as far as it can be told apart."""
+    found: Identity = {"saliency": describe(saliency)}
+    for name, tree in {"saliency": saliency, "params": params, "diagonal": diagonal}.items():
+        found |= fingerprint(tree, name)
+    found |= {f"pattern {name}": repr(pattern) for name, pattern in patterns.items()}
+    return found | {f"axes {glob}": words for glob, words in (axes or {}).items()}
 
 
 class _Network(NamedTuple):
@@ -192,13 +222,14 @@ def _answer(
     if metric is not None:
         # The network at level 0 is the same whichever leaf is asked about: evaluated once.
         dense = [row.metrics for row in earlier if row.sparsity == 0 == float(question[1])]
-        metrics = dense[0] if dense else _sensitivity_csv.named(metric(params))
-        metrics = _sensitivity_csv.in_order(metrics, earlier, file)
-        _sensitivity_csv.check_numbers(metrics, question, file)
+        metrics = dense[0] if dense else _metrics.named(metric(params))
+        metrics = _metrics.in_order(metrics, earlier, file)
+    numbers = metrics if predicted is None else metrics | {"predicted": predicted}
+    _metrics.check_numbers(numbers, question, file)
     row = SensitivityRow(question[0], float(question[1]), metrics, predicted)
     # Written at once: an evaluation may take minutes, and a killed run goes on from here.
     if file is not None:
-        _sensitivity_csv.append(file, row)
+        _sensitivity_file.append(file, row)
     return row
 
 
@@ -271,9 +302,9 @@ def _patterns_by_leaf(
         raise ValueError(f"`where` must match at least one leaf with weights, got only empty ones: {empty}.")
     _tree.check_floating(chosen, "params[where]")
     found = chosen_patterns(pattern, list(chosen.items()))
-    by_path = dict(zip(paths, tree_axes(params, axes), strict=True))
-    for name, x in chosen.items():
-        fitted(found[name], by_path[name], x.dtype)
+    for meaning in tree_axes(params, axes):
+        if meaning.path in chosen:
+            fitted(found[meaning.path], meaning, chosen[meaning.path].dtype)
     return found
 
 
@@ -285,5 +316,7 @@ def _checked_levels(levels: Iterable[float | int]) -> list[float]:
     if not listed or len(set(names)) < len(names):
         raise ValueError(f"`levels` must be one or more different sparsities, got [{', '.join(names)}].")
     for level in listed:
-        check_sparsity(level)
+        check_sparsity(level, argument="levels")
+    if "1" in names:
+        raise ValueError("`levels` must be below 1 in their first six digits, by which they are told apart.")
     return listed

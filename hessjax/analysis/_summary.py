@@ -237,10 +237,14 @@ class _Facts(NamedTuple):
 
 @jax.jit
 def _moments(x: Array) -> tuple[Array, Array, Array, Array]:
-    """Nonzeros, mean, mean of squared deviations, mean of absolute values."""
+    """Nonzeros, mean, standard deviation, mean of absolute values."""
     wide = _tree.wide(x)
-    mean = jnp.mean(wide)
-    return jnp.sum(x != 0, dtype=jnp.int32), mean, jnp.mean((wide - mean) ** 2), jnp.mean(jnp.abs(wide))
+    # In units of the largest: squares of weights of 1e-25 or 1e20 leave float32.
+    largest = jnp.max(jnp.abs(wide), initial=0)
+    unit = jnp.where(jnp.isfinite(largest) & (largest > 0), largest, 1)
+    mean = jnp.mean(wide / unit)
+    std = jnp.sqrt(jnp.mean((wide / unit - mean) ** 2))
+    return jnp.sum(x != 0, dtype=jnp.int32), unit * mean, unit * std, unit * jnp.mean(jnp.abs(wide / unit))
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -271,15 +275,13 @@ def _num_parts(axes: Axes) -> list[int]:
 
 
 def _facts(entry: _Entry, moments: tuple[Any, ...], zeros: dict[int, Any]) -> _Facts:
-    nonzeros, mean, variance, abs_mean = (x.item() for x in moments)
+    nonzeros, mean, std, abs_mean = (x.item() for x in moments)
     shape, work = jnp.shape(entry.leaf), entry.multiply_adds
     number = math.prod(shape)
     left = None if work is None else work * nonzeros / max(number, 1)
     zero_parts = np.array([int(zeros.get(i, 0)) for i in range(5)])
     parts = np.array(_num_parts(entry.axes))
-    return _Facts(
-        entry.path, shape, number, nonzeros, work, left, parts, zero_parts, mean, variance, abs_mean
-    )
+    return _Facts(entry.path, shape, number, nonzeros, work, left, parts, zero_parts, mean, std**2, abs_mean)
 
 
 def _total(facts: list[_Facts]) -> _Facts:

@@ -12,7 +12,7 @@ import optax
 from jax.tree_util import Partial
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from hessjax._core import _tree
+from hessjax._core import _numbers, _tree
 from hessjax._core._messages import checked_finite, checked_function, is_number, shown
 from hessjax._core._types import Matvec, Params, Vector
 from hessjax.curvature._product import as_pytree
@@ -63,6 +63,8 @@ def weighted_sum(
             f"`weights` must hold one number for each of the {len(matvecs)} matvecs, "
             f"got shape {weights.shape}."
         )
+    if np.ndim(shift):
+        raise ValueError(f"`shift` must be one number, got shape {np.shape(shift)}.")
     shift = jnp.asarray(checked_finite("shift", shift), float)
     return Partial(_sum, tuple(map(as_pytree, matvecs)), weights, shift)
 
@@ -155,7 +157,9 @@ def preconditioned(matvec: Matvec, diagonal: Params) -> Matvec:
 
 def _scaled_product(matvec: Matvec, diagonal: Params, vector: Vector) -> Vector:
     # Half of D on either side, not D⁻¹A: similar to it, and symmetric, which Lanczos and CG rely on.
-    return _over_root(diagonal, matvec(_over_root(diagonal, vector)), vector)
+    product = matvec(_over_root(diagonal, vector))
+    _tree.check_like(product, diagonal, "matvec(vector)", "diagonal")
+    return _over_root(diagonal, product, vector)
 
 
 @jax.jit
@@ -163,7 +167,7 @@ def _over_root(diagonal: Params, vector: Vector, like: Vector | None = None) -> 
     """D^-½ v, in the dtypes of `like`, or of `vector`."""
     _tree.check_like(vector, diagonal, "vector", "diagonal")
     scaled = jax.tree.map(
-        lambda d, x: jnp.divide(*_tree.promoted(x, jnp.sqrt(d))), *map(_tree.wide, (diagonal, vector))
+        lambda d, x: jnp.divide(*_numbers.promoted(x, jnp.sqrt(d))), *map(_tree.wide, (diagonal, vector))
     )
     return _tree.cast_like(scaled, vector if like is None else like)
 
@@ -292,11 +296,15 @@ def _is_variable(node: Any) -> bool:
 def _denominator(
     nu: Params, count: Int[Array, ""], b2: ArrayLike, eps: ArrayLike, eps_root: ArrayLike
 ) -> Params:
-    nu = jax.tree.map(_without_hole, nu, is_leaf=_is_hole)
-    # ν starts at zero, so early means are too small by 1 − b2ᵗ (Kingma and Ba, §3).
-    return jax.tree.map(
-        lambda x: jnp.sqrt(x + eps_root) + eps, optax.tree.bias_correction(_tree.wide(nu), b2, count)
-    )
+    nu = _tree.wide(jax.tree.map(_without_hole, nu, is_leaf=_is_hole))
+
+    def corrected(x: Array) -> Array:
+        # In the leaf's dtype: hyperparameters are recorded in float32, and 1 − b2ᵗ is for float64 to keep.
+        decay, root, least = (jnp.asarray(number, x.dtype) for number in (b2, eps_root, eps))
+        # ν starts at zero, so early means are too small by 1 − b2ᵗ (Kingma and Ba, §3).
+        return jnp.sqrt(x / (1 - decay ** count.astype(x.dtype)) + root) + least
+
+    return jax.tree.map(corrected, nu)
 
 
 def _without_hole(leaf: Any) -> Any:

@@ -226,8 +226,8 @@ def _linearize(
 ) -> Partial:
     # Out of `jit`, so that the linear maps' structure is one object for all params: see `hessian`.
     with at_precision(precision):
-        outputs, pullback = jax.vjp(lambda p: model_fn(p, *args), params)
-        _check_outputs(outputs)
+        # Checked inside: of what is no array jax would say that itself, by no argument's name.
+        outputs, pullback = jax.vjp(lambda p: _checked_outputs(model_fn(p, *args)), params)
         return Partial(_Through(precision), pullback, outputs, curvature(outputs, args))
 
 
@@ -254,8 +254,10 @@ class _Through:
             return pullback(_tree.cast_like(middle(tangents), tangents))[0]
 
 
-def _check_outputs(outputs: Any) -> None:
+def _checked_outputs(outputs: Any) -> Any:
     leaves = jax.tree.leaves(outputs)
-    if not leaves or not all(jnp.issubdtype(jnp.result_type(x), jnp.floating) for x in leaves):
+    arrays = bool(leaves) and all(map(_tree.is_array, leaves))
+    if not arrays or not all(jnp.issubdtype(jnp.result_type(x), jnp.floating) for x in leaves):
         got = ", ".join(map(described, leaves)) or "none"
         raise TypeError(f"`model_fn` must return real floating-point arrays only, got {got}.")
+    return outputs

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from hessjax._core import _tree
+from hessjax._core import _numbers, _tree
 from hessjax._core._types import Estimate, Scalar
 from hessjax.estimators._quadrature import bulk, bumps, ends, quadrature_bounds, sphere_deviation
 
@@ -41,7 +41,7 @@ class SpectralDensity(NamedTuple):
 
     def cumulative(self, grid: Grid) -> Float[Array, " n"]:
         """The share of eigenvalues at or below each grid point; a staircase."""
-        below = jnp.less_equal(*_tree.promoted(self.nodes[..., None], jnp.asarray(grid)[None, None]))
+        below = jnp.less_equal(*_numbers.promoted(self.nodes[..., None], jnp.asarray(grid)[None, None]))
         return self._mean(jnp.sum(jnp.where(below, self.weights[..., None], 0), axis=1))
 
     def bounds(self, grid: Grid, confidence: Number = 0.95) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
@@ -288,7 +288,7 @@ class SpectralDensity(NamedTuple):
         """The mean over the probes that took place; NaN if none did."""
         took_place = self._took_place().reshape(-1, *[1] * (values.ndim - 1))
         num = jnp.maximum(self.num_probes, 1).astype(values.dtype)
-        return _tree.or_nan(self.num_probes > 0, jnp.sum(jnp.where(took_place, values, 0), axis=0) / num)
+        return _numbers.or_nan(self.num_probes > 0, jnp.sum(jnp.where(took_place, values, 0), axis=0) / num)
 
 
 def _check_positive(argument: str, number: Any, why: str = "") -> None:

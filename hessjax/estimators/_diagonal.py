@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from hessjax._core import _tree
+from hessjax._core import _numbers, _tree
 from hessjax._core._messages import checked_count
 from hessjax._core._types import Block, Estimate, Key, Matvec, Params, Scalar, Tolerance, settings
 from hessjax._run._drivers import run
@@ -96,7 +96,7 @@ class HutchinsonDiagonal(Sampling):
     def result(self, state: DiagonalState) -> Estimate:
         """The slopes and their standard errors."""
         n = state.num_samples
-        mean = jax.tree.map(lambda s: _tree.or_nan(n > 0, s), state.slope)
+        mean = jax.tree.map(lambda s: _numbers.or_nan(n > 0, s), state.slope)
         stderr = jax.tree.map(lambda r, w: _slope_error(r, w, n), state.residual, state.weight)
         return Estimate(mean, stderr, n)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from hessjax._core import _tree
+from hessjax._core import _numbers, _tree
 from hessjax._core._compiled import compiled
 from hessjax._core._types import (
     Amount,
@@ -140,7 +140,7 @@ def _columns(
 
 def _judged(pairs: Eigenpairs, measured: tuple[Any, Any], limit: Any) -> Eigenpairs:
     # A pair that was not found is NaN, and meant to be.
-    with _tree.meant():
+    with _numbers.meant():
         return _where_found(pairs, *measured, limit)
 
 
@@ -153,7 +153,7 @@ def _where_found(
     found = jnp.isfinite(pairs.values)
     residuals = jnp.where(found, residuals, jnp.inf)
     return pairs._replace(
-        values=_tree.or_nan(found, values),
+        values=_numbers.or_nan(found, values),
         residuals=residuals,
         converged=residuals <= limit,
         num_matvecs=pairs.num_matvecs + len(values),

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from hessjax._core import _tree
+from hessjax._core import _numbers, _tree
 from hessjax._core._types import (
     Block,
     Estimate,
@@ -85,7 +85,8 @@ class Hutchinson(Sampling):
     def result(self, state: HutchinsonState) -> Estimate:
         """The mean and its standard error."""
         parts = _samples.estimate(state.samples)
-        return parts._replace(mean=parts.mean[0], stderr=parts.stderr[0])
+        with _numbers.meant():  # NaN before the first sample
+            return parts._replace(mean=parts.mean[0], stderr=parts.stderr[0])
 
     def error(self, state: HutchinsonState) -> Scalar:
         """The standard error of the total."""

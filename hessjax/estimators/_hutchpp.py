@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from hessjax._core import _tree
+from hessjax._core import _numbers, _tree
 from hessjax._core._messages import checked_count
 from hessjax._core._packing import Packed, Packing
 from hessjax._core._types import Block, Estimate, Key, Params, Scalar, assign, settings
@@ -162,7 +162,7 @@ class Hutchpp(Estimator):
     def result(self, state: HutchppState) -> Estimate:
         """The trace on the basis and the mean of the rest."""
         rest = estimate(self._samples(state))
-        mean = _tree.or_nan(rest.num_samples > 0, state.captured + state.samples.mean)
+        mean = _numbers.or_nan(rest.num_samples > 0, state.captured + state.samples.mean)
         return rest._replace(mean=mean)
 
     def _samples(self, state: HutchppState) -> Moments:

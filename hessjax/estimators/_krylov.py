@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from hessjax._core import _sharding, _tree
+from hessjax._core import _numbers, _sharding, _tree
 from hessjax._core._types import Block, Params, Scalar, Vector
 from hessjax.estimators._samples import hashed_signs
 
@@ -312,12 +312,4 @@ def ritz(space: Krylov) -> tuple[Float[Array, " m"], Float[Array, "m m"]]:
     filled = lower + jnp.tril(lower, -1).T
     # Where T is not filled stands a number above all its eigenvalues, so that these sort last.
     above = 2 * jnp.max(jnp.sum(jnp.abs(filled), axis=1))
-    return eigh(filled + jnp.diag(jnp.where(inside, 0, above)))
-
-
-def eigh(matrix: Float[Array, "m m"]) -> tuple[Float[Array, " m"], Float[Array, "m m"]]:
-    """Eigenvalues (ascending) and eigenvectors (columns), in digits that no power of two changes."""
-    # Not every backend's solver scales a matrix whose squares leave float32, and none by a power of two.
-    unit = _tree.power_of_two(matrix)
-    values, vectors = jnp.linalg.eigh(matrix / unit)
-    return unit * values, vectors
+    return _numbers.eigh(filled + jnp.diag(jnp.where(inside, 0, above)))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from hessjax._core import _tree
+from hessjax._core import _numbers, _tree
 from hessjax._core._messages import checked_choice, checked_count
 from hessjax._core._packing import Packing
 from hessjax._core._types import (
@@ -130,7 +130,7 @@ class Lanczos(Estimator):
     def __post_init__(self) -> None:
         checked_choice("which", self.which, _PRIORITY)
         if self.start is not None:
-            _tree.check_floating(self.start, "start")
+            _tree.check_arrays(self.start, "start")
         assign(self, k=checked_count("k", self.k), block_size=checked_count("block_size", self.block_size))
         if self.basis_size is not None:
             assign(
@@ -273,7 +273,7 @@ def _wanted(
     # `norm` of each column and not `jnp.linalg.norm`, whose squares leave float32 at 1e-19 and 1e19.
     residuals = jax.vmap(_tree.norm, in_axes=1)(_coupling_of(space, vectors[:, best]))
     return (
-        _tree.or_nan(exists, values[best]),
+        _numbers.or_nan(exists, values[best]),
         jnp.where(exists[:, None], vectors[:, best].T, 0),
         jnp.where(exists, residuals, jnp.inf),
     )

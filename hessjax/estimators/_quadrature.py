@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from hessjax._core import _tree
+from hessjax._core import _numbers, _tree
 from hessjax._core._types import Block, Scalar, Vector
 from hessjax.estimators import _krylov
 from hessjax.estimators._krylov import Krylov
@@ -236,7 +236,7 @@ def _gauss(
     above = 4 * jnp.max(jnp.abs(jnp.where(inside, diagonal, 0))) + 4 * jnp.max(off, initial=0)
     # Weights are squared first components of the eigenvectors: a dense `eigh` of a small T has both.
     T = jnp.diag(jnp.where(inside, diagonal, above)) + jnp.diag(off, 1) + jnp.diag(off, -1)
-    values, vectors = _krylov.eigh(T)
+    values, vectors = _numbers.eigh(T)
     return _those_inside(
         values, vectors[0], jnp.arange(len(values), dtype=jnp.int32) < jnp.sum(inside, dtype=jnp.int32)
     )

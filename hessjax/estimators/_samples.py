@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from hessjax._core import _sharding, _tree
+from hessjax._core import _numbers, _sharding, _tree
 from hessjax._core._messages import checked_function
 from hessjax._core._types import BatchMatvec, Block, Estimate, Forms, Key, Params, Scalar, Vector, settings
 from hessjax._run._estimator import Estimator
@@ -121,7 +122,7 @@ def longer(spread: Float[Array, "..."], deviation: Float[Array, "..."]) -> Float
 def estimate(moments: Moments) -> Estimate:
     """The mean (NaN without a sample) and its standard error (infinite with fewer than two)."""
     n = moments.num_samples
-    mean = jax.tree.map(lambda m: _tree.or_nan(n > 0, m), moments.mean)
+    mean = jax.tree.map(lambda m: _numbers.or_nan(n > 0, m), moments.mean)
     return Estimate(mean, jax.tree.map(lambda s: standard_error(s, n), moments.spread), n)
 
 
@@ -148,21 +149,37 @@ class Watched:
     """A matvec over batches that remembers what each batch contributed to every product's vᵀAv."""
 
     matvec: BatchMatvec
-    seen: list[Forms] = dataclasses.field(default_factory=list)
+    total: Any = 0.0
+    weights: Any = None
+    count: int = 0
+    recent: list[Forms] = dataclasses.field(default_factory=list)
 
     def __call__(self, vector: Vector) -> Vector:
         """The product."""
         product, forms = self.matvec.by_batch(vector)
-        self.seen.append(forms)
+        self.recent.append(forms)
         return product
 
-    def forms(self, num_products: Any) -> Forms | None:
-        """The mean over that many products; None if some were made elsewhere, in a run since restored."""
-        # A run restored from a checkpoint has samples whose batches were seen in another process.
-        if len(self.seen) != int(num_products):
-            return None
-        parts = jnp.mean(jnp.stack([forms.parts for forms in self.seen]), axis=0)
-        return Forms(parts, self.seen[0].weights)
+    def gathered(self, num_products: int) -> dict[str, np.ndarray]:
+        """The sum over that many products, in float64; later ones (after one that failed) are forgotten."""
+        # One by one in their order: a run that was stopped adds in the same order, to the same bits.
+        for parts, weights in jax.device_get(self.recent[: num_products - self.count]):
+            self.total = self.total + parts.astype(np.float64)
+            self.weights, self.count = weights if self.weights is None else self.weights, self.count + 1
+        self.recent = []
+        return {"total": self.total, "weights": self.weights, "count": np.int64(self.count)}
+
+    def go_on(self, gathered: dict[str, np.ndarray]) -> None:
+        """Take up what a run before this one had gathered."""
+        self.total, self.weights = gathered["total"], gathered["weights"]
+        self.count = int(gathered["count"])
+
+    def forms(self, num_products: Any) -> Forms:
+        """The mean over that many products."""
+        self.gathered(int(num_products))
+        return Forms(
+            jnp.asarray((self.total / self.count).astype(self.weights.dtype)), jnp.asarray(self.weights)
+        )
 
 
 def sampling_error(values: Any, weights: Any) -> Any:

@@ -136,7 +136,7 @@ def trace_by_leaf(
         `TraceByLeaf(total, leaves, groups)`, `leaves` by path, `groups` by name. The standard error of a
         group is its own: leaves vary together, so theirs do not add up to it. For a matvec `over_batches`,
         `data_stderr` says how far each would move on other data of this size, if the batches come in the same
-        order every time (None for a run restored by `checkpoint`, which did not see all products).
+        order every time.
 
     Raises:
         ValueError: `num_probes` below 1; a group that matches no leaf; `axes` does not fit.
@@ -171,7 +171,8 @@ def trace_by_leaf(
     estimate, _ = run(method, watched or matvec, key, like, max_matvecs=num_probes, tol=tol, **checked)
     number = 1 + len(paths) + len(members)  # behind those stand the layers
     data = None
-    if watched and (forms := watched.forms(estimate.num_samples)):
+    if watched:
+        forms = watched.forms(estimate.num_samples)
         data = _samples.sampling_errors(forms, members)
     whole = Estimate(estimate.mean[:number], estimate.stderr[:number], estimate.num_samples, data)
     total, *parts = _samples.one_by_one(whole)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from hessjax._core import _tree
+from hessjax._core import _numbers, _tree
 from hessjax._core._messages import checked_count
 from hessjax._core._packing import Packed, Packing
 from hessjax._core._types import Block, Estimate, Key, Params, Scalar, assign, settings
@@ -134,7 +134,7 @@ class Xtrace(Estimator):
         """The standard error; NaN once all test vectors were used."""
         found = self.result(state)
         full = state.num_matvecs >= 2 * self.num_tests  # more products would change nothing
-        return _tree.or_nan(~full, stopping_error(found.stderr, found.num_samples))
+        return _numbers.or_nan(~full, stopping_error(found.stderr, found.num_samples))
 
     def scale(self, state: XtraceState) -> Scalar:
         """The absolute value of the trace."""

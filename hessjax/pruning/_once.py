@@ -17,7 +17,7 @@ from hessjax._core._types import Block, Params, Scalar, Where
 from hessjax._core._words import AxisWords
 from hessjax._fisher._rows import row
 from hessjax.pruning._ranking import check_sparsity
-from hessjax.pruning.allocations._allocation import AllocationRule, check_allocation, global_threshold
+from hessjax.pruning.allocations._allocation import AllocationRule, allocated, global_threshold
 from hessjax.pruning.patterns._pattern import Laid, Patterns, unstructured
 from hessjax.pruning.saliencies._saliency import Context, Saliency, checked_saliency, drop_others, is_hole
 
@@ -121,7 +121,6 @@ def prune_once(
     """
     check_sparsity(sparsity)
     recomputes = checked_count("recomputes", recomputes, 1, ", the number of steps")
-    check_allocation(allocation)
     given = saliency if isinstance(saliency, Sequence) and not isinstance(saliency, str) else (saliency,)
     rules = tuple(checked_saliency("saliency", rule) for rule in given)
     check_functions(grads_fn=grads_fn, loss_fn=loss_fn)
@@ -176,8 +175,7 @@ class _Task:
 
     def look(self, point: _Point, states: list[Any], number: int) -> tuple[Context, list[Any]]:
         """What the rules get to see at the start of a step, and their states."""
-        step = jnp.asarray(number, jnp.int32)
-        seen = Context(point.weights, point.active, step, pattern=self.pattern)
+        seen = Context(point.weights, point.active, jnp.int32(number), pattern=self.pattern)
         if self.grads_fn is None:
             return seen, states
         block = self.grads_fn(_refilled(self.params, point.weights))
@@ -205,7 +203,8 @@ class _Task:
 
     def loss_at(self, weights: Params) -> Scalar:
         """The loss; NaN if there is no function for it."""
-        return jnp.asarray(jnp.nan if self.loss_fn is None else self.loss_fn(_refilled(self.params, weights)))
+        loss = jnp.nan if self.loss_fn is None else self.loss_fn(_refilled(self.params, weights))
+        return jnp.asarray(checked_number("loss_fn(params)", loss))
 
     def _best(self, seen: Context, states: list[Any], target: Any) -> _Trial:
         """The step, of those of all rules, after which the loss is least."""
@@ -224,7 +223,7 @@ class _Task:
         _check_scores(scores, active)
         # What is zero already is ranked below everything, whatever a rule says of it: it stays zero.
         order = jax.tree.map(lambda s, a: jnp.where(a, s, -jnp.inf), scores, active)
-        mask = self.allocation(order, target, self.pattern)
+        mask = allocated(self.allocation, order, target, self.pattern)
         moved, increase = weights, jnp.asarray(jnp.nan)
         if rule.compensates:
             moved, increase = rule.compensate(state, seen, mask)

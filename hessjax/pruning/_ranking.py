@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt
 
-from hessjax._core import _sharding, _tree
+from hessjax._core import _numbers, _sharding, _tree
 from hessjax._core._axes import Axes, layers_of, stacked
 from hessjax._core._messages import checked_number
 from hessjax._core._types import Params
@@ -22,12 +22,12 @@ Schedule: TypeAlias = Callable[[Any], Any]
 """`T -> sparsity`, as optax writes schedules."""
 
 
-def check_sparsity(sparsity: Any, note: str = "") -> None:
+def check_sparsity(sparsity: Any, note: str = "", argument: str = "sparsity") -> None:
     """Raise a TypeError for no number, a ValueError for one outside [0, 1); traced values pass."""
-    if isinstance(checked_number("sparsity", sparsity), jax.core.Tracer) or 0 <= sparsity < 1:
+    if isinstance(checked_number(argument, sparsity), jax.core.Tracer) or 0 <= sparsity < 1:
         return
     hint = f" For {sparsity:g} % write {sparsity / 100:g}." if 2 <= sparsity < 100 else ""
-    raise ValueError(f"`sparsity` must be in [0, 1), the fraction of zeros, got {sparsity}{note}.{hint}")
+    raise ValueError(f"`{argument}` must be in [0, 1), the fraction of zeros, got {sparsity}{note}.{hint}")
 
 
 def num_zeros(sparsity: Sparsity, size: int) -> Any:
@@ -70,7 +70,7 @@ def ordered_keys(scores: Sequence[Float[Array, "..."]]) -> list[UInt[Array, "...
 
     `-0.0` equals `0.0`, NaN lies below everything, and the largest integer of the type stays unused.
     """
-    dtype = _tree.common_dtype(*scores)
+    dtype = _numbers.common_dtype(*scores)
     width = jnp.dtype(dtype).itemsize * 8
     uint = jnp.dtype(f"uint{width}")
     sign = jnp.asarray(1 << (width - 1), uint)

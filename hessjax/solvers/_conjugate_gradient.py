@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from hessjax._core import _tree
+from hessjax._core import _numbers, _tree
 from hessjax._core._compiled import compiled
 from hessjax._core._messages import checked_function, checked_instance
 from hessjax._core._packing import Packed, Packing
@@ -195,7 +195,7 @@ class ConjugateGradient(System, Estimator):
     def error(self, state: CgState) -> Scalar:
         """The residual of the recurrence; NaN once a direction of no positive curvature was met."""
         resting = state.negative_curvature | state.singular
-        return _tree.or_nan(~resting, state.unit * jnp.sqrt(state.squares))
+        return _numbers.or_nan(~resting, state.unit * jnp.sqrt(state.squares))
 
     def scale(self, state: CgState) -> Scalar:
         """‖b‖."""

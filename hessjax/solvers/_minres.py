@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from hessjax._core import _tree
+from hessjax._core import _numbers, _tree
 from hessjax._core._packing import Packed, Packing
 from hessjax._core._types import Block, Key, Params, Relative, Scalar, Tolerance, Vector, settings
 from hessjax._run._estimator import Estimator
@@ -180,7 +180,7 @@ class Minres(System, Estimator):
 
     def error(self, state: MinresState) -> Scalar:
         """The residual of the recurrence; NaN once no x has a smaller one."""
-        return _tree.or_nan(~_is_stuck(state), state.unit * state.residual)
+        return _numbers.or_nan(~_is_stuck(state), state.unit * state.residual)
 
     def scale(self, state: MinresState) -> Scalar:
         """‖b‖."""

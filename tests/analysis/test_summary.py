@@ -138,3 +138,12 @@ def test_structures_in_other_layouts():
     query = hj.summary({"query": {"kernel": jnp.ones((4, 2, 3)), "bias": jnp.zeros((2, 3))}}).rows
     assert query[0][6:11] == (0,) * 5
     assert query[1][6:11] == (0,) * 5
+
+
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**-40, 1.0, 2.0**40, 2.0**100])
+def test_moments_scale_with_the_weights(scale):
+    x = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32)
+    one, row = (hj.summary(jnp.asarray(x * np.float32(s))).rows[0] for s in (1.0, scale))
+    for name in ("std", "mean", "abs_mean"):
+        assert getattr(row, name) == pytest.approx(scale * getattr(one, name), rel=1e-6)
+    assert one.std == pytest.approx(x.std(), rel=1e-5)

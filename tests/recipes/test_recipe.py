@@ -195,7 +195,10 @@ def with_args(more, name="magnitude"):
         (with_args("pattern: {class: n_of_m, args: {n: 2}}"), "@.pattern.args: `m` is missing"),
         (with_args("pattern: {class: n_of_m, args: {n: 4, m: 2}}"), "@: `n` must be"),
         (with_args("where: 3"), "@.where: must be a valid string, got 3"),
-        (with_args("update: best", "obs"), "@: `update` must be one of"),
+        (
+            with_args("update: best", "obs"),
+            "@.update: must be 'joint', 'greedy', 'summed' or 'none'",
+        ),
         (with_args("regrow: true", "random"), "@: `seed` is missing"),
         (GOOD.replace("ending_step: 9", "ending_step: 0"), "$: `ending_step` must not lie before"),
         (GOOD.replace("frequency: 2", "frequency: 0"), "$.frequency: must be greater than or equal to 1"),
@@ -214,6 +217,7 @@ def with_args(more, name="magnitude"):
         ("", "line 1: must be a valid dictionary"),
     ],
 )
+@pytest.mark.usefixtures("untyped")
 def test_what_is_wrong_is_said_with_line_and_field(load, text, message):
     message = message.replace("@", "line 5, pruners.all.args").replace("$", "line 7, policies.0")
     with pytest.raises(ValueError, match=r"recipe.yaml` must be a recipe, but\n(?:.|\n)*" + message):

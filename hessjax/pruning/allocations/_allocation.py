@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from hessjax._core._messages import checked_number, shown, uncalled
+from hessjax._core import _tree
+from hessjax._core._messages import checked_function, checked_number, shown, uncalled
 from hessjax._core._types import Params, settings
 from hessjax.pruning._ranking import Sparsity, Units, check_sparsity, num_zeros, smallest, units_of
 from hessjax.pruning.patterns._pattern import Pattern, Patterns, unstructured
@@ -43,6 +44,7 @@ AllocationRule: TypeAlias = Allocation | Callable[[Params, Any, Patterns], Param
 def check_allocation(allocation: Any) -> None:
     """Raise a TypeError for what is no allocation, and no function like one."""
     if callable(allocation) and not isinstance(allocation, (type, Pattern)):
+        checked_function("allocation", allocation, "(scores, sparsity, pattern) -> mask")
         return
     hint = uncalled(allocation)
     if isinstance(allocation, str):
@@ -53,6 +55,14 @@ def check_allocation(allocation: Any) -> None:
         "`allocation` must be an `Allocation`, such as `uniform()`, or a function "
         f"`(scores, sparsity, pattern) -> mask`, got {shown(allocation)}{hint}."
     )
+
+
+def allocated(allocation: AllocationRule, scores: Params, sparsity: Any, pattern: Patterns) -> Params:
+    """The mask of an allocation, which may be any function: a tree like the scores."""
+    check_allocation(allocation)
+    mask = allocation(scores, sparsity, pattern)
+    _tree.check_like(mask, scores, "allocation(scores, sparsity, pattern)", "scores")
+    return mask
 
 
 @settings()

@@ -15,12 +15,13 @@ from hessjax._core._types import Params, settings
 from hessjax.pruning.saliencies._saliency import Context, Saliency, stepped
 
 
-class _DefaultAdam(optax.GradientTransformationExtraArgs):
-    def __repr__(self) -> str:
-        return "optax.adam(0.01)"
+def named(optimizer: optax.GradientTransformation, text: str) -> optax.GradientTransformationExtraArgs:
+    """The optimizer, printed as it is written: a default that `help` and a rule can show."""
+    made = {"__repr__": lambda _: text, "__slots__": ()}
+    return type("NamedOptimizer", (optax.GradientTransformationExtraArgs,), made)(*optimizer)
 
 
-_ADAM = _DefaultAdam(*optax.adam(1e-2))  # one object, so that rules with the default optimizer are equal
+_ADAM = named(optax.adam(1e-2), "optax.adam(0.01)")  # one object, so that rules with the default are equal
 
 
 def check_optimizer(optimizer: Any, argument: str = "optimizer") -> None:
@@ -105,17 +106,22 @@ class Movement(Saliency):
 
     def __post_init__(self) -> None:
         check_optimizer(self.optimizer)
-        checked_function("start", self.start, "weights -> scores")
+        checked_function("start", self.start, "(weights) -> scores")
 
     @property
     def needs_grads(self) -> bool:  # type: ignore[override]
         """Whether all scores are zero at the start."""
         return self.start is jnp.zeros_like
 
+    def _first(self, weights: Array) -> Array:
+        scores = self.start(weights)
+        _tree.check_like(scores, weights, "start(weights)", "weights")
+        return jnp.array(scores, copy=True)
+
     def init(self, weights: Params) -> Scores:
         """The first scores."""
         # A copy, as `start` may give back w itself, and the loop may donate params and state together.
-        scores = jax.tree.map(lambda w: jnp.array(self.start(w), copy=True), _tree.wide(weights))
+        scores = jax.tree.map(self._first, _tree.wide(weights))
         return Scores(scores, self.optimizer.init(scores), jnp.zeros((), jnp.int32))
 
     def update(self, state: Scores, seen: Context) -> Scores:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from hessjax._core import _tree
+from hessjax._core import _numbers, _tree
 from hessjax._core._messages import checked_choice, checked_count, checked_number
 from hessjax._core._types import Amount, Block, Params, Scalar, Tolerance, assign, settings
 from hessjax._fisher import _model, _scores
@@ -266,7 +266,7 @@ def _moved(
         moves = tuple(jnp.where(good[:, None], x, 0) for good, part in parts for x in part)
     # A pruned weight keeps its dense copy: the mask is what makes it zero.
     moved = jax.tree.map(
-        lambda w, f, s: jnp.where(f, jnp.add(*_tree.promoted(w, s)).astype(w.dtype), w),
+        lambda w, f, s: jnp.where(f, jnp.add(*_numbers.promoted(w, s)).astype(w.dtype), w),
         weights,
         free,
         model.blocking.join(moves),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from hessjax._core import _tree
+from hessjax._core import _numbers, _tree
 from hessjax._core._messages import checked_function, checked_number
 from hessjax._core._types import ModelFn, settings
 
@@ -90,7 +90,7 @@ class Distillation:
             teacher = jax.lax.stop_gradient(self.teacher_fn(*args))
             taught = softened_divergence(student, teacher, self.temperature)
         task = self.output_loss(student, *args) if self.alpha < 1 else jnp.zeros(())
-        taught, task = _tree.promoted(taught, task)
+        taught, task = _numbers.promoted(taught, task)
         return self.alpha * taught + (1 - self.alpha) * task
 
 
@@ -105,7 +105,7 @@ def softened_divergence(student: Any, teacher: Any, temperature: float | int) ->
         for z, t in pairs
     ]
     # The gradient of the divergence shrinks by T²: this makes up for it.
-    means = _tree.promoted(*map(jnp.mean, divergences))
+    means = _numbers.promoted(*map(jnp.mean, divergences))
     return temperature**2 * sum(means[1:], means[0])
 
 

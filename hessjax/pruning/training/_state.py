@@ -10,11 +10,16 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from hessjax._core import _tree
-from hessjax._core._messages import checked_count, checked_instance, checked_int
+from hessjax._core import _numbers, _tree
+from hessjax._core._messages import (
+    checked_count,
+    checked_instance,
+    checked_int,
+    checked_schedule,
+)
 from hessjax._core._types import Params
 from hessjax.pruning._ranking import Schedule, check_sparsity
-from hessjax.pruning.allocations._allocation import AllocationRule, check_allocation
+from hessjax.pruning.allocations._allocation import AllocationRule, allocated, check_allocation
 from hessjax.pruning.allocations._densities import Threshold
 from hessjax.pruning.patterns._pattern import Patterns, check_pattern
 from hessjax.pruning.saliencies._saliency import is_hole
@@ -55,7 +60,7 @@ def land(step: Any, mask: Any, dense: Any, param: Any) -> Array:
     exception: a weight that jumps over zero exactly onto a power of two can land one unit in the last place
     beside it.) Returning u itself would keep one more array alive between this step and the ranking.
     """
-    dtype = _tree.common_dtype(step.dtype, param.dtype)
+    dtype = _numbers.common_dtype(step.dtype, param.dtype)
     return masked(dense, mask).astype(param.dtype).astype(dtype) - param.astype(dtype)
 
 
@@ -210,7 +215,9 @@ class Budget:
         check_allocation(self.allocation)
         if isinstance(self.sparsity, type):
             checked_instance("sparsity", self.sparsity, Threshold, "threshold(level)")
-        if not callable(self.sparsity) and not isinstance(self.sparsity, Threshold):
+        if not isinstance(self.sparsity, Threshold) and not callable(
+            checked_schedule("sparsity", self.sparsity)
+        ):
             check_sparsity(self.sparsity)
 
     def mask(self, order: Params, step: Int[Array, ""], pattern: Patterns) -> tuple[Params, Any]:
@@ -218,7 +225,7 @@ class Budget:
         asked = self.sparsity(step) if callable(self.sparsity) else self.sparsity
         if isinstance(asked, Threshold):
             return asked.mask(order, step, pattern)
-        return self.allocation(order, asked, pattern), asked
+        return allocated(self.allocation, order, asked, pattern), asked
 
     def check(self, weights: Params, steps: MaskSteps, pattern: Patterns) -> None:
         """Raise now what a mask step inside `jit` could not."""
@@ -228,7 +235,7 @@ class Budget:
         # The most zeros are the hardest to place: whatever allows them allows fewer.
         most = max(self._scheduled(steps)) if callable(self.sparsity) else self.sparsity
         # Traced and not run: only its errors are wanted.
-        jax.eval_shape(lambda scores: self.allocation(scores, most, pattern), weights)
+        jax.eval_shape(lambda scores: allocated(self.allocation, scores, most, pattern), weights)
 
     def check_first(self, start: int, compensates: bool) -> None:
         """Raise a ValueError if zeros are asked for before any gradient has been seen."""
@@ -266,4 +273,7 @@ def _values(schedule: Any, steps: list[int]) -> list[float]:
     """A schedule at these steps, as numbers even where `init` itself is being traced."""
     with jax.ensure_compile_time_eval():
         compiled = jax.jit(schedule)
-        return [float(compiled(jnp.asarray(step, jnp.int32))) for step in steps]
+        try:
+            return [float(compiled(jnp.asarray(step, jnp.int32))) for step in steps]
+        except TypeError as error:
+            raise TypeError(f"`sparsity` must give one number for every step, but {error}") from error
