@@ -110,8 +110,7 @@ def sensitivity(
             prediction.
         pattern: which weights go together, as in `prune`: `filters()` for whole filters.
         where: which leaves, as in `prune`: by default all kernels; empty ones are left out.
-        axes: what the axes of leaves mean, as in `prune`. Of a leaf that stacks layers every layer is pruned
-            to the level, as if it stood alone.
+        axes: as in `prune`. Every layer that a leaf stacks is pruned to the level, as if it stood alone.
         path: a CSV file to which every row is added as soon as it is measured. Rows that are in it already
             are not measured again; of a line that a kill cut off, nothing is kept. Beside it, `<path>.json`
             records the params, the saliency, the diagonal and the patterns, and a table of others is
@@ -184,11 +183,7 @@ def sensitivity(
 
 
 def _record(
-    params: Params,
-    saliency: Saliency,
-    patterns: dict[str, Pattern],
-    axes: AxisWords | None,
-    diagonal: Params | None,
+    params: Params, saliency: Saliency, patterns: dict[str, Pattern], axes: AxisWords | None, diagonal: Any
 ) -> Identity:
     """What the numbers depend on, as far as it can be told apart."""
     found: Identity = {"saliency": describe(saliency)}

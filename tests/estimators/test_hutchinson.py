@@ -151,7 +151,7 @@ def test_the_sampling_error_of_the_data(x64):
 
 def test_layers_have_traces_of_their_own(x64):
     """Sums of the same samples: the layers of a leaf come to the leaf's."""
-    like = {"dense": {"kernel": jnp.zeros((2, 3, 2)), "bias": jnp.zeros((2, 2))}, "head": jnp.zeros((2, 2))}
+    like = {"dense": {"kernel": jnp.zeros((2, 3, 2)), "bias": jnp.zeros((2, 2))}, "head": jnp.zeros((3, 2))}
     weights = jax.tree.map(lambda x: jnp.arange(1.0, x.size + 1).reshape(x.shape), like)
     matvec = jax.tree_util.Partial(lambda w, v: jax.tree.map(jnp.multiply, w, v), weights)
     whole = hj.trace_by_leaf(matvec, KEY, like, 3).leaves
@@ -164,4 +164,4 @@ def test_layers_have_traces_of_their_own(x64):
         np.testing.assert_allclose(both, whole[name].mean, rtol=1e-12)
     np.testing.assert_allclose(parts.groups["all"].mean, parts.total.mean, rtol=1e-12)
     named = hj.trace_by_leaf(matvec, KEY, like, 2, by_layer=True, axes={"head": "in layer"}).leaves
-    np.testing.assert_allclose([named["head[0]"].mean, named["head[1]"].mean], [4.0, 6.0], rtol=1e-12)
+    np.testing.assert_allclose([named["head[0]"].mean, named["head[1]"].mean], [9.0, 12.0], rtol=1e-12)
