@@ -10,6 +10,7 @@ from hessjax._core import _tree
 from hessjax._core._messages import check_flags
 from hessjax._core._tables import Column, Row, Table, printable, shape_text
 from hessjax._core._types import ModelFn, Params, Where
+from hessjax._core._where import match
 from hessjax.compaction._difference import check_same, gaps
 from hessjax.compaction._leaves import shrink_leaf, take
 from hessjax.compaction._model import CompactModel, shapes_of, signature
@@ -206,7 +207,7 @@ def compact(
     check_call("model_fn", model_fn, args)
     paths, leaves = _tree.unique_paths(params, "params"), jax.tree.leaves(params)
     program = read(model_fn, params, *args)
-    asked = Asked(jax.tree.leaves(_tree.match(params, where)), drop_constants)
+    asked = Asked(jax.tree.leaves(match(params, where)), drop_constants)
     nonzero = [nonzero_of(leaf) for leaf in leaves]
     narrowing = analyse(program, nonzero, asked)
     chosen = narrowing.indices()

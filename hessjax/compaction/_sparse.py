@@ -12,6 +12,7 @@ import numpy as np
 from hessjax._core import _archive, _files, _tree
 from hessjax._core._messages import checked_number
 from hessjax._core._types import Params, Where
+from hessjax._core._where import match
 
 
 class Saved(NamedTuple):
@@ -40,8 +41,8 @@ def to_sparse(params: Params, *, where: Where = has_two_axes, least_sparsity: fl
 
     Args:
         params: any pytree of floating-point arrays.
-        where: which leaves: a glob over their paths, several, or `(path, leaf) -> bool`. By default all with
-            two axes.
+        where: which leaves: a glob over their paths, several, `(path, leaf) -> bool`, or booleans as a tree.
+            By default all with two axes.
         least_sparsity: leaves with a smaller fraction of zeros stay dense.
 
     Returns:
@@ -80,7 +81,7 @@ def to_sparse(params: Params, *, where: Where = has_two_axes, least_sparsity: fl
         indices = jnp.asarray(places, jnp.int32)
         return BCOO((data, indices), shape=value.shape, indices_sorted=True, unique_indices=True)
 
-    return jax.tree.map(convert, params, _tree.match(params, where))
+    return jax.tree.map(convert, params, match(params, where))
 
 
 def save_npz(path: str | os.PathLike[str], params: Params) -> Saved:

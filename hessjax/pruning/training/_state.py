@@ -17,7 +17,7 @@ from hessjax._core._messages import (
     checked_int,
     checked_schedule,
 )
-from hessjax._core._types import Params, Where
+from hessjax._core._types import Params
 from hessjax.pruning._ranking import Schedule, check_sparsity
 from hessjax.pruning.allocations._allocation import AllocationRule, allocated, check_allocation
 from hessjax.pruning.allocations._densities import Threshold
@@ -25,10 +25,8 @@ from hessjax.pruning.patterns._pattern import Patterns, check_pattern
 from hessjax.pruning.saliencies._saliency import is_hole
 
 
-def copy_selected(params: Params, where: Where, dtype: Any = None) -> Params:
+def copy_selected(params: Params, hits: Params, dtype: Any = None) -> Params:
     """Copies of the selected leaves: the loop may donate params and state to one jitted step."""
-    _tree.check_leaves(params)
-    hits = _tree.match(params, where)
     selected = jax.tree.map(lambda x, hit: x if hit else optax.MaskedNode(), params, hits)
     _tree.check_floating(selected, "params[where]")
     return jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), selected)
@@ -222,22 +220,22 @@ class Budget:
         ):
             check_sparsity(self.sparsity)
 
-    def mask(self, order: Params, step: Int[Array, ""]) -> tuple[Params, Any]:
+    def mask(self, order: Params, step: Int[Array, ""], pattern: Patterns) -> tuple[Params, Any]:
         """The mask at T = `step`, and the sparsity that was asked for or came of a threshold."""
         asked = self.sparsity(step) if callable(self.sparsity) else self.sparsity
         if isinstance(asked, Threshold):
-            return asked.mask(order, step, self.pattern)
-        return allocated(self.allocation, order, asked, self.pattern), asked
+            return asked.mask(order, step, pattern)
+        return allocated(self.allocation, order, asked, pattern), asked
 
-    def check(self, weights: Params, steps: MaskSteps) -> None:
+    def check(self, weights: Params, steps: MaskSteps, pattern: Patterns) -> None:
         """Raise now what a mask step inside `jit` could not."""
         if isinstance(self.sparsity, Threshold):
-            jax.eval_shape(lambda scores: self.mask(scores, jnp.zeros((), jnp.int32)), weights)
+            jax.eval_shape(lambda scores: self.mask(scores, jnp.zeros((), jnp.int32), pattern), weights)
             return
         # The most zeros are the hardest to place: whatever allows them allows fewer.
         most = max(self._scheduled(steps)) if callable(self.sparsity) else self.sparsity
         # Traced and not run: only its errors are wanted.
-        jax.eval_shape(lambda scores: allocated(self.allocation, scores, most, self.pattern), weights)
+        jax.eval_shape(lambda scores: allocated(self.allocation, scores, most, pattern), weights)
 
     def check_first(self, start: int, compensates: bool) -> None:
         """Raise a ValueError if zeros are asked for before any gradient has been seen."""
