@@ -69,7 +69,8 @@ def prune_once(
     """Prune a trained network without training: remove the least salient weights, and move the others.
 
     With `recomputes=R` the density shrinks by the same factor R times, and the gradients are taken anew at
-    the pruned params each time. What is zero already stays zero.
+    the pruned params each time. What is zero already stays zero, is counted, and is False in the mask, also
+    where that is more than `sparsity` asks for.
 
     Args:
         params: pytree of real floating-point arrays, trained.
@@ -90,7 +91,7 @@ def prune_once(
 
     Returns:
         The pruned params, the mask and the predicted increase of the loss. Exactly `round(sparsity · n)`
-        places of the n selected are False in the mask (under `global_threshold`).
+        places of the n selected are False in the mask (under `global_threshold`), or more, if more were zero.
 
     Raises:
         TypeError: for a `saliency` that is none.
@@ -134,7 +135,7 @@ def prune_once(
         steps.append(PruneStep(targets.pop(0), best.increase, best.loss - point.loss))
         point = _Point(best.weights, jax.tree.map(jnp.logical_and, point.active, best.mask), best.loss)
     _check_finite(point.weights)
-    mask = jax.tree.map(lambda m: jnp.asarray(True) if is_hole(m) else m, best.mask, is_leaf=is_hole)
+    mask = jax.tree.map(lambda m: jnp.asarray(True) if is_hole(m) else m, point.active, is_leaf=is_hole)
     predicted = jnp.sum(jnp.stack([step.predicted_increase for step in steps]))
     rise = None if loss_fn is None else point.loss - start
     return Pruned(_refilled(params, point.weights), mask, predicted, rise, tuple(steps))
@@ -219,7 +220,7 @@ class _Task:
         _check_scores(scores, active)
         # What is zero already is ranked below everything, whatever a rule says of it: it stays zero.
         order = jax.tree.map(lambda s, a: jnp.where(a, s, -jnp.inf), scores, active)
-        mask = self.allocation(order, target, self.pattern)
+        mask = rule.change.settle(self.allocation(order, target, self.pattern), scores, seen)
         moved, increase = weights, jnp.asarray(jnp.nan)
         if rule.compensates:
             moved, increase = rule.compensate(state, seen, mask)

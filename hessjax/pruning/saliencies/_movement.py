@@ -206,7 +206,7 @@ def _slopes(state: Scores, seen: Context) -> Params:
 def _stepped(optimizer: optax.GradientTransformation, state: Scores, slopes: Params) -> Scores:
     """The scores after a step of their optimizer."""
     steps, inner = optimizer.update(slopes, state.inner, state.scores)
-    return Scores(optax.apply_updates(state.scores, steps), inner, state.num_updates + 1)
+    return Scores(optax.apply_updates(state.scores, steps), inner, optax.safe_increment(state.num_updates))
 
 
 movement, soft_movement = Movement, SoftMovement

@@ -15,17 +15,29 @@ from hessjax.pruning._ranking import Schedule, cond_now
 from hessjax.pruning.allocations._allocation import AllocationRule, global_threshold
 from hessjax.pruning.allocations._densities import Threshold
 from hessjax.pruning.patterns._pattern import Patterns, unstructured
+from hessjax.pruning.saliencies._first_order import Static
 from hessjax.pruning.saliencies._saliency import Context, Nested, Saliency, checked_saliency, drop_others
+from hessjax.pruning.training._checks import (
+    block_at,
+    check_update,
+    check_wide_enough,
+    checked_dtype,
+    num_stuck,
+    num_undone,
+    warn_uninformed,
+)
 from hessjax.pruning.training._state import (
     Budget,
     Choice,
     MaskSteps,
     PruneState,
     copy_selected,
+    in_dtypes_of,
     land,
     masked,
     on_selected,
     second,
+    times,
     unmask,
 )
 
@@ -137,7 +149,7 @@ def prune(
         where=where,
         regrow=regrow,
         straight_through=straight_through,
-        dense_dtype=dense_dtype,
+        dense_dtype=checked_dtype(dense_dtype),
     )
     return optax.GradientTransformationExtraArgs(rule.init, rule.update)
 
@@ -169,6 +181,7 @@ class _Pruning:
     def init(self, params: Params) -> PruneState:
         """The state at T = 0; under `start=0` with the mask that the first update imposes."""
         dense, count = copy_selected(params, self.where, self.dense_dtype), jnp.zeros((), jnp.int32)
+        check_wide_enough(dense, params)
         self.budget.check(dense, self.steps)
         scorer, compensates = self.saliency.init(dense), self.saliency.compensates
         if compensates or self.saliency.needs_grads:
@@ -176,9 +189,14 @@ class _Pruning:
         full = jax.tree.map(lambda x: jnp.full_like(x, True, dtype=bool), dense)
         # No array stands twice in the state, so that a loop may donate it.
         increase = jnp.zeros((), jnp.float32) if compensates else None
-        choice = Choice(full, jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32), None, increase)
+        none = jnp.zeros((), jnp.int32)
+        choice = Choice(full, jnp.zeros((), jnp.float32), none, jnp.copy(none), None, increase)
         if self.steps.start == 0 and not compensates:
-            choice = self._choose(scorer, Context(dense, full, count, pattern=self.budget.pattern))
+            seen = Context(dense, full, count, pattern=self.budget.pattern)
+            choice = self._choose(scorer, seen)
+            # Scores that the user gives are meant as they are.
+            if self.budget.over_all_leaves and not isinstance(self.saliency, Static):
+                warn_uninformed(self.saliency.scores(scorer, seen), choice.mask)
         inner = self.inner.init(params if self.dense_dtype is None else on_selected(second, params, dense))
         return self._state(count, inner, dense, scorer, choice)
 
@@ -192,12 +210,15 @@ class _Pruning:
         **extra: Any,
     ) -> tuple[Params, PruneState]:
         """What takes the params to the masked weights after a step of `inner`, and the next state."""
-        _check_update(grads, params)
+        check_update(grads, state, params)
+        undone = num_undone(state, params)
         count, weights = optax.safe_increment(state.num_updates), self._weights(params, state)
         if per_example_grads is not None:
             extra["per_example_grads"] = per_example_grads  # for a `prune` inside
         through = self._masked_grads(grads, state, weights)
         steps, inner = self.inner.update(through, state.inner, weights, **extra)
+        if self.dense_dtype is not None:
+            inner = in_dtypes_of(state.inner, inner)
         # Scores learn at the weights that the gradient belongs to, and rank those after the step.
         before, dense = (drop_others(x, state.mask) for x in (weights, optax.apply_updates(weights, steps)))
         block = None if callable(per_example_grads) else per_example_grads
@@ -206,7 +227,7 @@ class _Pruning:
 
         def choose() -> Choice:
             # Called in the branch: between mask steps no such gradient is computed or held.
-            found = per_example_grads(params) if callable(per_example_grads) else block
+            found = block_at(params, per_example_grads) if callable(per_example_grads) else block
             return self._choose(scorer, self._seen(dense, state.mask, count, grads, found))
 
         choice = cond_now(self.steps.are_at(count), choose, lambda: self._rest(state, dense))
@@ -214,9 +235,10 @@ class _Pruning:
         dense = dense if choice.moved is None else choice.moved
         landing = dense
         if self.saliency.gated:
-            landing = jax.tree.map(jnp.multiply, landing, self.saliency.gates(scorer))
+            landing = jax.tree.map(times, landing, self.saliency.gates(scorer))
         updates = on_selected(land, steps, choice.mask, landing, params)
-        return updates, self._state(count, inner, dense, scorer, choice)
+        worst = jnp.maximum(state.num_undone, jnp.maximum(undone, choice.num_undone))
+        return updates, self._state(count, inner, dense, scorer, choice._replace(num_undone=worst))
 
     def _weights(self, params: Params, state: PruneState) -> Params:
         """What `inner` sees for params."""
@@ -228,7 +250,7 @@ class _Pruning:
         """What `inner` sees for gradients."""
         through = grads if self.straight_through else on_selected(masked, grads, state.mask)
         if self.saliency.gated:
-            through = on_selected(jnp.multiply, through, self.saliency.gates(state.saliency))
+            through = on_selected(times, through, self.saliency.gates(state.saliency))
         return _tree.cast_like(through, weights) if self._dense_is_truth else through
 
     def _seen(
@@ -245,10 +267,11 @@ class _Pruning:
         if not self.regrow:
             order = NESTED.order(order, seen)
         mask, asked = self.budget.mask(order, seen.step)
-        mask = self.saliency.change.settle(mask, seen)
+        mask = self.saliency.change.settle(mask, order, seen)
         if not self.regrow:
-            mask = NESTED.settle(mask, seen)
-        choice = Choice(mask, jnp.asarray(asked, jnp.float32), num_nan)
+            mask = NESTED.settle(mask, order, seen)
+        stuck = num_stuck(seen.mask, mask, seen.weights)
+        choice = Choice(mask, jnp.asarray(asked, jnp.float32), num_nan, stuck)
         if not self.saliency.compensates:
             return choice
         moved, increase = self.saliency.compensate(scorer, seen, mask)
@@ -257,15 +280,16 @@ class _Pruning:
     def _rest(self, state: PruneState, dense: Params) -> Choice:
         """Between mask steps all stays as it is."""
         moved = dense if self.saliency.compensates else None
-        return Choice(state.mask, state.sparsity, state.num_nan, moved, state.predicted_increase)
+        numbers = state.sparsity, state.num_nan, state.num_undone
+        return Choice(state.mask, *numbers, moved, state.predicted_increase)
 
     def _state(
         self, count: Int[Array, ""], inner: Any, dense: Params, scorer: Any, choice: Choice
     ) -> PruneState:
         """The state, without a dense copy where zeros never come back."""
         kept = dense if self.regrow else None
-        mask, sparsity, num_nan, _, increase = choice
-        return PruneState(count, inner, kept, mask, scorer, sparsity, num_nan, increase)
+        mask, sparsity, num_nan, num_undone, _, increase = choice
+        return PruneState(count, inner, kept, mask, scorer, sparsity, num_nan, num_undone, increase)
 
 
 def _with_extra_args(inner: Any) -> optax.GradientTransformationExtraArgs:
@@ -284,9 +308,3 @@ def _rows(block: Block, mask: Params) -> Block:
 
 def _num_nan(scores: Params) -> Int[Array, ""]:
     return sum((jnp.sum(jnp.isnan(x), dtype=jnp.int32) for x in jax.tree.leaves(scores)), jnp.int32(0))
-
-
-def _check_update(grads: Params, params: Params | None) -> None:
-    if params is None:
-        raise ValueError("`params` must be given: write `tx.update(grads, state, params)`, got None.")
-    _tree.check_like(grads, params, "grads", "params")
