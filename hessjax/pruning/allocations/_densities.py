@@ -278,7 +278,7 @@ class Threshold:
 
     def __post_init__(self) -> None:
         is_number = isinstance(self.level, (int, float, np.number, jax.Array))
-        if not callable(self.level) and not (is_number and self.level == self.level):
+        if not callable(self.level) and not (is_number and math.isfinite(self.level)):
             raise ValueError(f"`level` must be a number or a schedule, got {self.level!r}.")
         if not 0 <= self.least <= 1:
             raise ValueError(f"`least` must be in [0, 1], the share of a leaf that stays, got {self.least}.")

@@ -10,6 +10,7 @@ from jaxtyping import Array, Int
 
 from hessjax._core import _tree
 from hessjax._core._types import Block, Params
+from hessjax.pruning._ranking import num_set
 from hessjax.pruning.saliencies._saliency import drop_others, is_hole
 from hessjax.pruning.training._state import PruneState
 
@@ -47,7 +48,8 @@ def checked_dtype(dtype: Any) -> Any:
 def check_wide_enough(dense: Params, params: Params) -> None:
     """Raise a ValueError if the dense weights hold less than the params that are made of them."""
     for w, p in zip(*map(jax.tree.leaves, (dense, drop_others(params, dense))), strict=True):
-        if jnp.promote_types(w.dtype, jnp.result_type(p)) != w.dtype:
+        wide, narrow = jnp.finfo(w.dtype), jnp.finfo(jnp.result_type(p))
+        if wide.nmant < narrow.nmant or wide.maxexp < narrow.maxexp:
             raise ValueError(
                 "`dense_dtype` must hold all that the params hold, which are "
                 f"{jnp.result_type(p)}, got {w.dtype}."
@@ -66,11 +68,11 @@ def check_update(grads: Params, state: Any, params: Params | None) -> None:
             f"`state` must hold the state of a `hessjax.prune`, got a {type(state).__name__}. {RESTORE}"
         )
     _tree.check_like(grads, params, "grads", "params")
-    _check_mask(state.mask, params)
+    check_mask("state", state.mask, params)
 
 
-def _check_mask(mask: Params, params: Params) -> None:
-    """Raise a ValueError if the state belongs to other params."""
+def check_mask(argument: str, mask: Params, params: Params) -> None:
+    """Raise a ValueError if the state, this argument, belongs to other params."""
     try:
         fits = jax.tree.map(lambda m, p: is_hole(m) or m.shape == jnp.shape(p), mask, params, is_leaf=is_hole)
     except (AttributeError, TypeError, ValueError):
@@ -85,10 +87,22 @@ def _check_mask(mask: Params, params: Params) -> None:
         if want.get(path) != shape
     ]
     raise ValueError(
-        "`state` must be that of a `hessjax.prune` of these `params`, but\n"
+        f"`{argument}` must be that of a `hessjax.prune` of these `params`, but\n"
         + ("\n".join(lines) or "  the containers differ")
         + "\nMake it anew by `tx.init(params)`."
     )
+
+
+def check_kind(state: PruneState, expected: Callable[[], PruneState], cause: Exception) -> None:
+    """Raise a ValueError, for what went wrong, if the state is that of another kind of `prune`."""
+    pairs = zip(PruneState._fields, state, expected(), strict=True)
+    others = [name for name, found, want in pairs if jax.tree.structure(found) != jax.tree.structure(want)]  # type: ignore[operator]
+    if others:
+        raise ValueError(
+            "`state` must be that of this `hessjax.prune`, with its saliency, its inner optimizer and its "
+            f"options, but {' and '.join(f'`{name}`' for name in others)} differ. Make it anew by "
+            "`tx.init(params)`."
+        ) from cause
 
 
 def block_at(params: Params, function: Callable[[Params], Block]) -> Block:
@@ -115,7 +129,7 @@ def num_undone(state: PruneState, params: Params) -> Int[Array, ""]:
         ValueError: outside `jit`, if there are any.
     """
     wrong = jax.tree.map(_not_zero, state.mask, params, is_leaf=is_hole)
-    number = jnp.where(state.num_updates > 0, _num_set(wrong), 0)
+    number = jnp.where(state.num_updates > 0, _total(wrong), 0)
     if not isinstance(number, jax.core.Tracer) and number > 0:
         raise ValueError(f"`params` must be 0 where they are pruned, but {_where(wrong)} not. {UNDONE}")
     return number
@@ -127,8 +141,10 @@ def num_stuck(before: Params, mask: Params, weights: Params) -> Int[Array, ""]:
     Raises:
         FloatingPointError: outside `jit`, if there are any.
     """
-    wrong = jax.tree.map(lambda old, new, w: old & ~new & ~jnp.isfinite(w), before, mask, weights)
-    number = _num_set(wrong)
+    wrong = jax.tree.map(
+        lambda old, new, w: jnp.asarray(old) & ~new & ~jnp.isfinite(w), before, mask, weights
+    )
+    number = _total(wrong)
     if not isinstance(number, jax.core.Tracer) and number > 0:
         raise FloatingPointError(
             f"`params` must be finite where they are pruned, but {_where(wrong)} not: no update makes 0 of "
@@ -138,11 +154,12 @@ def num_stuck(before: Params, mask: Params, weights: Params) -> Int[Array, ""]:
 
 
 def _not_zero(mask: Any, param: Any) -> Any:
-    return mask if is_hole(mask) else ~mask & (param != 0)
+    # Restored ones may be numpy's.
+    return mask if is_hole(mask) else jnp.logical_and(jnp.logical_not(mask), jnp.asarray(param) != 0)
 
 
-def _num_set(flags: Params) -> Int[Array, ""]:
-    return sum((jnp.sum(x, dtype=jnp.int32) for x in jax.tree.leaves(flags)), jnp.zeros((), jnp.int32))
+def _total(flags: Params) -> Int[Array, ""]:
+    return sum(map(num_set, jax.tree.leaves(flags)), jnp.zeros((), jnp.int32))
 
 
 def _where(flags: Params) -> str:

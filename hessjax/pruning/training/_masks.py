@@ -6,10 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hessjax._core._types import Params
 from hessjax.pruning.saliencies._saliency import is_hole
-from hessjax.pruning.training._checks import RESTORE, UNDONE
+from hessjax.pruning.training._checks import RESTORE, UNDONE, check_mask
 from hessjax.pruning.training._state import PruneState
 
 
@@ -67,10 +68,10 @@ def _prune_states(tree: Any) -> list[PruneState]:
 
 
 def _warn_undone(states: list[PruneState]) -> None:
-    numbers = [state.num_undone for state in states]
-    # An `nnx.Optimizer` holds Variables, of which a traced one cannot be told by its class.
-    known = [x for x in map(jnp.asarray, numbers) if not isinstance(x, jax.core.Tracer)]
-    if worst := max((int(x.max()) for x in known if x.size), default=0):
+    numbers = jax.tree.leaves([state.num_undone for state in states])  # out of Variables, as nnx has them
+    known = [x for x in numbers if isinstance(x, jax.Array | np.ndarray)]
+    known = [x for x in known if not isinstance(x, jax.core.Tracer)]
+    if worst := max((int(jnp.max(x)) for x in known), default=0):
         warnings.warn(
             f"{worst} pruned weights were not 0 in the params that an update was given. {UNDONE}",
             stacklevel=3,
@@ -98,9 +99,7 @@ def _opened(node: Any) -> tuple[list[Any], Any]:
 def _spread(mask: Params, params: Params) -> Params:
     """A hole for every leaf, where one stood for a whole subtree of the params."""
     hole = next((m for m in jax.tree.leaves(mask, is_leaf=is_hole) if is_hole(m)), None)
-    try:
-        return jax.tree.map(
-            lambda m, p: jax.tree.map(lambda _: hole, p) if is_hole(m) else m, mask, params, is_leaf=is_hole
-        )
-    except ValueError as error:
-        raise ValueError(f"`params` must be those that `opt_state` belongs to: {error}") from None
+    check_mask("opt_state", mask, params)
+    return jax.tree.map(
+        lambda m, p: jax.tree.map(lambda _: hole, p) if is_hole(m) else m, mask, params, is_leaf=is_hole
+    )

@@ -19,6 +19,7 @@ from hessjax.pruning.saliencies._first_order import Static
 from hessjax.pruning.saliencies._saliency import Context, Nested, Saliency, checked_saliency, drop_others
 from hessjax.pruning.training._checks import (
     block_at,
+    check_kind,
     check_update,
     check_wide_enough,
     checked_dtype,
@@ -203,7 +204,7 @@ class _Pruning:
     def update(
         self,
         grads: Params,
-        state: PruneState,
+        state: Any,
         params: Params | None = None,
         *,
         per_example_grads: Any = None,
@@ -211,6 +212,15 @@ class _Pruning:
     ) -> tuple[Params, PruneState]:
         """What takes the params to the masked weights after a step of `inner`, and the next state."""
         check_update(grads, state, params)
+        try:
+            return self._update(grads, state, params, per_example_grads, extra)
+        except (AttributeError, TypeError, ValueError) as error:
+            check_kind(state, lambda: jax.eval_shape(self.init, params), error)
+            raise
+
+    def _update(
+        self, grads: Params, state: PruneState, params: Params, per_example_grads: Any, extra: dict[str, Any]
+    ) -> tuple[Params, PruneState]:
         undone = num_undone(state, params)
         count, weights = optax.safe_increment(state.num_updates), self._weights(params, state)
         if per_example_grads is not None:

@@ -263,4 +263,8 @@ def _values(schedule: Any, steps: list[int]) -> list[float]:
     """A schedule at these steps, as numbers even where `init` itself is being traced."""
     with jax.ensure_compile_time_eval():
         compiled = jax.jit(schedule)
-        return [float(compiled(jnp.asarray(step, jnp.int32))) for step in steps]
+        found = [compiled(jnp.asarray(step, jnp.int32)) for step in steps]
+        for value in found:
+            if jnp.shape(value) or not hasattr(value, "dtype"):
+                raise TypeError(f"A schedule must give one number at every step, got {value}.")
+        return [float(value) for value in found]

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from flax.training.train_state import TrainState
 
 import hessjax as hj
 
@@ -156,6 +157,150 @@ def test_lookahead_is_told():
     params = optax.LookaheadParams.init_synced(make_params())
     state = tx.init(params)
     with pytest.raises(ValueError, match="`params` must be 0 where they are pruned"):
-        for t in range(6):
-            updates, state = tx.update(gradients(t, params.fast), state, params)
-            params = optax.apply_updates(params, updates)
+        list(train(lambda g, *rest: tx.update(g.fast, *rest), params, state, 6))
+
+
+def test_masks_of_prefix_trees():
+    """A scalar for every leaf that is not pruned, within subtrees too; both masks where two have one."""
+    params = make_params()
+    tx, sizes = pruned(optax.sgd(0.1)), {"body": {"kernel": 30, "bias": 1}, "head": {"kernel": 1, "bias": 1}}
+    outer = COMPANIONS["masked by prefix"](pruned)
+    state = outer.init(params)
+    assert jax.tree.map(jnp.shape, hj.mask_of(state))["head"] == ()
+    assert jax.tree.map(jnp.size, hj.mask_of(state, params)) == sizes
+    of_train_state = hj.mask_of(TrainState.create(apply_fn=None, params=params, tx=outer))
+    assert jax.tree.structure(of_train_state) == jax.tree.structure(params)
+    both = hj.mask_of(optax.partition({"a": tx, "b": tx}, HEAD_ALONE).init(params))
+    assert both["body"]["kernel"].shape == (5, 6)
+    assert both["head"]["kernel"].shape == (6, 4)
+    with pytest.raises(
+        ValueError, match=r"`opt_state` must be that .* of these `params`, but\n  body/kernel"
+    ):
+        hj.mask_of(state, {"body": {"kernel": jnp.ones((2, 2))}, "head": 0.0})
+    with pytest.raises(ValueError, match="found two for the same"):
+        hj.mask_of((state, state))
+    abstract = hj.mask_of(jax.eval_shape(tx.init, params))
+    assert abstract["body"]["kernel"].shape == (5, 6)
+
+
+def test_a_function_for_the_gradients_of_examples_under_a_mask():
+    """It would see a part of the params: said so; one that takes the loop's own works."""
+    params = make_params()
+    block = lambda tree: jax.tree.map(lambda w: jnp.stack([w, jnp.sin(9 * w)]), tree)
+    rule = hj.prune(optax.sgd(0.1), hj.saliencies.obd(), 0.5, start=1, every=1)
+    tx = optax.masked(rule, {"body": True, "head": False})
+    state = tx.init(params)
+    updates, _ = tx.update(params, state, params, per_example_grads=lambda _: block(params))
+    expected, _ = tx.update(params, state, params, per_example_grads=block(params))
+    assert_equal(updates, expected)
+    needs_all = lambda tree: block({"head": tree["head"], "kernel": tree["head"]["kernel"]})
+    with pytest.raises(ValueError, match="`per_example_grads` was called with a part of the params"):
+        tx.update(params, state, params, per_example_grads=needs_all)
+
+
+# -- dtypes, and whole ensembles ------------------------------------------------------------------
+
+
+HYPERPARAMETERS = optax.inject_hyperparams(optax.sgd)(learning_rate=0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dense_dtype", "inner"),
+    [
+        (jnp.bfloat16, None, HYPERPARAMETERS),
+        (jnp.bfloat16, jnp.float32, HYPERPARAMETERS),
+        (jnp.bfloat16, jnp.float32, optax.adam(0.02)),
+        (jnp.float16, jnp.float32, HYPERPARAMETERS),
+    ],
+)
+def test_a_scan_carries_narrow_params(dtype, dense_dtype, inner):
+    """No dtype changes between updates, whatever the first leaf's is."""
+    params, tx = make_params(dtype), pruned(inner, dense_dtype=dense_dtype)
+
+    def step(carry, t):
+        params, state = carry
+        updates, state = tx.update(gradients(0, params), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    (params, state), _ = jax.lax.scan(step, (params, tx.init(params)), jnp.arange(6))
+    zeros = [int((params[k]["kernel"] == 0).sum()) for k in KERNELS]
+    assert sum(zeros) == round(0.5 * 54)
+    assert int(state.num_undone) == 0
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
+
+
+def test_an_ensemble_is_its_members():
+    tx, members = pruned(optax.adam(0.02)), [make_params(), jax.tree.map(jnp.sin, make_params())]
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *members)
+    update = jax.jit(jax.vmap(tx.update))
+    grads = lambda t: gradients(t, members[0])
+    state = jax.vmap(tx.init)(stacked)
+    for t in range(3):
+        updates, state = update(jax.tree.map(lambda g: jnp.stack([g, g]), grads(t)), state, stacked)
+        stacked = optax.apply_updates(stacked, updates)
+    for i, member in enumerate(members):
+        *_, (expected, _) = train(jax.jit(tx.update), member, tx.init(member), 3)
+        found = jax.tree.map(lambda x, i=i: x[i], stacked)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)
+
+
+# -- saving ---------------------------------------------------------------------------------------
+
+
+def by_orbax(tree, path):
+    with ocp.StandardCheckpointer() as saver:
+        saver.save(path, tree)
+    with ocp.StandardCheckpointer() as saver:
+        return saver.restore(path, tree)
+
+
+def test_gates_go_on_from_any_checkpoint(tmp_path):
+    """Draws included: a random key is nothing that serializers know, and none is in the state."""
+    rule = hj.saliencies.hard_concrete(1.0, jax.random.key(3), stop=20)
+    tx = hj.prune(optax.adam(0.02), rule, hj.allocations.threshold(0.0), start=20, stop=20)
+    params, update = make_params(), jax.jit(tx.update)
+    runs = list(train(update, params, tx.init(params), 6))
+    for restored in (by_pickle(runs[2]), by_msgpack(runs[2]), by_orbax(runs[2], tmp_path / "half")):
+        *_, again = train(update, *restored, 3, first=3)
+        assert_equal(again, runs[-1])
+
+
+FOREIGN = {
+    "restored without a target": lambda tx, p: flax.serialization.to_state_dict(tx.init(p)),
+    "a tuple": lambda tx, p: tuple(tx.init(p)),
+    "another optimizer's": lambda tx, p: optax.adam(0.1).init(p),
+    "none": lambda tx, p: None,
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_foreign_state_is_refused(name):
+    params, tx = make_params(), pruned(optax.adam(0.02))
+    with pytest.raises(ValueError, match="`state` must hold the state of a `hessjax.prune`.*`tx.init"):
+        tx.update(params, FOREIGN[name](tx, params), params)
+
+
+@pytest.mark.parametrize(
+    ("other", "field"),
+    [
+        (lambda: hj.prune(optax.sgd(0.1), hj.saliencies.magnitude(), 0.5), "inner"),
+        (lambda: hj.prune(optax.adam(0.1), hj.saliencies.movement(), 0.0), "saliency"),
+        (lambda: hj.prune(optax.adam(0.1), hj.saliencies.magnitude(), 0.5, regrow=False), "dense"),
+    ],
+)
+def test_the_state_of_another_kind_of_prune_is_refused(other, field):
+    params = make_params()
+    rule = hj.saliencies.soft_movement(1.0) if field != "saliency" else hj.saliencies.gradient()
+    tx = hj.prune(optax.adam(0.1), rule, 0.0, dense_dtype=jnp.float32)
+    with pytest.raises(ValueError, match=f"`state` must be that of this `hessjax.prune`.*`{field}`"):
+        tx.update(params, other().init(params), params)
+
+
+def test_a_state_of_other_params_is_refused():
+    params, tx = make_params(), pruned(optax.adam(0.02))
+    state = tx.init(params)
+    others = {**params, "head": {**params["head"], "kernel": jnp.ones((6, 9))}}
+    with pytest.raises(ValueError, match=r"head/kernel: \(6, 4\) in the state, \(6, 9\) in the params"):
+        tx.update(others, state, others)
+    with pytest.raises(ValueError, match=r"body/kernel: \(5, 6\) in the state, missing in the params"):
+        tx.update({"head": params["head"]}, state, {"head": params["head"]})
