@@ -37,7 +37,7 @@ $(READY_DOCS): $(READY)
 install: $(READY)  ## the environment alone; the other targets make it when they need it
 
 tour: $(READY_TOUR)  ## train a network, measure its curvature, prune it: tables, report.json and figures (QUICK=1 for a short one)
-	$(BIN)/hessjax tour --out tour-out $(if $(QUICK),--quick)
+	$(BIN)/hessjax tour --force --out tour-out $(if $(QUICK),--quick)
 
 test: $(READY)  ## the whole test suite, docstrings, README and pages included (about 10 minutes on two cores)
 	@echo "The whole suite: about 10 minutes on two cores, less the second time. The essential part: make smoke"

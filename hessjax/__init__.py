@@ -9,8 +9,8 @@ from hessjax._core._types import Estimate as Estimate
 from hessjax._core._types import relative as relative
 from hessjax._fisher._inverse_fisher import InverseFisher as InverseFisher
 from hessjax._fisher._inverse_fisher import inverse_fisher as inverse_fisher
+from hessjax._run._bar import progress_bar as progress_bar
 from hessjax._run._callbacks import checkpoint as checkpoint
-from hessjax._run._callbacks import progress_bar as progress_bar
 from hessjax._run._drivers import NonFiniteProductError as NonFiniteProductError
 from hessjax._run._drivers import run as run
 from hessjax._run._estimator import Progress as Progress
@@ -39,6 +39,7 @@ from hessjax.curvature._gradients import empirical_fisher as empirical_fisher
 from hessjax.curvature._gradients import per_example_grads as per_example_grads
 from hessjax.curvature._hessian import hessian as hessian
 from hessjax.curvature._hessian import hvp as hvp
+from hessjax.curvature._roots import empirical_fisher_roots as empirical_fisher_roots
 from hessjax.curvature._roots import ggn_roots as ggn_roots
 from hessjax.curvature._roots import sampled_grads as sampled_grads
 from hessjax.curvature._select import Selection as Selection

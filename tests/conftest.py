@@ -20,8 +20,10 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.pop("COLUMNS", None)  # tables are as wide as it says
 
 import jax
+import jaxtyping
 import pytest
 
 PROGRAMS = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "programs"
@@ -46,11 +48,32 @@ def _few_programs():
         jax.clear_caches()
 
 
+PROMOTING = ("benchmarks", "cli", "compaction", "docs", "flax", "plot", "program", "recipes", "report")
+"""Folders whose tests run networks of others, or other libraries, that promote dtypes or ranks themselves."""
+
+
+@pytest.fixture(autouse=True)
+def _no_silent_promotion(request):
+    """The library is written for people who forbid it."""
+    folder = pathlib.Path(request.path).relative_to(pathlib.Path(__file__).parent).parts[0]
+    if folder in PROMOTING or request.node.get_closest_marker("promotes"):
+        yield
+        return
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
 @pytest.fixture
 def x64():
     """Float64 for the time of a test: what oracles need."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def untyped(monkeypatch):
+    """As people run the package: types are not checked at every call, so that its own checks answer."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture

@@ -63,9 +63,9 @@ def batch(num: int = 7, seed: int = 0) -> tuple:
 
 def loss_fn(params: Any, batch: Any) -> jax.Array:
     """Mean squared error of a one-layer network, in any container."""
-    bias, empty, scale, kernel = jax.tree.leaves(params)
     x, y = batch
-    out = scale * jnp.tanh(x.astype(kernel.dtype) @ kernel + bias)
+    bias, empty, scale, kernel = (leaf.astype(x.dtype) for leaf in jax.tree.leaves(params))
+    out = scale * jnp.tanh(x @ kernel + bias[None])
     return jnp.mean(jnp.sum((out - y) ** 2, axis=1)) + jnp.sum(empty)
 
 

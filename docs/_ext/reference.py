@@ -20,9 +20,9 @@ import rst
 # Verbs of `hj.`, a page for each first name; the types of results stand on the page of their verb.
 GROUPS: dict[str, list[str]] = {
     "Curvature of a loss": [
-        "hessian", "hvp", "ggn", "fisher", "empirical_fisher", "per_example_grads", "ggn_roots",
-        "sampled_grads", "over_batches", "select Selection", "weighted_sum", "preconditioned",
-        "adam_preconditioner", "check Check",
+        "hessian", "hvp", "ggn", "fisher", "empirical_fisher", "per_example_grads",
+        "empirical_fisher_roots", "ggn_roots", "sampled_grads", "over_batches", "select Selection",
+        "weighted_sum", "preconditioned", "adam_preconditioner", "check Check",
     ],
     "Spectrum": [
         "eigenpairs Eigenpairs", "trace Estimate", "trace_by_leaf TraceByLeaf", "diagonal", "frobenius_norm",

@@ -8,13 +8,14 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array
 
-from hessjax._core import _tree
+from hessjax._core import _sharding, _tree
 from hessjax._core._types import Block, Params, Vector
 
 POOLED = 2**22
-"""Leaves with fewer entries are laid end to end; larger ones stay as they are, sharding included."""
+"""Leaves with fewer entries are laid end to end; larger ones, and sharded ones, stay as they are."""
 
 Packed: TypeAlias = tuple[Array, ...]
 """A vector: one flat array for the small leaves of each dtype, then the large leaves."""
@@ -29,12 +30,14 @@ class Packing:
         structure: the treedef of the params.
         shapes: of the leaves.
         dtypes: of the leaves when packed, float32 at least.
+        layouts: of the leaves that are sharded on an explicit mesh; None for all others.
         types: the structure as text: treedefs of two dataclasses with as many fields compare equal.
     """
 
     structure: Any
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[np.dtype, ...]
+    layouts: tuple[NamedSharding | None, ...]
     types: str
 
     @classmethod
@@ -42,7 +45,8 @@ class Packing:
         """The packing of vectors like `like`."""
         leaves, structure = jax.tree.flatten(like)
         dtypes = tuple(np.dtype(_tree.accumulator_dtype(leaf)) for leaf in leaves)
-        return cls(structure, tuple(jnp.shape(leaf) for leaf in leaves), dtypes, str(structure))
+        shapes, layouts = tuple(map(jnp.shape, leaves)), tuple(map(_sharding.explicit, leaves))
+        return cls(structure, shapes, dtypes, layouts, str(structure))
 
     @property
     def size(self) -> int:
@@ -53,7 +57,7 @@ class Packing:
         """A vector of this structure, packed."""
         leaves = [leaf.astype(t) for leaf, t in zip(jax.tree.leaves(vector), self.dtypes, strict=True)]
         pools = [jnp.concatenate([leaves[i].reshape(-1) for i in members]) for members in self._pools]
-        return (*pools, *(leaves[i] for i in self._large))
+        return (*pools, *(_sharding.laid_out(leaves[i], self.layouts[i]) for i in self._apart))
 
     def unpack(self, packed: Packed) -> Vector:
         """The vector again, its leaves in at least float32."""
@@ -64,7 +68,7 @@ class Packing:
             ends = np.cumsum([math.prod(self.shapes[i]) for i in members])
             for i, part in zip(members, jnp.split(pool, ends[:-1]), strict=True):
                 leaves[i] = part.reshape(self.shapes[i])
-        leaves |= dict(zip(self._large, packed[len(pools) :], strict=True))
+        leaves |= dict(zip(self._apart, packed[len(pools) :], strict=True))
         return jax.tree.unflatten(self.structure, [leaves[i] for i in range(len(leaves))])
 
     def unpack_block(self, packed: Packed) -> Block:
@@ -72,11 +76,13 @@ class Packing:
         return jax.vmap(self.unpack)(packed)
 
     @functools.cached_property
-    def _large(self) -> tuple[int, ...]:
-        return tuple(i for i, shape in enumerate(self.shapes) if math.prod(shape) >= POOLED)
+    def _apart(self) -> tuple[int, ...]:
+        # Laid end to end, sharded leaves would be gathered from all devices.
+        columns = enumerate(zip(self.shapes, self.layouts, strict=True))
+        return tuple(i for i, (shape, layout) in columns if layout or math.prod(shape) >= POOLED)
 
     @functools.cached_property
     def _pools(self) -> tuple[tuple[int, ...], ...]:
-        small = sorted({*range(len(self.shapes))} - {*self._large})
+        small = sorted({*range(len(self.shapes))} - {*self._apart})
         dtypes = sorted({self.dtypes[i] for i in small}, key=str)
         return tuple(tuple(i for i in small if self.dtypes[i] == dtype) for dtype in dtypes)

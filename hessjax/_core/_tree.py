@@ -2,7 +2,7 @@
 
 import fnmatch
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -10,6 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from hessjax._core import _sharding
+from hessjax._core._messages import shown
+from hessjax._core._numbers import common_dtype, promoted
 from hessjax._core._types import Block, Params, Scalar, Vector, Where
 
 # -- paths ---------------------------------------------------------------------------------------
@@ -41,7 +44,12 @@ def match(tree: Any, where: Where, argument: str = "where") -> Any:
     Raises:
         ValueError: if `where`, or any one of several patterns, matches no leaf at all.
     """
-    patterns = [where] if isinstance(where, str) or callable(where) else list(where)
+    patterns = [where] if isinstance(where, str) or callable(where) else where
+    if not isinstance(patterns, Collection) or not all(isinstance(x, str) or callable(x) for x in patterns):
+        raise TypeError(
+            f"`{argument}` must be a glob over paths, several, or a function `(path, leaf) -> bool`, got "
+            f"{where!r}."
+        )
     if not patterns:
         raise ValueError(f"`{argument}` must name at least one pattern, got an empty {type(where).__name__}.")
     hits = [jax.tree_util.tree_map_with_path(_matcher(pattern), tree) for pattern in patterns]
@@ -67,28 +75,66 @@ def _matcher(pattern: str | Callable[[str, Any], bool]) -> Callable[[Any, Any], 
 
 def check_floating(params: Params, argument: str = "params") -> None:
     """Raise a TypeError naming every leaf that is not a real floating-point array."""
-    bad = [
-        f"  {path_name(path)}: {_describe(leaf)}"
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-        if not _is_floating(leaf)
-    ]
+    found = jax.tree_util.tree_leaves_with_path(params)
+    bad = {path_name(path): leaf for path, leaf in found if not _is_floating(leaf)}
     if bad:
         raise TypeError(
-            f"`{argument}` must have real floating-point leaves only, got\n"
-            + "\n".join(bad)
-            + "\nKeep counters and other state out of it: `hessjax.select` splits a tree by path."
+            f"`{argument}` must have real floating-point leaves only, got\n{_listed(bad)}\n{_way_out(bad)}"
         )
     if not any(jnp.size(leaf) for leaf in jax.tree.leaves(params)):
         raise ValueError(f"`{argument}` must hold at least one number, got a tree without any.")
 
 
+def check_leaves(tree: Any, argument: str = "params") -> None:
+    """Raise a ValueError for a tree without leaves, a TypeError for one with leaves that are no arrays."""
+    if not jax.tree.leaves(tree):
+        raise ValueError(f"`{argument}` must hold at least one array, got a tree without any.")
+    check_arrays(tree, argument)
+
+
+def _listed(leaves: dict[str, Any]) -> str:
+    return "\n".join(f"  {path}: {describe(leaf)}" for path, leaf in leaves.items())
+
+
+def _way_out(bad: dict[str, Any]) -> str:
+    """What to do about leaves that are not floating-point arrays."""
+    if not all(map(is_array, bad.values())):
+        # As Equinox has them: a module's functions and settings are leaves of it.
+        return (
+            "Keep functions, settings and arrays of other libraries out of it: of an Equinox module take the "
+            "first part of `eqx.partition(model, eqx.is_inexact_array)`."
+        )
+    return "Keep counters and other state out of it: `hessjax.select` splits a tree by path."
+
+
+def check_arrays(tree: Any, argument: str) -> None:
+    """Raise a TypeError naming every leaf that is no array."""
+    if all(map(is_array, jax.tree.leaves(tree))):  # first, as it runs at every product
+        return
+    found = jax.tree_util.tree_leaves_with_path(tree)
+    bad = {path_name(path): leaf for path, leaf in found if not is_array(leaf)}
+    raise TypeError(f"`{argument}` must hold arrays only, got\n{_listed(bad)}\n{_way_out(bad)}")
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether jax takes this for an array: its own, NumPy's, numbers, shapes."""
+    if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
+        return True
+    try:
+        jax.typeof(leaf)
+    except TypeError:
+        return False
+    return True
+
+
 def check_like(tree: Any, like: Any, argument: str, reference: str) -> None:
     """Raise a ValueError listing every leaf whose path or shape differs from `like`'s.
 
-    A TypeError if any leaf is complex: a cast would take the imaginary part away in silence.
+    A TypeError if any leaf is no array, or complex: a cast would take the imaginary part away in silence.
     """
+    check_arrays(tree, argument)
     if any(_is_complex(leaf) for leaf in jax.tree.leaves(tree)):
-        kinds = ", ".join(sorted({_describe(leaf) for leaf in jax.tree.leaves(tree) if _is_complex(leaf)}))
+        kinds = ", ".join(sorted({describe(leaf) for leaf in jax.tree.leaves(tree) if _is_complex(leaf)}))
         raise TypeError(f"`{argument}` must be real, got {kinds}.")
     # This first: it runs at every product, and paths as text are wanted for an error only.
     same_structure: bool = jax.tree.structure(tree) == jax.tree.structure(like)  # type: ignore[operator]
@@ -122,10 +168,10 @@ def _is_complex(leaf: Any) -> bool:
     return isinstance(leaf, complex) or getattr(getattr(leaf, "dtype", None), "kind", None) == "c"
 
 
-def _describe(leaf: Any) -> str:
-    if isinstance(leaf, str) or not hasattr(leaf, "dtype"):
-        return f"a {type(leaf).__name__}"
-    return f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}"
+def describe(leaf: Any) -> str:
+    if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic)):
+        return f"{leaf.dtype}{list(leaf.shape)}"
+    return shown(leaf) if callable(leaf) else f"a {type(leaf).__name__}"
 
 
 # -- vectors -------------------------------------------------------------------------------------
@@ -138,17 +184,22 @@ def size(tree: Any) -> int:
 
 def accumulator_dtype(tree: Any) -> jnp.dtype:
     """The dtype sums over `tree` are taken in: float64 if any leaf is, float32 otherwise."""
-    return jnp.result_type(jnp.float32, *(jnp.result_type(leaf) for leaf in jax.tree.leaves(tree)))
+    return common_dtype(jnp.float32, *(jnp.result_type(leaf) for leaf in jax.tree.leaves(tree)))
 
 
 def wide(tree: Any) -> Any:
     """Every leaf in at least float32, so that long sums and orthogonality survive bfloat16 params."""
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32)), tree)
+    return jax.tree.map(lambda x: jnp.asarray(x, common_dtype(jnp.result_type(x), jnp.float32)), tree)
 
 
 def cast_like(tree: Any, like: Any) -> Any:
     """Every leaf in the dtype of the leaf of `like` in its place."""
     return jax.tree.map(lambda x, y: x.astype(jnp.result_type(y)), tree, like)
+
+
+def zeros_like(tree: Any) -> Any:
+    """Zeros in the place of every leaf, laid out as it is on an explicit mesh."""
+    return jax.tree.map(lambda x: _sharding.laid_out_like(jnp.zeros_like(x), x), tree)
 
 
 def inner(a: Vector, b: Vector) -> Scalar:
@@ -160,14 +211,21 @@ def inner_by_leaf(a: Vector, b: Vector) -> list[Scalar]:
     """⟨a_l, b_l⟩ for every leaf l, each accumulated in at least float32."""
     dtype = accumulator_dtype(a)
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return [_inner(x.astype(dtype), y.astype(dtype)) for x, y in pairs]
+
+
+def _inner(x: Array, y: Array) -> Scalar:
+    if _sharding.explicit(x) or _sharding.explicit(y):
+        return jnp.sum(x * y)  # `vdot` lays them flat, which a mesh with explicit axes refuses
     # By default accelerators multiply float32 as TF32 or bfloat16, and orthogonality ends at about 1e-3.
-    return [jnp.vdot(x.astype(dtype), y.astype(dtype), precision="highest") for x, y in pairs]
+    return jnp.vdot(x, y, precision="highest")
 
 
 def norm(a: Vector) -> Scalar:
     """‖a‖₂ over all leaves, for entries of any magnitude: squares alone leave float32 at 1e-19 and 1e19."""
-    largest = [jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(a)]
-    top = functools.reduce(jnp.maximum, largest).astype(accumulator_dtype(a))
+    dtype = accumulator_dtype(a)
+    largest = [jnp.max(jnp.abs(x), initial=0).astype(dtype) for x in jax.tree.leaves(a)]
+    top = functools.reduce(jnp.maximum, largest)
     # An infinite entry must come out as ∞, not as ∞/∞; and zeros as 0.
     unit = jnp.where((top > 0) & jnp.isfinite(top), top, 1)
     scaled = jax.tree.map(lambda x: x / unit.astype(x.dtype), a)
@@ -176,12 +234,17 @@ def norm(a: Vector) -> Scalar:
 
 def scale(factor: Any, a: Vector) -> Vector:
     """`factor · a`, every leaf in its own dtype."""
-    return jax.tree.map(lambda x: (factor * x).astype(x.dtype), a)
+    return jax.tree.map(lambda x: times(factor, x).astype(x.dtype), a)
 
 
 def add_scaled(a: Vector, factor: Any, b: Vector) -> Vector:
     """`a + factor · b`, every leaf in the dtype of `a`'s."""
-    return jax.tree.map(lambda x, y: (x + factor * y).astype(x.dtype), a, b)
+    return jax.tree.map(lambda x, y: jnp.add(*promoted(x, times(factor, y))).astype(x.dtype), a, b)
+
+
+def times(factor: Any, x: Array) -> Array:
+    """`factor · x`, in their common dtype."""
+    return jnp.multiply(*promoted(factor, x))
 
 
 # -- blocks of vectors ---------------------------------------------------------------------------
@@ -192,7 +255,13 @@ def block_inner(block: Block, vector: Vector) -> Float[Array, " k"]:
     dtype = accumulator_dtype(vector)
 
     def leaf(rows: Array, x: Array) -> Array:
-        return jnp.tensordot(rows.astype(dtype), x.astype(dtype), axes=x.ndim, precision="highest")
+        return jnp.tensordot(
+            rows.astype(dtype),
+            x.astype(dtype),
+            axes=x.ndim,
+            precision="highest",
+            out_sharding=_sharding.everywhere(x),
+        )
 
     parts: list[Array] = jax.tree.leaves(jax.tree.map(leaf, block, vector))
     return sum(parts[1:], parts[0])

@@ -1,8 +1,8 @@
 """The types that packages share: params and vectors, settings objects, tolerances, results."""
 
 import dataclasses
+import inspect
 import math
-import types
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, dataclass_transform, runtime_checkable
 
@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from hessjax._core._messages import is_key
+from hessjax._core._messages import checked_number, is_key, public_name
 
 Params: TypeAlias = PyTree
 """Weights: any pytree whose leaves are real floating-point arrays."""
@@ -89,7 +89,7 @@ def settings(*, arrays: tuple[str, ...] = ()) -> Callable[[type[Class]], type[Cl
         # Arrays do not hash: without them equal settings still hash alike.
         made.__eq__, made.__hash__ = _equal, lambda self: hash((made, flatten(self)[1]))
         if not own_repr:
-            made.__repr__ = _settings_as_text
+            made.__repr__ = settings_as_text
         # Both forms, since every call of a compiled step flattens, and does it faster without keys.
         jax.tree_util.register_pytree_with_keys(made, flatten_with_keys, unflatten, flatten)
         return made
@@ -126,15 +126,14 @@ def _same(a: Any, b: Any) -> bool:
     return np.shape(a) == np.shape(b) and bool(np.all(np.asarray(a == b)))
 
 
-def _settings_as_text(self: Any) -> str:
+def settings_as_text(self: Any) -> str:
+    """What people would write for it, arrays by dtype and shape."""
     fields = [f"{f.name}={_as_text(getattr(self, f.name))}" for f in dataclasses.fields(self)]
-    return f"{type(self).__name__}({', '.join(fields)})"
+    return f"{public_name(type(self))}({', '.join(fields)})"
 
 
 def _as_text(value: Any) -> str:
     """Functions by name, arrays by dtype and shape."""
-    if isinstance(value, (types.FunctionType, type)):
-        return value.__name__
     if dataclasses.is_dataclass(value):
         return repr(value)
     return repr(jax.tree.map(_Text, value))
@@ -148,7 +147,7 @@ class _Text:
 
     def __repr__(self) -> str:
         leaf = self.leaf
-        if isinstance(leaf, types.FunctionType):
+        if inspect.isroutine(leaf) or isinstance(leaf, type):
             return leaf.__name__
         if not hasattr(leaf, "dtype"):
             return repr(leaf)
@@ -179,13 +178,14 @@ class Amount:
         """What a user gave: a number that is at least 0, or `hessjax.relative(r)`.
 
         Raises:
-            ValueError: it is negative or NaN, or None. `meaning` may say what the number is for, `instead`
-                what a caller takes in its place.
+            TypeError, ValueError: it is no number, negative, NaN, or None. `meaning` may say what the number
+                is for, `instead` what a caller takes in its place.
         """
         if isinstance(value, Amount):
             return value
         if value is None:
             raise ValueError(f"`{argument}` must be a number or `relative(r)`{meaning}.")
+        checked_number(argument, value, " or `relative(r)`")
         if isinstance(value, jax.core.Tracer):
             return Amount(value)
         if not (number := float(value)) >= 0:
@@ -236,14 +236,14 @@ def relative(factor: float | Scalar) -> Relative:
         The fraction, marked as one.
 
     Raises:
-        ValueError: `factor` is not a positive finite number.
+        TypeError, ValueError: `factor` is not a positive finite number.
 
     Example:
         >>> import hessjax as hj
         >>> hj.relative(0.1)
         relative(0.1)
     """
-    if isinstance(factor, jax.core.Tracer):
+    if isinstance(checked_number("factor", factor), jax.core.Tracer):
         return Relative(factor)
     if not 0 < factor < math.inf:
         raise ValueError(f"`factor` must be positive and finite, got {factor}.")

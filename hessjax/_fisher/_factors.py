@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float
 
+from hessjax._core._numbers import common_dtype
 from hessjax._core._types import Scalar
 from hessjax._fisher._rows import Cut, Parts, Rows, coefficients, combination, ends, images, joined, split
 
@@ -142,7 +143,7 @@ def factor_of(rows: tuple[Rows, ...], shift: Scalar, chunk_size: int) -> Factor:
     if rows[0].shape[0] < sum(x.shape[2] for x in rows):
         return dual_of(rows, shift)
     blocks, width = rows[0].shape[1], sum(x.shape[2] for x in rows)
-    dtype = jnp.result_type(*rows)
+    dtype = common_dtype(*rows)
     start = _diagonal_root(jnp.broadcast_to(jnp.eye(width, dtype=dtype), (blocks, width, width)), shift)
     empty = Root(start, jnp.ones(blocks, dtype), jnp.zeros((blocks, width), dtype))
     return absorbed(empty, rows, chunk_size)
@@ -152,8 +153,8 @@ def dual_of(rows: tuple[Rows, ...], shift: Scalar) -> Dual:
     """The dual, block by block."""
     grams = [jnp.einsum("gbi,hbi->bgh", x, x, precision="highest").astype(shift.dtype) for x in rows]
     gram = sum(grams[1:], grams[0])
-    gram = gram.astype(jnp.result_type(*rows))
-    shifted = gram + shift.astype(gram.dtype) * jnp.eye(gram.shape[-1], dtype=gram.dtype)
+    gram = gram.astype(common_dtype(*rows))
+    shifted = gram + shift.astype(gram.dtype) * jnp.eye(gram.shape[-1], dtype=gram.dtype)[None]
     return Dual(rows, each(jnp.linalg.cholesky, shifted))
 
 
@@ -218,7 +219,7 @@ def _absorb(chunk_size: int, part: Root, rows: Rows) -> Root:
 
 def _updated(part: Root, chunk: Float[Array, "blocks k n"]) -> Root:
     V = _matmul(chunk, part.root)
-    eye = jnp.eye(chunk.shape[1], dtype=chunk.dtype)
+    eye = jnp.eye(chunk.shape[1], dtype=chunk.dtype)[None]
     L = each(jnp.linalg.cholesky, eye + _matmul(V, V.mT))
     # Products with inverse factors, for solves with V itself are many times slower. The product of both
     # inverses would lose digits.

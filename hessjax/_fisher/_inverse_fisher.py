@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from hessjax._core import _tree
-from hessjax._core._messages import checked_count
-from hessjax._core._types import Amount, Block, Relative, Scalar, Vector
+from hessjax._core._messages import checked_count, checked_number
+from hessjax._core._types import Amount, Relative, Scalar, Vector
 from hessjax._fisher import _factors, _readout
 from hessjax._fisher._factors import Dual, Factor
 from hessjax._fisher._readout import Verdict
-from hessjax._fisher._rows import Blocking, Parts, Rows, Totals, checked_damping, gathered, read, row, stream
+from hessjax._fisher._rows import Blocking, Parts, Rows, Totals, checked_damping, read, row
+from hessjax._fisher._stream import Counted, gathered, stream
 
 
 @jax.tree_util.register_dataclass
@@ -31,9 +32,9 @@ class InverseFisher:
         setting: the damping asked for.
         scale: b, how many examples each gradient is a mean over.
         residuals: how far every block is off, about: F⁻¹Fz − z for a fixed vector z of signs, relative to
-            what an error of 1 in every entry of F⁻¹, in units of √(F⁻¹_ii F⁻¹_jj), makes of Fz. It does not
-            depend on the weights' scales. (A dual of one block in all: in units of 1/λ.) Infinite where λ
-            is lost in the rounding errors of F.
+            what an error of 1 in every entry of F⁻¹, in units of √(F⁻¹_ii F⁻¹_jj), makes of Fz, whatever the
+            weights' scales. (A dual of one block in all: in units of 1/λ.) Infinite where λ is lost in the
+            rounding errors of F.
         blocking: how the weights are cut into blocks.
         chunk_size: the most gradients that enter at once.
     """
@@ -50,11 +51,11 @@ class InverseFisher:
     @property
     def damping(self) -> Scalar:
         """λ, absolute."""
-        return self.shift / self.totals.num_grads
+        return self.shift / self.totals.number
 
     @property
-    def num_grads(self) -> Int[Array, ""]:
-        """m, the number of gradients."""
+    def num_grads(self) -> Int[Array, ""] | Scalar:
+        """m, the number of gradients, or where they have weights Σ w."""
         return self.totals.num_grads
 
     @property
@@ -78,7 +79,7 @@ class InverseFisher:
     def diagonal(self) -> Vector:
         """The diagonal of F⁻¹, like the params, in at least float32.
 
-        Cost: 2·d·B operations (root); m·d·min(m, B), and once more the memory of the gradients (dual).
+        Cost: 2·d·B operations (root); m·d·min(m, B), and the gradients' memory again (dual).
         """
         return _diagonal(self)
 
@@ -95,11 +96,12 @@ class InverseFisher:
             raise IndexError(f"`index` must be that of one of {count} leaves, got {index}.")
         return _dense(index % count, self)
 
-    def add(self, grads: Any) -> "InverseFisher":
+    def add(self, grads: Any, weights: Any = None) -> "InverseFisher":
         """As if built from all gradients at once: m grows, and λ is what the damping asked for makes it.
 
         Args:
             grads: a block of gradients or a stream of blocks, as `inverse_fisher` takes them.
+            weights: likewise; None: each counts once.
 
         Raises:
             TypeError, ValueError: as `inverse_fisher`.
@@ -107,7 +109,7 @@ class InverseFisher:
         Cost: as `inverse_fisher` for the new gradients, and 5·B² operations for each weight, in blocks, to
             keep λ as m grows. The dual is made anew.
         """
-        blocks = stream(grads, self.blocking.like)
+        blocks = stream(grads, self.blocking.like, weights)
         return _streamed(_extended(gathered(blocks, self._missing), self), blocks)
 
     @property
@@ -126,12 +128,12 @@ class InverseFisher:
     def solved(self, vector: Parts) -> Parts:
         """F⁻¹v of a vector that is cut."""
         pairs = zip(self.parts, self.blocking.coupled(vector), strict=True)
-        return tuple(self.num_grads * x for part, v in pairs for x in part.solve(v, self.shift))
+        return tuple(self.totals.times(x) for part, v in pairs for x in part.solve(v, self.shift))
 
     def diagonals(self) -> Parts:
         """The diagonal of F⁻¹, cut."""
-        pairs = zip(self.parts, self.widths, strict=True)
-        return tuple(self.num_grads * x for part, n in pairs for x in _readout.diagonal(part, n, self.shift))
+        pairs, times = zip(self.parts, self.widths, strict=True), self.totals.times
+        return tuple(times(x) for part, n in pairs for x in _readout.diagonal(part, n, self.shift))
 
 
 def inverse_fisher(
@@ -141,6 +143,7 @@ def inverse_fisher(
     *,
     chunk_size: int = 64,
     batch_size: Any = 1,
+    weights: Any = None,
 ) -> InverseFisher:
     """The inverse of F = b/m Σ gᵢgᵢᵀ + λI, the damped empirical Fisher of m gradients.
 
@@ -148,38 +151,40 @@ def inverse_fisher(
     A block with at least as many gradients as weights keeps a B × B root of its inverse, updated by chunks of
     gradients; one with fewer keeps the gradients and an m × m factor, as the whole network does with
     `block_size=None`. What gradients are, is open: any vectors r with F = 1/m Σ rrᵀ + λI will do, such as
-    `ggn_roots` and `sampled_grads` give.
+    `ggn_roots` and `sampled_grads` give. With `weights` F = b Σ wᵢ gᵢgᵢᵀ / Σ wᵢ + λI, and Σ w stands for m.
 
     Args:
         grads: a block (a tree like the params, its leaves with a leading axis of m gradients), as
             `per_example_grads` returns; or a stream of blocks, any iterable that is not itself a tree of
             arrays: an iterator, a generator, a data loader. (A list is a tree: pass `iter(blocks)`.) A stream
-            is read once, and no more of it is kept than makes up B gradients (all, if `block_size=None`).
-            Inside `jit` it is unrolled.
+            is read once, and no more of it kept than makes up B gradients (all, if `block_size=None`); inside
+            `jit` it is unrolled.
         damping: λ, in the units of F, or `relative(r)`: r times the mean of F's undamped diagonal over all
-            parameters, of all leaves. A stream's λ is that of all its gradients, however small the first
-            ones are; and only all of them must have an accurate inverse.
+            parameters, of all leaves. λ, and whether the inverse is accurate, is a matter of a whole stream.
         block_size: the most weights in a block, B; a smaller leaf is one block. None: one block in all.
-        chunk_size: how many gradients enter a root at once. More are faster on an accelerator; in float32
-            fewer are more accurate.
+        chunk_size: how many gradients enter a root at once: more are faster on an accelerator, fewer are more
+            accurate in float32.
         batch_size: b, if every gradient is the mean over b examples: that makes gᵢgᵢᵀ smaller by b.
+        weights: how much the gradients count: for a block an array (m,), or one number for all its rows
+            together; for a stream an iterable of these, one for each block. So a stream of `ggn_roots(...,
+            weights=mask)` of batches has the batches' sums of the mask. None: each counts once.
 
     Returns:
         An `InverseFisher`, a pytree, computed and kept in at least float32.
 
     Raises:
         TypeError: gradients that are not floating point; a size that is not an integer.
-        ValueError: no gradient; leaves, or blocks of a stream, that disagree; NaN or infinity among the
-            gradients (names the leaf); `damping` not positive, or relative to gradients that are all zero;
-            λ too small for the precision (names the block, and a damping that should do). Traced code cannot
-            raise: inside `jit` such a block holds NaN, and `accurate` is False.
+        ValueError: no gradient that counts; weights that do not fit, are negative or not finite; leaves, or
+            blocks of a stream, that disagree; NaN or infinity among the gradients (names the leaf); `damping`
+            not positive, or relative to gradients that are all zero; λ too small for the precision (names the
+            block, and a damping that should do). Traced code cannot raise: inside `jit` such a block holds
+            NaN, and `accurate` is False.
 
     Cost:
         Root: 6·m·B operations for each weight, memory B numbers for each weight. Dual: 2·m·min(m, B)
         operations and m numbers for each weight, and m² for each block. A stream costs 5·B² operations more
-        for each weight whenever κ = mλ has doubled, and once at the end.
-
-        In float32 the relative error is about 1e-7·√(λmax/λ) times a modest factor, at worst 1e-7·λmax/λ.
+        for each weight whenever κ = mλ has doubled, and once at the end. The error in float32 is about
+        1e-7·√(λmax/λ) times a modest factor, at worst 1e-7·λmax/λ.
 
     References:
         Singh & Alistarh (2020), WoodFisher, arXiv 2004.14340; Frantar et al. (2021), M-FAC, arXiv
@@ -197,18 +202,18 @@ def inverse_fisher(
     """
     block_size = None if block_size is None else checked_count("block_size", block_size)
     chunk_size = checked_count("chunk_size", chunk_size)
-    if not isinstance(batch_size, jax.core.Tracer) and not batch_size >= 1:  # refuses NaN too
+    if not isinstance(checked_number("batch_size", batch_size), jax.core.Tracer) and not batch_size >= 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-    blocks = stream(grads)
+    blocks = stream(grads, weights=weights)
     first = next(blocks)
-    like = row(first)
+    like = row(first.block)
     dtype, blocking = _tree.accumulator_dtype(like), Blocking.of(like, block_size)
     setting = checked_damping(damping, dtype)
     first = gathered(itertools.chain([first], blocks), blocking.widest if block_size else None)
     return _streamed(_built(blocking, chunk_size, first, setting, jnp.asarray(batch_size, dtype)), blocks)
 
 
-def _streamed(inverse: InverseFisher, blocks: Iterator[Block]) -> InverseFisher:
+def _streamed(inverse: InverseFisher, blocks: Iterator[Counted]) -> InverseFisher:
     """With the blocks that are left; only then is it known how accurate the inverse is."""
     more = False
     for block in blocks:
@@ -224,10 +229,10 @@ def _streamed(inverse: InverseFisher, blocks: Iterator[Block]) -> InverseFisher:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _built(
-    blocking: Blocking, chunk_size: int, grads: Block, setting: Amount, scale: Scalar
+    blocking: Blocking, chunk_size: int, grads: Counted, setting: Amount, scale: Scalar
 ) -> InverseFisher:
     """From one block of gradients; not measured yet."""
-    rows, totals = read(blocking, grads, scale)
+    rows, totals = read(blocking, grads.block, scale, count=grads.count)
     return inverse_of(rows, totals, setting, scale, blocking, chunk_size)
 
 
@@ -247,7 +252,7 @@ def inverse_of(
 
 
 @jax.jit  # not donated: whoever calls `add` keeps the inverse before
-def _extended(grads: Block, inverse: InverseFisher) -> InverseFisher:
+def _extended(grads: Counted, inverse: InverseFisher) -> InverseFisher:
     """With more gradients, and κ = mλ; not measured yet."""
     rows, totals, shift = _more(inverse, grads)
     parts = tuple(
@@ -258,7 +263,7 @@ def _extended(grads: Block, inverse: InverseFisher) -> InverseFisher:
 
 
 @functools.partial(jax.jit, donate_argnums=1)  # roots are the largest arrays: no second copy
-def _with_more(grads: Block, inverse: InverseFisher) -> InverseFisher:
+def _with_more(grads: Counted, inverse: InverseFisher) -> InverseFisher:
     """With more gradients, in the memory of the roots; before them κ follows if it is to double."""
     rows, totals, target = _more(inverse, grads)
     parts, shift = _factors.followed(inverse.parts, inverse.shift, target, 2.0)  # about log₂ m times in all
@@ -274,9 +279,9 @@ def _settled(inverse: InverseFisher) -> InverseFisher:
     return dataclasses.replace(inverse, parts=parts, shift=shift)
 
 
-def _more(inverse: InverseFisher, grads: Block) -> tuple[tuple[Rows, ...], Totals, Scalar]:
+def _more(inverse: InverseFisher, grads: Counted) -> tuple[tuple[Rows, ...], Totals, Scalar]:
     """More gradients, what all of them add up to, and their κ."""
-    rows, new = read(inverse.blocking, grads, inverse.scale)
+    rows, new = read(inverse.blocking, grads.block, inverse.scale, count=grads.count)
     totals = inverse.totals.plus(new)
     return rows, totals, totals.shift(inverse.setting)
 
@@ -299,14 +304,8 @@ def verdict_of(inverse: InverseFisher) -> Verdict:
     return Verdict(inverse.residuals, sizes, inverse.damping)
 
 
-@jax.jit
-def _apply(inverse: InverseFisher, vector: Vector) -> Vector:
-    return inverse.blocking.join(inverse.solved(inverse.blocking.cut(vector)))
-
-
-@jax.jit
-def _diagonal(inverse: InverseFisher) -> Vector:
-    return inverse.blocking.join(inverse.diagonals())
+_apply = jax.jit(lambda inverse, vector: inverse.blocking.join(inverse.solved(inverse.blocking.cut(vector))))
+_diagonal = jax.jit(lambda inverse: inverse.blocking.join(inverse.diagonals()))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -317,4 +316,4 @@ def _dense(index: int, inverse: InverseFisher) -> Array:
     group, which = position
     part, place = (0, group) if inverse.blocking.block_size is None else (group, 0)
     found = _readout.dense(inverse.parts[part], inverse.widths[part], place, which, inverse.shift)
-    return inverse.num_grads * found
+    return inverse.totals.times(found)

@@ -47,7 +47,7 @@ class Model(NamedTuple):
         rows = self.rows
         if kept is not None:
             # Zeros rather than fewer columns: shapes stay static, and F is λI there, apart from K.
-            rows = tuple(jnp.where(k > 0, x, 0) for k, x in zip(kept, rows, strict=True))
+            rows = tuple(jnp.where(k[None] > 0, x, 0) for k, x in zip(kept, rows, strict=True))
         made = inverse_of(rows, self.totals, Amount(self.shift), self.scale, self.blocking, shift=self.shift)
         return measured(made)
 
@@ -85,9 +85,9 @@ def model_of(
     if isinstance(damping, Relative):
         # Without any gradient every damping is as good: the scores then rank by magnitude.
         empty = jnp.all(jnp.stack([jnp.all(x == 0) for x in rows]))
-        shift = jnp.where(empty, _NOTHING * totals.num_grads, shift)
+        shift = jnp.where(empty, _NOTHING * totals.number, shift)
     # The rows hold √b g, and ḡ is the mean of g itself.
-    slope = 1 / (totals.num_grads * jnp.sqrt(scale)) if with_slope else None
+    slope = 1 / (totals.number * jnp.sqrt(scale)) if with_slope else None
     return Model(blocking, rows, totals, shift, scale, slope)
 
 
@@ -107,7 +107,7 @@ def optimum(model: Model, inverse: InverseFisher, weights: Parts) -> Parts:
 def joint_move(model: Model, weights: Parts, pruned: Parts, kept: Parts) -> tuple[Parts, InverseFisher]:
     """The δ that minimises the model among those with δ = −w on the pruned weights."""
     gone = tuple(jnp.where(p > 0, w, 0) for w, p in zip(weights, pruned, strict=True))
-    inverse, m = model.inverse(kept), model.totals.num_grads
+    inverse, m = model.inverse(kept), model.totals.number
     # F_KQ δ_Q + ḡ_K is a combination of the rows: one ridge regression onto what the pruned ones contributed.
     slope = 0 if model.slope is None else model.slope
     inside = [x / m - slope for x in model.images(gone)]
@@ -136,7 +136,7 @@ def increases(model: Model, move: Parts) -> list[Float[Array, " blocks"]]:
     """ḡ·δ + ½ δᵀFδ of every block, or of the one block."""
     images = model.images(move)
     squares = [sum(jnp.sum(x**2, axis=-1) for x in part) for part in model.blocking.coupled(move)]
-    m, damping = model.totals.num_grads, model.shift / model.totals.num_grads
+    m, damping = model.totals.number, model.shift / model.totals.number
     slope = 0 if model.slope is None else model.slope
     # δᵀFδ as a sum of squares, ‖Gδ‖²/m + λ‖δ‖²: no rounding makes it negative.
     return [
@@ -148,5 +148,8 @@ def increases(model: Model, move: Parts) -> list[Float[Array, " blocks"]]:
 def _combined(inverse: InverseFisher, model: Model, c: Sequence[Float[Array, "_ _"]]) -> Parts:
     """F⁻¹Gᵀc."""
     places = zip(inverse.parts, model.blocking.coupled(model.rows), c, strict=True)
-    m = inverse.num_grads
-    return tuple(m * x for part, rows, c in places for x in part.solve_combination(c, rows, inverse.shift))
+    return tuple(
+        inverse.totals.times(x)
+        for part, rows, c in places
+        for x in part.solve_combination(c, rows, inverse.shift)
+    )

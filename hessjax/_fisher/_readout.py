@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from hessjax._core import _tree
+from hessjax._core import _numbers, _tree
 from hessjax._core._types import Scalar
 from hessjax._fisher._factors import Dual, Factor
 from hessjax._fisher._rows import Blocking, Cut, Parts, ends, joined, signs
@@ -37,7 +37,7 @@ def diagonal(factor: Factor, widths: Sequence[int], shift: Scalar) -> Parts:
 def dense(factor: Factor, widths: Sequence[int], place: int, which: slice, shift: Scalar) -> Array:
     """Some blocks of (A + κI)⁻¹ of one group, with all their entries."""
     a = factor.columns(widths, shift)[place][which]
-    constant = factor.constant(shift).astype(a.dtype) * jnp.eye(a.shape[-1], dtype=a.dtype)
+    constant = factor.constant(shift).astype(a.dtype) * jnp.eye(a.shape[-1], dtype=a.dtype)[None]
     return constant + factor.sign * jnp.einsum("bki,bkj->bij", a, a, precision="highest")
 
 
@@ -76,11 +76,12 @@ def residual(
     F's diagonal, below eps times its mean.
     """
     Az = joined(factor.images(widths))
-    z = joined(signs(widths, [Az.dtype for _ in widths]))
-    product = (Az + shift.astype(Az.dtype) * z) / count
+    z = joined(signs(widths, [Az.dtype for _ in widths]))[None]
+    shift, count = shift.astype(Az.dtype), count.astype(Az.dtype)
+    product = (Az + shift * z) / count
     # A dual multiplies by gradients of size s once more, and s³ leaves float32's range at 1e-15 and 1e13. The
     # unit is a power of two, so that no digit changes.
-    unit = jnp.ldexp(jnp.ones((), Az.dtype), jnp.frexp(jnp.max(jnp.abs(product)))[1])
+    unit = _numbers.power_of_two(product)
     cut = tuple(jnp.split(product / unit, ends(widths), axis=-1))
     miss = unit * count * joined(factor.solve(cut, shift)) - z
     if is_whole and isinstance(factor, Dual):
@@ -173,7 +174,7 @@ def sizes(
 ) -> tuple[Float[Array, " _"], ...]:
     """`Verdict.sizes`, group by group."""
     if is_whole and isinstance(factors[0], Dual):
-        return tuple(jnp.sum(rows**2)[None] / count for rows in factors[0].rows)
+        return tuple(jnp.sum(rows**2)[None] / count.astype(rows.dtype) for rows in factors[0].rows)
     # z has random signs, so that E‖Fz‖² = tr F² = ‖F‖²_F.
     images = [image for part, n in zip(factors, widths, strict=True) for image in part.images(n)]
-    return tuple(_norms(image) / count for image in images)
+    return tuple(_norms(image) / count.astype(image.dtype) for image in images)

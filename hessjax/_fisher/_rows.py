@@ -1,9 +1,9 @@
-"""Gradients as rows: streams of them, how they are cut into blocks of weights, and what they add up to."""
+"""Gradients as rows: how they are cut into blocks of weights, and what they add up to."""
 
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from hessjax._core import _tree
+from hessjax._core import _numbers, _tree
+from hessjax._core._messages import checked_number
 from hessjax._core._packing import Packing
 from hessjax._core._types import Amount, Block, Params, Relative, Scalar, Vector
 
@@ -25,25 +26,7 @@ Parts = tuple[Cut, ...]
 """A vector, cut: for every group of leaves with equally wide blocks their blocks, below each other."""
 
 
-# -- streams ---------------------------------------------------------------------------------------
-
-
-def stream(grads: Any, like: Any = None) -> Iterator[Block]:
-    """The blocks of gradients, each checked against the first, or against `like`."""
-    # Arrays can be iterated over too, and a list or a dict is a tree: a block. A stream is for jax a leaf.
-    is_stream = isinstance(grads, Iterable) and not hasattr(grads, "shape")
-    is_stream = is_stream and jax.tree_util.all_leaves([grads])
-    reference, empty = "the gradients before", True
-    for index, block in enumerate(grads if is_stream else [grads]):
-        name = f"grads[{index}]" if is_stream else "grads"
-        count = num_grads(block, name)
-        like = row(block) if like is None else like
-        _tree.check_like(row(block), like, name, reference)
-        if count:
-            empty = False
-            yield block
-    if empty:
-        raise ValueError("`grads` must hold at least one gradient, got none.")
+# -- gradients -------------------------------------------------------------------------------------
 
 
 def row(block: Block) -> Vector:
@@ -58,6 +41,7 @@ def num_grads(block: Block, name: str = "grads") -> int:
         TypeError: leaves that are not floating point.
         ValueError: the axes disagree, or there is none.
     """
+    _tree.check_arrays(block, name)
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(block)]
     if len({shape[:1] for shape in shapes}) != 1 or () in shapes:
         raise ValueError(
@@ -67,21 +51,6 @@ def num_grads(block: Block, name: str = "grads") -> int:
     if shapes[0][0]:
         _tree.check_floating(block, name)
     return shapes[0][0]
-
-
-def gathered(blocks: Iterator[Block], count: int | None) -> Block:
-    """At least `count` gradients in one block, as far as there are any; None: all."""
-    gathered = [next(blocks)]
-    held = jax.tree.leaves(gathered[0])[0].shape[0]
-    while (count is None or held < count) and (block := next(blocks, None)) is not None:
-        gathered.append(block)
-        held += jax.tree.leaves(block)[0].shape[0]
-    return gathered[0] if len(gathered) == 1 else _joined(gathered)
-
-
-@jax.jit
-def _joined(blocks: list[Block]) -> Block:
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *blocks)
 
 
 # -- blocks of weights -----------------------------------------------------------------------------
@@ -191,31 +160,44 @@ class Totals(NamedTuple):
     """What was summed over the gradients, or counted.
 
     Attributes:
-        num_grads: m.
+        num_grads: m, or where gradients have weights the sum of these.
         squares: of all their entries, times `batch_size`; their mean over the weights is m · mean diag F.
         num_weights: those that are there, pruned ones are not.
     """
 
-    num_grads: Int[Array, ""]
+    num_grads: Int[Array, ""] | Scalar
     squares: Scalar
     num_weights: Int[Array, ""] | int
 
+    @property
+    def number(self) -> Scalar:
+        """m, in the dtype of the sums."""
+        return jnp.asarray(self.num_grads, self.squares.dtype)
+
+    def times(self, x: Array) -> Array:
+        """What F⁻¹ = m (A + κI)⁻¹ is of what the factors say."""
+        return self.number.astype(x.dtype) * x
+
     def plus(self, more: "Totals") -> "Totals":
         """Of both, of the same weights."""
-        return Totals(self.num_grads + more.num_grads, self.squares + more.squares, self.num_weights)
+        counts = self.num_grads, more.num_grads
+        if counts[0].dtype != counts[1].dtype:  # numbers of gradients and weights
+            counts = tuple(count.astype(self.squares.dtype) for count in counts)
+        return Totals(counts[0] + counts[1], self.squares + more.squares, self.num_weights)
 
     def shift(self, damping: Amount) -> Scalar:
         """κ = mλ, where a relative λ is a fraction of the mean diagonal of F."""
         # m · mean diag F comes as one sum: a mean times m would be one rounding more.
-        scale = self.squares / self.num_weights if isinstance(damping, Relative) else self.num_grads
-        return jnp.asarray(damping.amount * scale, self.squares.dtype)
+        dtype = self.squares.dtype
+        mean = self.squares / jnp.asarray(self.num_weights, dtype)
+        return jnp.asarray(damping.amount, dtype) * (mean if isinstance(damping, Relative) else self.number)
 
 
 def checked_damping(damping: Any, dtype: Any) -> Amount:
     """λ as the methods want it: an array, so that another damping compiles nothing anew."""
     amount = damping.amount if isinstance(damping, Amount) else damping
-    is_traced = isinstance(amount, jax.core.Tracer)
-    if amount is None or jnp.ndim(amount) or not (is_traced or 0 < amount < math.inf):
+    is_traced = isinstance(checked_number("damping", amount, " or `relative(r)`"), jax.core.Tracer)
+    if not (is_traced or 0 < amount < math.inf):
         raise ValueError(
             f"`damping` must be a positive finite number or `relative(r)`, got {damping}: without it the "
             f"Fisher of fewer gradients than weights has no inverse."
@@ -234,14 +216,14 @@ def read(
         grads: m of them.
         scale: b.
         mask: booleans like the params, False for weights that are not there: columns of zeros. None: all are.
-        count: how many they are, if rows of zeros beside them do not count.
+        count: how many they are, if rows of zeros beside them do not count, or how much by weight.
     """
     # b enters here, and once: with √b in the rows all that is made of them is of F, and knows no b.
     rows = tuple(jnp.sqrt(scale).astype(x.dtype) * x for x in jax.vmap(blocking.cut)(grads))
     num_weights: Any = blocking.packing.size
     if mask is not None:
         there = blocking.cut(mask)
-        rows = tuple(jnp.where(x > 0, y, 0) for x, y in zip(there, rows, strict=True))
+        rows = tuple(jnp.where(x[None] > 0, y, 0) for x, y in zip(there, rows, strict=True))
         # Columns of zeros would lower the mean diagonal, and a relative λ with it, as weights go.
         num_weights = sum(jnp.sum(x, dtype=jnp.int32) for x in jax.tree.leaves(mask))
     squares = sum((jnp.sum(x**2).astype(scale.dtype) for x in rows), jnp.zeros_like(scale))
@@ -268,14 +250,20 @@ def _signs(start: int, count: int, dtype: Any) -> Array:
 def coefficients(rows: tuple[Rows, ...], v: Parts) -> Float[Array, "blocks m"]:
     """Gv, a sum over the groups."""
     products = [jnp.einsum("gbi,bi->bg", x, y, precision="highest") for x, y in zip(rows, v, strict=True)]
-    return sum(products[1:], products[0])
+    return _sum(products)
 
 
 def images(rows: tuple[Rows, ...]) -> Parts:
     """Az = GᵀGz, for the fixed vector z of signs."""
     z = signs([x.shape[2] for x in rows], [x.dtype for x in rows])
     products = [jnp.einsum("gbi,i->bg", x, y, precision="highest") for x, y in zip(rows, z, strict=True)]
-    return combination(rows, sum(products[1:], products[0]))
+    return combination(rows, _sum(products))
+
+
+def _sum(products: Sequence[Array]) -> Array:
+    """In the widest dtype of any group."""
+    first, *others = _numbers.promoted(*products)
+    return sum(others, first)
 
 
 def combination(rows: tuple[Rows, ...], c: Float[Array, "blocks m"]) -> Parts:
@@ -285,7 +273,7 @@ def combination(rows: tuple[Rows, ...], c: Float[Array, "blocks m"]) -> Parts:
 
 def joined(parts: Sequence[Array]) -> Array:
     """The groups that one factor covers, end to end along the weights."""
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+    return parts[0] if len(parts) == 1 else jnp.concatenate(_numbers.promoted(*parts), axis=-1)
 
 
 def split(whole: Array, like: Sequence[Array]) -> tuple[Array, ...]:

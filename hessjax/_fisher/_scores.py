@@ -39,7 +39,7 @@ def greedy_scores(inverse: InverseFisher, u: Parts, active: Parts) -> Parts:
         a = joined(_columns(inverse, factor, widths))
         is_there, eye = joined(flags) > 0, jnp.eye(a.shape[1], dtype=a.dtype)
         core = jnp.broadcast_to(factor.sign * eye, (len(a), *eye.shape))
-        constant = jnp.full(len(a), inverse.num_grads * factor.constant(inverse.shift), a.dtype)
+        constant = jnp.full(len(a), inverse.totals.number * factor.constant(inverse.shift), a.dtype)
         steps = jnp.full(len(a), jnp.max(jnp.sum(is_there, axis=1)))
         found += split(each(eliminated, core, a, constant, joined(weights), is_there, steps), weights)
     return found
@@ -180,14 +180,14 @@ def _costs(
     # Only a dual has fewer rows than a set may have weights.
     is_wide = inverse.blocking.block_size is None and a.shape[2] > a.shape[1]
     costs = each(_wide_cost if is_wide else _cost, a, u, owner, constant)
-    number = jnp.maximum(jnp.sum(active, axis=1, keepdims=True), 1)
+    number = jnp.maximum(jnp.sum(active, axis=1, keepdims=True, dtype=costs.dtype), 1)
     return jnp.where(active, costs[:, None] / number, -jnp.inf)
 
 
 def _of_set(a: Array, owner: Array, constant: Array) -> tuple[Array, Array]:
     """[F⁻¹]_QQ, and of what size the numbers are that its diagonal is a difference of."""
     same = owner[:, None] == owner[None, :]  # weights of different blocks do not couple
-    matrix = jnp.diag(constant) + jnp.where(same, jnp.sign(owner) * dot(a.T, a), 0)
+    matrix = jnp.diag(constant) + jnp.where(same, jnp.sign(owner)[None] * dot(a.T, a), 0)
     return matrix, jnp.maximum(constant, jnp.diagonal(matrix))
 
 

@@ -1,100 +1,19 @@
-"""What may watch a run: a progress bar, and checkpoints: what a killed run had done is not done again."""
+"""Checkpoints of a run: what a killed run had done is not done again."""
 
-import json
-import math
-import operator
+import contextlib
 import os
-import tempfile
 import types
-import warnings
-import zlib
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 
+from hessjax._core import _files
+from hessjax._core._messages import checked_count
+from hessjax._run import _checkpoint_files
+from hessjax._run._checkpoint_files import Gathering
 from hessjax._run._estimator import Beginning, Progress
-from hessjax._run._identity import Identity, as_numbers, differences, identity
-
-KEPT = 2
-"""Checkpoints on disk: the latest, and the one before in case the latest cannot be read."""
-
-
-# -- the bar ---------------------------------------------------------------------------------------
-
-
-class _ProgressBar:
-    """A callback and a context manager: the bar lives as long as the run."""
-
-    def __init__(self, description: str, transient: bool, unit: str) -> None:
-        self._bar = Bar(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TextColumn(unit + "{task.fields[status]}", markup=False),
-            TimeRemainingColumn(compact=True),
-            transient=transient,
-        )
-        self._description = description
-        self._task: TaskID | None = None
-
-    def __enter__(self) -> "_ProgressBar":
-        for task in self._bar.task_ids:  # of earlier runs
-            self._bar.remove_task(task)
-        self._task = self._bar.add_task(self._description, total=None, status="")
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
-    ) -> None:
-        self._bar.stop()
-
-    def __call__(self, progress: Progress) -> None:
-        assert self._task is not None
-        total = progress.num_matvecs if progress.done else progress.max_matvecs
-        self._bar.update(self._task, completed=progress.num_matvecs, total=total, status=_status(progress))
-
-
-def _status(progress: Progress) -> str:
-    if not math.isfinite(progress.error):
-        return ""
-    goal = f" (goal {progress.target:.2g})" if math.isfinite(progress.target) else ""
-    return f", error {progress.error:.2g}{goal}"
-
-
-def progress_bar(
-    description: str = "curvature", *, transient: bool = False, unit: str = "products"
-) -> _ProgressBar:
-    """A callback for `run` and the one-liners: products done, error against its goal, time left.
-
-    Args:
-        description: stands before the bar.
-        transient: wipe the bar when the run is over.
-        unit: what is counted: `"evaluations"` for `sensitivity`.
-
-    Returns:
-        A callback; it can serve several runs, one after the other.
-
-    Cost:
-        None beyond the error that `run` reads anyway; a run without `tol` reads it for its callbacks.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> import hessjax as hj
-        >>> A = jax.tree_util.Partial(jnp.multiply, jnp.arange(1.0, 11.0))
-        >>> bar = hj.progress_bar("trace")
-        >>> estimate = hj.trace(A, jax.random.key(0), jnp.zeros(10), num_probes=20, callbacks=[bar])
-        trace ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━ 20/20 products, error 0 00:00
-    """
-    return _ProgressBar(description, transient, unit)
-
-
-# -- checkpoints ------------------------------------------------------------------------------------
+from hessjax._run._identity import Identity, identity
 
 
 def checkpoint(path: str | os.PathLike[str], *, every: int = 10) -> "_Checkpoint":
@@ -111,10 +30,12 @@ def checkpoint(path: str | os.PathLike[str], *, every: int = 10) -> "_Checkpoint
     tolerance may change, but for the solvers, which carry theirs along), other numbers in the state it begins
     with (a right-hand side, a damping), and, for a matvec that hessjax makes of one batch, another loss by
     name or another batch (16 numbers of each array are compared). What is not noticed: a change in the code
-    of a loss, and other data behind a matvec that is just a function, or that streams batches.
+    of a loss, and other data behind a matvec that is just a function, or that streams batches. Other versions
+    of hessjax or jax, or another device, are warned of: the result may then differ in its last digits.
 
     Args:
-        path: a folder of this run's own, made if it is not there. Delete it to start anew.
+        path: a folder, made if it is not there; `~` is the home. It holds `hessjax-<products>.npz` and,
+            during a run, `hessjax.lock`; other files in it are not touched. Delete it to start anew.
         every: products between two checkpoints. `run` calls its callbacks every few products, so it may be
             a few more. The end of the run is saved always.
 
@@ -122,8 +43,9 @@ def checkpoint(path: str | os.PathLike[str], *, every: int = 10) -> "_Checkpoint
         A callback.
 
     Raises:
-        ValueError: `every` below 1; when the run starts, `path` holds another run, or one with more products
-            than `max_matvecs`, or nothing that can be read.
+        ValueError: `every` below 1; `path` is empty, or a URL; when the run starts, `path` holds another run,
+            or one with more products than `max_matvecs`, or nothing that can be read.
+        BlockingIOError: another run, of this process or another one, uses `path`.
         OSError: `path` cannot be written to, which shows before the first product; the disk is full, in which
             case the checkpoint before is still good.
 
@@ -144,158 +66,70 @@ def checkpoint(path: str | os.PathLike[str], *, every: int = 10) -> "_Checkpoint
         >>> int(first.num_samples), int(more.num_samples)
         (10, 15)
     """
-    if operator.index(every) < 1:
-        raise ValueError(f"`every` must be at least 1, got {every}.")
-    return _Checkpoint(Path(path).absolute(), every)
+    return _Checkpoint(_files.local_path("path", path), checked_count("every", every))
 
 
 class _Checkpoint:
-    """A callback with memory: which run it saves, and after how many products it last did."""
+    """A callback with memory: which run it saves, after how many products it last did, and the lock."""
 
     def __init__(self, path: Path, every: int) -> None:
         self._path, self._every = path, every
         self._identity: Identity = {}
+        self._matvec: Any = None
         self._saved = 0
+        self._held = contextlib.ExitStack()
+
+    def __enter__(self) -> "_Checkpoint":
+        argument = "`path` of `checkpoint`"
+        try:
+            self._path.mkdir(parents=True, exist_ok=True)
+            # Not yet `self._held`: where this is busy, an outer run of the same callback may hold it.
+            held = contextlib.ExitStack()
+            held.enter_context(_files.locked(self._path / _checkpoint_files.LOCK, argument))
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            raise OSError(f"{argument} must be a folder to write to, got `{self._path}`: {error}.") from error
+        self._held = held
+        _checkpoint_files.clear_left_overs(self._path)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
+    ) -> None:
+        self._matvec = None  # or it would keep the params alive
+        self._held.close()
+
+    def __repr__(self) -> str:
+        return f"checkpoint({str(self._path)!r}, every={self._every})"
 
     def restore(self, beginning: Beginning) -> tuple[Any, int] | None:
         """The state on disk and its products, if there is one; it must be of the run that begins here."""
-        _refuse_unwritable(self._path)
-        self._identity, self._saved = identity(beginning), 0
-        found = _read(self._path, self._identity, jax.tree.leaves(beginning.state))
+        self._identity, self._saved, self._matvec = identity(beginning), 0, beginning.matvec
+        found = _checkpoint_files.read(self._path, self._identity, jax.tree.leaves(beginning.state))
         if found is None:
             return None
-        leaves, self._saved = found
-        return jax.tree.unflatten(jax.tree.structure(beginning.state), leaves), self._saved
+        if isinstance(self._matvec, Gathering):
+            self._matvec.go_on(found.gathered)
+        self._saved = found.num_matvecs
+        return jax.tree.unflatten(jax.tree.structure(beginning.state), found.leaves), self._saved
 
     def __call__(self, progress: Progress) -> None:
         new = progress.num_matvecs - self._saved
         if new >= self._every or (progress.done and new):
-            _write(self._path, self._identity, progress, self._saved)
+            self._write(progress)
             self._saved = progress.num_matvecs
 
-
-def _refuse_unwritable(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise OSError(
-            f"`path` of `checkpoint` must be a folder to write to, got `{path}`: {error}."
-        ) from error
-
-
-def _manager(path: Path) -> Any:
-    import orbax.checkpoint as ocp  # here, because it takes a quarter of a second to import
-
-    # The state's memory is re-used by the next step: it must be on disk before that, hence not asynchronous.
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=KEPT, enable_async_checkpointing=False, cleanup_tmp_directories=True
-    )
-    return ocp.CheckpointManager(path, options=options)
-
-
-# -- writing -------------------------------------------------------------------------------------
-
-
-def _write(path: Path, run: Identity, progress: Progress, before: int) -> None:
-    import orbax.checkpoint as ocp
-
-    arrays = _arrays(jax.tree.leaves(progress.state))
-    about = {"run": run, "checksums": {name: _checksum(x) for name, x in arrays.items()}}
-    items = ocp.args.Composite(
-        state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave({"json": json.dumps(about)})
-    )
-    try:
-        with _manager(path) as manager:
-            # By force: when to save is for `every` to say, and not for the manager's own interval.
-            manager.save(progress.num_matvecs, args=items, force=True)
-    except Exception as error:
-        kept = f"the one after {before} products is still good" if before else "there is none before it"
-        raise OSError(
-            f"the checkpoint after {progress.num_matvecs} products could not be written to `{path}`; {kept}. "
-            f"Mend what is wrong and run the same again: {error}"
-        ) from error
-
-
-def _arrays(leaves: list[Any]) -> dict[str, np.ndarray]:
-    """The leaves on the host, by number; those without entries are left out."""
-    # Without, as orbax refuses to save arrays of size 0.
-    arrays = {f"{i:04d}": as_numbers(leaf) for i, leaf in enumerate(leaves) if leaf.size}
-    return {name: np.asarray(x) for name, x in jax.device_get(arrays).items()}
-
-
-def _checksum(array: np.ndarray) -> int:
-    # As bytes, since an array of bfloat16 has no `.data`.
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-
-
-# -- reading -------------------------------------------------------------------------------------
-
-
-def _read(path: Path, run: Identity, fresh: list[Any]) -> tuple[list[Any], int] | None:
-    """The latest checkpoint that can be read; a broken one before it is put aside, with a warning."""
-    with _manager(path) as manager:
-        steps = sorted(manager.all_steps(), reverse=True)
-        broken: dict[int, Exception] = {}
-        for step in steps:
-            try:
-                about = _about(manager, step)
-                if not (other := differences(about["run"], run)):
-                    leaves = _restore(manager, step, about["checksums"], fresh)
-            except Exception as error:
-                broken[step] = error
-                continue
-            if other:
-                raise ValueError(
-                    f"the checkpoint in `{path}` must be of this run, but it is of another one:\n  "
-                    + "\n  ".join(other)
-                    + "\nIt was left as it is. Give `checkpoint` another path, or delete the folder."
-                )
-            _put_aside(path, broken, step)
-            return leaves, step
-    if broken:
-        latest, reason = next(iter(broken.items()))
-        raise ValueError(
-            f"none of the checkpoints in `{path}` can be read, the latest (after {latest} products) because "
-            f"of {type(reason).__name__}: {reason}\nDelete the folder to start anew."
-        )
-    return None
-
-
-def _about(manager: Any, step: int) -> dict[str, Any]:
-    import orbax.checkpoint as ocp
-
-    return json.loads(
-        manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about["json"]
-    )
-
-
-def _restore(manager: Any, step: int, checksums: dict[str, int], fresh: list[Any]) -> list[Any]:
-    import orbax.checkpoint as ocp
-
-    numbers = {f"{i:04d}": jax.eval_shape(as_numbers, x) for i, x in enumerate(fresh) if x.size}
-    # Only shapes and dtypes are read: a view of one zero takes no memory.
-    like = {name: np.broadcast_to(np.zeros((), x.dtype), x.shape) for name, x in numbers.items()}
-    arrays = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))).state
-    if wrong := [name for name, x in arrays.items() if _checksum(np.asarray(x)) != checksums[name]]:
-        raise ValueError(f"the checksums of arrays {', '.join(wrong)} do not agree.")
-    return [_like(arrays[f"{i:04d}"], x) if x.size else x for i, x in enumerate(fresh)]
-
-
-def _like(array: np.ndarray, fresh: jax.Array) -> jax.Array:
-    """The numbers as an array of the kind, and in the place, of the one that the run began with."""
-    leaf = jnp.array(array)
-    if jnp.issubdtype(fresh.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(fresh))
-    # `device_put` commits, and what is committed without need cannot meet arrays of another device.
-    return jax.device_put(leaf, fresh.sharding) if fresh.committed else leaf
-
-
-def _put_aside(path: Path, broken: dict[int, Exception], step: int) -> None:
-    for other, error in broken.items():
-        warnings.warn(
-            f"the checkpoint after {other} products in `{path}` cannot be read ({type(error).__name__}) and "
-            f"is now `{other}.unreadable`; the run goes on from the one after {step}.",
-            stacklevel=2,
-        )
-        (path / str(other)).rename(path / f"{other}.unreadable")
+    def _write(self, progress: Progress) -> None:
+        count = progress.num_matvecs
+        gathered = self._matvec.gathered(count) if isinstance(self._matvec, Gathering) else {}
+        saved = _checkpoint_files.Saved(jax.tree.leaves(progress.state), gathered, count)
+        try:
+            _checkpoint_files.write(self._path, self._identity, saved)
+        except OSError as error:
+            before = self._saved
+            kept = f"the one after {before} products is still good" if before else "there is none before it"
+            raise OSError(
+                f"the checkpoint after {count} products could not be written to `{self._path}`; {kept}. "
+                f"Mend what is wrong and run the same again: {error}"
+            ) from error

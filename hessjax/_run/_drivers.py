@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool
 
-from hessjax._core import _tree
-from hessjax._core._messages import checked_count
+from hessjax._core import _numbers, _tree
+from hessjax._core._compiled import compiled
+from hessjax._core._messages import causes_of_nan, checked_count
 from hessjax._core._types import Amount, Block, Key, Matvec, Params, Relative, Tolerance, Vector
 from hessjax._run import _estimator
-from hessjax._run._estimator import Beginning, Callback, Carry, Estimator, Progress, begun
+from hessjax._run._estimator import Beginning, Callback, Carry, Estimator, Progress, begun, check_run
 
 CHECK_EVERY = 5
 """Products between two looks at the error: reading it makes the host wait for the device."""
@@ -116,12 +117,16 @@ def run(
         (55.0, 3)
     """
     _tree.check_floating(like, "like")
-    _check_estimator(estimator)
+    check_run(estimator, matvec, key, callbacks, on_device)
     if not on_device:
         refuse_tracers((estimator, matvec, key, like, state))
     elif callbacks:
         raise ValueError("`callbacks` must be empty with `on_device=True`: they run on the host.")
     limit = None if tol is None else Amount.of(tol, instead=", or None")
+    if state is not None:
+        _tree.check_like(
+            state, jax.eval_shape(_estimator.init, estimator, key, like), "state", "estimator.init(key, like)"
+        )
     carry = _begin(estimator, key, like) if state is None else _resume(state)
     left = begun(estimator)
     if isinstance(limit, Relative):
@@ -132,11 +137,13 @@ def run(
     if on_device:
         carry = loop_on_device(left, as_partial(matvec), like, loop.max_steps, limit, carry)
     else:
-        carry = _restored(loop, Beginning(estimator, matvec, key, like, carry.state), carry, max_matvecs)
-        carry = loop_on_host(loop, carry)
+        beginning = Beginning(estimator, matvec, key, like, carry.state)
+        # Entered first: a checkpoint locks its folder before it reads there.
+        with entered(callbacks):
+            carry = loop_on_host(loop, _restored(loop, beginning, carry, max_matvecs))
     result = _estimator.read_result(estimator, carry.state)
     if not isinstance(carry.failed_leaf, jax.core.Tracer) and int(carry.failed_leaf) >= 0:
-        raise _non_finite(carry, width, like, result)
+        raise _non_finite(carry, width, like, result, matvec)
     return result, carry.state
 
 
@@ -154,24 +161,6 @@ def refuse_tracers(tree: Any) -> None:
         )
 
 
-def _check_estimator(estimator: Any) -> None:
-    """An estimator goes through `jit` as an argument: one that is no pytree is made a static one."""
-    if not isinstance(estimator, Estimator):
-        raise TypeError(f"`estimator` must be an `Estimator`, such as `lanczos(5)`, got {estimator!r}.")
-    if not jax.tree_util.all_leaves([estimator]):
-        return
-    kind = type(estimator)
-    try:
-        hash(estimator)
-    except TypeError as error:
-        raise TypeError(
-            f"`estimator` must hash, got a {kind.__name__} that does not ({error}): make it a frozen "
-            "dataclass, and if it holds arrays a pytree with these as leaves "
-            "(`jax.tree_util.register_dataclass`)."
-        ) from None
-    jax.tree_util.register_static(kind)
-
-
 def _width(estimator: Estimator, state: Any, like: Params, argument: str) -> int:
     """How many vectors a step multiplies, all of them like the params."""
     # By a function of the module: a bound method would be traced anew in every run.
@@ -181,11 +170,13 @@ def _width(estimator: Estimator, state: Any, like: Params, argument: str) -> int
     return jax.tree.leaves(block)[0].shape[0]
 
 
-def _non_finite(carry: Carry, width: int, like: Params, result: Any) -> NonFiniteProductError:
+def _non_finite(carry: Carry, width: int, like: Params, result: Any, matvec: Matvec) -> NonFiniteProductError:
     count, leaf = int(carry.steps) * width, _tree.leaf_paths(like)[int(carry.failed_leaf)]
     where = f"product {count + 1}" if width == 1 else f"one of products {count + 1} to {count + width}"
+    mode = getattr(getattr(matvec, "func", None), "mode", None)  # of a Hessian made by hessjax
     return NonFiniteProductError(
-        f"{where} is not finite (first in leaf `{leaf}`): is the loss itself finite at these params? "
+        f"{where} is not finite (first in leaf `{leaf}`): is the loss itself finite at these params? If it "
+        f"is, its derivatives are not: {causes_of_nan(like, mode)}. `hj.check` names all leaves. "
         f"The result of the {count} products before is in `.result`, the state in `.state`.",
         result,
         carry.state,
@@ -202,7 +193,9 @@ def _begin(estimator: Estimator, key: Key, like: Params) -> Carry:
 
 def _resume(state: Any) -> Carry:
     # A copy: the steps give the state's memory away, and this one is the caller's.
-    return Carry(jax.tree.map(jnp.copy, state), jnp.int32(0), jnp.int32(-1))
+    with _numbers.meant():
+        copied = jax.tree.map(jnp.copy, state)
+    return Carry(copied, jnp.int32(0), jnp.int32(-1))
 
 
 def _restored(loop: Loop, beginning: Beginning, carry: Carry, max_matvecs: int) -> Carry:
@@ -229,15 +222,14 @@ def loop_on_host(loop: Loop, carry: Carry) -> Carry:
     refuse_tracers(carry)  # as it is inside `jit`, whatever the run was given
     dtypes = tuple(jnp.result_type(leaf) for leaf in jax.tree.leaves(loop.like))
     step, look_every = int(carry.steps), max(1, CHECK_EVERY // loop.width)
-    with entered(loop.callbacks):
-        while True:
-            if step and (step % look_every == 0 or step >= loop.max_steps) and _look(loop, carry, step):
-                return carry
-            products = tuple(map(loop.matvec, _estimator.query(loop.estimator, dtypes, carry.state)))
-            refuse_tracers(products)
-            _check_products(products, loop.like)
-            carry = _estimator.absorb(loop.estimator, carry, products)
-            step += 1
+    while True:
+        if step and (step % look_every == 0 or step >= loop.max_steps) and _look(loop, carry, step):
+            return carry
+        products = tuple(map(loop.matvec, _estimator.query(loop.estimator, dtypes, carry.state)))
+        refuse_tracers(products)
+        _check_products(products, loop.like)
+        carry = _estimator.absorb(loop.estimator, carry, products)
+        step += 1
 
 
 def _look(loop: Loop, carry: Carry, step: int) -> bool:
@@ -267,7 +259,7 @@ def entered(callbacks: Sequence[Callback]) -> Iterator[None]:
 # -- on the device ---------------------------------------------------------------------------------
 
 
-@jax.jit
+@compiled()
 def loop_on_device(
     estimator: Estimator, matvec: Matvec, like: Params, max_steps: Any, tol: Amount | None, carry: Carry
 ) -> Carry:

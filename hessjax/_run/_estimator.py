@@ -10,7 +10,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from hessjax._core import _tree
+from hessjax._core import _numbers, _tree
+from hessjax._core._messages import (
+    checked_any_key,
+    checked_flag,
+    checked_function,
+    checked_instance,
+    checked_sequence,
+    shown,
+)
 from hessjax._core._types import Amount, Block, Key, Matvec, Params, Relative, Scalar, Vector
 
 
@@ -137,11 +145,24 @@ class Carry(NamedTuple):
     failed_leaf: Int[Array, ""]
 
 
-@jax.jit
+def _meant(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled function whose NaN and infinity are meant, such as the error of a run that has no sample."""
+
+    @functools.wraps(compiled)
+    def call(*args: Any) -> Any:
+        with _numbers.meant():
+            return compiled(*args)
+
+    return call
+
+
+@_meant
+@functools.partial(jax.jit, keep_unused=True)  # `like` tells jit which mesh it is on
 def init(estimator: Estimator, key: Key, like: Params) -> Any:
     return estimator.init(key, like)
 
 
+@_meant
 @jax.jit
 def read_result(estimator: Estimator, state: Any) -> Any:
     return estimator.result(state)
@@ -172,9 +193,10 @@ def update(estimator: Estimator, carry: Carry, products: Block) -> Carry:
     state = jax.lax.cond(
         failed < 0, estimator.update, lambda state, _: state, carry.state, _tree.wide(products)
     )
-    return Carry(state, carry.steps + (failed < 0), failed)
+    return Carry(state, carry.steps + jnp.int32(failed < 0), failed)
 
 
+@_meant
 @jax.jit
 def error(estimator: Estimator, tol: Amount | None, state: Any) -> tuple[Scalar, Scalar]:
     """The error, and the target it has to reach."""
@@ -244,4 +266,46 @@ def checked_options(function: str, options: Mapping[str, Any]) -> RunOptions:
             f"{function}() got an unexpected keyword argument '{min(unknown)}'; options of a run are "
             f"{', '.join(f'`{name}`' for name in RunOptions.__annotations__)}."
         )
+    check_callbacks(options.get("callbacks", ()))
+    checked_flag("on_device", options.get("on_device", False))
     return RunOptions(**options)  # type: ignore[typeddict-item]
+
+
+def check_callbacks(callbacks: Any) -> None:
+    """Raise a TypeError for what is no sequence of functions, or one that only makes a callback."""
+    for callback in checked_sequence("callbacks", callbacks, "functions `(progress) -> None`"):
+        # Called with a `Progress`, they would make one more callback and show nothing.
+        is_maker = getattr(callback, "__name__", "") in ("progress_bar", "checkpoint")
+        if not callable(callback) or is_maker:
+            hint = f": call it, `hessjax.{callback.__name__}(...)`" if is_maker else ""
+            raise TypeError(
+                "`callbacks` must hold functions `(progress) -> None`, such as `hessjax.progress_bar()`, "
+                f"got {shown(callback)}{hint}."
+            )
+        checked_function("callbacks", callback, "(progress) -> None")
+
+
+def check_run(estimator: Any, matvec: Any, key: Any, callbacks: Any, on_device: Any) -> None:
+    """Raise an error for arguments of a run that are not what they must be."""
+    _check_estimator(estimator)
+    checked_function("matvec", matvec, "(vector) -> vector")
+    checked_any_key(key)
+    check_callbacks(callbacks)
+    checked_flag("on_device", on_device)
+
+
+def _check_estimator(estimator: Any) -> None:
+    """An estimator goes through `jit` as an argument: one that is no pytree is made a static one."""
+    checked_instance("estimator", estimator, Estimator, "lanczos(5)")
+    if not jax.tree_util.all_leaves([estimator]):
+        return
+    kind = type(estimator)
+    try:
+        hash(estimator)
+    except TypeError as error:
+        raise TypeError(
+            f"`estimator` must hash, got a {kind.__name__} that does not ({error}): make it a frozen "
+            "dataclass, and if it holds arrays a pytree with these as leaves "
+            "(`jax.tree_util.register_dataclass`)."
+        ) from None
+    jax.tree_util.register_static(kind)

@@ -27,7 +27,7 @@ def identity(beginning: Beginning) -> Identity:
     estimator, matvec, key, like, state = beginning
     found: Identity = {"estimator": describe(estimator)}
     found |= {"matvec": describe(matvec), "key": _digest(as_numbers(key))}
-    found |= {f"params {path}": f"{_kind(x)} {_digest(x)}" for path, x in _leaves(like)}
+    found |= fingerprint(like, "params")
     # A Partial is a pytree: the batch and the params in it can be looked at.
     arrays = {f"matvec {path}": x for path, x in _leaves(matvec) if _is_array(x)}
     arrays |= {f"state {path}": x for path, x in _leaves(state)}
@@ -35,6 +35,12 @@ def identity(beginning: Beginning) -> Identity:
     samples = _samples([as_numbers(x) for x in arrays.values()])
     pairs = zip(arrays, jax.device_get(samples), strict=True)
     return found | {f"{name}, numbers in it": np.asarray(x, float).tolist() for name, x in pairs}
+
+
+def fingerprint(tree: Any, name: str) -> Identity:
+    """Kind and digest of every array of a tree, by path; every bit counts."""
+    arrays = {path: as_numbers(x) for path, x in _leaves(tree) if _is_array(x)}
+    return {f"{name} {path}": f"{_kind(x)} {_digest(x)}" for path, x in arrays.items()}
 
 
 def differences(saved: Identity, now: Identity) -> list[str]:

@@ -11,6 +11,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from hessjax._core import _tree
+from hessjax._core._messages import checked_any_key, checked_function
 from hessjax._core._types import Key, LossFn, Matvec, Params, Scalar, Vector
 from hessjax.analysis._comparisons import (
     Check,
@@ -23,9 +24,12 @@ from hessjax.analysis._comparisons import (
     loss_and_gradient,
     named,
 )
+from hessjax.analysis._examples import example_rows
+from hessjax.analysis._finite import cheapest_mode, finite_products, not_finite, untested
 from hessjax.curvature._batches import check_reiterable
 from hessjax.curvature._hessian import hessian
-from hessjax.curvature._product import at_precision, scalar
+from hessjax.curvature._product import at_precision, check_call, scalar
+from hessjax.curvature._weights import Weights
 from hessjax.estimators.probes import gaussian
 
 CAUTION = 5
@@ -37,6 +41,7 @@ def check(
     params: Params,
     *args: Any,
     batches: Iterable[Any] | None = None,
+    weights: Weights | None = None,
     matvec: Matvec | None = None,
     key: Key | None = None,
 ) -> Check:
@@ -45,6 +50,7 @@ def check(
     With eps the spacing of the coarsest dtype among params and loss, the rows are:
 
     - *finite params*, *finite loss*: numbers that are NaN or infinite. If there are any, nothing else runs.
+    - *finite products*: likewise in the gradient and in two products; what depends on these is not tested.
     - *same data* (with `batches`): batches that differ between two passes.
     - *same loss*, *same loss retraced*, *same products*: relative change when computed a second time,
       from the same compiled program or from a fresh trace. Fails for randomness that does not enter
@@ -54,6 +60,9 @@ def check(
     - *gradient*, *Hessian*: relative disagreement with central differences of the loss and of the gradient
       in the worst leaf. The limit is √eps and five times the uncertainty of the differences themselves,
       which three steps show: at kinks (ReLU), and where rounding drowns them, they cannot tell much.
+    - *examples*: the mean of the examples' gradients against the gradient, each by its weight; *halves*: that
+      of the gradients of the batch's two halves. The limit is √eps and ten times what the gradient changes
+      by when the examples change places. Both are notes where `args[0]` is no batch.
     - *precision*, *unused leaves*: notes. What the device's default precision changes in a product;
       leaves whose gradient and product are exactly zero.
 
@@ -63,6 +72,8 @@ def check(
         *args: what else the loss takes; with `batches`, what it takes after the batch.
         batches: an iterable of batches that starts afresh each time. The data are compared in full,
             everything else runs on the first batch, `loss_fn(params, batch, *args)`.
+        weights: `weights(batch) -> array`, how much each example counts in the loss's own mean, as
+            `per_example_grads` and `over_batches` take it. None: all alike.
         matvec: the matvec to test for repetition, symmetry and linearity; by default the Hessian.
         key: random key for the test vectors; `jax.random.key(0)` by default.
 
@@ -72,11 +83,12 @@ def check(
     Raises:
         TypeError: `params` has leaves that are not floating point, or `loss_fn` does not return one real
             number.
-        ValueError: `batches` is empty.
+        ValueError: `batches` is empty; `weights` do not fit, are negative, not finite or all zero.
 
     Cost:
-        About 20 gradients, and six losses for each leaf (or each of 16 groups); two passes over
-        `batches`. Compiles the loss three times on purpose, gradient and product once.
+        About 25 gradients, and six losses for each leaf (or each of 16 groups); two passes over `batches`.
+        Compiles the loss three times on purpose, the product once, the gradient also for half a batch and for
+        single examples.
 
     Example:
         >>> import jax.numpy as jnp
@@ -91,16 +103,19 @@ def check(
         'gradient and product are exactly zero in: spare'
     """
     _tree.check_floating(params)
-    key = jax.random.key(0) if key is None else key
+    if matvec is not None:
+        checked_function("matvec", matvec, "(vector) -> vector")
+    key = jax.random.key(0) if key is None else checked_any_key(key)
     rows = []
     if batches is not None:
         check_reiterable(batches)
         changed, detail = compare_passes(batches)
         rows.append(CheckRow("same data", changed == 0, changed, 0, detail))
         args = (_first(batches), *args)
+    check_call("loss_fn", loss_fn, args)
     rows += _finite(loss_fn, params, args)
     if all(row.passed for row in rows if row.name.startswith("finite")):
-        rows += _derivatives(loss_fn, params, args, matvec, key)
+        rows += _derivatives(loss_fn, params, args, weights, matvec, key)
     return Check(tuple(rows))
 
 
@@ -111,7 +126,7 @@ def _first(batches: Iterable[Any]) -> Any:
 
 
 def _finite(loss_fn: LossFn, params: Params, args: tuple[Any, ...]) -> list[CheckRow]:
-    counts = [int(jnp.size(leaf) - jnp.sum(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(params)]
+    counts = list(map(not_finite, jax.tree.leaves(params)))
     at_fault = named(params, [number > 0 for number in counts])
     detail = f"NaN or infinite in: {at_fault}" if at_fault else dtypes(params)
     rows = [CheckRow("finite params", not at_fault, sum(counts), 0, detail)]
@@ -123,25 +138,44 @@ def _finite(loss_fn: LossFn, params: Params, args: tuple[Any, ...]) -> list[Chec
 
 
 def _derivatives(
-    loss_fn: LossFn, params: Params, args: tuple[Any, ...], matvec: Matvec | None, key: Key
+    loss_fn: LossFn,
+    params: Params,
+    args: tuple[Any, ...],
+    weights: Weights | None,
+    matvec: Matvec | None,
+    key: Key,
 ) -> Iterator[CheckRow]:
     loss, keys = Partial(loss_fn), jax.random.split(key, 4)
     value, grads = loss_and_gradient(loss, params, args)
     # The coarsest dtype decides what can agree: with one bfloat16 leaf everything is known to 2⁻⁸ at best.
     eps = max(float(jnp.finfo(jnp.result_type(leaf)).eps) for leaf in [*jax.tree.leaves(params), value])
-    yield from _repeated_losses(loss_fn, params, args, eps)
-    own = hessian(loss_fn, params, *args, mode=_mode(loss_fn, params, args))
+    own = hessian(loss_fn, params, *args, mode=cheapest_mode(loss_fn, params, args))
     A = own if matvec is None else matvec
     u, v = (_tree.cast_like(gaussian(k, params), params) for k in keys[:2])
     Au, Av = A(u), A(v)
-    yield _same_products(A, u, Au, eps)
-    yield _symmetric(A, params, (u, v), (Au, Av), eps)
-    yield _linear(A, params, (u, v), (Au, Av), eps)
-    yield _agreement("gradient", compare_gradient(loss, params, args, keys[2], eps), params, eps)
-    # Always the Hessian, whatever `matvec` is: a GGN does not agree with differences of the gradient.
-    yield _agreement("Hessian", compare_product(own, loss, params, args, keys[3], eps), params, eps)
-    yield _device_precision(loss_fn, params, args, u, own(u))
-    yield _unused(params, grads, Au)
+    _tree.check_like(Au, u, "matvec(vector)", "params")
+    finite, bad = finite_products(loss_fn, params, args, grads, (Au, Av), matvec)
+    yield finite
+    yield from _repeated_losses(loss_fn, params, args, eps)
+    if "product" in bad:
+        yield from (untested(name, bad["product"]) for name in ("same products", "symmetric", "linear"))
+    else:
+        yield _same_products(A, u, Au, eps)
+        yield _symmetric(A, params, (u, v), (Au, Av), eps)
+        yield _linear(A, params, (u, v), (Au, Av), eps)
+    if "gradient" in bad:
+        names = ("gradient", "Hessian", "examples", "halves")
+        yield from (untested(name, bad["gradient"]) for name in names)
+    else:
+        yield _agreement("gradient", compare_gradient(loss, params, args, keys[2], eps), params, eps)
+        # Always the Hessian, whatever `matvec` is: a GGN does not agree with differences of the gradient.
+        if matvec is None and "product" in bad:
+            yield untested("Hessian", bad["product"])
+        else:
+            yield _agreement("Hessian", compare_product(own, loss, params, args, keys[3], eps), params, eps)
+        yield from example_rows(loss, params, args, weights, grads, eps)
+    yield _device_precision(loss_fn, params, args, u, Au if matvec is None else own(u))
+    yield untested("unused leaves", next(iter(bad.values()))) if bad else _unused(params, grads, Au)
 
 
 def _unused(params: Params, grads: Vector, product: Vector) -> CheckRow:
@@ -243,15 +277,6 @@ def _relative(change: Vector, products: Sequence[Vector]) -> np.ndarray:
 # -- derivatives -----------------------------------------------------------------------------------
 
 
-def _mode(loss_fn: LossFn, params: Params, args: tuple[Any, ...]) -> str:
-    """The cheapest nesting of derivatives that the loss admits."""
-    try:  # a trace decides; nothing is computed or compiled
-        jax.eval_shape(hessian(loss_fn, params, *args), params)
-    except TypeError:
-        return "reverse-over-reverse"
-    return "forward-over-reverse"
-
-
 def _agreement(name: str, comparison: Comparison, params: Params, eps: float) -> CheckRow:
     error, uncertainty = comparison.error, CAUTION * comparison.uncertainty
     limits = eps**0.5 + uncertainty
@@ -283,7 +308,7 @@ def _device_precision(
         return CheckRow(
             "precision", True, 0.0, math.inf, "a CPU computes in the full precision of the dtypes"
         )
-    lower = hessian(loss_fn, params, *args, mode=_mode(loss_fn, params, args), precision=None)(u)
+    lower = hessian(loss_fn, params, *args, mode=cheapest_mode(loss_fn, params, args), precision=None)(u)
     change = float(_relative(_tree.add_scaled(lower, -1.0, product), [product]).max())
     detail = f"change of a product under the default precision of {device.device_kind}; hessjax asks for full"
     return CheckRow("precision", True, change, math.inf, detail)

@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
-from rich.table import Table
-from rich.text import Text
 
-from hessjax._core import _tree
-from hessjax._core._messages import plain
+from hessjax._core import _numbers, _tree
+from hessjax._core._compiled import compiled
+from hessjax._core._tables import Column, Row, Table, printable
 from hessjax._core._types import Key, LossFn, Matvec, Params, Scalar, Vector
 from hessjax.curvature._product import at_precision, scalar
 from hessjax.estimators.probes import gaussian, rademacher
@@ -29,7 +28,8 @@ class CheckRow(NamedTuple):
         name: what should hold.
         passed: whether it does.
         measured: how far it is from holding; `check` says in which unit.
-        limit: the most that may be; infinite for a note, which cannot fail.
+        limit: the most that may be; infinite for a note, which cannot fail; NaN for what could not be tested,
+            which has not passed.
         detail: what was seen, with the paths of the leaves at fault, and what may be the cause.
     """
 
@@ -40,6 +40,7 @@ class CheckRow(NamedTuple):
     detail: str
 
 
+@printable
 class Check(NamedTuple):
     """What `check` returns: rows to compute with, and a table when printed.
 
@@ -54,28 +55,22 @@ class Check(NamedTuple):
         """Whether every row passed."""
         return all(row.passed for row in self.rows)
 
-    def __rich__(self) -> Table:
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        for title in ("Check", "Result", "Measured", "Limit"):
-            table.add_column(
-                title, justify="right" if title in ("Measured", "Limit") else "left", no_wrap=True
-            )
-        table.add_column("Detail")
-        for row in self.rows:
-            table.add_row(*_cells(row), style="" if row.passed else "bold red")
-        return table
+    def to_text(self, width: int | None = None) -> str:
+        """The table, at most `width` columns wide; by default as wide as the terminal, 80 without one."""
+        return self._table().to_text(width)
 
-    def __str__(self) -> str:
-        return plain(self)
-
-    def __repr__(self) -> str:  # a notebook's last line shows the table
-        return str(self)
+    def _table(self) -> Table:
+        heads = (Column("Check", "word"), Column("Result", "word"), Column("Measured", rank=1),
+                 Column("Limit", rank=2), Column("Detail", "text"))  # fmt: skip
+        rows = [Row(_cells(row), "" if row.passed else "bold red") for row in self.rows]
+        return Table(heads, tuple(rows))
 
 
-def _cells(row: CheckRow) -> tuple[str | Text, ...]:
-    note = math.isinf(row.limit)
-    result = "FAILED" if not row.passed else "note" if note else "ok"
-    return row.name, result, f"{row.measured:.3g}", "" if note else f"{row.limit:.3g}", Text(row.detail)
+def _cells(row: CheckRow) -> tuple[str, ...]:
+    note, untested = math.isinf(row.limit), math.isnan(row.limit)
+    result = "untested" if untested else "FAILED" if not row.passed else "note" if note else "ok"
+    measured, limit = "" if untested else f"{row.measured:.3g}", f"{row.limit:.3g}"
+    return row.name, result, measured, "" if note or untested else limit, row.detail
 
 
 def named(params: Params, flags: Iterable[Any]) -> str:
@@ -157,8 +152,8 @@ def compare_product(
         disagreement, size = _residual(*ends, h, product)
         disagreements.append(disagreement)
         sizes.append(size)
-    spread = [_norms(_tree.add_scaled(disagreements[0], -1.0, other)) for other in disagreements[1:]]
-    columns = jax.device_get((_norms(disagreements[0]), jnp.maximum(*spread), sizes[0]))
+    spread = [norms(_tree.add_scaled(disagreements[0], -1.0, other)) for other in disagreements[1:]]
+    columns = jax.device_get((norms(disagreements[0]), jnp.maximum(*spread), sizes[0]))
     return _relative([[i] for i in range(len(sizes[0]))], np.array(columns, float).T)
 
 
@@ -173,14 +168,14 @@ def _count(params: Params) -> int:
     return len(jax.tree.leaves(params))
 
 
-@jax.jit
+@compiled()
 def loss_and_gradient(loss_fn: LossFn, params: Params, args: tuple[Any, ...]) -> tuple[Scalar, Vector]:
     """The loss and its gradient, in full float32."""
     with at_precision("highest"):
         return jax.value_and_grad(scalar(loss_fn, args))(params)
 
 
-@jax.jit
+@compiled()
 def _slopes(
     loss_fn: LossFn,
     params: Params,
@@ -198,7 +193,7 @@ def _slopes(
         change = loss(there) - loss(back)
     length = _tree.norm(step)
     length = jnp.where(length > 0, length, 1)
-    return change / length, _tree.inner(step, _tree.wide(grads)) / length
+    return jnp.divide(*_numbers.promoted(change, length)), _tree.inner(step, _tree.wide(grads)) / length
 
 
 @jax.jit
@@ -212,7 +207,9 @@ def _moved(params: Params, direction: Vector, t: Float[Array, " l"]) -> Params:
 @jax.jit
 def _difference(there: Params, back: Params, h: ArrayLike) -> Vector:
     """(there − back) / 2h."""
-    return jax.tree.map(lambda x, y: (x - y) / (2 * h), _tree.wide(there), _tree.wide(back))
+    return jax.tree.map(
+        lambda x, y: (x - y) / jnp.asarray(2 * h, x.dtype), _tree.wide(there), _tree.wide(back)
+    )
 
 
 @jax.jit
@@ -221,13 +218,13 @@ def _residual(
 ) -> tuple[Vector, Float[Array, " l"]]:
     """Difference of gradients less the product, and the size of the two, leaf by leaf."""
     measured, product = _difference(there, back, h), _tree.wide(product)
-    return _tree.add_scaled(measured, -1.0, product), jnp.maximum(_norms(measured), _norms(product))
+    return _tree.add_scaled(measured, -1.0, product), jnp.maximum(norms(measured), norms(product))
 
 
 @jax.jit
-def _norms(vector: Vector) -> Float[Array, " l"]:
+def norms(vector: Vector) -> Float[Array, " l"]:
     """‖·‖ of every leaf."""
-    return jnp.stack([_tree.norm(leaf) for leaf in jax.tree.leaves(_tree.wide(vector))])
+    return jnp.stack(_numbers.promoted(*(_tree.norm(leaf) for leaf in jax.tree.leaves(_tree.wide(vector)))))
 
 
 @jax.jit
@@ -235,8 +232,10 @@ def _toward(grads: Vector, random: Vector, params: Params) -> tuple[Vector, Floa
     """Directions of norm 1 in every leaf, and the length of the weights in it."""
     unit = functools.partial(jax.tree.map, lambda x: x / jnp.where(_tree.norm(x) > 0, _tree.norm(x), 1))
     direction = unit(_tree.add_scaled(unit(_tree.wide(grads)), 1.0, unit(random)))
-    roots = jnp.sqrt(jnp.array([jnp.size(leaf) for leaf in jax.tree.leaves(params)], jnp.float32))
-    return direction, _scales(params) * roots
+    scales = _scales(params)
+    return direction, scales * jnp.sqrt(
+        jnp.array([jnp.size(x) for x in jax.tree.leaves(params)], scales.dtype)
+    )
 
 
 @jax.jit
@@ -248,11 +247,11 @@ def _in_scale(signs: Vector, params: Params) -> Vector:
 
 def _scales(params: Params) -> Float[Array, " l"]:
     """The root mean square of every leaf; that of all weights where a leaf's is smaller."""
-    sizes = jnp.array([max(jnp.size(leaf), 1) for leaf in jax.tree.leaves(params)], jnp.float32)
-    norms = _norms(params)
+    lengths = norms(params)
+    sizes = jnp.array([max(jnp.size(leaf), 1) for leaf in jax.tree.leaves(params)], lengths.dtype)
     # A leaf of zeros (fresh biases) has no scale of its own, and a step of zero would test nothing.
-    everywhere = jnp.sqrt(jnp.sum(norms**2) / jnp.sum(sizes))
-    return jnp.maximum(norms / jnp.sqrt(sizes), jnp.where(everywhere > 0, everywhere, 1.0))
+    everywhere = jnp.sqrt(jnp.sum(lengths**2) / jnp.sum(sizes))
+    return jnp.maximum(lengths / jnp.sqrt(sizes), jnp.where(everywhere > 0, everywhere, 1.0))
 
 
 def compare_passes(batches: Iterable[Any]) -> tuple[int, str]:

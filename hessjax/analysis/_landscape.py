@@ -9,12 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from hessjax._core import _tree
+from hessjax._core._compiled import compiled
+from hessjax._core._messages import check_flags, checked_count, shown
 from hessjax._core._types import Block, LossFn, Params, Scalar, Vector
-from hessjax.curvature._batches import check_batches, count_examples, leading_axis
-from hessjax.curvature._product import as_pytree, at_precision, scalar
+from hessjax._run._bar import columns
+from hessjax.curvature._batches import check_batches
+from hessjax.curvature._product import as_pytree, at_precision, check_call, check_precision, scalar
+from hessjax.curvature._weights import Weights, batch_weight, check_total, check_weights
 from hessjax.estimators._samples import sampling_error
 
 
@@ -46,7 +50,7 @@ def landscape(
     directions: Vector | Sequence[Vector] | Block,
     distances: ArrayLike | Sequence[Any] | None = None,
     batches: Iterable[Any] | None = None,
-    num_examples: Callable[[Any], int] = leading_axis,
+    weights: Weights | None = None,
     points_at_once: int = 1,
     precision: str | None = "highest",
     progress: bool = False,
@@ -54,8 +58,8 @@ def landscape(
     """The loss at params + Σ tᵢ·dᵢ, on a grid of distances t along one direction d₁ or two.
 
     Without `batches` it is `loss_fn(params, *args)` that is drawn. With them it is the mean of
-    `loss_fn(params, batch, *args)` over the data set, every example counting once; the data are passed
-    over once, each batch being evaluated at every point of the grid.
+    `loss_fn(params, batch, *args)` over the data set, every example counting once, or by its weight; the
+    data are passed over once, each batch being evaluated at every point of the grid.
 
     Args:
         loss_fn: `loss_fn(params, *args) -> scalar`, the mean over the examples of its batch. Whatever is
@@ -69,7 +73,8 @@ def landscape(
         distances: an increasing array for all directions, or one for each. By default 51 points from -1
             to 1 on a curve, 25 in each direction of a plane.
         batches: any iterable of batches; a generator will do.
-        num_examples: `batch -> int`; by default the common length of the leading axes.
+        weights: `weights(batch) -> array`, how much each batch counts, as for `over_batches`. None: the
+            common length of its leading axes.
         points_at_once: how many points one call evaluates side by side. More than 1 fills an accelerator;
             on a CPU it only costs (convolutions with weights of their own for every point run about ten
             times slower).
@@ -83,7 +88,8 @@ def landscape(
         TypeError: `params` or a direction have leaves that are not floating point, `batches` cannot be
             iterated, or `loss_fn` does not return one real number.
         ValueError: a direction is not like `params` (every leaf is listed), there are more than two,
-            distances do not increase or do not fit the directions, a batch has no examples.
+            distances do not increase or do not fit the directions, a batch has no examples; weights without
+            `batches`, or negative, not finite, or zero for all of them.
 
     Cost:
         One forward pass for every point and batch; `points_at_once` times the memory of one, and the
@@ -109,22 +115,26 @@ def landscape(
         ((25, 25), 3.0)
     """
     _tree.check_floating(params)
+    if batches is not None:
+        check_batches(batches)
+    check_call("loss_fn", loss_fn, args if batches is None else (0, *args))
+    points_at_once = checked_count("points_at_once", points_at_once)
+    check_precision(precision)
+    check_flags(progress=progress)
     rows = _rows(directions, params)
     axes = _axes(distances, len(rows))
-    if points_at_once < 1:
-        raise ValueError(f"`points_at_once` must be at least 1, got {points_at_once}.")
     dtype = _tree.accumulator_dtype(params)
     points = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).astype(dtype)
     chunks = _chunks(points.reshape(-1, len(axes)), points_at_once)
     evaluate = functools.partial(_losses, precision, as_pytree(loss_fn), params, rows)
-    sources = _sources(args, batches, num_examples)
+    sources = _sources(args, batches, weights)
     with _bar(progress, batches, len(chunks)) as advance:
-        weights, losses = _evaluated(evaluate, chunks, sources, advance)
-    moments = _mean_and_stderr(weights, losses[:, : points[..., 0].size])
+        of_batches, losses = _evaluated(evaluate, chunks, sources, advance)
+    moments = _mean_and_stderr(of_batches, losses[:, : points[..., 0].size])
     mean, stderr = (jax.device_put(x.reshape(points.shape[:-1]).astype(dtype)) for x in moments)
     norms = jnp.stack([_norm(row) for row in rows])
     distances = tuple(jax.device_put(axis.astype(dtype)) for axis in axes)
-    return Landscape(distances, mean, stderr, norms, len(weights))
+    return Landscape(distances, mean, stderr, norms, len(of_batches))
 
 
 # -- what is asked for -----------------------------------------------------------------------------
@@ -132,6 +142,7 @@ def landscape(
 
 def _rows(directions: Any, params: Params) -> tuple[Vector, ...]:
     """The directions one by one, from a vector, a block, or a list of vectors."""
+    _tree.check_arrays(directions, "directions")
     # The structure tells them apart: params that are a list look like a list of directions, by type.
     same: bool = jax.tree.structure(directions) == jax.tree.structure(params)  # type: ignore[operator]
     rows = [directions]
@@ -163,8 +174,15 @@ def _axes(distances: Any, number: int) -> list[np.ndarray]:
     """The grid's distances, one array for each direction."""
     if distances is None:
         distances = np.linspace(-1, 1, 51 if number == 1 else 25)
+    if isinstance(distances, (str, bytes, dict)) or not np.iterable(distances):
+        raise TypeError(
+            f"`distances` must be numbers, or numbers for each direction, got {shown(distances)}."
+        )
     shared = all(np.ndim(distance) == 0 for distance in distances)
-    axes = [np.asarray(axis, float) for axis in ([distances] * number if shared else distances)]
+    try:
+        axes = [np.asarray(axis, float) for axis in ([distances] * number if shared else distances)]
+    except (TypeError, ValueError):
+        raise TypeError(f"`distances` must be real numbers, got {shown(distances)}.") from None
     if len(axes) != number:
         raise ValueError(
             f"`distances` must be one array, or one for each of the {number} directions, got {len(axes)}."
@@ -184,19 +202,24 @@ def _chunks(points: np.ndarray, at_once: int) -> list[np.ndarray]:
     return list(points.reshape(-1, at_once, points.shape[1]))
 
 
-def _sources(args: tuple[Any, ...], batches: Any, num_examples: Any) -> Iterator[tuple[int, tuple[Any, ...]]]:
+def _sources(
+    args: tuple[Any, ...], batches: Any, weights: Weights | None
+) -> Iterator[tuple[float, tuple[Any, ...]]]:
     """Each batch's weight, and the arguments of the loss."""
+    check_weights(weights)
     if batches is None:
-        yield 1, args
+        if weights is not None:
+            raise ValueError("`weights` must come with `batches`: without them there is no mean to take.")
+        yield 1.0, args
         return
     check_batches(batches)
-    index = -1
+    index, total = -1, 0.0
     for index, batch in enumerate(batches):
-        weight = count_examples(num_examples, batch, index)
-        # Put on the device once; every point of the grid reads it from there.
-        yield weight, (jax.device_put(batch), *args)
-    if index < 0:
-        raise ValueError("`batches` must hold at least one batch, got none.")
+        if weight := batch_weight(weights, batch, index):  # one of padding is not there: its loss may be 0/0
+            total += weight
+            # Put on the device once; every point of the grid reads it from there.
+            yield weight, (jax.device_put(batch), *args)
+    check_total(total, index)
 
 
 # -- computing it ----------------------------------------------------------------------------------
@@ -205,7 +228,7 @@ def _sources(args: tuple[Any, ...], batches: Any, num_examples: Any) -> Iterator
 def _evaluated(
     evaluate: Callable[..., Array],
     chunks: list[np.ndarray],
-    sources: Iterable[tuple[int, tuple[Any, ...]]],
+    sources: Iterable[tuple[float, tuple[Any, ...]]],
     advance: Callable[[Array], Array],
 ) -> tuple[np.ndarray, np.ndarray]:
     """The weight of every batch (b,), and its losses at all points (b, n)."""
@@ -218,7 +241,7 @@ def _evaluated(
     return np.array(weights), np.array(losses)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@compiled(static_argnums=0)
 def _losses(
     precision: str | None,
     loss_fn: LossFn,
@@ -253,11 +276,9 @@ _norm = jax.jit(_tree.norm)
 @contextlib.contextmanager
 def _bar(shown: bool, batches: Any, calls: int) -> Iterator[Callable[[Array], Array]]:
     """A progress bar, and the function that moves it on when a result is there."""
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(),
-               TextColumn("evaluations"), TimeRemainingColumn(compact=True))  # fmt: skip
     number = 1 if batches is None else len(batches) if isinstance(batches, Sized) else None
-    with Progress(*columns, disable=not shown) as bar:
-        task = bar.add_task("landscape", total=number and number * calls)
+    with Progress(*columns(), disable=not shown) as bar:
+        task = bar.add_task("landscape", total=number and number * calls, text="evaluations")
 
         def advance(result: Array) -> Array:
             if shown:  # a bar of calls that were only dispatched would run ahead of the work

@@ -1,35 +1,38 @@
 """How much each leaf can be pruned: one at a time, at one sparsity at a time, measured and predicted."""
 
+import contextlib
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
-from rich.table import Table
-from rich.text import Text
 
-from hessjax._core import _tree
+from hessjax._core import _files, _tree
 from hessjax._core._axes import is_matrix
-from hessjax._core._messages import plain
+from hessjax._core._messages import check_functions, checked_number, shown
+from hessjax._core._tables import Column, Row, Table, printable
 from hessjax._core._types import Block, Params, Scalar, Where
 from hessjax._run import _drivers
-from hessjax.analysis import _sensitivity_csv
+from hessjax._run._estimator import check_callbacks
+from hessjax._run._identity import Identity, describe, fingerprint
+from hessjax.analysis import _metrics, _sensitivity_csv, _sensitivity_file
 from hessjax.analysis._sensitivity_csv import SensitivityRow, level_name
 from hessjax.pruning._once import prune_once
 from hessjax.pruning._ranking import check_sparsity
 from hessjax.pruning.allocations._allocation import uniform
 from hessjax.pruning.patterns._pattern import Pattern, Patterns, patterns_of, unstructured
 from hessjax.pruning.saliencies._first_order import magnitude
-from hessjax.pruning.saliencies._saliency import Saliency
+from hessjax.pruning.saliencies._saliency import Saliency, checked_saliency
 
 _Question: TypeAlias = tuple[str, str]
 """A leaf, and a level as the file has it."""
 
 
+@printable
 class Sensitivity(NamedTuple):
     """What `sensitivity` returns: rows to compute with, and a table when printed.
 
@@ -40,27 +43,33 @@ class Sensitivity(NamedTuple):
     rows: tuple[SensitivityRow, ...]
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write `parameter,sparsity,<metrics>`, and `predicted` if there is a prediction."""
-        _sensitivity_csv.write(Path(path), self.rows)
+        """Write `parameter,sparsity,<metrics>`, and `predicted` if there is a prediction.
 
-    def __rich__(self) -> Table:
-        table = Table(box=None, header_style="bold", pad_edge=False)
+        A file that is there is replaced in one go, once the new one is on disk. Names that a spreadsheet
+        would compute (`=a`, `-b`) have a `'` before them.
+        """
+        _sensitivity_csv.write(_files.local_path("path", path), self.rows)
+
+    def to_text(self, width: int | None = None) -> str:
+        """The table, at most `width` columns wide; by default as wide as the terminal, 80 without one."""
+        return self._table().to_text(width)
+
+    def _table(self) -> Table:
         has_model = any(row.predicted is not None for row in self.rows)
-        titles = [*self.rows[0].metrics, *(["predicted rise"] if has_model else [])]
-        for title in ("parameter", "sparsity", *titles):
-            table.add_column(Text(title), justify="left" if title == "parameter" else "right", no_wrap=True)
-        last = ""
+        metrics = list(dict.fromkeys(name for row in self.rows for name in row.metrics))
+        heads = [Column("parameter", "name"), Column("sparsity")]
+        heads += [Column(name, rank=2 * rank) for rank, name in enumerate(metrics)]  # the last ones go first
+        heads += [Column("predicted rise", rank=1)] if has_model else []
+        rows, last = [], ""
         for row in self.rows:
-            numbers = [*row.metrics.values(), *([row.predicted] if has_model else [])]
+            numbers = [row.metrics.get(name) for name in metrics] + [row.predicted] * has_model
             name, last = "" if row.parameter == last else row.parameter, row.parameter
-            table.add_row(Text(name), level_name(row.sparsity), *(f"{x:.4g}" for x in numbers))
-        return table
+            rows.append(Row((name, level_name(row.sparsity), *map(_cell, numbers))))
+        return Table(tuple(heads), tuple(rows), hint="`.to_text({width})` and `.to_csv` have them.")
 
-    def __str__(self) -> str:
-        return plain(self)
 
-    def __repr__(self) -> str:  # a notebook's last line shows the table
-        return str(self)
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
 
 
 def sensitivity(
@@ -100,8 +109,9 @@ def sensitivity(
         where: which leaves: a glob over their paths, several, or `(path, leaf) -> bool`. By default all with
             two or more axes; empty ones are left out.
         path: a CSV file to which every row is added as soon as it is measured. Rows that are in it already
-            are not measured again. It does not know what `params`, `metric` and `saliency` were: take one
-            file for one question.
+            are not measured again; of a line that a kill cut off, nothing is kept. Beside it, `<path>.json`
+            records the params, the saliency, the diagonal and the patterns, and a table of others is
+            refused. It does not know what `metric` and `grads_fn` compute: take one file for one question.
         callbacks: told of the evaluations as `run` tells them of products:
             `hj.progress_bar("sensitivity", unit="evaluations")`.
 
@@ -113,9 +123,11 @@ def sensitivity(
     Raises:
         ValueError: a level outside [0, 1) or twice; no metric and nothing to predict from; a metric whose
             names change, or are names of other columns; if `where` matches no leaf, or only empty
-            ones; if `path` holds something else (it names the line).
+            ones; if `path` holds something else (it names the line), or a table of other params.
+        BlockingIOError: if another process adds to `path`.
         TypeError: a metric that is not a scalar.
-        FloatingPointError: if the metric is NaN: it names leaf and level. Rows before it stay in the file.
+        FloatingPointError: if a metric or a prediction is NaN: it names leaf and level. Rows before it stay
+            in the file.
 
     Cost:
         For every leaf and level one evaluation of the metric, one scoring of the leaf and a ranking.
@@ -137,22 +149,47 @@ def sensitivity(
         two               0     0               0
                         0.5     2               2
     """
+    _tree.check_leaves(params)
+    checked_saliency("saliency", saliency)
+    check_functions(metric=metric, grads_fn=grads_fn)
+    check_callbacks(callbacks)
     patterns, chosen = _patterns_by_leaf(params, where, pattern), _checked_levels(levels)
     has_model = diagonal is not None or saliency.compensates
     _check_question(metric, params, diagonal, has_model)
-    file = None if path is None else Path(path)
-    rows = [] if file is None else _sensitivity_csv.read(file, _tree.leaf_paths(params), has_model)
-    known = {(row.parameter, level_name(row.sparsity)): row for row in rows}
     questions = [(name, level_name(level)) for name in patterns for level in chosen]
-    # Gradients are what is expensive: none are taken when the file has all the answers.
-    grads = None if grads_fn is None or known.keys() >= set(questions) else grads_fn(params)
-    network = _Network(params, saliency, patterns, grads, diagonal, has_model)
-    with _drivers.entered(callbacks):
+    with contextlib.ExitStack() as stack:
+        file, rows = None, []
+        if path is not None:
+            file = _files.local_path("path", path)
+            record = _record(params, saliency, patterns, diagonal)
+            rows = stack.enter_context(
+                _sensitivity_file.opened(file, record, _tree.leaf_paths(params), has_model)
+            )
+        known = {(row.parameter, level_name(row.sparsity)): row for row in rows}
+        # Gradients are what is expensive: none are taken when the file has all the answers.
+        grads = None if grads_fn is None or known.keys() >= set(questions) else grads_fn(params)
+        network = _Network(params, saliency, patterns, grads, diagonal, has_model)
+        stack.enter_context(_drivers.entered(callbacks))
         for number, question in enumerate(questions, start=1):
             if question not in known:
                 known[question] = _answer(metric, network, question, list(known.values()), file)
             _tell(callbacks, number, len(questions))
-    return Sensitivity(tuple(known[question] for question in questions))
+    result = Sensitivity(tuple(known[question] for question in questions))
+    _metrics.warn_of_one_number(result.rows)
+    return result
+
+
+def _record(
+    params: Params, saliency: Saliency, patterns: dict[str, Pattern], diagonal: Params | None
+) -> Identity:
+    """What the numbers depend on, as far as it can be told apart."""
+    found: Identity = {"saliency": describe(saliency)}
+    found |= (
+        fingerprint(saliency, "saliency") | fingerprint(params, "params") | fingerprint(diagonal, "diagonal")
+    )
+    for name, pattern in patterns.items():
+        found[f"pattern {name}"] = repr(pattern)
+    return found
 
 
 class _Network(NamedTuple):
@@ -178,13 +215,14 @@ def _answer(
     if metric is not None:
         # The network at level 0 is the same whichever leaf is asked about: evaluated once.
         dense = [row.metrics for row in earlier if row.sparsity == 0 == float(question[1])]
-        metrics = dense[0] if dense else _sensitivity_csv.named(metric(params))
-        metrics = _sensitivity_csv.in_order(metrics, earlier, file)
-        _sensitivity_csv.check_numbers(metrics, question, file)
+        metrics = dense[0] if dense else _metrics.named(metric(params))
+        metrics = _metrics.in_order(metrics, earlier, file)
+    numbers = metrics if predicted is None else metrics | {"predicted": predicted}
+    _metrics.check_numbers(numbers, question, file)
     row = SensitivityRow(question[0], float(question[1]), metrics, predicted)
     # Written at once: an evaluation may take minutes, and a killed run goes on from here.
     if file is not None:
-        _sensitivity_csv.append(file, row)
+        _sensitivity_file.append(file, row)
     return row
 
 
@@ -252,15 +290,20 @@ def _patterns_by_leaf(params: Params, where: Where, pattern: Patterns) -> dict[s
     if not chosen:
         empty = ", ".join(path for path, hit in zip(paths, hits, strict=True) if hit)
         raise ValueError(f"`where` must match at least one leaf with weights, got only empty ones: {empty}.")
+    _tree.check_floating(chosen, "params[where]")
     found = dict(zip(_tree.leaf_paths(chosen), patterns_of(pattern, chosen), strict=True))
     return {path: found[path] for path in chosen}
 
 
 def _checked_levels(levels: Iterable[float | int]) -> list[float]:
-    listed = [float(level) for level in levels]
+    if isinstance(levels, (str, Mapping)) or not isinstance(levels, Iterable):
+        raise TypeError(f"`levels` must be a sequence of sparsities, got {shown(levels)}.")
+    listed = [float(checked_number("levels", level)) for level in levels]
     names = [level_name(level) for level in listed]  # 0.3 and 0.1 + 0.2 are one level, in the file too
     if not listed or len(set(names)) < len(names):
         raise ValueError(f"`levels` must be one or more different sparsities, got [{', '.join(names)}].")
     for level in listed:
-        check_sparsity(level)
+        check_sparsity(level, argument="levels")
+    if "1" in names:
+        raise ValueError("`levels` must be below 1 in their first six digits, by which they are told apart.")
     return listed

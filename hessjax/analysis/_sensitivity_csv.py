@@ -1,17 +1,20 @@
-"""The table of a sensitivity on disk, and its rows from the values of a metric."""
+"""The table of a sensitivity as CSV: rows to text and back, every cell checked."""
 
 import csv
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
+from hessjax._core import _files
 
 PREDICTED = "predicted"
-_FIRST = ("parameter", "sparsity")
-COLUMNS = frozenset((*_FIRST, PREDICTED))
+FIRST = ("parameter", "sparsity")
+COLUMNS = frozenset((*FIRST, PREDICTED))
+
+_FORMULA = tuple("=+-@\t\r'")
+"""What makes a spreadsheet compute a cell; and the quote that keeps it from that, so that it reads back."""
 
 
 class SensitivityRow(NamedTuple):
@@ -36,53 +39,102 @@ def level_name(sparsity: float) -> str:
     return f"{sparsity:.6g}"
 
 
+# -- writing -------------------------------------------------------------------------------------
+
+
 def lines_of(rows: Sequence[SensitivityRow]) -> list[str]:
     """The header and a line for every row; numbers to the last digit."""
     if not rows:
         return []
     names, has_model = list(rows[0].metrics), rows[0].predicted is not None
-    header = [*_FIRST, *names, *([PREDICTED] if has_model else [])]
+    header = [*FIRST, *map(_escaped, names), *([PREDICTED] if has_model else [])]
     return [_line(header), *(_line(_cells(row)) for row in rows)]
 
 
 def write(path: Path, rows: Sequence[SensitivityRow]) -> None:
-    """A new file of all rows."""
-    path.write_text("".join(lines_of(rows)), encoding="utf-8")
+    """A new file of all rows, whole or not at all."""
+    text = "".join(lines_of(rows)).encode()
+    _files.write_whole(path, lambda file: file.write(text))
 
 
-def append(path: Path, row: SensitivityRow) -> None:
-    """One more line; the header before it, if it is the first."""
-    is_new = not path.exists() or not path.stat().st_size
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(lines_of([row])[0 if is_new else 1 :]))
+def _cells(row: SensitivityRow) -> list[str]:
+    numbers = [*row.metrics.values(), *([] if row.predicted is None else [row.predicted])]
+    # `repr` is the shortest text that reads back to the same bits.
+    return [_escaped(row.parameter), level_name(row.sparsity), *map(repr, numbers)]
 
 
-def read(path: Path, parameters: Iterable[str], has_model: bool) -> list[SensitivityRow]:
-    """The rows of an earlier run. A last line that was cut off in the middle is cut from the file.
+def _line(cells: Sequence[str]) -> str:
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerow(cells)
+    return text.getvalue()
+
+
+def _escaped(name: str) -> str:
+    return f"'{name}" if name.startswith(_FORMULA) else name
+
+
+def _unescaped(cell: str) -> str:
+    return cell.removeprefix("'")
+
+
+# -- reading -------------------------------------------------------------------------------------
+
+
+def whole_lines(content: bytes) -> int:
+    """How many bytes are whole lines: a line break between quotes, in a name, ends none."""
+    end, is_quoted = 0, False
+    for place, byte in enumerate(content):
+        if byte == ord('"'):
+            is_quoted = not is_quoted
+        elif byte == ord("\n") and not is_quoted:
+            end = place + 1
+    return end
+
+
+def read(path: Path, content: bytes, known: set[str], has_model: bool) -> list[SensitivityRow]:
+    """The rows of a table.
 
     Raises:
-        ValueError: naming the line, if the file is not of such an analysis of these parameters.
+        ValueError: naming the line, if it is not a table of such an analysis of these parameters.
     """
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    whole = text[: text.rfind("\n") + 1]  # a run killed while it wrote leaves half a line at the end
-    start = ",".join(_FIRST)
-    if not whole and not (start.startswith(text) or text.startswith(start)):
-        raise refusal(path, 1, f"the columns must be `{start},<metrics>`, got `{text[:60]}`")
-    lines = [(n, line) for n, line in enumerate(csv.reader(io.StringIO(whole)), start=1) if line]
-    names = _metric_names(path, lines[0][1], has_model) if lines else []
-    known = set(parameters)
-    rows = [_row(path, number, line, names, known, has_model) for number, line in lines[1:]]
-    if text and (len(whole) < len(text) or not rows):  # known by now to be of an analysis
-        path.write_text(whole if rows else "", encoding="utf-8")
+    lines = _lines(path, content)
+    number, header = next(lines, (1, [*FIRST, *[PREDICTED] * has_model]))
+    names = _metric_names(path, number, header, has_model)
+    seen: dict[tuple[str, str], int] = {}
+    rows = []
+    for number, line in lines:
+        row = _row(path, number, line, names, known, has_model)
+        question = row.parameter, level_name(row.sparsity)
+        if question in seen:
+            what = "repeats" if row in rows else "contradicts"
+            raise refusal(path, number, f"the row {what} that of line {seen[question]}, of the same sparsity")
+        seen[question] = number
+        rows.append(row)
     return rows
 
 
-def _metric_names(path: Path, header: list[str], has_model: bool) -> list[str]:
+def _lines(path: Path, content: bytes) -> Iterator[tuple[int, list[str]]]:
+    """The lines that are not empty, each with its number."""
+    number = 1
+    try:
+        reader = csv.reader(io.StringIO(content.decode(), newline=""), strict=True)
+        for line in reader:
+            if line:
+                yield number, line
+            number = reader.line_num + 1
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise refusal(path, number, f"there must be CSV in UTF-8: {error}") from error
+
+
+def _metric_names(path: Path, number: int, header: list[str], has_model: bool) -> list[str]:
     end = len(header) - (PREDICTED in header)  # the metrics stand between two fixed columns and this one
-    if header[:2] != list(_FIRST) or header[end:] != [PREDICTED] * has_model:
-        wanted = ",".join([*_FIRST, "<metrics>", *[PREDICTED] * has_model])
-        raise refusal(path, 1, f"the columns must be `{wanted}`, got `{','.join(header)}`")
-    return header[2:end]
+    if header[:2] != list(FIRST) or header[end:] != [PREDICTED] * has_model:
+        wanted = ",".join([*FIRST, "<metrics>", *[PREDICTED] * has_model])
+        raise refusal(path, number, f"the columns must be `{wanted}`, got `{','.join(header)[:200]}`")
+    names = [_unescaped(cell) for cell in header[2:end]]
+    if len(set(names)) < len(names):
+        raise refusal(path, number, f"two columns are called the same: {', '.join(names)}")
+    return names
 
 
 def _row(
@@ -91,71 +143,24 @@ def _row(
     width = 2 + len(names) + has_model
     if len(line) != width:
         raise refusal(path, number, f"there must be {width} columns, as in the header, got {len(line)}")
-    parameter, *cells = line
+    parameter, cells = _unescaped(line[0]), line[1:]
     if parameter not in known:
         raise refusal(path, number, f"`parameter` must be a leaf of `params`, got `{parameter}`")
     try:
         sparsity, *values = map(float, cells)
     except ValueError as error:
         raise refusal(path, number, f"every column but the first must be a number: {error}") from error
+    if not 0 <= sparsity < 1:
+        raise refusal(path, number, f"`sparsity` must be in [0, 1), got {cells[0]}")
+    if any(map(math.isnan, values)):
+        raise refusal(path, number, "every column but the first must be a number, got nan")
     metrics = dict(zip(names, values, strict=False))
     return SensitivityRow(parameter, sparsity, metrics, values[-1] if has_model else None)
 
 
-def refusal(path: Path, number: int, reason: str) -> ValueError:
+def refusal(path: Path, number: int, reason: Any) -> ValueError:
     """The error for a file that cannot be gone on with."""
     return ValueError(
         f"`path` must be a file of this analysis, but in line {number} of `{path}` {reason}. "
         "It was left as it is: give another path, or delete it."
-    )
-
-
-def _cells(row: SensitivityRow) -> list[str]:
-    numbers = [*row.metrics.values(), *([] if row.predicted is None else [row.predicted])]
-    # `repr` is the shortest text that reads back to the same bits.
-    return [row.parameter, level_name(row.sparsity), *map(repr, numbers)]
-
-
-def _line(cells: Sequence[str]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(cells)
-    return text.getvalue()
-
-
-def named(value: Any) -> dict[str, float]:
-    """The metric's values by name."""
-    values = dict(value) if isinstance(value, Mapping) else {"metric": value}
-    for name, x in values.items():
-        if jnp.ndim(x) or not jnp.issubdtype(jnp.result_type(x), jnp.number):
-            raise TypeError(
-                f"`metric` must return a scalar or a dict of scalars, got {jnp.result_type(x)}"
-                f"{list(jnp.shape(x))} for `{name}`."
-            )
-    return {str(name): float(x) for name, x in values.items()}
-
-
-def in_order(
-    metrics: dict[str, float], earlier: Sequence[SensitivityRow], file: Path | None
-) -> dict[str, float]:
-    """The metrics in the order of the rows before, which must have the same names."""
-    if reserved := metrics.keys() & COLUMNS:
-        raise ValueError(f"`metric` must not name a value `{min(reserved)}`: that is a column already.")
-    before = list(earlier[0].metrics) if earlier else list(metrics)
-    if metrics.keys() == set(before):
-        return {name: metrics[name] for name in before}
-    reason = f"the metrics are {', '.join(before) or 'none'}, and `metric` returned {', '.join(metrics)}"
-    if file is not None:
-        raise refusal(file, 1, reason)
-    raise ValueError(f"`metric` must return the same names every time: before, {reason}.")
-
-
-def check_numbers(metrics: dict[str, float], question: tuple[str, str], file: Path | None) -> None:
-    """Refuses NaN; `question` is the leaf that was pruned, and to what level."""
-    name = next((name for name, x in metrics.items() if math.isnan(x)), None)
-    if name is None:
-        return
-    kept = "" if file is None else f" The rows before it are in `{file}`, to go on from."
-    raise FloatingPointError(
-        f"`metric` must return numbers, got NaN for `{name}` with `{question[0]}` pruned to sparsity "
-        f"{question[1]}: leave that level or leaf out, or evaluate in a wider dtype.{kept}"
     )

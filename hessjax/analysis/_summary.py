@@ -9,13 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
-from rich.table import Table
-from rich.text import Text
 
 from hessjax._core import _tree
 from hessjax._core._axes import Axes, axes_of
-from hessjax._core._messages import plain
+from hessjax._core._tables import Column, Row, Table, number, percent, printable, shape_text
 from hessjax._core._types import ModelFn, Params
+from hessjax.curvature._product import check_call
 from hessjax.program._products import multiply_adds
 from hessjax.program._tracing import read
 
@@ -66,11 +65,13 @@ class SummaryRow(NamedTuple):
     abs_mean: float
 
 
+@printable
 class Summary(NamedTuple):
     """What `summary` returns: numbers to compute with, and a table when printed.
 
     The table leaves out what says nothing: multiply-adds without a model, and structures (columns, rows,
-    channels, 2D kernels, 3D filters) of which no leaf has lost any. `rows` and `total` hold all.
+    channels, 2D kernels, 3D filters) of which no leaf has lost any. It is as wide as the terminal, or 80;
+    what does not fit is left out too, and named below. `rows` and `total` hold all.
 
     Attributes:
         rows: one per leaf, in the order of the tree.
@@ -83,53 +84,43 @@ class Summary(NamedTuple):
     total: SummaryRow
     notes: tuple[str, ...] = ()
 
-    def __rich__(self) -> Table:
-        table = Table(box=None, header_style="bold", pad_edge=False)
+    def to_text(self, width: int | None = None) -> str:
+        """The table, at most `width` columns wide; by default as wide as the terminal, 80 without one."""
+        return self._table().to_text(width)
+
+    def _table(self) -> Table:
         columns = [column for column in _COLUMNS if column.always or column.value(self.total)]
-        for title, *_ in columns:
-            table.add_column(title, justify="left" if title in ("Name", "Shape") else "right", no_wrap=True)
-        for row in (*self.rows, self.total):
-            if row is self.total:
-                table.add_section()
-            cells = (column.form(column.value(row)) for column in columns)
-            table.add_row(*cells, style="bold" if row is self.total else None)
-        table.caption, table.caption_justify = "\n".join(self.notes) or None, "left"
-        return table
-
-    def __str__(self) -> str:
-        return plain(self)
-
-    def __repr__(self) -> str:  # a notebook's last line shows the table
-        return str(self)
+        rows = [
+            Row(tuple(column.form(column.value(row)) for column in columns))
+            for row in (*self.rows, self.total)
+        ]
+        rows[-1] = rows[-1]._replace(style="bold")
+        return Table(tuple(column.head for column in columns), tuple(rows), notes=self.notes)
 
 
 class _Column(NamedTuple):
-    title: str
+    head: Column
     value: Callable[[SummaryRow], Any]
-    form: Callable[[Any], str | Text]
+    form: Callable[[Any], str]
     always: bool = True
 
 
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.2f}"
-
-
 _COLUMNS = (
-    _Column("Name", lambda row: row.path, Text),
-    _Column("Shape", lambda row: "×".join(map(str, row.shape)), str),
-    _Column("Weights", lambda row: row.number, "{:,}".format),
-    _Column("Nonzero", lambda row: row.nonzeros, "{:,}".format),
-    _Column("Mult-adds", lambda row: row.multiply_adds, "{:,}".format, False),
-    _Column("Left", lambda row: row.multiply_adds_left, "{:,.0f}".format, False),
-    _Column("Cols %", lambda row: row.zero_columns, _percent, False),
-    _Column("Rows %", lambda row: row.zero_rows, _percent, False),
-    _Column("Ch %", lambda row: row.zero_channels, _percent, False),
-    _Column("2D %", lambda row: row.zero_kernels, _percent, False),
-    _Column("3D %", lambda row: row.zero_filters, _percent, False),
-    _Column("Zeros %", lambda row: row.sparsity, _percent),
-    _Column("Std", lambda row: row.std, "{:.4f}".format),
-    _Column("Mean", lambda row: row.mean, "{:.4f}".format),
-    _Column("Abs-mean", lambda row: row.abs_mean, "{:.4f}".format),
+    _Column(Column("Name", "name"), lambda row: row.path, str),
+    _Column(Column("Shape", "word", 9), lambda row: row.shape, shape_text),
+    _Column(Column("Weights", rank=1), lambda row: row.number, "{:,}".format),
+    _Column(Column("Nonzero", rank=2), lambda row: row.nonzeros, "{:,}".format),
+    _Column(Column("Mult-adds", rank=4), lambda row: row.multiply_adds, "{:,}".format, False),
+    _Column(Column("Left", rank=3), lambda row: row.multiply_adds_left, "{:,.0f}".format, False),
+    _Column(Column("Cols %", rank=5), lambda row: row.zero_columns, percent, False),
+    _Column(Column("Rows %", rank=7), lambda row: row.zero_rows, percent, False),
+    _Column(Column("Ch %", rank=6), lambda row: row.zero_channels, percent, False),
+    _Column(Column("2D %", rank=10), lambda row: row.zero_kernels, percent, False),
+    _Column(Column("3D %", rank=8), lambda row: row.zero_filters, percent, False),
+    _Column(Column("Zeros %"), lambda row: row.sparsity, percent),
+    _Column(Column("Std", rank=11), lambda row: row.std, number),
+    _Column(Column("Mean", rank=13), lambda row: row.mean, number),
+    _Column(Column("Abs-mean", rank=12), lambda row: row.abs_mean, number),
 )
 
 
@@ -166,16 +157,18 @@ def summary(params: Params, model_fn: ModelFn | None = None, *args: Any) -> Summ
         >>> params = {"kernel": jnp.array([[0.0, 2.0], [0.0, 0.0]]), "bias": jnp.array([1.0, 1.0])}
         >>> result = hj.summary(params)
         >>> print(result)
-        Name    Shape  Weights  Nonzero  Cols %  Rows %  Zeros %     Std    Mean  Abs-mean
-        bias    2            2        2    0.00    0.00     0.00  0.0000  1.0000    1.0000
-        kernel  2×2          4        1   50.00   50.00    75.00  0.8660  0.5000    0.5000
-        total                6        3   50.00   50.00    50.00  0.7454  0.6667    0.6667
+        Name    Shape  Weights  Nonzero  Cols %  Rows %  Zeros %    Std   Mean  Abs-mean
+        bias    2            2        2    0.00    0.00     0.00   0.00   1.00      1.00
+        kernel  2×2          4        1   50.00   50.00    75.00  0.866  0.500     0.500
+        total                6        3   50.00   50.00    50.00  0.745  0.667     0.667
         >>> result.total.sparsity
         0.5
         >>> hj.summary(params, lambda p, x: x @ p["kernel"] + p["bias"], jnp.ones((1, 2))).total.multiply_adds
         4
     """
     _tree.check_floating(params)
+    if model_fn is not None or args:
+        check_call("model_fn", model_fn, args)
     work = None if model_fn is None else multiply_adds(read(model_fn, params, *args))
     paths, leaves = _tree.leaf_paths(params), jax.tree.leaves(params)
     axes = [axes_of(path, jnp.shape(leaf)) for path, leaf in zip(paths, leaves, strict=True)]
@@ -210,10 +203,14 @@ class _Facts(NamedTuple):
 
 @jax.jit
 def _moments(x: Array) -> tuple[Array, Array, Array, Array]:
-    """Nonzeros, mean, mean of squared deviations, mean of absolute values."""
+    """Nonzeros, mean, standard deviation, mean of absolute values."""
     wide = _tree.wide(x)
-    mean = jnp.mean(wide)
-    return jnp.sum(x != 0, dtype=jnp.int32), mean, jnp.mean((wide - mean) ** 2), jnp.mean(jnp.abs(wide))
+    # In units of the largest: squares of weights of 1e-25 or 1e20 leave float32.
+    largest = jnp.max(jnp.abs(wide), initial=0)
+    unit = jnp.where(jnp.isfinite(largest) & (largest > 0), largest, 1)
+    mean = jnp.mean(wide / unit)
+    std = jnp.sqrt(jnp.mean((wide / unit - mean) ** 2))
+    return jnp.sum(x != 0, dtype=jnp.int32), unit * mean, unit * std, unit * jnp.mean(jnp.abs(wide / unit))
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -245,12 +242,12 @@ def _facts(
     moments: tuple[Any, ...],
     zeros: dict[int, Any],
 ) -> _Facts:
-    nonzeros, mean, variance, abs_mean = (x.item() for x in moments)
+    nonzeros, mean, std, abs_mean = (x.item() for x in moments)
     number = math.prod(shape)
     left = None if work is None else work * nonzeros / max(number, 1)
     zero_parts = np.array([int(zeros.get(i, 0)) for i in range(5)])
     parts = np.array(_num_parts(shape, axes))
-    return _Facts(path, shape, number, nonzeros, work, left, parts, zero_parts, mean, variance, abs_mean)
+    return _Facts(path, shape, number, nonzeros, work, left, parts, zero_parts, mean, std**2, abs_mean)
 
 
 def _total(facts: list[_Facts]) -> _Facts:

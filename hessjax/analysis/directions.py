@@ -9,6 +9,7 @@ from jaxtyping import Array
 
 from hessjax._core import _tree
 from hessjax._core._axes import axes_of, within_filters
+from hessjax._core._messages import checked_int
 from hessjax._core._types import Key, Params, Vector
 from hessjax.estimators.probes import gaussian
 
@@ -56,6 +57,8 @@ def random(key: Key, params: Params, *, filter_axis: int | Literal["output"] | N
             "`params` must have a leaf with two or more axes, got none; `hessjax.probes.gaussian` gives "
             "a direction with every entry random."
         )
+    if filter_axis is not None and filter_axis != "output":
+        filter_axis = checked_int("filter_axis", filter_axis)
     if isinstance(filter_axis, int) and not all(-n <= filter_axis < n for n in deep):
         raise ValueError(
             f"`filter_axis` must be an axis of every leaf with two or more, which have {sorted(set(deep))} "

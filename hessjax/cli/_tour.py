@@ -1,8 +1,9 @@
 """The tour: a network for handwritten digits, trained, measured, and pruned to 90 % zeros."""
 
 import contextlib
+import io
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from rich.progress import track
 
 import hessjax as hj
 from hessjax import plot, report
+from hessjax._core._tables import written
 from hessjax._core._types import Eigenpairs, Key, Params
 from hessjax.cli import _digits
 from hessjax.cli._digits import NETWORK, Digits, Quality, loss_fn, quality
@@ -183,76 +185,123 @@ def prune_at_once(params: Params) -> Params:
 # -- the whole -----------------------------------------------------------------------------------
 
 
-class Found(NamedTuple):
-    """Everything that the tour computed: what its tables, figures and record are made from."""
-
-    params: Params
-    sparse: Params
-    training: History
-    tuning: History
-    curvature: Curvature
-    outcome: dict[str, Quality]
-
-
-def tour(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
-    """Train, measure, prune; print tables, write `report.json` and the figures.
+def tour(out: Path, *, quick: bool = False, seed: int = 0, force: bool = False) -> dict[str, Any]:
+    """Train, measure, prune; write `report.json` and the figures part by part, then print tables.
 
     Args:
         out: folder for the results; made if it does not exist.
         quick: a short form with fewer examples, products and steps, for CI.
         seed: of the weights, the batches and the probes.
+        force: whether a result that is in `out` already, an earlier tour's too, is removed first.
 
     Returns:
-        The record that `report.json` holds.
+        The record that `report.json` holds. While the tour goes on, `complete` is False in it.
 
     Raises:
+        EarlierResultError: if `out` holds a result, without `force`; before any work.
         OSError: if `out` cannot be written to, before any work.
 
     Cost:
         About a minute on two cores; `quick` less.
     """
-    report.prepare(out)
+    make_room(out, force)
     start, settings = time.perf_counter(), QUICK if quick else FULL
+    record = Record(out, seed=seed, quick=quick, settings=settings, environment=report.environment())
     data = _digits.load()
     params, training = train(data, settings, seed)
+    record.add(training=training, seconds={"training": training.seconds})
     curvature = measure(params, data, settings, jax.random.key(seed))
+    record.add(curvature_figures(curvature, params), **measured(curvature, params))
     sparse, tuning = prune_and_tune(params, data, settings, seed)
     outcome = {
         "dense": training.quality[-1],
         "pruned at once": jax.tree.map(float, quality(prune_at_once(params), data.test)),
         "pruned while fine-tuning": tuning.quality[-1],
     }
-    found = Found(params, sparse, training, tuning, curvature, outcome)
-    show(found)
-    record = {"seed": seed, "quick": quick, "settings": settings, **facts(found), "figures": draw(out, found)}
-    record["seconds"]["all"] = time.perf_counter() - start
-    report.write_json(out / "report.json", record)
-    told = f"\nWritten to {out}: report.json, {', '.join(record['figures'])}"
-    get_console().print(told, highlight=False, markup=False)
-    return report.to_json(record)
+    figures = pruning_figures(tuning, sparse, training.quality[-1].accuracy)
+    record.add(figures, pruning=tuning, outcome=outcome, summary=hj.summary(sparse))
+    record.add(seconds={"pruning": tuning.seconds, "all": time.perf_counter() - start}, complete=True)
+    show(params, curvature, outcome, sparse)
+    told = f"Written to {out}: report.json, {', '.join(FIGURES)}"
+    get_console().print(written(told, get_console().encoding), highlight=False, markup=False)
+    return report.to_json(record.facts)
 
 
-def facts(found: Found) -> dict[str, Any]:
-    """The results as data."""
-    params, sparse, training, tuning, curvature, outcome = found
+FIGURES = ("density.png", "cumulative.png", "landscape.png", "layers.png", "pruning.png", "kept.png")
+
+
+class EarlierResultError(FileExistsError):
+    """The folder holds a result, and nobody said that it may go."""
+
+
+def make_room(out: Path, force: bool) -> None:
+    """A folder to write to, without an earlier result."""
+    earlier = [name for name in ("report.json", *FIGURES) if (out / name).exists()]
+    if earlier and not force:
+        raise EarlierResultError(
+            f"`out` must be a folder without an earlier result, got `{out}` with {', '.join(earlier)}: "
+            "`force` removes these first."
+        )
+    report.prepare(out)
+    for name in earlier:  # before the work: else one that is interrupted would leave a mixture of two
+        (out / name).unlink()
+
+
+class Record:
+    """`report.json`, written anew after every part: what was done stays when the rest is interrupted."""
+
+    def __init__(self, out: Path, **facts: Any) -> None:
+        self.out = out
+        self.facts: dict[str, Any] = {**facts, "complete": False, "seconds": {}, "figures": []}
+
+    def add(self, figures: Mapping[str, Any] | None = None, /, **facts: Any) -> None:
+        """Add results, and draw their figures (axes by file name)."""
+        for name, ax in (figures or {}).items():
+            figure = ax.get_figure(root=True)
+            picture = io.BytesIO()  # drawing takes a second, in which an interruption would leave half a file
+            figure.savefig(picture, dpi=160)
+            (self.out / name).write_bytes(picture.getvalue())
+            plt.close(figure)
+            self.facts["figures"].append(name)
+        self.facts["seconds"].update(facts.pop("seconds", {}))
+        self.facts.update(facts)
+        report.write_json(self.out / "report.json", self.facts)
+
+
+def measured(curvature: Curvature, params: Params) -> dict[str, Any]:
+    """The curvature as data."""
     return {
-        "environment": report.environment(),
-        "training": training,
         "eigenvalues": curvature.eigenpairs._replace(vectors=None),  # as large as ten networks
         "trace": curvature.traces.total,
         "layers": report.layer_rows(curvature.traces, params),
         "density": curvature.density,
         "landscape": curvature.landscape,
-        "pruning": tuning,
-        "outcome": outcome,
-        "summary": hj.summary(sparse),
-        "seconds": {**curvature.seconds, "training": training.seconds, "pruning": tuning.seconds},
+        "seconds": curvature.seconds,
     }
 
 
-def show(found: Found) -> None:
+def curvature_figures(curvature: Curvature, params: Params) -> dict[str, Any]:
+    """Axes by file name."""
+    return {
+        "density.png": plot.density(curvature.density, curvature.eigenpairs),
+        "cumulative.png": plot.cumulative(curvature.density),
+        "landscape.png": plot.landscape(curvature.landscape, labels=DIRECTIONS, log=True),
+        "layers.png": plot.layers(curvature.traces, params)[0],
+    }
+
+
+def pruning_figures(tuning: History, sparse: Params, dense_accuracy: float) -> dict[str, Any]:
+    """Axes by file name."""
+    accuracy = [seen.accuracy for seen in tuning.quality]
+    zeros = [seen.sparsity for seen in tuning.quality]
+    return {
+        "pruning.png": plot.pruning_run(tuning.steps, accuracy, zeros, dense_accuracy)[0],
+        "kept.png": plot.kept(sparse),
+    }
+
+
+def show(params: Params, curvature: Curvature, outcome: dict[str, Quality], sparse: Params) -> None:
     """Print the tables."""
-    params, curvature = found.params, found.curvature
     total, pairs = curvature.traces.total, curvature.eigenpairs
     count, size = len(pairs.values) // 2, hj.summary(params).total.number
     share = float(pairs.values[:count].sum() / total.mean)
@@ -262,29 +311,9 @@ def show(found: Found) -> None:
         "",
         report.layer_table(curvature.traces, params),
         f"\nThe {count} largest of {size:,} eigenvalues carry {share:.0%} of the trace.\n",
-        report.accuracy_table({name: (q.sparsity, q.accuracy) for name, q in found.outcome.items()}),
+        report.accuracy_table({name: (q.sparsity, q.accuracy) for name, q in outcome.items()}),
         "",
-        hj.summary(found.sparse),
+        hj.summary(sparse),
+        "",
         sep="\n",
     )
-
-
-def draw(out: Path, found: Found) -> list[str]:
-    """Write the figures; their names."""
-    curvature, tuning, dense_accuracy = found.curvature, found.tuning, found.outcome["dense"].accuracy
-    accuracy = [seen.accuracy for seen in tuning.quality]
-    zeros = [seen.sparsity for seen in tuning.quality]
-    axes = {
-        "density.png": plot.density(curvature.density, curvature.eigenpairs),
-        "cumulative.png": plot.cumulative(curvature.density),
-        "landscape.png": plot.landscape(curvature.landscape, labels=DIRECTIONS, log=True),
-        "layers.png": plot.layers(curvature.traces, found.params)[0],
-        "pruning.png": plot.pruning_run(tuning.steps, accuracy, zeros, dense_accuracy)[0],
-        "kept.png": plot.kept(found.sparse),
-    }
-    for name, ax in axes.items():
-        figure = ax.get_figure(root=True)
-        assert figure is not None
-        figure.savefig(out / name, dpi=160)
-        plt.close(figure)
-    return list(axes)

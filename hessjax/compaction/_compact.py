@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
-from rich.table import Table
-from rich.text import Text
 
-from hessjax._core import _tree
-from hessjax._core._messages import plain
+from hessjax._core import _numbers, _tree
+from hessjax._core._messages import check_flags
+from hessjax._core._tables import Column, Row, Table, printable, shape_text
 from hessjax._core._types import ModelFn, Params, Scalar, Where
 from hessjax.compaction._narrow import Narrowing, analyse, shrink_leaf, take
+from hessjax.curvature._product import check_call
 from hessjax.program._products import multiply_adds
 from hessjax.program._program import Body
 from hessjax.program._tracing import read
@@ -35,6 +35,7 @@ class Size(NamedTuple):
     multiply_adds: int
 
 
+@printable
 class Compacted(NamedTuple):
     """A model without its dead channels.
 
@@ -117,23 +118,16 @@ class Compacted(NamedTuple):
         """
         return float(_difference(self.model_fn, model_fn, self.params, self.params, args)[0])
 
-    def __rich__(self) -> Table:
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        for title in ("Name", "Shape", "Compact"):
-            table.add_column(title, no_wrap=True)
-        for path in self.kept:
-            table.add_row(Text(path), *("×".join(map(str, shape)) for shape in self.shapes[path]))
-        table.add_section()
-        for name, before, after in zip(Size._fields, self.before, self.after, strict=True):
-            table.add_row(name.replace("_", "-"), f"{before:,}", f"{after:,}", style="bold")
-        table.caption, table.caption_justify = "\n".join(self.notes) or None, "left"
-        return table
+    def to_text(self, width: int | None = None) -> str:
+        """The table, at most `width` columns wide; by default as wide as the terminal, 80 without one."""
+        return self._table().to_text(width)
 
-    def __str__(self) -> str:
-        return plain(self)
-
-    def __repr__(self) -> str:  # a notebook's last line shows the table
-        return str(self)
+    def _table(self) -> Table:
+        heads = (Column("Name", "name"), Column("Shape", "word", 1), Column("Compact", "word"))
+        rows = [Row((path, *map(shape_text, self.shapes[path]))) for path in self.kept]
+        sizes = zip(Size._fields, self.before, self.after, strict=True)
+        rows += [Row((name.replace("_", "-"), f"{a:,}", f"{b:,}"), "bold") for name, a, b in sizes]
+        return Table(heads, tuple(rows), notes=self.notes)
 
 
 def compact(
@@ -196,6 +190,9 @@ def compact(
         >>> small.check(model, jnp.full((2, 4), 3.0))
         0.0
     """
+    check_flags(drop_constants=drop_constants)
+    _tree.check_leaves(params)
+    check_call("model_fn", model_fn, args)
     paths, leaves = _tree.unique_paths(params, "params"), jax.tree.leaves(params)
     program = read(model_fn, params, *args)
     may_shrink = jax.tree.leaves(_tree.match(params, where))
@@ -277,10 +274,10 @@ def _both(full: ModelFn, small: ModelFn, params: Params, fewer: Params, args: An
 
 def _gap(pairs: list[tuple[Array, Array]]) -> Scalar:
     """Max |a − b| / max |b|; the same infinity (a masked logit) or NaN on both sides is no difference."""
-    gap = size = jnp.zeros(())
+    gap = size = jnp.zeros((), _numbers.common_dtype(jnp.float32, *(b.dtype for _, b in pairs)))
     for a, b in pairs:
         # Booleans cannot be subtracted, and unsigned integers wrap around.
-        a, b = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (a, b))
+        a, b = (x.astype(gap.dtype) for x in (a, b))
         same = (a == b) | (jnp.isnan(a) & jnp.isnan(b))
         gap = jnp.maximum(gap, jnp.max(jnp.where(same, 0, jnp.abs(a - b)), initial=0))
         size = jnp.maximum(size, jnp.max(jnp.where(jnp.isfinite(b), jnp.abs(b), 0), initial=0))

@@ -1,6 +1,6 @@
 """Unstructured zeros, made use of as far as that goes: sparse matrices in memory, bit masks on disk."""
 
-import json
+import math
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hessjax._core import _tree
+from hessjax._core import _archive, _files, _tree
+from hessjax._core._messages import checked_number
 from hessjax._core._types import Params, Where
-
-HEADER = "hessjax"
 
 
 class Saved(NamedTuple):
@@ -64,7 +63,7 @@ def to_sparse(params: Params, *, where: Where = has_two_axes, least_sparsity: fl
     """
     from jax.experimental.sparse import BCOO  # here, as it alone takes half as long to import as hessjax
 
-    if not 0 <= least_sparsity <= 1:
+    if not 0 <= checked_number("least_sparsity", least_sparsity) <= 1:
         raise ValueError(
             f"`least_sparsity` must be in [0, 1], the fraction of zeros of a leaf, got {least_sparsity}."
         )
@@ -95,15 +94,18 @@ def save_npz(path: str | os.PathLike[str], params: Params) -> Saved:
     the numbers of leaf i as bytes, entry `i.mask` its mask (`numpy.packbits`), if it has one.
 
     Args:
-        path: where to write; the name is taken as it is. A file that is there is replaced in one go.
-        params: any pytree of arrays of numbers.
+        path: where to write; the name is taken as it is. A file that is there is replaced in one go, once the
+            new one is on disk; a link stays a link, and the mode is kept.
+        params: any pytree of arrays of numbers. Python's numbers are saved as the arrays that jax makes of
+            them, arrays of another byte order in the machine's own.
 
     Returns:
         `Saved(dense_bytes, bytes)`: what the arrays take, and what the file takes.
 
     Raises:
-        TypeError: if a leaf is not an array of numbers (a random key).
-        ValueError: if two leaves have the same path.
+        TypeError: if a leaf is not an array of numbers that jax has (a random key, text, long doubles).
+        ValueError: if two leaves have the same path; `path` is empty, or a URL.
+        OSError: if the file cannot be written; one that was there is then as it was.
 
     Cost:
         One compression (deflate) of what is not zero.
@@ -119,25 +121,27 @@ def save_npz(path: str | os.PathLike[str], params: Params) -> Saved:
         >>> bool((back["kernel"] == params["kernel"]).all())
         True
     """
+    target = _files.local_path("path", path)
     paths, leaves = _tree.unique_paths(params, "params"), jax.tree.leaves(params)
+    if not leaves:
+        raise ValueError("`params` must hold at least one array, got a tree without any.")
     values = [_number_array(name, leaf) for name, leaf in zip(paths, leaves, strict=True)]
     header = [
         {"path": name, "shape": x.shape, "dtype": x.dtype.name} for name, x in zip(paths, values, strict=True)
     ]
-    entries = {HEADER: np.frombuffer(json.dumps(header).encode(), np.uint8)}
+    entries: dict[str, np.ndarray] = {}
     for i, value in enumerate(values):
         entries |= _encoded(str(i), value)
-    target = Path(path)
-    partial = target.with_name(f"{target.name}.partial")
     # As an open file: to a name without it numpy appends `.npz`.
-    with partial.open("wb") as file:
-        np.savez_compressed(file, **entries)  # type: ignore[arg-type]
-    partial.replace(target)
+    _files.write_whole(target, lambda file: _archive.write_archive(file, header, entries, compressed=True))
     return Saved(sum(x.nbytes for x in values), target.stat().st_size)
 
 
 def load_npz(path: str | os.PathLike[str], like: Params = None) -> Params:
     """Read what `save_npz` wrote.
+
+    A file is not trusted: sizes and checksums are compared, and nothing is allocated that the file cannot
+    fill, so that one that is damaged or made up is an error.
 
     Args:
         path: the file.
@@ -148,15 +152,13 @@ def load_npz(path: str | os.PathLike[str], like: Params = None) -> Params:
         The arrays, on the default device.
 
     Raises:
-        ValueError: if the file is of another kind, it holds 64-bit numbers and jax has 32, or its leaves do
-            not have the paths, shapes and dtypes of `like`.
+        ValueError: if the file is of another kind or damaged, it holds 64-bit numbers and jax has 32, or its
+            leaves do not have the paths, shapes and dtypes of `like`.
     """
-    with np.load(path) as file:
-        if HEADER not in file:
-            raise ValueError(f"`path` must be a file that `save_npz` wrote, but {path} has no header of its.")
-        header = json.loads(file[HEADER].tobytes())
-        found = {leaf["path"]: _decoded(file, str(i), leaf) for i, leaf in enumerate(header)}
-    _check_width(header)
+    file = _files.local_path("path", path)
+    _tree.check_arrays(like, "like")
+    found = _read(file)
+    _check_width(found)
     if like is None:
         return {name: jnp.asarray(x) for name, x in found.items()}
     paths, wanted = _tree.unique_paths(like, "like"), jax.tree.leaves(like)
@@ -173,10 +175,40 @@ def load_npz(path: str | os.PathLike[str], like: Params = None) -> Params:
     return jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(found[name]) for name in paths])
 
 
-def _check_width(header: list[dict[str, Any]]) -> None:
+def _read(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a file by path; what is wrong with it is a ValueError."""
+    try:
+        with _archive.Archive(path) as archive:
+            leaves = _checked_leaves(archive.header)
+            found = {name: _decoded(archive, str(i), *leaf) for i, (name, leaf) in enumerate(leaves.items())}
+            masks = {f"{i}.mask" for i in range(len(leaves))}
+            if unknown := archive.names - {str(i) for i in range(len(leaves))} - masks:
+                raise ValueError(f"entry {min(unknown)} is of no leaf")
+    except ValueError as error:
+        raise _archive.file_error(path, error) from error
+    return found
+
+
+def _checked_leaves(header: Any) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and dtype of every leaf, by path."""
+    leaves: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+    for leaf in header if isinstance(header, list) else [header]:
+        if not isinstance(leaf, dict) or leaf.keys() != {"path", "shape", "dtype"}:
+            raise ValueError("the header is not a list of paths, shapes and dtypes")
+        name = leaf["path"]
+        if not isinstance(name, str) or name in leaves:
+            raise ValueError(f"the path {str(name)[:80]!r} is no text, or that of two leaves")
+        leaves[name] = _archive.shape_of(leaf["shape"]), _archive.dtype_of(leaf["dtype"])
+    return leaves
+
+
+def _check_width(found: dict[str, np.ndarray]) -> None:
     """Without x64, jax would round float64, and int64 would wrap around, in silence."""
-    dtypes = {leaf["path"]: jnp.dtype(leaf["dtype"]) for leaf in header}
-    wide = [f"  {name}: {x.name}" for name, x in dtypes.items() if jax.dtypes.canonicalize_dtype(x) != x]
+    wide = [
+        f"  {name}: {x.dtype.name}"
+        for name, x in found.items()
+        if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype
+    ]
     if wide:
         raise ValueError(
             "`path` must be a file of dtypes that jax can hold as they are, but in the file\n"
@@ -186,30 +218,39 @@ def _check_width(header: list[dict[str, Any]]) -> None:
 
 
 def _number_array(path: str, leaf: Any) -> np.ndarray:
-    is_number = hasattr(leaf, "dtype") and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
-    value = np.asarray(leaf) if is_number or isinstance(leaf, (bool, int, float)) else None
-    if value is None or value.dtype.hasobject or value.dtype.kind in "SU":
-        raise TypeError(f"`params` must have arrays of numbers only, got {path}: a {type(leaf).__name__}.")
-    return value
+    """The leaf as jax holds it, in the machine's byte order."""
+    if isinstance(leaf, (bool, int, float, complex)) and not isinstance(leaf, np.generic):
+        try:
+            return np.asarray(jnp.asarray(leaf))  # as wide as jax has them, or nothing could load it again
+        except OverflowError as error:
+            raise TypeError(f"`params` must have numbers that jax can hold, got {path}: {error}.") from None
+    if hasattr(leaf, "dtype") and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+        value = np.asarray(leaf)
+        if _archive.is_number_dtype(value.dtype):
+            return _archive.native(value)
+    kind = getattr(leaf, "dtype", type(leaf).__name__)
+    raise TypeError(f"`params` must have arrays of numbers only, got {path}: a {kind}.")
 
 
 def _encoded(name: str, value: np.ndarray) -> dict[str, np.ndarray]:
-    """The entries of one leaf: as bytes, so that bfloat16 passes through a format that does not know it."""
+    """The entries of one leaf."""
     there = value != 0
     if there.all():
-        return {name: np.frombuffer(value.tobytes(), np.uint8)}
-    return {name: np.frombuffer(value[there].tobytes(), np.uint8), f"{name}.mask": np.packbits(there)}
+        return {name: value}
+    return {name: value[there], f"{name}.mask": np.packbits(there)}
 
 
-def _decoded(file: Any, name: str, leaf: dict[str, Any]) -> np.ndarray:
-    dtype, shape = jnp.dtype(leaf["dtype"]), tuple(leaf["shape"])
-    numbers = file[name].view(dtype)
-    if f"{name}.mask" not in file:
-        return numbers.reshape(shape)
-    value = np.zeros(shape, dtype)
+def _decoded(archive: _archive.Archive, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    if f"{name}.mask" not in archive.names:
+        return archive.array(name, shape, dtype)
+    size = math.prod(shape)
+    bits = archive.array(f"{name}.mask", ((size + 7) // 8,), np.dtype(np.uint8))
     # `packbits` fills up the last byte: without the count there would be places too many.
-    value.reshape(-1)[np.unpackbits(file[f"{name}.mask"], count=value.size).astype(bool)] = numbers
-    return value
+    there = np.unpackbits(bits, count=size).astype(bool)
+    numbers = archive.array(name, (int(np.count_nonzero(there)),), dtype)
+    value = np.zeros(size, dtype)
+    value[there] = numbers
+    return value.reshape(shape)
 
 
 def _shown(leaf: Any) -> str:

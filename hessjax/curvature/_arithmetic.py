@@ -2,16 +2,18 @@
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.tree_util import Partial
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from hessjax._core import _tree
+from hessjax._core import _numbers, _tree
+from hessjax._core._messages import checked_finite, checked_function, is_number, shown
 from hessjax._core._types import Matvec, Params, Vector
 from hessjax.curvature._product import as_pytree
 
@@ -55,16 +57,25 @@ def weighted_sum(
     """
     _check_matvecs(matvecs)
     # As arrays they are leaves of the Partial: other weights or another damping retrace nothing.
-    weights = jnp.asarray([1.0] * len(matvecs) if weights is None else weights, float)
+    weights = jnp.asarray([1.0] * len(matvecs) if weights is None else _checked_weights(weights), float)
     if weights.shape != (len(matvecs),):
         raise ValueError(
             f"`weights` must hold one number for each of the {len(matvecs)} matvecs, "
             f"got shape {weights.shape}."
         )
-    shift = jnp.asarray(shift, float)
-    if shift.ndim:
-        raise ValueError(f"`shift` must be one number, got shape {shift.shape}.")
+    if np.ndim(shift):
+        raise ValueError(f"`shift` must be one number, got shape {np.shape(shift)}.")
+    shift = jnp.asarray(checked_finite("shift", shift), float)
     return Partial(_sum, tuple(map(as_pytree, matvecs)), weights, shift)
+
+
+def _checked_weights(weights: Any) -> Any:
+    listed = isinstance(weights, Sequence) and not isinstance(weights, str)
+    if is_number(weights) or (listed and all(map(is_number, weights))):
+        return weights
+    if not isinstance(weights, (jax.Array, np.ndarray)) or not jnp.issubdtype(weights.dtype, jnp.number):
+        raise TypeError(f"`weights` must be numbers, one for each of `matvecs`, got {shown(weights)}.")
+    return weights
 
 
 def _check_matvecs(matvecs: Any) -> None:
@@ -136,6 +147,7 @@ def preconditioned(matvec: Matvec, diagonal: Params) -> Matvec:
         >>> hj.preconditioned(A, jnp.array([1.0, 4.0]))(jnp.ones(2)).tolist()
         [2.0, 0.5]
     """
+    checked_function("matvec", matvec, "(vector) -> vector")
     _tree.check_floating(diagonal, "diagonal")
     # Values can only be looked at outside `jit`; inside it a bad entry shows as NaN in the products.
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(diagonal)):
@@ -145,14 +157,18 @@ def preconditioned(matvec: Matvec, diagonal: Params) -> Matvec:
 
 def _scaled_product(matvec: Matvec, diagonal: Params, vector: Vector) -> Vector:
     # Half of D on either side, not D⁻¹A: similar to it, and symmetric, which Lanczos and CG rely on.
-    return _over_root(diagonal, matvec(_over_root(diagonal, vector)), vector)
+    product = matvec(_over_root(diagonal, vector))
+    _tree.check_like(product, diagonal, "matvec(vector)", "diagonal")
+    return _over_root(diagonal, product, vector)
 
 
 @jax.jit
 def _over_root(diagonal: Params, vector: Vector, like: Vector | None = None) -> Vector:
     """D^-½ v, in the dtypes of `like`, or of `vector`."""
     _tree.check_like(vector, diagonal, "vector", "diagonal")
-    scaled = jax.tree.map(lambda d, x: x / jnp.sqrt(d), *map(_tree.wide, (diagonal, vector)))
+    scaled = jax.tree.map(
+        lambda d, x: jnp.divide(*_numbers.promoted(x, jnp.sqrt(d))), *map(_tree.wide, (diagonal, vector))
+    )
     return _tree.cast_like(scaled, vector if like is None else like)
 
 
@@ -173,7 +189,11 @@ def _smallest(diagonal: Params) -> list[Float[Array, ""]]:
 
 
 def adam_preconditioner(
-    opt_state: Any, *, b2: ArrayLike = 0.999, eps: ArrayLike = 1e-8, eps_root: ArrayLike = 0.0
+    opt_state: Any,
+    *,
+    b2: ArrayLike | None = None,
+    eps: ArrayLike | None = None,
+    eps_root: ArrayLike | None = None,
 ) -> Params:
     """What Adam divides its momentum by: D = √(ν̂ + eps_root) + eps, read out of an optimizer's state.
 
@@ -183,20 +203,22 @@ def adam_preconditioner(
     full-batch training hovers there.
 
     Args:
-        opt_state: an optax state that holds the state of one Adam (`adam`, `adamw`, `nadam`, ...), nested
-            in any way: chain, masked, MultiSteps, inject_hyperparams, `hessjax.prune`. From an
-            `nnx.Optimizer`: `nnx.as_pure(optimizer.opt_state)`.
-        b2: decay of ν, as given to the optimizer.
-        eps: as given to the optimizer.
-        eps_root: as given to the optimizer.
+        opt_state: what holds the state of one Adam (`adam`, `adamw`, `nadam`, ...), nested in any way: an
+            optax state (chain, masked, MultiSteps, inject_hyperparams, `hessjax.prune`), a `TrainState`, an
+            `nnx.Optimizer`, its `opt_state` or its `nnx.state`. Not `adamax`: its state is of the same type,
+            and holds maxima.
+        b2: decay of ν, as given to the optimizer. By default what `inject_hyperparams` has recorded, else
+            0.999.
+        eps: likewise; 1e-8.
+        eps_root: likewise; 0.
 
     Returns:
-        D, a pytree like the params, in float32 at least. Leaves that Adam does not train (`optax.masked`)
-        are None, as in `select(params, where).part`.
+        D, a pytree like the params, in float32 at least; from nnx in arrays, like the params of `nnx_loss`.
+        Leaves that Adam does not train (`optax.masked`) are None, as in `select(params, where).part`.
 
     Raises:
-        ValueError: no Adam in the state, or several; or one that has not made an update yet (not checked
-            inside `jit`).
+        ValueError: no Adam in the state, or several, which are named; or one that has not made an update yet
+            (not checked inside `jit`).
 
     References:
         Kingma and Ba (2015), Adam, arXiv 1412.6980.
@@ -211,21 +233,63 @@ def adam_preconditioner(
         >>> hj.adam_preconditioner(opt_state).tolist()  # after one step, |g|
         [0.5, 4.0]
     """
-    nodes = jax.tree.leaves(opt_state, is_leaf=_is_adam)
-    found = [node for node in nodes if _is_adam(node)]
+    given = {"b2": b2, "eps": eps, "eps_root": eps_root}
+    for name, number in given.items():
+        if number is not None:
+            checked_finite(name, number)
+    adam = _the_adam(opt_state)
+    if not isinstance(adam.count, jax.core.Tracer) and adam.count < 1:
+        raise ValueError("`opt_state` must be one after the first update, got one after 0 updates.")
+    known = {"b2": 0.999, "eps": 1e-8, "eps_root": 0.0} | adam.hyperparams
+    chosen = {name: known[name] if value is None else value for name, value in given.items()}
+    return _denominator(adam.nu, adam.count, **chosen)
+
+
+class _Adam(NamedTuple):
+    """What is read of one Adam: its place, its state, and the hyperparameters recorded around it."""
+
+    path: str
+    count: Any
+    nu: Params
+    hyperparams: dict[str, Any]
+
+
+def _the_adam(opt_state: Any) -> _Adam:
+    found = list(_adams(_bare(opt_state), (), {}))
     if len(found) != 1:
+        places = f": {', '.join(f'`{adam.path}`' for adam in found)}" if found else ""
         raise ValueError(
             f"`opt_state` must hold the state of exactly one Adam (`optax.ScaleByAdamState`), found "
-            f"{len(found)} in {type(opt_state).__name__}: pass the part that belongs to one."
+            f"{len(found)} in {type(opt_state).__name__}{places}: pass the part that belongs to one."
         )
-    count = found[0].count
-    if not isinstance(count, jax.core.Tracer) and count < 1:
-        raise ValueError("`opt_state` must be one after the first update, got one after 0 updates.")
-    return _denominator(found[0].nu, count, b2, eps, eps_root)
+    (adam,) = found
+    # An `nnx.State` is flattened into plain dicts: back to what the params of its model are.
+    own = isinstance(opt_state, Mapping) and isinstance(adam.nu, dict)
+    return adam._replace(nu=type(opt_state)(adam.nu)) if own else adam
 
 
-def _is_adam(node: Any) -> bool:
-    return isinstance(node, optax.ScaleByAdamState)
+def _adams(node: Any, path: tuple[Any, ...], hyperparams: dict[str, Any]) -> Iterator[_Adam]:
+    """Every Adam in the tree. One that went through a checkpoint or `nnx.state` is a mapping."""
+    if isinstance(node, optax.ScaleByAdamState):
+        node = node._asdict()
+    if isinstance(node, Mapping) and {"count", "mu", "nu"} <= set(node):
+        yield _Adam(_tree.path_name(path), node["count"], node["nu"], hyperparams)
+        return
+    recorded = node.get("hyperparams") if isinstance(node, Mapping) else getattr(node, "hyperparams", None)
+    hyperparams = {**hyperparams, **(recorded if isinstance(recorded, Mapping) else {})}
+    for key, child in jax.tree_util.tree_leaves_with_path(node, is_leaf=lambda x: x is not node):
+        if child is not node:
+            yield from _adams(child, (*path, *key), hyperparams)
+
+
+def _bare(tree: Any) -> Any:
+    """Arrays in the place of nnx's Variables, which an `nnx.Optimizer` keeps its state in."""
+    return jax.tree.map(lambda x: x.get_value() if _is_variable(x) else x, tree, is_leaf=_is_variable)
+
+
+def _is_variable(node: Any) -> bool:
+    # By what it can do: only `hessjax.flax` names Flax.
+    return hasattr(node, "get_value") and hasattr(node, "set_value")
 
 
 @jax.jit

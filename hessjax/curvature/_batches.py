@@ -10,28 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from hessjax._core import _tree
+from hessjax._core._messages import checked_function
 from hessjax._core._types import Forms, Matvec, Vector
-
-COUNTED_OTHERWISE = "If examples are counted otherwise, pass `num_examples=lambda batch: ...`."
-
-
-def leading_axis(batch: Any, advice: str = COUNTED_OTHERWISE) -> int:
-    """The number of examples in `batch`: the length of the first axis, on which all its arrays agree.
-
-    Arrays without axes (a temperature, a key) do not count.
-
-    Raises:
-        ValueError: the lengths disagree (all are listed), or no array has an axis.
-    """
-    lengths = {
-        path: jnp.shape(leaf)[0]
-        for path, leaf in zip(_tree.leaf_paths(batch), jax.tree.leaves(batch), strict=True)
-        if jnp.ndim(leaf)
-    }
-    if len(set(lengths.values())) != 1:
-        shown = ", ".join(f"{path}: {length}" for path, length in lengths.items()) or "no array with an axis"
-        raise ValueError(f"a batch must hold arrays with one common leading axis, got {shown}. {advice}")
-    return next(iter(lengths.values()))
+from hessjax.curvature._weights import Weights, batch_weight, check_total, check_weights
 
 
 def check_batches(batches: Any) -> None:
@@ -53,33 +34,25 @@ def check_reiterable(batches: Any) -> None:
         )
 
 
-def count_examples(num_examples: Callable[[Any], int], batch: Any, index: int) -> int:
-    """The number of examples in batch `index`, at least one."""
-    counted = num_examples(batch)
-    if not counted % 1 == 0:  # nor NaN
-        raise ValueError(f"`num_examples` must give a whole number, got {counted} for batch {index}.")
-    if (weight := int(counted)) < 1:
-        raise ValueError(f"every batch must hold at least one example, but batch {index} has {weight}.")
-    return weight
-
-
 def over_batches(
     make_matvec: Callable[[Any], Matvec],
     batches: Iterable[Any],
     *,
-    num_examples: Callable[[Any], int] = leading_axis,
+    weights: Weights | None = None,
 ) -> Matvec:
-    """The mean of `make_matvec(batch)` over a data set, every example counting once.
+    """The mean of `make_matvec(batch)` over a data set, every example counting once, or by its weight.
 
-    Batches weigh by their number of examples, so the result does not depend on how the data is cut,
-    and a short last batch counts for what it holds. (An unweighted mean is off by 92 % in Hv with a
-    last batch of 6 in 1030.)
+    Batches weigh by what they hold, Σ_b W_b A_b v / Σ_b W_b with W_b the sum of `weights(batch)`, so the
+    result does not depend on how the data is cut, and a short last batch counts for what it holds. (An
+    unweighted mean is off by 92 % in Hv with a last batch of 6 in 1030.)
 
     Args:
-        make_matvec: `batch -> matvec` of a loss that is a mean over the batch's examples.
+        make_matvec: `batch -> matvec` of a loss that is a mean over the batch's examples, by `weights`.
         batches: any iterable that starts afresh each time it is iterated (a list, a data loader; not a
             generator). Batches are pytrees of any shape; each new shape compiles once.
-        num_examples: `batch -> int`; by default the common length of the leading axes.
+        weights: `weights(batch) -> array`: how much the batch counts, as one number, or that of each of its
+            examples or output positions (a padding mask), to be summed. None: the common length of the
+            leading axes. A batch whose weights are zero is passed over.
 
     Returns:
         A matvec to be called from the host: it passes over the data once for every product. It keeps no
@@ -88,8 +61,9 @@ def over_batches(
         must then come in the same order every time.
 
     Raises:
-        TypeError: `batches` cannot be iterated, or only once.
-        ValueError: at a product: no batches, a batch without examples, or one whose arrays disagree.
+        TypeError: `batches` cannot be iterated, or only once; `weights` is no function.
+        ValueError: at a product: no batches, a batch without examples, or one whose arrays disagree; weights
+            that are negative, not finite, or zero for all batches.
 
     Cost:
         One product of every batch, and one vector (float32 at least) for the sum.
@@ -104,51 +78,55 @@ def over_batches(
         >>> float(A(jnp.array(1.0)))
         3.0
     """
+    checked_function("make_matvec", make_matvec, "(batch) -> matvec")
     check_reiterable(batches)
-    return _BatchMean(make_matvec, batches, num_examples)
+    check_weights(weights)
+    return _BatchMean(make_matvec, batches, weights)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity: batches need not be hashable
 class _BatchMean:
     make_matvec: Callable[[Any], Matvec]
     batches: Iterable[Any]
-    num_examples: Callable[[Any], int]
+    weights: Weights | None
 
     def __call__(self, vector: Vector) -> Vector:
-        total, count = zero(vector), 0
+        total, count = zero(vector), 0.0
         for weight, product in self._products(vector):
             # Weights enter as floats: traced, so that a batch of another size compiles nothing here.
-            total, count = add(total, float(weight), product), count + weight
-        return divide(total, float(count), vector)
+            total, count = add(total, weight, product), count + weight
+        return divide(total, count, vector)
 
     def by_batch(self, vector: Vector) -> tuple[Vector, Forms]:
         total, weights, parts = zero(vector), [], []
         for weight, product in self._products(vector):
             parts.append(_parts(vector, product))  # a few numbers of each product; the product itself goes
-            weights.append(float(weight))
-            total = add(total, float(weight), product)
+            weights.append(weight)
+            total = add(total, weight, product)
         forms = Forms(jnp.stack(parts), jnp.asarray(weights, parts[0].dtype))
         return divide(total, sum(weights), vector), forms
 
-    def _products(self, vector: Vector) -> Iterator[tuple[int, Vector]]:
+    def _products(self, vector: Vector) -> Iterator[tuple[float, Vector]]:
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(vector)):
             raise TypeError(
                 "a matvec over batches reads its data on the host and cannot be traced: call it outside "
                 "`jit`, with `on_device=False`."
             )
-        index = -1
+        index, total = -1, 0.0
         for index, batch in enumerate(self.batches):
-            # A matvec for every batch and product: it is a pytree, so its code is compiled once per shape.
-            yield count_examples(self.num_examples, batch, index), self.make_matvec(batch)(vector)
-        if index < 0:
-            raise ValueError("`batches` must hold at least one batch, got none.")
+            # A batch of padding is not there: its own mean may be 0/0.
+            if weight := batch_weight(self.weights, batch, index):
+                total += weight
+                # A matvec for every batch and product: it is a pytree, its code is compiled once per shape.
+                yield weight, self.make_matvec(batch)(vector)
+        check_total(total, index)
 
 
 @jax.jit
 def zero(vector: Vector) -> Vector:
     """A sum of no vectors, in float32 at least."""
     # bfloat16 has 8 bits: a sum of some hundred batches in it would stop growing.
-    return jax.tree.map(jnp.zeros_like, _tree.wide(vector))
+    return _tree.zeros_like(_tree.wide(vector))
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -8,12 +8,32 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from hessjax._core import _tree
-from hessjax._core._messages import checked_count
+from hessjax._core._compiled import compiled
+from hessjax._core._messages import check_flags, checked_any_key, checked_count, checked_instance
 from hessjax._core._types import Key, LossFn, Matvec, ModelFn, Params
-from hessjax.curvature._product import as_pytree, described, pull_back, sandwich, scalar
+from hessjax.curvature._product import (
+    as_pytree,
+    at_precision,
+    check_call,
+    check_precision,
+    described,
+    explained,
+    pull_back,
+    sandwich,
+    scalar,
+)
+from hessjax.curvature._weights import (
+    Weights,
+    by_example,
+    by_position,
+    present,
+    shares_of,
+    weighed,
+    without_absent,
+)
 from hessjax.curvature.likelihoods import Likelihood
 
 
@@ -35,7 +55,8 @@ def ggn(
     Args:
         model_fn: `model_fn(params, *args) -> outputs`, a pytree of real floating-point arrays.
         output_loss: `output_loss(outputs, *args) -> scalar`, the mean over the examples. It is given all
-            the arguments that the model is given.
+            the arguments that the model is given. What counts is its own affair: a mask in it is enough, and
+            no `weights` are needed.
         params: pytree of real floating-point arrays.
         *args: what else the two take: a batch, BatchNorm statistics, random keys.
         linearize: do the work that does not depend on v once, now, and keep it: later products are
@@ -70,6 +91,11 @@ def ggn(
         >>> float(A(jnp.array(1.0)))
         180.0
     """
+    _tree.check_floating(params)
+    check_call("model_fn", model_fn, args)
+    check_call("output_loss", output_loss, args, "outputs")
+    check_flags(linearize=linearize)
+    check_precision(precision)
     return sandwich(
         model_fn, Partial(_loss_curvature, as_pytree(output_loss)), params, args, linearize, precision
     )
@@ -80,6 +106,7 @@ def fisher(
     params: Params,
     *args: Any,
     likelihood: Likelihood,
+    weights: Weights | None = None,
     num_samples: int | None = None,
     key: Key | None = None,
     linearize: bool = False,
@@ -89,15 +116,21 @@ def fisher(
 
     v ↦ 1/n Σᵢ E[∇log p(y|xᵢ) ∇log p(y|xᵢ)ᵀ] v, with y drawn from the model itself: no labels enter. The
     expectation is exact, 1/n Σᵢ Jᵢᵀ F(outputᵢ) Jᵢ v, and then equal to `ggn` with the negative
-    log-likelihood, or, given a `key`, a mean over labels drawn, which is unbiased.
+    log-likelihood, or, given a `key`, a mean over labels drawn, which is unbiased. With `weights` the mean
+    over i is Σ wᵢ (...) / Σ wᵢ, as in the loss: with a padding mask it is `ggn` with the masked loss.
 
     Args:
         model_fn: `model_fn(params, *args) -> outputs`, one array (..., examples, numbers of one example).
         params: pytree of real floating-point arrays.
-        *args: what else the model takes.
+        *args: what else the model takes; with `weights` first the batch.
         likelihood: what the outputs mean: `likelihoods.categorical` (logits),
             `likelihoods.gaussian` (means, variance 1), or a `Likelihood` of your own. The mean is over all
             axes but the last.
+        weights: `weights(batch) -> array`: how much each example counts, (examples,), or each output
+            position, (examples, positions...), a padding mask; leading axes of the outputs. None: all alike.
+            Where a weight is zero the outputs do not count, whatever they are, and nothing is drawn that
+            does. If examples of weight zero have derivatives that are not finite, and the batch's arrays
+            share the axis of examples, copies of an example that counts take their place.
         num_samples: with `key`: labels to draw for every example, 1 by default. None without: exact.
         key: random key of the labels. One matvec draws the same labels in every product, hence is one
             symmetric matrix. Matvecs of equal key and shapes share their noise: `over_batches` wants a key
@@ -111,10 +144,12 @@ def fisher(
     Raises:
         TypeError: as `ggn`; the outputs are not one array.
         ValueError: `num_samples` without `key`, or below 1; at a product, `vector` is not like `params`,
-            or the outputs have fewer than two axes.
+            or the outputs have fewer than two axes. Weights of another shape, negative, not finite, or all
+            zero. (Inside `jit` such values give NaN.)
 
     Cost:
-        As `ggn`; with a key, `num_samples` arrays like the outputs.
+        As `ggn`; with a key, `num_samples` arrays like the outputs. One gradient more, when it is made, if
+        there are examples of weight zero.
 
     References:
         Martens (2020), New insights and perspectives on the natural gradient method, arXiv 1412.1193, §5, §9.
@@ -130,16 +165,30 @@ def fisher(
         >>> float(A(jnp.array(1.0)))  # p (1 - p) x², on average
         1.25
     """
+    _tree.check_floating(params)
+    check_call("model_fn", model_fn, args)
+    check_likelihood(likelihood)
+    check_flags(linearize=linearize)
+    check_precision(precision)
+    shares = shares_of(weights, args)
+    if shares is not None:
+        args = _finite(precision, as_pytree(model_fn), params, args, by_example(shares) > 0)
     if key is None:
         if num_samples is not None:
             raise ValueError(
                 f"`key` must be given with `num_samples`, got None with num_samples={num_samples}."
             )
-        curvature = Partial(_exact_fisher, as_pytree(likelihood.information))
+        curvature = Partial(_exact_fisher, as_pytree(likelihood.information), shares)
     else:
         num_samples = 1 if num_samples is None else checked_count("num_samples", num_samples)
-        curvature = Partial(_SampledFisher(num_samples), as_pytree(likelihood.score), key)
+        key = checked_any_key(key)
+        curvature = Partial(_SampledFisher(num_samples), as_pytree(likelihood.score), key, shares)
     return sandwich(model_fn, curvature, params, args, linearize, precision)
+
+
+def check_likelihood(likelihood: Any) -> None:
+    """Raise a TypeError for what is no `Likelihood`, such as its name."""
+    checked_instance("likelihood", likelihood, Likelihood, "hessjax.likelihoods.categorical")
 
 
 # -- the curvature in the outputs ----------------------------------------------------------------
@@ -150,35 +199,82 @@ def _loss_curvature(output_loss: LossFn, outputs: Any, args: tuple[Any, ...]) ->
     return Partial(pull_back, jax.vjp(jax.grad(scalar(output_loss, args, "output_loss")), outputs)[1])
 
 
-def _exact_fisher(information: Callable[..., Any], outputs: Any, _args: Any) -> Partial:
+def _exact_fisher(information: Callable[..., Any], shares: Array | None, outputs: Any, _args: Any) -> Partial:
     _check_examples(outputs)
-    return Partial(_mean_information, information, _tree.wide(outputs))
+    outputs, shares = _present(_tree.wide(outputs), shares)
+    return Partial(_mean_information, information, outputs, shares)
 
 
 def _mean_information(
-    information: Callable[..., Any], outputs: Float[Array, "... c"], tangents: Float[Array, "... c"]
-) -> Float[Array, "... c"]:
+    information: Callable[..., Any],
+    outputs: Float[Array, "*n c"],
+    shares: Float[Array, "*n"] | None,
+    tangents: Float[Array, "*n c"],
+) -> Float[Array, "*n c"]:
     # p − p² cancels where a class is nearly certain: in bfloat16 nothing would be left of it.
-    return information(outputs, _tree.wide(tangents)) / _num_examples(outputs)
+    return _averaged(information(outputs, _tree.wide(tangents)), shares)
 
 
 @dataclasses.dataclass(frozen=True)
 class _SampledFisher:
     num_samples: int
 
-    def __call__(self, score: Callable[..., Any], key: Key, outputs: Any, _args: Any) -> Partial:
+    def __call__(
+        self, score: Callable[..., Any], key: Key, shares: Array | None, outputs: Any, _args: Any
+    ) -> Partial:
         _check_examples(outputs)
+        outputs, shares = _present(_tree.wide(outputs), shares)
         # Folded in, not split: sample i is the same whatever `num_samples`.
         keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(self.num_samples))
-        return Partial(_mean_outer, jax.vmap(score, in_axes=(0, None))(keys, _tree.wide(outputs)))
+        return Partial(_mean_outer, jax.vmap(score, in_axes=(0, None))(keys, outputs), shares)
 
 
-def _mean_outer(scores: Float[Array, "samples *n c"], tangents: Float[Array, "*n c"]) -> Float[Array, "*n c"]:
+def _mean_outer(
+    scores: Float[Array, "samples *n c"], shares: Float[Array, "*n"] | None, tangents: Float[Array, "*n c"]
+) -> Float[Array, "*n c"]:
     """The mean of s sᵀ t over the samples, in every example."""
     # Scores of different examples are independent with mean zero: their cross terms, zero on average, are
     # left out, which takes nothing from the expectation and most of the variance.
-    slopes = jnp.sum(scores * _tree.wide(tangents), axis=-1, keepdims=True)
-    return jnp.mean(scores * slopes, axis=0) / _num_examples(tangents)
+    slopes = jnp.sum(scores * _tree.wide(tangents)[None], axis=-1, keepdims=True)
+    return _averaged(jnp.mean(scores * slopes, axis=0), shares)
+
+
+def _averaged(values: Float[Array, "*n c"], shares: Float[Array, "*n"] | None) -> Float[Array, "*n c"]:
+    """Of every example, its part of the mean."""
+    return values / _num_examples(values) if shares is None else weighed(shares, values)
+
+
+def _present(outputs: Array, shares: Array | None) -> tuple[Array, Array | None]:
+    """The outputs, 0 where they do not count, and the share of each position."""
+    if shares is None:
+        return outputs, None
+    shares = by_position(shares, outputs.shape[:-1])
+    return present(shares, outputs), shares
+
+
+def _finite(
+    precision: str | None, model_fn: Partial, params: Params, args: tuple[Any, ...], there: Bool[Array, " n"]
+) -> tuple[Any, ...]:
+    """The arguments, without examples that do not count but would make every product NaN."""
+    is_traced = isinstance(there, jax.core.Tracer)
+    shapes = {jnp.shape(x)[:1] for x in jax.tree.leaves(args[0]) if jnp.ndim(x)}
+    if shapes != {there.shape} or (not is_traced and bool(jnp.all(there))):
+        return args
+    # Only then: a model that couples its examples shall see them as they are, as the GGN's does.
+    clean = _is_clean(precision, model_fn, params, args)
+    return args if not is_traced and bool(clean) else without_absent(args, there | clean)
+
+
+@explained("model_fn")
+@compiled(static_argnums=0)
+def _is_clean(
+    precision: str | None, model_fn: Partial, params: Params, args: tuple[Any, ...]
+) -> Bool[Array, ""]:
+    """Whether cotangents of zero give gradients of zero: 0 · NaN is NaN."""
+    with at_precision(precision):
+        outputs, pullback = jax.vjp(lambda p: model_fn(p, *args), params)
+        grads = pullback(jax.tree.map(jnp.zeros_like, outputs))
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads)]))
 
 
 def _check_examples(outputs: Any) -> None:

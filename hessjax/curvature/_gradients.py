@@ -11,16 +11,27 @@ from jax.tree_util import Partial
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from hessjax._core import _tree
-from hessjax._core._messages import checked_count
+from hessjax._core._compiled import compiled
+from hessjax._core._messages import check_flags, checked_count
 from hessjax._core._types import Block, LossFn, Matvec, Params, Vector
-from hessjax.curvature._batches import add, divide, leading_axis, zero
-from hessjax.curvature._product import as_pytree, at_precision, sandwich, scalar
+from hessjax.curvature._batches import add, divide, zero
+from hessjax.curvature._product import (
+    as_pytree,
+    at_precision,
+    check_call,
+    check_precision,
+    explained,
+    sandwich,
+    scalar,
+)
+from hessjax.curvature._weights import Weights, by_example, num_examples, of_examples, scaled_rows, weighed
 
 
 def per_example_grads(
     loss_fn: LossFn,
     params: Params,
     *args: Any,
+    weights: Weights | None = None,
     microbatch: int | None = None,
     precision: str | None = "highest",
 ) -> Block:
@@ -29,6 +40,8 @@ def per_example_grads(
     gᵢ = ∇ loss_fn(params, args[0][i : i + 1], *args[1:]). The loss sees one example as a batch of one, so
     models that expect a batch axis work as they are. If the loss is a mean over its examples, and none
     depends on the others (as BatchNorm in train mode makes them), the mean of the block is the gradient.
+    Where examples count differently, by their tokens say, it is with `weights`: row i is then m wᵢ/Σw · gᵢ.
+    (For a Fisher the rows are √(m wᵢ/Σw) gᵢ: `empirical_fisher_roots`.)
 
     Args:
         loss_fn: `loss_fn(params, *args) -> scalar`, the mean over the leading axis of `args[0]`.
@@ -36,6 +49,9 @@ def per_example_grads(
         *args: first the batch, the one argument that is cut into examples: its arrays share their leading
             axis, and those without axes go to every example. All further arguments (BatchNorm
             statistics, keys) are passed whole: dropout with one key drops alike in all examples.
+        weights: `weights(batch) -> array`: how much each example counts in the loss's own mean, (m,), or each
+            output position, (m, positions...), a padding mask. None: all alike. An example of weight zero is
+            not there: its row is zero, whatever its loss.
         microbatch: the most examples to differentiate at once; None: all. 1 avoids the grouped
             convolutions that gradients of several examples become.
         precision: of matrix products and convolutions, as in `hessian`.
@@ -45,7 +61,8 @@ def per_example_grads(
 
     Raises:
         TypeError: `params` has leaves that are not floating point; `loss_fn` does not return a real scalar.
-        ValueError: no batch, an empty one, or arrays in it that disagree; `microbatch` below 1.
+        ValueError: no batch, an empty one, or arrays in it that disagree; `microbatch` below 1; weights of
+            another shape, negative, not finite, or all zero. (Inside `jit` such values give NaN.)
 
     Cost:
         The gradients, and num_examples · d numbers of memory. Activations of `microbatch` examples at once.
@@ -61,9 +78,32 @@ def per_example_grads(
         >>> hj.per_example_grads(loss_fn, jnp.array([1.0, 1.0]), batch).tolist()
         [[0.0, 0.0], [10.0, 15.0]]
     """
-    _tree.check_floating(params)
-    count = num_examples(args)
-    loss_fn = as_pytree(loss_fn)
+    shares, block = example_grads(loss_fn, params, args, weights, microbatch, precision)
+    return block if shares is None else scaled_rows(block, shares.shape[0] * by_example(shares))
+
+
+def example_grads(
+    loss_fn: LossFn,
+    params: Params,
+    args: tuple[Any, ...],
+    weights: Weights | None,
+    microbatch: int | None,
+    precision: str | None,
+) -> tuple[Array | None, Block]:
+    """The shares of the examples, and their gradients as they are."""
+    microbatch = _checked(loss_fn, params, args, microbatch, precision)
+    args, shares, count = of_examples(weights, args)
+    return shares, _block(as_pytree(loss_fn), params, args, count, microbatch, precision)
+
+
+def _block(
+    loss_fn: LossFn,
+    params: Params,
+    args: tuple[Any, ...],
+    count: int,
+    microbatch: int | None,
+    precision: str | None,
+) -> Block:
     if microbatch is None or microbatch >= count:
         return _grads(precision, loss_fn, params, args)
     # Unrolled on the host: XLA's CPU code for a convolution's gradient is 15 to 45 times slower in a loop.
@@ -77,19 +117,22 @@ def empirical_fisher(
     loss_fn: LossFn,
     params: Params,
     *args: Any,
+    weights: Weights | None = None,
     microbatch: int | None = None,
     linearize: bool = False,
     precision: str | None = "highest",
 ) -> Matvec:
     """The empirical Fisher v ↦ 1/m Σᵢ gᵢ (gᵢᵀ v), with gᵢ the gradient of example i at its own label.
 
-    Positive semidefinite, of rank m at most. It is not the Fisher information, nor near the Hessian unless
-    the model fits its data well (Kunstner et al.): `fisher` draws labels from the model instead.
+    With `weights` it is Σ wᵢ gᵢgᵢᵀ / Σ wᵢ: an example of weight 2 counts as if it were there twice. Positive
+    semidefinite, of rank m at most. It is not the Fisher information, nor near the Hessian unless the model
+    fits its data well (Kunstner et al.): `fisher` draws labels from the model instead.
 
     Args:
         loss_fn: `loss_fn(params, *args) -> scalar`, the mean over the leading axis of `args[0]`.
         params: pytree of real floating-point arrays.
         *args: first the batch, which alone is cut into examples: see `per_example_grads`.
+        weights: as in `per_example_grads`. An example's positions have one gradient together, their mean.
         microbatch: the most examples to work on at once; None: all.
         linearize: keep the work that does not depend on v, as in `ggn`. Not with `microbatch`.
         precision: as in `hessian`.
@@ -120,37 +163,37 @@ def empirical_fisher(
         >>> A(jnp.array([1.0, 0.0])).tolist()
         [50.0, 75.0]
     """
-    count = num_examples(args)
+    microbatch = _checked(loss_fn, params, args, microbatch, precision)
+    check_flags(linearize=linearize)
+    args, shares, _ = of_examples(weights, args)
     loss_fn = as_pytree(loss_fn)
     if microbatch is None:
         # 1/m Σ gᵢgᵢᵀ = Jᵀ(I/m)J with J the Jacobian of the per-example losses: the same product as the GGN's,
         # and no gradient is ever formed.
-        return sandwich(Partial(_losses, loss_fn), Partial(_mean), params, args, linearize, precision)
-    _tree.check_floating(params)
+        mean = _mean_of(shares)
+        return sandwich(Partial(_losses, loss_fn), mean, params, args, linearize, precision, "loss_fn")
     if linearize:
         raise ValueError(
             f"`microbatch` must be None with `linearize=True`, which keeps all activations, got {microbatch}."
         )
-    _cuts(count, microbatch)
-    return Partial(_ProductInParts(microbatch, precision), loss_fn, params, args)
+    shares = None if shares is None else by_example(shares)
+    return Partial(_ProductInParts(microbatch, precision), loss_fn, params, args, shares)
+
+
+def _checked(loss_fn: Any, params: Any, args: tuple[Any, ...], microbatch: Any, precision: Any) -> int | None:
+    """The microbatch, all arguments being what they must be."""
+    _tree.check_floating(params)
+    if args:  # else `num_examples` says what is missing
+        check_call("loss_fn", loss_fn, args)
+    check_precision(precision)
+    return None if microbatch is None else checked_count("microbatch", microbatch)
 
 
 # -- examples ------------------------------------------------------------------------------------
 
 
-def num_examples(args: tuple[Any, ...]) -> int:
-    """The number of examples in the batch, the first argument."""
-    if not args:
-        raise ValueError("`args` must begin with the batch that is cut into examples, got no arguments.")
-    count = leading_axis(args[0], "What all examples share goes into the arguments after the batch.")
-    if not count:
-        raise ValueError("`args[0]` must hold at least one example, got 0.")
-    return count
-
-
 def _cuts(count: int, microbatch: int) -> list[tuple[int, int]]:
     """(start, size) of every microbatch; the last may be short."""
-    microbatch = checked_count("microbatch", microbatch)
     return [(start, min(microbatch, count - start)) for start in range(0, count, microbatch)]
 
 
@@ -180,7 +223,8 @@ def of_each(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
 # -- gradients -----------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@explained("loss_fn")
+@compiled(static_argnums=0)
 def _grads(precision: str | None, loss_fn: LossFn, params: Params, args: tuple[Any, ...]) -> Block:
     with at_precision(precision):
         return of_each(lambda example: jax.grad(scalar(loss_fn, example))(params), args)
@@ -191,7 +235,7 @@ def _empty_block(count: int, params: Params) -> Block:
     return jax.tree.map(lambda x: jnp.zeros((count, *jnp.shape(x)), jnp.result_type(x)), params)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+@compiled(static_argnums=(0, 1), donate_argnums=2)
 def _fill(
     precision: str | None,
     size: int,
@@ -217,12 +261,20 @@ def _losses(loss_fn: LossFn, params: Params, *args: Any) -> Float[Array, " m"]:
     return of_each(lambda example: scalar(loss_fn, example)(params), args)
 
 
+def _mean_of(shares: Array | None) -> Partial:
+    return Partial(_mean) if shares is None else Partial(_weighted_mean, by_example(shares))
+
+
 def _mean(losses: Float[Array, " m"], _args: Any) -> Partial:
     return Partial(_divided, 1.0 / len(losses))
 
 
 def _divided(factor: float | Float[Array, ""], tangents: Float[Array, " m"]) -> Float[Array, " m"]:
     return factor * tangents
+
+
+def _weighted_mean(shares: Float[Array, " m"], _losses: Any, _args: Any) -> Partial:
+    return Partial(weighed, shares)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,16 +284,23 @@ class _ProductInParts:
     microbatch: int
     precision: str | None
 
-    def __call__(self, loss_fn: LossFn, params: Params, args: tuple[Any, ...], vector: Vector) -> Vector:
+    def __call__(
+        self,
+        loss_fn: LossFn,
+        params: Params,
+        args: tuple[Any, ...],
+        shares: Float[Array, " m"] | None,
+        vector: Vector,
+    ) -> Vector:
         _tree.check_like(vector, params, "vector", "params")
         count = num_examples(args)
         total = zero(params)  # float32 at least, narrowed once at the end
         for start, size in _cuts(count, self.microbatch):
-            total = _add_part(self.precision, size, total, start, loss_fn, params, args, vector)
-        return divide(total, count, params)
+            total = _add_part(self.precision, size, total, start, loss_fn, params, args, shares, vector)
+        return divide(total, count if shares is None else 1.0, params)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+@compiled(static_argnums=(0, 1), donate_argnums=2)
 def _add_part(
     precision: str | None,
     size: int,
@@ -250,7 +309,11 @@ def _add_part(
     loss_fn: LossFn,
     params: Params,
     args: tuple[Any, ...],
+    shares: Float[Array, " m"] | None,
     vector: Vector,
 ) -> Vector:
-    matvec = empirical_fisher(loss_fn, params, *_cut(args, start, size), precision=precision)
-    return add(total, float(size), matvec(vector))
+    batch, shares = _cut(((args[0], shares),), start, size)[0]
+    losses, examples = Partial(_losses, loss_fn), (batch, *args[1:])
+    product = sandwich(losses, _mean_of(shares), params, examples, False, precision)(vector)
+    # Without weights a mean over each part, so that parts count by their size; shares are of the whole.
+    return add(total, float(size) if shares is None else 1.0, product)

@@ -1,23 +1,36 @@
 """Hessian-vector products: a loss, params and one batch become a matvec."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 from jax.tree_util import Partial
 
 from hessjax._core import _tree
+from hessjax._core._compiled import compiled
+from hessjax._core._messages import check_flags, checked_choice
 from hessjax._core._types import LossFn, Matvec, Params, Scalar, Vector
-from hessjax.curvature._product import as_pytree, at_precision, explained, multiply_linear, pull_back, scalar
+from hessjax.curvature._product import (
+    LinearProduct,
+    as_pytree,
+    at_precision,
+    check_call,
+    check_precision,
+    explained,
+    pull_back,
+    scalar,
+)
+
+Mode: TypeAlias = Literal["forward-over-reverse", "reverse-over-reverse", "reverse-over-forward"]
+"""How two derivatives are nested."""
 
 
 def hessian(
     loss_fn: LossFn,
     params: Params,
     *args: Any,
-    mode: str = "forward-over-reverse",
+    mode: Mode = "forward-over-reverse",
     linearize: bool = False,
     precision: str | None = "highest",
 ) -> Matvec:
@@ -65,17 +78,17 @@ def hessian(
         [6.0, 12.0]
     """
     _tree.check_floating(params)
+    check_call("loss_fn", loss_fn, args)
+    check_flags(linearize=linearize)
+    check_precision(precision)
     products: dict[str, Any] = _LINEARIZED if linearize else _PRODUCTS
-    if mode not in products:
-        raise ValueError(
-            f"`mode` must be one of {', '.join(map(repr, products))}"
-            f"{' with `linearize=True`' if linearize else ''}, got {mode!r}."
-        )
+    checked_choice("mode", mode, products, " with `linearize=True`" if linearize else "")
     loss_fn = as_pytree(loss_fn)
     if linearize:
-        # No product is made here, so no vector is checked: `multiply_linear` keeps the params to do that.
-        with explained(_way_out(mode)):
-            return Partial(multiply_linear, _linearize(mode, precision, loss_fn, params, args), params)
+        # No product is made here, so no vector is checked: `LinearProduct` keeps the params to do that.
+        with explained("loss_fn", _way_out(mode)):
+            linear = _linearize(mode, precision, loss_fn, params, args)
+        return Partial(LinearProduct("loss_fn"), linear, params)
     return Partial(_Product(mode, precision), loss_fn, params, args)
 
 
@@ -159,11 +172,12 @@ class _Product:
     precision: str | None
 
     def __call__(self, loss_fn: LossFn, params: Params, args: tuple[Any, ...], vector: Vector) -> Vector:
-        with explained(_way_out(self.mode)):
+        _tree.check_arrays(vector, "vector")
+        with explained("loss_fn", _way_out(self.mode)):
             return _multiply(self, loss_fn, params, args, vector)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@compiled(static_argnums=0)
 def _multiply(
     settings: _Product, loss_fn: LossFn, params: Params, args: tuple[Any, ...], vector: Vector
 ) -> Vector:
@@ -174,7 +188,7 @@ def _multiply(
         return _PRODUCTS[settings.mode](scalar(loss_fn, args), params, vector)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@compiled(static_argnums=(0, 1))
 def _linearize(
     mode: str, precision: str | None, loss_fn: LossFn, params: Params, args: tuple[Any, ...]
 ) -> Any:
@@ -186,6 +200,6 @@ def _linearize(
 
 def _way_out(mode: str) -> str:
     return (
-        f"`mode={mode!r}` cannot pass a `custom_vjp` inside `loss_fn`; use "
-        "`mode='reverse-over-reverse'`, which can."
+        f"`loss_fn` must have no `custom_vjp` inside for {mode!r}, the `mode` of this product; use "
+        "`hessian(..., mode='reverse-over-reverse')`, which can pass one."
     )

@@ -2,21 +2,74 @@
 
 import contextlib
 import dataclasses
-import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 
 from hessjax._core import _tree
+from hessjax._core._compiled import compiled
+from hessjax._core._messages import checked_function, shown
 from hessjax._core._types import LossFn, Matvec, ModelFn, Params, Scalar, Vector
 
 
 def as_pytree(function: Callable[..., Any]) -> Partial:
     """The function as one that goes through `jit` as an argument, with the arrays it may carry."""
     return function if isinstance(function, Partial) else Partial(function)
+
+
+def check_call(argument: str, function: Any, args: tuple[Any, ...], first: str = "params") -> None:
+    """Raise a TypeError now for a function that `first` and these arguments cannot be passed to.
+
+    That is: it is no function, they are no arrays, or they are too many or too few.
+    """
+    checked_function(argument, function, f"({first}, *args)")
+    _check_args(args, argument)
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # those of C have none, and wrapped ones may hide theirs
+        return
+    try:
+        signature.bind(None, *args)
+    except TypeError as error:
+        raise TypeError(
+            f"`{argument}` must take `{first}` and the {len(args)} `args` given after it, got one with the "
+            f"signature {signature}: {error}."
+        ) from None
+
+
+def _check_args(args: tuple[Any, ...], function: str) -> None:
+    """Raise a TypeError naming the first leaf of `args` that a compiled function cannot take."""
+    for i, arg in enumerate(args):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(arg):
+            if _tree.is_array(leaf):
+                continue
+            where = f"`args[{i}]`" if path == () else f"`args[{i}]`, at {_tree.path_name(path)},"
+            way_out = (
+                "convert it, `jnp.asarray(x)`"
+                if hasattr(leaf, "__array__") and not isinstance(leaf, (np.ndarray, type))
+                else f"bind it beforehand, `functools.partial({function}, name=value)`"
+            )
+            raise TypeError(
+                f"{where} must hold arrays and numbers only, which `{function}` is compiled for, got "
+                f"{_tree.describe(leaf)}: {way_out}."
+            )
+
+
+def check_precision(precision: Any) -> None:
+    """Raise a ValueError for what is no precision of matrix products."""
+    try:
+        with at_precision(precision):
+            pass
+    except (TypeError, ValueError):
+        raise ValueError(
+            "`precision` must be None or one of jax's, such as 'highest' or 'bfloat16' (see "
+            f"`jax.default_matmul_precision`), got {shown(precision)}."
+        ) from None
 
 
 def scalar(loss_fn: LossFn, args: tuple[Any, ...], argument: str = "loss_fn") -> Callable[[Any], Scalar]:
@@ -46,16 +99,46 @@ def at_precision(precision: str | None) -> contextlib.AbstractContextManager[Any
     return contextlib.nullcontext() if precision is None else jax.default_matmul_precision(precision)
 
 
+_NEEDS_VALUES = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
+
+
 @contextlib.contextmanager
-def explained(way_out: str) -> Iterator[None]:
-    """Turns jax's error about a `custom_vjp` into one that names the way out."""
+def explained(argument: str, custom_vjp: str = "") -> Iterator[None]:
+    """Turns jax's errors about what a function does into ones that name it, and the way out.
+
+    Args:
+        argument: what the function is called.
+        custom_vjp: the way out where a `custom_vjp` cannot be passed.
+    """
     try:
         yield
-    except (TypeError, NotImplementedError) as error:
-        # jax has no type for these errors; other words mean that something else is wrong.
-        if "custom_vjp" not in str(error) and "custom_lin" not in str(error):
+    except (TypeError, ValueError, NotImplementedError) as error:
+        message = _explanation(error, argument, custom_vjp)
+        if message is None:
             raise
-        raise TypeError(way_out) from error
+        raise TypeError(message) from error
+
+
+def _explanation(error: Exception, argument: str, custom_vjp: str) -> str | None:
+    if isinstance(error, _NEEDS_VALUES):
+        return (
+            f"`{argument}` must not look at values, which it is compiled without, but it does, by `if`, "
+            "`int()` or a function of NumPy (the error above says where): bind what decides beforehand, "
+            f"`functools.partial({argument}, name=value)`, or use `jnp.where`."
+        )
+    # jax has no type for these errors; other words mean that something else is wrong.
+    if "Reverse-mode differentiation does not work" in str(error):
+        return (
+            f"`{argument}` must be differentiable backwards, but it has a `while_loop`, which jax cannot go "
+            "back through (in no `mode` of `hessian` either): give it a fixed number of steps, by `scan` or "
+            "by a `fori_loop` whose bounds are numbers."
+        )
+    hit = "custom_vjp" in str(error) or "custom_lin" in str(error)
+    return custom_vjp if custom_vjp and hit else None
 
 
 def pull_back(pullback: Callable[[Any], tuple[Any]], cotangents: Any) -> Any:
@@ -63,9 +146,25 @@ def pull_back(pullback: Callable[[Any], tuple[Any]], cotangents: Any) -> Any:
     return pullback(cotangents)[0]
 
 
-@jax.jit
-def multiply_linear(linear: Callable[[Vector], Vector], params: Params, vector: Vector) -> Vector:
-    """The product with a linear map that was made, and is kept, at these params."""
+@dataclasses.dataclass(frozen=True)
+class LinearProduct:
+    """The product with a linear map that was made, and is kept, at these params.
+
+    Attributes:
+        argument: what the function that it was made from is called.
+    """
+
+    argument: str
+
+    def __call__(self, linear: Callable[[Vector], Vector], params: Params, vector: Vector) -> Vector:
+        """The product."""
+        _tree.check_arrays(vector, "vector")
+        with explained(self.argument):
+            return _multiply_linear(linear, params, vector)
+
+
+@compiled()
+def _multiply_linear(linear: Callable[[Vector], Vector], params: Params, vector: Vector) -> Vector:
     # A linear map takes tangents in exactly the dtypes it was traced at, while vectors may come wider.
     _tree.check_like(vector, params, "vector", "params")
     return linear(_tree.cast_like(vector, params))
@@ -78,13 +177,19 @@ def sandwich(
     args: tuple[Any, ...],
     linearize: bool,
     precision: str | None,
+    argument: str = "model_fn",
 ) -> Matvec:
-    """Products Jᵀ C J v; `curvature(outputs, args)` is C: a pytree, linear, from tangents to cotangents."""
+    """Products Jᵀ C J v; `curvature(outputs, args)` is C: a pytree, linear, from tangents to cotangents.
+
+    Errors call the model by the name of the argument that it was given as.
+    """
     _tree.check_floating(params)
     model_fn = as_pytree(model_fn)
     if linearize:
-        return Partial(multiply_linear, _linearize(precision, model_fn, curvature, params, args), params)
-    return Partial(_Product(precision), model_fn, curvature, params, args)
+        with explained(argument):
+            linear = _linearize(precision, model_fn, curvature, params, args)
+        return Partial(LinearProduct(argument), linear, params)
+    return Partial(_Product(precision, argument), model_fn, curvature, params, args)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,14 +197,17 @@ class _Product:
     """The settings of a product; equal settings hash alike, so that equal matvecs share compiled code."""
 
     precision: str | None
+    argument: str
 
     def __call__(
         self, model_fn: ModelFn, curvature: Partial, params: Params, args: tuple[Any, ...], vector: Vector
     ) -> Vector:
-        return _multiply(self.precision, model_fn, curvature, params, args, vector)
+        _tree.check_arrays(vector, "vector")
+        with explained(self.argument):
+            return _multiply(self.precision, model_fn, curvature, params, args, vector)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@compiled(static_argnums=0)
 def _multiply(
     precision: str | None,
     model_fn: ModelFn,
@@ -112,14 +220,14 @@ def _multiply(
     return _linearize(precision, model_fn, curvature, params, args)(_tree.cast_like(vector, params))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@compiled(static_argnums=0)
 def _linearize(
     precision: str | None, model_fn: ModelFn, curvature: Partial, params: Params, args: tuple[Any, ...]
 ) -> Partial:
     # Out of `jit`, so that the linear maps' structure is one object for all params: see `hessian`.
     with at_precision(precision):
-        outputs, pullback = jax.vjp(lambda p: model_fn(p, *args), params)
-        _check_outputs(outputs)
+        # Checked inside: of what is no array jax would say that itself, by no argument's name.
+        outputs, pullback = jax.vjp(lambda p: _checked_outputs(model_fn(p, *args)), params)
         return Partial(_Through(precision), pullback, outputs, curvature(outputs, args))
 
 
@@ -146,8 +254,10 @@ class _Through:
             return pullback(_tree.cast_like(middle(tangents), tangents))[0]
 
 
-def _check_outputs(outputs: Any) -> None:
+def _checked_outputs(outputs: Any) -> Any:
     leaves = jax.tree.leaves(outputs)
-    if not leaves or not all(jnp.issubdtype(jnp.result_type(x), jnp.floating) for x in leaves):
+    arrays = bool(leaves) and all(map(_tree.is_array, leaves))
+    if not arrays or not all(jnp.issubdtype(jnp.result_type(x), jnp.floating) for x in leaves):
         got = ", ".join(map(described, leaves)) or "none"
         raise TypeError(f"`model_fn` must return real floating-point arrays only, got {got}.")
+    return outputs

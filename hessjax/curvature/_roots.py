@@ -1,6 +1,5 @@
 """Vectors r with 1/m Σ rrᵀ = GGN or Fisher: what an inverse Fisher is built from, beside gradients."""
 
-import functools
 import math
 from typing import Any
 
@@ -10,11 +9,14 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from hessjax._core import _tree
-from hessjax._core._messages import checked_count
-from hessjax._core._types import Block, Key, ModelFn, Params
+from hessjax._core._compiled import compiled
+from hessjax._core._messages import checked_any_key, checked_count, checked_number
+from hessjax._core._types import Block, Key, LossFn, ModelFn, Params
 from hessjax.curvature import likelihoods
-from hessjax.curvature._gradients import num_examples, of_each
-from hessjax.curvature._product import as_pytree, at_precision
+from hessjax.curvature._ggn import check_likelihood
+from hessjax.curvature._gradients import example_grads, of_each
+from hessjax.curvature._product import as_pytree, at_precision, check_call, check_precision, explained
+from hessjax.curvature._weights import Weights, by_example, by_position, of_examples, present, scaled_rows
 from hessjax.curvature.likelihoods import Likelihood
 
 
@@ -23,6 +25,7 @@ def ggn_roots(
     params: Params,
     *args: Any,
     likelihood: Likelihood = likelihoods.categorical,
+    weights: Weights | None = None,
     temperature: float | int | Float[Array, ""] = 1.0,
     precision: str | None = "highest",
 ) -> Block:
@@ -31,7 +34,8 @@ def ggn_roots(
     H is the Fisher information of an example's outputs, H = SSᵀ; the block holds √c · JᵀS, column by
     column, for c outputs. With a `temperature` T it is taken at outputs/T, the Jacobian where it is: for
     classes that evens out the probabilities of a model that fits its data, whose curvature otherwise
-    vanishes (4 served pruning best).
+    vanishes (4 served pruning best). With `weights` the mean is Σ wᵢ JᵀHJ / Σ wᵢ: a row is √(c·n·w/Σw) · JᵀS,
+    zero where the weight is, and 1/m Σ rrᵀ over all m rows is that mean.
 
     Args:
         model_fn: `model_fn(params, *args) -> outputs`, one array; the last axis is that of `likelihood`, all
@@ -39,6 +43,7 @@ def ggn_roots(
         params: pytree of real floating-point arrays.
         *args: first the batch, which alone is cut into examples: see `per_example_grads`.
         likelihood: what the outputs mean, as in `fisher`.
+        weights: `weights(batch) -> array`, as in `fisher`: for each example, or each output position.
         temperature: T, positive.
         precision: of matrix products and convolutions, as in `hessian`.
 
@@ -48,7 +53,7 @@ def ggn_roots(
     Raises:
         TypeError: `params` has leaves that are not floating point; the outputs are not one array.
         ValueError: no batch, an empty one, or arrays in it that disagree; `temperature` is not positive and
-            finite.
+            finite; weights of another shape, negative, not finite, or all zero.
 
     Cost:
         A forward pass and c backward passes for each example, an eigendecomposition of c × c for each, and
@@ -65,13 +70,13 @@ def ggn_roots(
         >>> (abs(roots.T @ roots) / 2).round(4).tolist()  # 4·(diag(p) − ppᵀ), up to signs
         [[1.0, 1.0], [1.0, 1.0]]
     """
-    _tree.check_floating(params)
-    num_examples(args)
+    _check(model_fn, params, args, likelihood, precision)
+    checked_number("temperature", temperature)
+    args, shares, _ = of_examples(weights, args)
     if not isinstance(temperature, jax.core.Tracer) and not 0 < temperature < math.inf:
         raise ValueError(f"`temperature` must be positive and finite, got {temperature}.")
-    return _ggn_roots(
-        precision, as_pytree(model_fn), as_pytree(likelihood.information), params, args, temperature
-    )
+    information = as_pytree(likelihood.information)
+    return _ggn_roots(precision, as_pytree(model_fn), information, params, args, shares, temperature)
 
 
 def sampled_grads(
@@ -80,6 +85,7 @@ def sampled_grads(
     *args: Any,
     key: Key,
     likelihood: Likelihood = likelihoods.categorical,
+    weights: Weights | None = None,
     num_samples: int = 1,
     precision: str | None = "highest",
 ) -> Block:
@@ -91,6 +97,7 @@ def sampled_grads(
         *args: as in `ggn_roots`.
         key: random key; the same key draws the same labels.
         likelihood: what the outputs mean, as in `fisher`.
+        weights: as in `ggn_roots`.
         num_samples: how many labels to draw for each example.
         precision: as in `ggn_roots`.
 
@@ -111,26 +118,87 @@ def sampled_grads(
         >>> abs(rows).tolist()
         [[[1.0, 1.0]], [[1.0, 1.0]], [[1.0, 1.0]]]
     """
-    _tree.check_floating(params)
+    _check(model_fn, params, args, likelihood, precision)
     num_samples = checked_count("num_samples", num_samples)
-    keys = jax.random.split(key, num_examples(args))
+    args, shares, count = of_examples(weights, args)
+    keys = jax.random.split(checked_any_key(key), count)
     score = as_pytree(likelihood.score)
-    return _sampled_grads(precision, num_samples, as_pytree(model_fn), score, params, args, keys)
+    return _sampled_grads(precision, num_samples, as_pytree(model_fn), score, params, args, shares, keys)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+def empirical_fisher_roots(
+    loss_fn: LossFn,
+    params: Params,
+    *args: Any,
+    weights: Weights | None = None,
+    microbatch: int | None = None,
+    precision: str | None = "highest",
+) -> Block:
+    """Square roots of the empirical Fisher, one for each example: 1/m Σ rrᵀ = Σ wᵢ gᵢgᵢᵀ / Σ wᵢ.
+
+    rᵢ = √(m wᵢ/Σw) gᵢ: what `inverse_fisher`, `obs` and `obd` take where examples count differently, as the
+    sentences of padded batches do. Without weights they are the rows of `per_example_grads`. The mean of rows
+    with weights is not the gradient: for `saliencies.gradient` take `per_example_grads`; `wood_taylor`, which
+    reads both from one block, knows no weights.
+
+    Args:
+        loss_fn: `loss_fn(params, *args) -> scalar`, the mean over the leading axis of `args[0]`.
+        params: pytree of real floating-point arrays.
+        *args: first the batch, which alone is cut into examples: see `per_example_grads`.
+        weights: `weights(batch) -> array`, as in `per_example_grads`.
+        microbatch: as in `per_example_grads`.
+        precision: as in `hessian`.
+
+    Returns:
+        The block of m vectors, in loss per parameter.
+
+    Raises:
+        TypeError, ValueError: as `per_example_grads`.
+
+    Cost:
+        As `per_example_grads`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import hessjax as hj
+        >>> def loss_fn(w, batch):
+        ...     return jnp.sum(batch["mask"] * batch["x"]) * w / jnp.sum(batch["mask"])
+        >>> batch = {"x": jnp.array([[2.0, 2.0], [6.0, 0.0]]), "mask": jnp.array([[1, 1], [1, 0]])}
+        >>> rows = hj.empirical_fisher_roots(loss_fn, 1.0, batch, weights=lambda batch: batch["mask"])
+        >>> float((rows**2).mean())  # (2·2² + 1·6²) / 3
+        14.6667
+    """
+    shares, block = example_grads(loss_fn, params, args, weights, microbatch, precision)
+    return block if shares is None else scaled_rows(block, jnp.sqrt(shares.shape[0] * by_example(shares)))
+
+
+def _check(model_fn: Any, params: Any, args: tuple[Any, ...], likelihood: Any, precision: Any) -> None:
+    _tree.check_floating(params)
+    if args:  # else `num_examples` says what is missing
+        check_call("model_fn", model_fn, args)
+    check_likelihood(likelihood)
+    check_precision(precision)
+
+
+@explained("model_fn")
+@compiled(static_argnums=0)
 def _ggn_roots(
     precision: str | None,
     model_fn: Partial,
     information: Partial,
     params: Params,
     args: tuple[Any, ...],
+    shares: Float[Array, "n ..."] | None,
     temperature: Float[Array, ""],
 ) -> Block:
     def of_example(example: tuple[Any, ...]) -> Block:
-        outputs, pullback = jax.vjp(lambda p: _checked(model_fn(p, *example)), params)
-        positions = outputs.reshape(-1, outputs.shape[-1])
+        (batch, own), *rest = example
+        outputs, pullback = jax.vjp(lambda p: _checked(model_fn(p, batch, *rest)), params)
+        shown, factors = _weighed(outputs, own, shares)
+        positions = shown.reshape(-1, outputs.shape[-1])
         roots = jax.vmap(lambda z: _root(information, z / temperature))(positions)
+        if factors is not None:
+            roots = factors.reshape(-1, 1, 1).astype(roots.dtype) * roots
         size = positions.shape[1]  # √c below: c vectors for each example, whose mean counts each as 1/c
         # The columns of all positions' roots, each a cotangent that is zero at the other positions.
         cotangents = jnp.einsum("pq,pck->pkqc", jnp.eye(len(positions), dtype=roots.dtype), roots)
@@ -139,10 +207,11 @@ def _ggn_roots(
         return jax.vmap(lambda t: pullback(t)[0])(cotangents)
 
     with at_precision(precision):
-        return _end_to_end(of_each(of_example, args))
+        return _end_to_end(of_each(of_example, ((args[0], shares), *args[1:])))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@explained("model_fn")
+@compiled(static_argnums=(0, 1))
 def _sampled_grads(
     precision: str | None,
     num_samples: int,
@@ -150,29 +219,41 @@ def _sampled_grads(
     score: Partial,
     params: Params,
     args: tuple[Any, ...],
+    shares: Float[Array, "n ..."] | None,
     keys: Key,
 ) -> Block:
     def of_example(example: tuple[Any, ...]) -> Block:
-        (batch, key), *rest = example
+        (batch, key, own), *rest = example
         outputs, pullback = jax.vjp(lambda p: _checked(model_fn(p, batch, *rest)), params)
-        scores = jax.vmap(lambda key: score(key, outputs))(jax.random.split(key[0], num_samples))
+        shown, factors = _weighed(outputs, own, shares)
+        scores = jax.vmap(lambda key: score(key, shown))(jax.random.split(key[0], num_samples))
         # A row sums the positions of an example; their scores are independent, so rows over √positions have
         # the mean over positions for their outer product on average.
         scale = (outputs.size // outputs.shape[-1]) ** -0.5
+        if factors is not None:
+            scores = factors[None, ..., None].astype(scores.dtype) * scores
         return jax.vmap(lambda t: pullback(scale * t)[0])(scores.astype(outputs.dtype))
 
     with at_precision(precision):
-        return _end_to_end(of_each(of_example, ((args[0], keys), *args[1:])))
+        return _end_to_end(of_each(of_example, ((args[0], keys, shares), *args[1:])))
+
+
+def _weighed(outputs: Array, own: Array | None, shares: Array | None) -> tuple[Array, Array | None]:
+    """An example's outputs, 0 where they do not count, and √(n·positions·share) of each position."""
+    if own is None or shares is None:
+        return outputs, None
+    own = by_position(own, outputs.shape[:-1])
+    return present(own, outputs), jnp.sqrt(shares.shape[0] * own.size * own)
 
 
 def _root(information: Partial, outputs: Float[Array, " c"]) -> Float[Array, "c c"]:
     """S with SSᵀ the information of one position."""
     # By eigh, not Cholesky: softmax's information is singular (its rows sum to zero), and rounding may make
     # an eigenvalue of zero slightly negative.
-    wide = outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
+    wide = outputs.astype(_tree.accumulator_dtype(outputs))
     matrix = jax.vmap(lambda t: information(wide, t))(jnp.eye(wide.size, dtype=wide.dtype))
     values, vectors = jnp.linalg.eigh(matrix)
-    return vectors * jnp.sqrt(jnp.maximum(values, 0))
+    return vectors * jnp.sqrt(jnp.maximum(values, 0))[None]
 
 
 def _checked(outputs: Any) -> Float[Array, "... c"]:

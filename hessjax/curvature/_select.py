@@ -64,6 +64,7 @@ def select(params: Params, where: Where) -> Selection:
         >>> A(head.part)["body"]["w"].tolist()
         [6.0, 12.0]
     """
+    _tree.check_leaves(params)
     mask = _tree.match(params, where)
     # None is a subtree without leaves: jax maps and differentiates each half as if the other were not there.
     part = jax.tree.map(lambda keep, leaf: leaf if keep else None, mask, params)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from hessjax._core._types import Key, settings
+from hessjax._core._types import Key, settings, settings_as_text
 
 
 @settings()
@@ -39,6 +39,11 @@ class Likelihood:
 
     information: Callable[[Array, Array], Array]
     score: Callable[[Key, Array], Array]
+
+    def __repr__(self) -> str:
+        if self.information in (_softmax_information, _unit_information):
+            return "categorical" if self.information is _softmax_information else "gaussian"
+        return settings_as_text(self)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

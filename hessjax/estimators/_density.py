@@ -7,9 +7,10 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from hessjax._core._types import Estimate
+from hessjax._core import _numbers, _tree
+from hessjax._core._types import Estimate, Scalar
 from hessjax.estimators._quadrature import bulk, bumps, ends, quadrature_bounds, sphere_deviation
 
 Grid: TypeAlias = Float[Array, " n"] | Float[np.ndarray, " n"]
@@ -40,7 +41,7 @@ class SpectralDensity(NamedTuple):
 
     def cumulative(self, grid: Grid) -> Float[Array, " n"]:
         """The share of eigenvalues at or below each grid point; a staircase."""
-        below = self.nodes[..., None] <= grid
+        below = jnp.less_equal(*_numbers.promoted(self.nodes[..., None], jnp.asarray(grid)[None, None]))
         return self._mean(jnp.sum(jnp.where(below, self.weights[..., None], 0), axis=1))
 
     def bounds(self, grid: Grid, confidence: Number = 0.95) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
@@ -86,7 +87,7 @@ class SpectralDensity(NamedTuple):
         lower, upper = jax.vmap(quadrature_bounds, in_axes=(0, 0, None))(
             self.nodes, self.weights, jnp.asarray(grid)
         )
-        deviation = sphere_deviation(self.dimension, self.num_probes, confidence)
+        deviation = sphere_deviation(self._size, self.num_probes, confidence)
         # Bounds of the mean of the probes, then of its distance from the truth.
         lower, upper = self._mean(lower) - deviation, self._mean(upper) + deviation
         known = self.num_probes > 0
@@ -134,10 +135,12 @@ class SpectralDensity(NamedTuple):
         values = jnp.where(self.weights > 0, function(self.nodes), 0)
         # Of each probe: the trace is d·Σ w f, its variance d² · 2/d · Σ w (f − Σ w f)².
         means = jnp.sum(self.weights * values, axis=1)
-        spreads = jnp.sum(self.weights * (values - means[:, None]) ** 2, axis=1)
-        stderr = jnp.sqrt(2 * self.dimension * self._mean(spreads) / jnp.maximum(self.num_probes, 1))
+        deviations = jnp.sqrt(self.weights) * (values - means[:, None])
+        took_place = self._took_place()[:, None]
+        spread = _tree.norm(jnp.where(took_place, deviations, 0))
+        stderr = jnp.sqrt(2 * self._size) * spread / jnp.maximum(self.num_probes, 1).astype(spread.dtype)
         stderr = jnp.where(self.num_probes > 0, stderr, jnp.inf)
-        return Estimate(self.dimension * self._mean(means), stderr, self.num_probes)
+        return Estimate(self._size * self._mean(means), stderr, self.num_probes)
 
     def log_determinant(self, damping: Number = 0.0) -> Estimate:
         """log|det(A + λI)| of the damped matrix: Σ log|θ + λ|.
@@ -235,7 +238,9 @@ class SpectralDensity(NamedTuple):
             # The 5 % and 95 % quantiles leave outliers out: a width from the range would blur the bulk away.
             share = bulk(self.nodes, self.weights) / self.nodes.shape[1]
             width = jnp.maximum(share, (high - low) / 2000)
-            width = jnp.where(width > 0, width, jnp.maximum(jnp.abs(high), 1) * 1e-3)  # a single eigenvalue
+            width = jnp.where(
+                width > 0, width, jnp.where(high != 0, jnp.abs(high), 1) * 1e-3
+            )  # a single eigenvalue
         else:
             _check_positive("bandwidth", bandwidth)
             width = jnp.asarray(bandwidth)
@@ -272,11 +277,18 @@ class SpectralDensity(NamedTuple):
         smooth = bumps(u, jnp.arcsinh(self.nodes / unit), self.weights, jnp.asarray(bandwidth))
         return jnp.sinh(u) * unit, self._mean(smooth)
 
+    @property
+    def _size(self) -> Scalar:
+        return jnp.asarray(self.dimension, self.nodes.dtype)
+
+    def _took_place(self) -> Bool[Array, " probes"]:
+        return jnp.arange(len(self.weights), dtype=jnp.int32) < self.num_probes
+
     def _mean(self, values: Float[Array, "probes ..."]) -> Float[Array, "..."]:
         """The mean over the probes that took place; NaN if none did."""
-        took_place = jnp.arange(len(values)) < self.num_probes
-        took_place = took_place.reshape(-1, *[1] * (values.ndim - 1))
-        return jnp.sum(jnp.where(took_place, values, 0), axis=0) / self.num_probes
+        took_place = self._took_place().reshape(-1, *[1] * (values.ndim - 1))
+        num = jnp.maximum(self.num_probes, 1).astype(values.dtype)
+        return _numbers.or_nan(self.num_probes > 0, jnp.sum(jnp.where(took_place, values, 0), axis=0) / num)
 
 
 def _check_positive(argument: str, number: Any, why: str = "") -> None:

@@ -6,12 +6,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from hessjax._core import _tree
+from hessjax._core import _numbers, _tree
 from hessjax._core._messages import checked_count
 from hessjax._core._types import Block, Estimate, Key, Matvec, Params, Scalar, Tolerance, settings
 from hessjax._run._drivers import run
 from hessjax._run._estimator import RunOptions, checked_options
-from hessjax.estimators._samples import Moments, Sampling, estimate, no_samples, push, stopping_error
+from hessjax.estimators._samples import (
+    Moments,
+    Sampling,
+    estimate,
+    longer,
+    no_samples,
+    push,
+    stopping_error,
+)
 from hessjax.estimators.probes import Probe, rademacher
 
 
@@ -23,7 +31,7 @@ class DiagonalState(NamedTuple):
         probe: the vector to be multiplied next.
         slope: Σ v⊙Av / Σ v⊙v, the estimate of the diagonal.
         weight: Σ v⊙v.
-        residual: Σ (Av − slope⊙v)².
+        residual: √Σ (Av − slope⊙v)²; the sum itself may leave float32.
         num_samples: number of samples.
     """
 
@@ -68,7 +76,7 @@ class HutchinsonDiagonal(Sampling):
 
     def init(self, key: Key, like: Params) -> DiagonalState:
         """The first probe, and an empty regression."""
-        zeros = jax.tree.map(jnp.zeros_like, _tree.wide(like))
+        zeros = _tree.zeros_like(_tree.wide(like))
         return DiagonalState(key, self.draw(key, 0, like), zeros, zeros, zeros, jnp.int32(0))
 
     def update(self, state: DiagonalState, products: Block) -> DiagonalState:
@@ -81,16 +89,14 @@ class HutchinsonDiagonal(Sampling):
         # How far the product is from what the slope so far predicts.
         surprise = jax.tree.map(lambda y, s, v: y - s * v, _tree.row(products, 0), state.slope, state.probe)
         slope = jax.tree.map(lambda s, g, e: s + g * e, state.slope, gain, surprise)
-        residual = jax.tree.map(
-            lambda r, e, g, v: r + e**2 * (1 - g * v), state.residual, surprise, gain, state.probe
-        )
+        residual = jax.tree.map(_longer, state.residual, surprise, gain, state.probe)
         following = self.draw(state.key, count, state.probe)
         return DiagonalState(state.key, following, slope, weight, residual, count)
 
     def result(self, state: DiagonalState) -> Estimate:
         """The slopes and their standard errors."""
         n = state.num_samples
-        mean = jax.tree.map(lambda s: jnp.where(n > 0, s, jnp.nan), state.slope)
+        mean = jax.tree.map(lambda s: _numbers.or_nan(n > 0, s), state.slope)
         stderr = jax.tree.map(lambda r, w: _slope_error(r, w, n), state.residual, state.weight)
         return Estimate(mean, stderr, n)
 
@@ -103,12 +109,23 @@ class HutchinsonDiagonal(Sampling):
         return _tree.norm(state.slope)
 
 
+def _longer(
+    residual: Float[Array, "..."],
+    surprise: Float[Array, "..."],
+    gain: Float[Array, "..."],
+    probe: Float[Array, "..."],
+) -> Float[Array, "..."]:
+    """With what the slope's own move leaves of a surprise."""
+    # 1 − v²/Σv² is 0 at the first probe that touches an entry, up to rounding of either sign.
+    return longer(residual, surprise * jnp.sqrt(jnp.maximum(1 - gain * probe, 0)))
+
+
 def _slope_error(
     residual: Float[Array, "..."], weight: Float[Array, "..."], n: Int[Array, ""]
 ) -> Float[Array, "..."]:
     """√(Σ (Av − slope⊙v)² / ((n − 1)·Σ v⊙v)), infinite with fewer than two samples."""
-    square = residual / (jnp.maximum(n - 1, 1) * jnp.where(weight > 0, weight, 1))
-    return jnp.where(n > 1, jnp.sqrt(square), jnp.inf)
+    lengths = jnp.sqrt(jnp.maximum(n - 1, 1).astype(weight.dtype) * jnp.where(weight > 0, weight, 1))
+    return jnp.where(n > 1, residual / lengths, jnp.inf)
 
 
 hutchinson_diagonal = HutchinsonDiagonal

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from hessjax._core import _tree
+from hessjax._core import _numbers, _tree
+from hessjax._core._compiled import compiled
 from hessjax._core._types import (
     Amount,
     BatchMatvec,
@@ -23,7 +24,7 @@ from hessjax._core._types import (
 )
 from hessjax._run._drivers import as_partial, run
 from hessjax._run._estimator import RunOptions, checked_options, limit_of
-from hessjax.estimators._lanczos import lanczos
+from hessjax.estimators._lanczos import Which, lanczos
 from hessjax.estimators._samples import sampling_error
 
 
@@ -32,7 +33,7 @@ def eigenpairs(
     key: Key,
     like: Params,
     k: int = 5,
-    which: str = "both",
+    which: Which = "both",
     *,
     max_matvecs: int = 300,
     tol: Tolerance = Relative(1e-4),  # noqa: B008 - immutable
@@ -91,11 +92,11 @@ def eigenpairs(
 def measured(pairs: Eigenpairs, matvec: Matvec, like: Params, limit: Any, on_device: bool) -> Eigenpairs:
     """The pairs with Rayleigh quotients and residuals from one more product each."""
     if on_device:
-        return _judged(pairs, *_quotients(as_partial(matvec), pairs.vectors, like), limit)
+        return _judged(pairs, _quotients(as_partial(matvec), pairs.vectors, like), limit)
     # One by one from the host: the matvec may stream data, and a CPU is fast only outside loops.
     quotients, errors = zip(*(_measure(matvec, v, like) for v in _rows(pairs.vectors)), strict=True)
     pairs = pairs._replace(data_stderr=None if errors[0] is None else jnp.stack(errors))
-    return _judged(pairs, *_columns(quotients), limit)
+    return _judged(pairs, _columns(quotients), limit)
 
 
 def _measure(matvec: Matvec, vector: Vector, like: Params) -> tuple[tuple[Scalar, Scalar], Scalar | None]:
@@ -123,7 +124,7 @@ def _quotient(vector: Vector, product: Vector) -> tuple[Scalar, Scalar]:
     return value, _tree.norm(_tree.add_scaled(product, -value, vector))
 
 
-@jax.jit
+@compiled()
 def _quotients(matvec: Matvec, vectors: Block, like: Params) -> tuple[Float[Array, " k"], Float[Array, " k"]]:
     # Not `vmap`: that would hold all products, and their activations, at once.
     return jax.lax.map(lambda v: _quotient(v, matvec(_tree.cast_like(v, like))), vectors)
@@ -137,8 +138,14 @@ def _columns(
     return jnp.stack(values), jnp.stack(residuals)
 
 
+def _judged(pairs: Eigenpairs, measured: tuple[Any, Any], limit: Any) -> Eigenpairs:
+    # A pair that was not found is NaN, and meant to be.
+    with _numbers.meant():
+        return _where_found(pairs, *measured, limit)
+
+
 @jax.jit
-def _judged(
+def _where_found(
     pairs: Eigenpairs, values: Float[Array, " k"], residuals: Float[Array, " k"], limit: Any
 ) -> Eigenpairs:
     """The pairs with measured values and residuals, where there is a pair at all."""
@@ -146,7 +153,7 @@ def _judged(
     found = jnp.isfinite(pairs.values)
     residuals = jnp.where(found, residuals, jnp.inf)
     return pairs._replace(
-        values=jnp.where(found, values, jnp.nan),
+        values=_numbers.or_nan(found, values),
         residuals=residuals,
         converged=residuals <= limit,
         num_matvecs=pairs.num_matvecs + len(values),

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from hessjax._core import _tree
-from hessjax._core._messages import checked_count
+from hessjax._core import _numbers, _tree
+from hessjax._core._messages import checked_count, checked_function, checked_instance, shown
 from hessjax._core._types import (
     BatchMatvec,
     Block,
@@ -92,7 +92,8 @@ class Hutchinson(Sampling):
     def result(self, state: HutchinsonState) -> Estimate:
         """The mean and its standard error."""
         parts = _samples.estimate(state.samples)
-        return parts._replace(mean=parts.mean[0], stderr=parts.stderr[0])
+        with _numbers.meant():  # NaN before the first sample
+            return parts._replace(mean=parts.mean[0], stderr=parts.stderr[0])
 
     def error(self, state: HutchinsonState) -> Scalar:
         """The standard error of the total."""
@@ -223,6 +224,7 @@ def trace(
         55.0
     """
     checked = checked_options("trace", options)
+    _tree.check_floating(like, "like")
     if estimator is None and isinstance(matvec, BatchMatvec):
         return trace_by_leaf(matvec, key, like, num_probes, tol=tol, probe=probe, **checked).total
     num_probes = checked_count("num_probes", num_probes)
@@ -231,8 +233,13 @@ def trace(
             "`probe` must be left out with `estimator`: where the estimator takes one, bind it, as in "
             "`functools.partial(hj.estimators.hutchpp, probe=hj.probes.gaussian)`."
         )
-    method = hutchinson(probe) if estimator is None else estimator(num_probes)
+    method = hutchinson(probe) if estimator is None else _made(estimator, num_probes)
     return run(method, matvec, key, like, max_matvecs=num_probes, tol=tol, **checked)[0]
+
+
+def _made(estimator: Any, num_probes: int) -> Estimator:
+    checked_function("estimator", estimator, "(num_probes) -> Estimator`, such as `hessjax.estimators.xtrace")
+    return checked_instance("estimator(num_probes)", estimator(num_probes), Estimator, "xtrace(100)")
 
 
 def trace_by_leaf(
@@ -264,7 +271,7 @@ def trace_by_leaf(
         `TraceByLeaf(total, leaves, groups)`, `leaves` by path, `groups` by name. The standard error of a
         group is its own: leaves vary together, so theirs do not add up to it. For a matvec `over_batches`,
         `data_stderr` says how far each would move on other data of this size, if the batches come in the same
-        order every time (None for a run restored by `checkpoint`, which did not see all products).
+        order every time.
 
     Raises:
         ValueError: `num_probes` below 1; a group that matches no leaf.
@@ -286,14 +293,18 @@ def trace_by_leaf(
     """
     checked = checked_options("trace_by_leaf", options)
     num_probes = checked_count("num_probes", num_probes)
+    _tree.check_floating(like, "like")
     paths = _tree.unique_paths(like, "like")
-    groups = groups or {}
+    groups = {} if groups is None else groups
+    if not isinstance(groups, Mapping):
+        raise TypeError(f"`groups` must be a mapping `name -> where`, got {shown(groups)}.")
     members = tuple(_members(like, name, where) for name, where in groups.items())
     # The batches of every product are listened to: they say how far other data would move the result.
     watched = _samples.Watched(matvec) if isinstance(matvec, BatchMatvec) else None
     method = hutchinson_by_leaf(probe, members)
     estimate, _ = run(method, watched or matvec, key, like, max_matvecs=num_probes, tol=tol, **checked)
-    if watched and (forms := watched.forms(estimate.num_samples)):
+    if watched:
+        forms = watched.forms(estimate.num_samples)
         estimate = estimate._replace(data_stderr=_samples.sampling_errors(forms, members))
     total, *parts = _samples.one_by_one(estimate)
     leaves, of_groups = parts[: len(paths)], parts[len(paths) :]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from hessjax._core import _tree
+from hessjax._core import _numbers, _tree
 from hessjax._core._messages import checked_count
 from hessjax._core._packing import Packed, Packing
 from hessjax._core._types import Block, Estimate, Key, Params, Scalar, assign, settings
@@ -16,6 +16,7 @@ from hessjax.estimators import _krylov
 from hessjax.estimators._samples import (
     Moments,
     check_probe,
+    drawn,
     estimate,
     no_samples,
     push,
@@ -60,6 +61,9 @@ class Hutchpp(Estimator):
     the first by k products exactly, the second as the mean of vᵀPAPv over the products left. The error
     is about that of `hutchinson` for A without its k largest eigenvalues. `xtrace` makes more of as many
     products; this needs a third of its memory, and products beyond `num_matvecs` are samples more.
+
+    Where there are no more parameters than products, as many unit vectors are multiplied instead: their
+    forms are A's diagonal, and the trace is exact.
 
     Args:
         num_matvecs: the products to divide into three.
@@ -109,10 +113,18 @@ class Hutchpp(Estimator):
         """The first probe, and an empty basis."""
         packing = Packing.of(like)
         _check_size(self.num_matvecs, packing.size)
-        vector = packing.pack(self.probe(jax.random.fold_in(key, 0), like))
+        vector = packing.pack(drawn(self.probe, jax.random.fold_in(key, 0), like))
         zero = jnp.zeros((), _tree.accumulator_dtype(like))
+        if self._is_enough(packing):
+            return HutchppState(
+                key, _axis(vector, 0), (), zero, zero, no_samples(zero), jnp.int32(0), packing
+            )
         basis = _krylov.allocate(vector, self.rank)
         return HutchppState(key, vector, basis, zero, zero, no_samples(zero), jnp.int32(0), packing)
+
+    def _is_enough(self, packing: Packing) -> bool:
+        """Whether there is a product for every parameter."""
+        return packing.size <= self.num_matvecs
 
     def query(self, state: HutchppState) -> Block:
         """A probe, a row of the basis, or a probe outside its span."""
@@ -122,6 +134,9 @@ class Hutchpp(Estimator):
         """By its place a product gives a row of the basis, a share of tr QᵀAQ, or a sample of the rest."""
         product, i = state.packing.pack(_tree.row(products, 0)), state.num_matvecs
         form = _tree.inner(state.vector, product)
+        if self._is_enough(state.packing):
+            captured = state.captured + jnp.where(i < state.packing.size, form, 0)
+            return state._replace(captured=captured, num_matvecs=i + 1, vector=_axis(product, i + 1))
         state = when(i < self.rank, _sketch, state, product)
         # vᵀAv is vᵀPAPv already: v was projected before it was multiplied (algorithm 1, line 4).
         samples = when(i >= 2 * self.rank, push, state.samples, form)
@@ -146,12 +161,22 @@ class Hutchpp(Estimator):
 
     def result(self, state: HutchppState) -> Estimate:
         """The trace on the basis and the mean of the rest."""
-        rest = estimate(state.samples)
-        return rest._replace(mean=state.captured + rest.mean)
+        rest = estimate(self._samples(state))
+        mean = _numbers.or_nan(rest.num_samples > 0, state.captured + state.samples.mean)
+        return rest._replace(mean=mean)
+
+    def _samples(self, state: HutchppState) -> Moments:
+        """Of the rest; so many samples of 0 once every axis was multiplied."""
+        if not self._is_enough(state.packing):
+            return state.samples
+        count = state.num_matvecs
+        return state.samples._replace(num_samples=jnp.where(count >= state.packing.size, count, 0))
 
     def error(self, state: HutchppState) -> Scalar:
         """The standard error of the rest."""
-        rest = estimate(state.samples)
+        rest = estimate(self._samples(state))
+        if self._is_enough(state.packing):
+            return rest.stderr
         return stopping_error(rest.stderr, rest.num_samples)
 
     def scale(self, state: HutchppState) -> Scalar:
@@ -160,6 +185,14 @@ class Hutchpp(Estimator):
 
 
 hutchpp = Hutchpp
+
+
+def _axis(like: Packed, index: Int[Array, ""] | int) -> Packed:
+    """The unit vector of one parameter; zero from the last on."""
+    sizes = [x.size for x in like]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    places = [jax.lax.iota(jnp.int32, size) + start for size, start in zip(sizes, starts, strict=True)]
+    return tuple((at == index).astype(x.dtype).reshape(x.shape) for at, x in zip(places, like, strict=True))
 
 
 def _check_size(num_matvecs: int, dimension: int) -> None:

@@ -1,5 +1,6 @@
 """An orthonormal basis of packed vectors, and the Lanczos recurrence that grows it."""
 
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, TypeAlias
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from hessjax._core import _tree
+from hessjax._core import _numbers, _sharding, _tree
 from hessjax._core._types import Block, Params, Scalar, Vector
 from hessjax.estimators._samples import hashed_signs
 
@@ -24,7 +25,7 @@ def allocate(like: Params, num_rows: int) -> Basis:
     """A basis of `num_rows` zero rows like `like`, in at least float32."""
     wide = jax.eval_shape(_tree.wide, like)
     return tuple(
-        jax.tree.map(lambda x, n=stop - start: jnp.zeros((n, *x.shape), x.dtype), wide)
+        jax.tree.map(lambda x, n=stop - start: _sharding.zero_rows(n, x), wide)
         for start, stop in _bounds(num_rows)
     )
 
@@ -43,7 +44,11 @@ def write(basis: Basis, index: Int[Array, ""], vector: Vector) -> Basis:
         # Past the end nothing is written: one scatter to every chunk, and no branch that would copy it.
         local = jnp.where((start <= index) & (index < stop), index - start, stop - start)
         return jax.tree.map(
-            lambda rows, x: rows.at[local].set(x.astype(rows.dtype), mode="drop"), chunk, vector
+            lambda rows, x: rows.at[local].set(
+                x.astype(rows.dtype), mode="drop", out_sharding=_sharding.explicit(rows)
+            ),
+            chunk,
+            vector,
         )
 
     return tuple(
@@ -61,7 +66,7 @@ def project_out(basis: Basis, count: Int[Array, ""], vector: Vector) -> tuple[Ve
     bounds = list(_bounds(_rows(basis)))
     parts = []
     for chunk, (start, stop) in zip(basis, bounds, strict=True):
-        inside = jnp.arange(start, stop) < count
+        inside = jnp.arange(start, stop, dtype=jnp.int32) < count
         zeros = jnp.zeros(stop - start, _tree.accumulator_dtype(vector))
         # Rows that are not filled yet are zero: to multiply them would cost their bandwidth for nothing.
         part = jax.lax.cond(start < count, _tree.block_inner, lambda *_, z=zeros: z, chunk, vector)
@@ -132,7 +137,7 @@ def orthonormal(block: Block) -> Block:
 
     def clean(i: Int[Array, ""], block: Block) -> Block:
         row = _tree.row(block, i)
-        row = _tree.scale(1 / jnp.maximum(_tree.norm(row), jnp.finfo(jnp.float32).tiny), row)
+        row = _tree.scale(1 / jnp.maximum(_tree.norm(row), float(jnp.finfo(jnp.float32).tiny)), row)
         # Two passes are enough where a row keeps a part of its own; the third is for fresh directions.
         for _ in range(3):
             components = jnp.where(jnp.arange(num_rows) < i, _tree.block_inner(block, row), 0)
@@ -168,22 +173,32 @@ def rotate(basis: Basis, coefficients: Float[Array, "n rows"]) -> Basis:
 
 
 def _rotate_leaf(chunks: tuple[Array, ...], square: Float[Array, "rows rows"]) -> tuple[Array, ...]:
-    flat = tuple(chunk.reshape(len(chunk), -1) for chunk in chunks)
-    bounds, length = _bounds(len(square)), flat[0].shape[1]
+    if chunks[0].ndim == 1:
+        return _split(_times(square, chunks))  # a leaf without axes: the rows are all that there is
+    # Never laid flat: that would gather a leaf that is sharded over devices.
+    axis = _sharding.longest_axis(chunks[0], first=1)
+    length = chunks[0].shape[axis]
+    width = min(length, max(1, STRIP * length * len(chunks[0]) // max(chunks[0].size, 1)))
 
-    def strip(flat: tuple[Array, ...], start: Any, width: int) -> tuple[Array, ...]:
-        columns = [jax.lax.dynamic_slice_in_dim(chunk, start, width, 1) for chunk in flat]
-        new = jnp.matmul(square.astype(flat[0].dtype), jnp.concatenate(columns), precision="highest")
+    def strip(chunks: tuple[Array, ...], start: Any, width: int) -> tuple[Array, ...]:
+        columns = [jax.lax.dynamic_slice_in_dim(chunk, start, width, axis) for chunk in chunks]
         return tuple(
-            jax.lax.dynamic_update_slice_in_dim(chunk, new[a:b], start, 1)
-            for chunk, (a, b) in zip(flat, bounds, strict=True)
+            jax.lax.dynamic_update_slice_in_dim(chunk, new, start, axis)
+            for chunk, new in zip(chunks, _split(_times(square, columns)), strict=True)
         )
 
-    whole, rest = divmod(length, STRIP)
+    whole, rest = divmod(length, width) if width else (0, 0)
     if whole:
-        flat = jax.lax.fori_loop(0, whole, lambda i, flat: strip(flat, i * STRIP, STRIP), flat)
-    flat = strip(flat, whole * STRIP, rest) if rest else flat
-    return tuple(new.reshape(old.shape) for new, old in zip(flat, chunks, strict=True))
+        chunks = jax.lax.fori_loop(0, whole, lambda i, chunks: strip(chunks, i * width, width), chunks)
+    return strip(chunks, whole * width, rest) if rest else chunks
+
+
+def _times(square: Float[Array, "rows rows"], chunks: Sequence[Array]) -> Float[Array, "rows ..."]:
+    return jnp.tensordot(square.astype(chunks[0].dtype), jnp.concatenate(chunks), axes=1, precision="highest")
+
+
+def _split(rows: Float[Array, "rows ..."]) -> tuple[Array, ...]:
+    return tuple(rows[a:b] for a, b in _bounds(len(rows)))
 
 
 def _subtract(chunk: Block, components: Float[Array, " rows"], vector: Vector) -> Vector:
@@ -263,7 +278,7 @@ def extend(space: Krylov, product: Vector) -> Krylov:
         Implementation aspects of band Lanczos algorithms.
     """
     k, T = space.size, space.projected
-    last, index = k + space.width, jnp.arange(T.shape[0])
+    last, index = k + space.width, jnp.arange(T.shape[0], dtype=jnp.int32)
     row = read(space.basis, k)
     alpha = _tree.inner(row, product)
     previous = jnp.maximum(k - space.width, 0)
@@ -291,10 +306,10 @@ def _tiny(projected: Float[Array, "rows m"], product: Vector) -> Scalar:
 
 def ritz(space: Krylov) -> tuple[Float[Array, " m"], Float[Array, "m m"]]:
     """Eigenvalues (ascending) and eigenvectors (columns) of T; entries from `size` on are meaningless."""
-    inside = jnp.arange(space.capacity) < space.size
+    inside = jnp.arange(space.capacity, dtype=jnp.int32) < space.size
     # `extend` fills the lower triangle only.
     lower = jnp.where(inside[:, None] & inside[None, :], space.projected[: space.capacity], 0)
     filled = lower + jnp.tril(lower, -1).T
     # Where T is not filled stands a number above all its eigenvalues, so that these sort last.
     above = 2 * jnp.max(jnp.sum(jnp.abs(filled), axis=1))
-    return jnp.linalg.eigh(filled + jnp.diag(jnp.where(inside, 0, above)))
+    return _numbers.eigh(filled + jnp.diag(jnp.where(inside, 0, above)))

@@ -3,14 +3,14 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from hessjax._core import _tree
-from hessjax._core._messages import checked_count
+from hessjax._core import _numbers, _tree
+from hessjax._core._messages import checked_choice, checked_count
 from hessjax._core._packing import Packing
 from hessjax._core._types import (
     CONVERGENCE,
@@ -44,9 +44,9 @@ _PRIORITY: dict[str, Callable[[Array, Array, Array], Float[Array, " m"] | Int[Ar
 
 def _ranked(values: Float[Array, " m"], size: Int[Array, ""], which: str) -> Int[Array, " m"]:
     """Indices of the Ritz values, the most wanted first, those that mean nothing last."""
-    index = jnp.arange(values.shape[0])
+    index = jnp.arange(values.shape[0], dtype=jnp.int32)
     priority = _PRIORITY[which](values, index, size).astype(values.dtype)
-    return jnp.argsort(jnp.where(index < size, priority, jnp.inf))
+    return jnp.argsort(jnp.where(index < size, priority, jnp.inf)).astype(jnp.int32)
 
 
 def num_wanted(k: int, which: str) -> int:
@@ -63,6 +63,10 @@ class LanczosState(NamedTuple):
     space: Krylov
     packing: Packing
     num_matvecs: Int[Array, ""]
+
+
+Which: TypeAlias = Literal["both", "largest", "smallest", "magnitude"]
+"""Which end of the spectrum: both, one, or what is largest in absolute value."""
 
 
 @settings(arrays=("start", "tol"))
@@ -116,7 +120,7 @@ class Lanczos(Estimator):
     init_only = ("basis_size", "start")
 
     k: int = 5
-    which: str = "both"
+    which: Which = "both"
     _: dataclasses.KW_ONLY
     basis_size: int | None = None
     block_size: int = 1
@@ -124,8 +128,9 @@ class Lanczos(Estimator):
     tol: Tolerance | None = Relative(1e-4)
 
     def __post_init__(self) -> None:
-        if self.which not in _PRIORITY:
-            raise ValueError(f"`which` must be one of {', '.join(map(repr, _PRIORITY))}, got {self.which!r}.")
+        checked_choice("which", self.which, _PRIORITY)
+        if self.start is not None:
+            _tree.check_arrays(self.start, "start")
         assign(self, k=checked_count("k", self.k), block_size=checked_count("block_size", self.block_size))
         if self.basis_size is not None:
             assign(
@@ -213,7 +218,9 @@ class Lanczos(Estimator):
     def scale(self, state: LanczosState) -> Scalar:
         """The largest absolute Ritz value."""
         values, _ = ritz(state.space)
-        return jnp.max(jnp.abs(jnp.where(jnp.arange(values.shape[0]) < state.space.size, values, 0)))
+        return jnp.max(
+            jnp.abs(jnp.where(jnp.arange(values.shape[0], dtype=jnp.int32) < state.space.size, values, 0))
+        )
 
 
 lanczos = Lanczos
@@ -224,8 +231,10 @@ def _distributed(vectors: Block, num_sums: int) -> Block:
     finite = [jnp.all(jnp.isfinite(x), axis=range(1, x.ndim)) for x in jax.tree.leaves(vectors)]
     found = functools.reduce(jnp.logical_and, finite)
     vectors = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0), vectors)  # 0 · NaN would be NaN
-    members = jnp.arange(len(found)) % num_sums == jnp.arange(num_sums)[:, None]
-    return _tree.combine((members & found).astype(_tree.accumulator_dtype(vectors)), vectors)
+    members = (jnp.arange(len(found), dtype=jnp.int32) % num_sums)[None] == jnp.arange(
+        num_sums, dtype=jnp.int32
+    )[:, None]
+    return _tree.combine((members & found[None]).astype(_tree.accumulator_dtype(vectors)), vectors)
 
 
 def _near(vector: Vector, noise: Vector) -> Vector:
@@ -264,7 +273,7 @@ def _wanted(
     # `norm` of each column and not `jnp.linalg.norm`, whose squares leave float32 at 1e-19 and 1e19.
     residuals = jax.vmap(_tree.norm, in_axes=1)(_coupling_of(space, vectors[:, best]))
     return (
-        jnp.where(exists, values[best], jnp.nan),
+        _numbers.or_nan(exists, values[best]),
         jnp.where(exists[:, None], vectors[:, best].T, 0),
         jnp.where(exists, residuals, jnp.inf),
     )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from hessjax._core import _tree
+from hessjax._core import _numbers, _tree
 from hessjax._core._messages import checked_count
 from hessjax._core._packing import Packing
 from hessjax._core._types import (
@@ -101,9 +101,10 @@ class PowerIteration(Estimator):
         probes = jax.vmap(lambda key: packing.pack(gaussian(key, like)))(jax.random.split(key, k))
         # Orthonormal at every step: otherwise all columns turn into the first eigenvector.
         iterate = orthonormal(probes)
-        none = jax.tree.map(jnp.zeros_like, iterate)
+        none = _tree.zeros_like(iterate)
         zeros = jnp.zeros(k, _tree.accumulator_dtype(like))
-        return PowerState(iterate, none, zeros + jnp.nan, zeros + jnp.inf, packing, jnp.int32(0))
+        unknown = _numbers.or_nan(False, zeros)
+        return PowerState(iterate, none, unknown, zeros + jnp.inf, packing, jnp.int32(0))
 
     def query(self, state: PowerState) -> Block:
         """The iterate."""
@@ -114,7 +115,7 @@ class PowerIteration(Estimator):
         products = jax.vmap(state.packing.pack)(products)
         projected = _tree.gram(state.iterate, products)
         # Symmetric but for rounding; `eigh` reads one triangle only, and the mean of both is closer.
-        values, rotation = jnp.linalg.eigh((projected + projected.T) / 2)
+        values, rotation = _numbers.eigh((projected + projected.T) / 2)
         values, rotation = values[::-1], rotation[:, ::-1]
         # The products are rotated with the vectors: residuals then cost no product of their own.
         vectors, products = _tree.combine(rotation.T, state.iterate), _tree.combine(rotation.T, products)

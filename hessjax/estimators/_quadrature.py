@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from hessjax._core import _tree
+from hessjax._core import _numbers, _tree
 from hessjax._core._types import Block, Scalar, Vector
 from hessjax.estimators import _krylov
 from hessjax.estimators._krylov import Krylov
@@ -74,7 +74,7 @@ def sphere_deviation(
         Chen, Trogdon & Ubaru (2021), arXiv 2105.06595, Theorem 1.
     """
     log_odds = jnp.log(2 * dimension) - jnp.log(1 - jnp.asarray(confidence, dimension.dtype))
-    return jnp.sqrt(log_odds / (jnp.maximum(num_probes, 1) * (dimension + 2)))
+    return jnp.sqrt(log_odds / (jnp.maximum(num_probes, 1).astype(dimension.dtype) * (dimension + 2)))
 
 
 def bumps(
@@ -84,7 +84,9 @@ def bumps(
     width: Scalar,
 ) -> Float[Array, "probes n"]:
     """A Gaussian for every node, of its weight; summed for each probe."""
-    return jnp.sum(weights[..., None] * jax.scipy.stats.norm.pdf(grid, nodes[..., None], width), axis=1)
+    # In units of the width, whose square may leave float32.
+    away = (grid[None, None] - nodes[..., None]) / width
+    return jnp.sum(weights[..., None] * jax.scipy.stats.norm.pdf(away), axis=1) / width
 
 
 def ends(nodes: Float[Array, "probes m"], weights: Float[Array, "probes m"]) -> tuple[Scalar, Scalar]:
@@ -143,7 +145,7 @@ def _extend_basis(space: Krylov, products: Block) -> Krylov:
 def quadrature_of_basis(space: Krylov) -> Quadrature:
     """As the space's first vector sees the spectrum."""
     values, vectors = _krylov.ritz(space)
-    nodes, weights = _those_inside(values, vectors[0], jnp.arange(len(values)) < space.size)
+    nodes, weights = _those_inside(values, vectors[0], jnp.arange(len(values), dtype=jnp.int32) < space.size)
     return Quadrature(nodes[None], weights[None])
 
 
@@ -174,9 +176,7 @@ class TwoVectors(NamedTuple):
 def _start_two(vectors: Block, capacity: int) -> TwoVectors:
     num_rows = jax.tree.leaves(vectors)[0].shape[0]
     zeros = jnp.zeros((num_rows, capacity), _tree.accumulator_dtype(vectors))
-    return TwoVectors(
-        jax.vmap(_unit)(vectors), jax.tree.map(jnp.zeros_like, vectors), zeros, zeros, jnp.int32(0)
-    )
+    return TwoVectors(jax.vmap(_unit)(vectors), _tree.zeros_like(vectors), zeros, zeros, jnp.int32(0))
 
 
 def _restart_two(space: TwoVectors, vectors: Block) -> TwoVectors:
@@ -230,14 +230,16 @@ def _gauss(
     """Nodes and weights of a tridiagonal T up to its first breakdown (Golub & Welsch 1969)."""
     # After β = 0 rows are zero, and what T holds there says nothing of A.
     unbroken = jnp.cumprod(jnp.where(off > 0, 1, 0))
-    inside = (jnp.arange(len(off)) < size) & jnp.roll(unbroken, 1).at[0].set(1).astype(bool)
+    inside = (jnp.arange(len(off), dtype=jnp.int32) < size) & jnp.roll(unbroken, 1).at[0].set(1).astype(bool)
     off = jnp.where(inside[1:], off[:-1], 0)
     # Where T is not filled stands a number above all its eigenvalues, so that these sort last.
     above = 4 * jnp.max(jnp.abs(jnp.where(inside, diagonal, 0))) + 4 * jnp.max(off, initial=0)
     # Weights are squared first components of the eigenvectors: a dense `eigh` of a small T has both.
     T = jnp.diag(jnp.where(inside, diagonal, above)) + jnp.diag(off, 1) + jnp.diag(off, -1)
-    values, vectors = jnp.linalg.eigh(T)
-    return _those_inside(values, vectors[0], jnp.arange(len(values)) < jnp.sum(inside))
+    values, vectors = _numbers.eigh(T)
+    return _those_inside(
+        values, vectors[0], jnp.arange(len(values), dtype=jnp.int32) < jnp.sum(inside, dtype=jnp.int32)
+    )
 
 
 without_basis = Recurrence(_start_two, _restart_two, lambda space: space.row, _extend_two, _quadrature_of_two)

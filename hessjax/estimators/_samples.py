@@ -8,8 +8,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from hessjax._core import _numbers, _sharding, _tree
+from hessjax._core._messages import checked_function
 from hessjax._core._types import BatchMatvec, Block, Estimate, Forms, Key, Params, Scalar, Vector, settings
 from hessjax._run._estimator import Estimator
 from hessjax.estimators.probes import Probe, rademacher
@@ -30,7 +33,7 @@ class Sampling(Estimator):
 
     def draw(self, key: Key, index: Int[Array, ""] | int, like: Params) -> Vector:
         """The vector of sample `index`."""
-        return self.probe(jax.random.fold_in(key, index), like)
+        return drawn(self.probe, jax.random.fold_in(key, index), like)
 
     def query(self, state: Any) -> Block:
         """The probe under way."""
@@ -39,8 +42,14 @@ class Sampling(Estimator):
 
 def check_probe(probe: Any) -> None:
     """Raise a TypeError unless it can be called."""
-    if not callable(probe):
-        raise TypeError(f"`probe` must be a function `(key, like) -> vector`, got {probe!r}.")
+    checked_function("probe", probe, "(key, like) -> vector")
+
+
+def drawn(probe: Callable[..., Any], key: Key, like: Params) -> Vector:
+    """A vector of the probe, which must be like the params."""
+    vector = probe(key, like)
+    _tree.check_like(vector, like, "probe(key, like)", "like")
+    return vector
 
 
 def when(condition: Bool[Array, ""], step: Callable[..., Any], state: Any, *args: Any) -> Any:
@@ -73,12 +82,13 @@ class Moments(NamedTuple):
 
     Attributes:
         mean: mean of the samples.
-        squares: sum of squared deviations from the mean.
+        spread: the root of the sum of squared deviations from the mean. The sum itself would leave float32
+            where samples are of 1e-19 or 1e19.
         num_samples: number of samples.
     """
 
     mean: Any
-    squares: Any
+    spread: Any
     num_samples: Int[Array, ""]
 
 
@@ -90,25 +100,43 @@ def no_samples(zeros: Any) -> Moments:
 def push(moments: Moments, sample: Any) -> Moments:
     """Take in one sample (Welford 1962: no large squares are subtracted from each other)."""
     count = moments.num_samples + 1
-    # Deviations from the old and from the new mean: their product is never negative.
+    # Of the squared deviation from the old mean the share 1 − 1/n comes on top.
     delta = jax.tree.map(jnp.subtract, sample, moments.mean)
-    mean = jax.tree.map(lambda m, d: m + d / count, moments.mean, delta)
-    squares = jax.tree.map(lambda s, d, x, m: s + d * (x - m), moments.squares, delta, sample, mean)
-    return Moments(mean, squares, count)
+    mean = jax.tree.map(lambda m, d: m + d / count.astype(d.dtype), moments.mean, delta)
+    spread = jax.tree.map(lambda s, d: longer(s, d * _root_of_share(count, d.dtype)), moments.spread, delta)
+    return Moments(mean, spread, count)
+
+
+def _root_of_share(count: Int[Array, ""], dtype: Any) -> Scalar:
+    """√(1 − 1/n)."""
+    return jnp.sqrt((count - 1).astype(dtype) / count.astype(dtype))
+
+
+def longer(spread: Float[Array, "..."], deviation: Float[Array, "..."]) -> Float[Array, "..."]:
+    """√(s² + x²), by squares of what is at most 1: exact in its scaling by any power of two."""
+    size = jnp.abs(deviation)
+    large, small = jnp.maximum(spread, size), jnp.minimum(spread, size)
+    return large * jnp.sqrt(1 + (small / jnp.where(large > 0, large, 1)) ** 2)
 
 
 def estimate(moments: Moments) -> Estimate:
     """The mean (NaN without a sample) and its standard error (infinite with fewer than two)."""
     n = moments.num_samples
-    mean = jax.tree.map(lambda m: jnp.where(n > 0, m, jnp.nan), moments.mean)
-    return Estimate(mean, jax.tree.map(lambda s: standard_error(s, n), moments.squares), n)
+    mean = jax.tree.map(lambda m: _numbers.or_nan(n > 0, m), moments.mean)
+    return Estimate(mean, jax.tree.map(lambda s: standard_error(s, n), moments.spread), n)
 
 
-def standard_error(squares: Float[Array, "..."], count: Int[Array, ""]) -> Float[Array, "..."]:
-    """Of a mean, from the sum of squared deviations; infinite with fewer than two samples."""
-    return jnp.where(
-        count > 1, jnp.sqrt(squares / (jnp.maximum(count - 1, 1) * jnp.maximum(count, 1))), jnp.inf
-    )
+def standard_error(spread: Float[Array, "..."], count: Int[Array, ""]) -> Float[Array, "..."]:
+    """Of a mean, from the root of the sum of squared deviations; infinite with fewer than two samples."""
+    # As floats: n(n − 1) leaves int32 at 46,342 samples.
+    n = count.astype(spread.dtype)
+    return jnp.where(count > 1, spread / jnp.sqrt(jnp.maximum(n - 1, 1) * jnp.maximum(n, 1)), jnp.inf)
+
+
+def moments_of(samples: Float[Array, " n"], inside: Bool[Array, " n"], count: Int[Array, ""]) -> Moments:
+    """Of so many samples, those inside."""
+    mean = jnp.sum(jnp.where(inside, samples, 0)) / jnp.maximum(count, 1).astype(samples.dtype)
+    return Moments(mean, _tree.norm(jnp.where(inside, samples - mean, 0)), count)
 
 
 def stopping_error(stderr: Scalar, count: Int[Array, ""]) -> Scalar:
@@ -121,21 +149,37 @@ class Watched:
     """A matvec over batches that remembers what each batch contributed to every product's vᵀAv."""
 
     matvec: BatchMatvec
-    seen: list[Forms] = dataclasses.field(default_factory=list)
+    total: Any = 0.0
+    weights: Any = None
+    count: int = 0
+    recent: list[Forms] = dataclasses.field(default_factory=list)
 
     def __call__(self, vector: Vector) -> Vector:
         """The product."""
         product, forms = self.matvec.by_batch(vector)
-        self.seen.append(forms)
+        self.recent.append(forms)
         return product
 
-    def forms(self, num_products: Any) -> Forms | None:
-        """The mean over that many products; None if some were made elsewhere, in a run since restored."""
-        # A run restored from a checkpoint has samples whose batches were seen in another process.
-        if len(self.seen) != int(num_products):
-            return None
-        parts = jnp.mean(jnp.stack([forms.parts for forms in self.seen]), axis=0)
-        return Forms(parts, self.seen[0].weights)
+    def gathered(self, num_products: int) -> dict[str, np.ndarray]:
+        """The sum over that many products, in float64; later ones (after one that failed) are forgotten."""
+        # One by one in their order: a run that was stopped adds in the same order, to the same bits.
+        for parts, weights in jax.device_get(self.recent[: num_products - self.count]):
+            self.total = self.total + parts.astype(np.float64)
+            self.weights, self.count = weights if self.weights is None else self.weights, self.count + 1
+        self.recent = []
+        return {"total": self.total, "weights": self.weights, "count": np.int64(self.count)}
+
+    def go_on(self, gathered: dict[str, np.ndarray]) -> None:
+        """Take up what a run before this one had gathered."""
+        self.total, self.weights = gathered["total"], gathered["weights"]
+        self.count = int(gathered["count"])
+
+    def forms(self, num_products: Any) -> Forms:
+        """The mean over that many products."""
+        self.gathered(int(num_products))
+        return Forms(
+            jnp.asarray((self.total / self.count).astype(self.weights.dtype)), jnp.asarray(self.weights)
+        )
 
 
 def sampling_error(values: Any, weights: Any) -> Any:
@@ -155,7 +199,12 @@ def sampling_error(values: Any, weights: Any) -> Any:
     mean = (weights * values).sum(axis=0) / weights.sum()
     if len(values) < 2:
         return abs(mean) + math.inf
-    return ((weights * (values - mean) ** 2).sum(axis=0) / ((len(values) - 1) * weights.sum())) ** 0.5
+    deviations = abs(values - mean[None])
+    # In units of the largest, whose squares stay within float32; 1 where all are 0.
+    unit = deviations.max(axis=0)
+    unit = unit + (unit == 0).astype(unit.dtype)
+    squares = (weights * (deviations / unit[None]) ** 2).sum(axis=0)
+    return unit * (squares / ((len(values) - 1) * weights.sum())) ** 0.5
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -182,11 +231,9 @@ def hashed_signs(seed: Int[Array, ""], like: Params) -> Vector:
     leaves, structure = jax.tree.flatten(like)
 
     def signs(index: int, leaf: Array) -> Array:
-        bits = jax.lax.iota(jnp.uint32, leaf.size) + (seed * 64 + index + 1).astype(jnp.uint32) * jnp.uint32(
-            0x9E3779B9
-        )
+        bits = _sharding.places(leaf) + (seed * 64 + index + 1).astype(jnp.uint32) * jnp.uint32(0x9E3779B9)
         for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
             bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
-        return jnp.where(bits & 1, 1, -1).astype(leaf.dtype).reshape(leaf.shape)
+        return jnp.where(bits & 1, 1, -1).astype(leaf.dtype)
 
     return jax.tree.unflatten(structure, [signs(i, leaf) for i, leaf in enumerate(leaves)])

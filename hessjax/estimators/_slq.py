@@ -9,14 +9,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from hessjax._core import _tree
-from hessjax._core._messages import checked_count
+from hessjax._core._messages import check_flags, checked_count
 from hessjax._core._packing import Packing
 from hessjax._core._types import Block, Key, Matvec, Params, Scalar, assign, settings
 from hessjax._run._drivers import run
 from hessjax._run._estimator import Estimator, RunOptions, checked_options
 from hessjax.estimators._density import SpectralDensity
 from hessjax.estimators._quadrature import Quadrature, Recurrence, with_basis, without_basis
-from hessjax.estimators._samples import check_probe, when
+from hessjax.estimators._samples import check_probe, drawn, estimate, moments_of, when
 from hessjax.estimators.probes import Probe, gaussian
 
 
@@ -104,6 +104,7 @@ class Slq(Estimator):
         for name in ("num_probes", "num_matvecs", "at_once"):
             assign(self, **{name: checked_count(name, getattr(self, name))})
         check_probe(self.probe)
+        check_flags(reorthogonalise=self.reorthogonalise)
         if self.num_probes % self.at_once:
             raise ValueError(f"`at_once` must divide `num_probes`, {self.num_probes}, got {self.at_once}.")
         if self.at_once > 1 and self.reorthogonalise:
@@ -137,9 +138,10 @@ class Slq(Estimator):
         self, key: Key, packing: Packing, group: Any, like: Params, leaf: Int[Array, ""] | None
     ) -> Block:
         """The group's probes, one after the other: whoever draws, the numbers are the same."""
-        indices = group * self.at_once + jnp.arange(self.at_once)
+        indices = group * self.at_once + jnp.arange(self.at_once, dtype=jnp.int32)
         return jax.lax.map(
-            lambda i: packing.pack(_within(leaf, self.probe(jax.random.fold_in(key, i), like))), indices
+            lambda i: packing.pack(_within(leaf, drawn(self.probe, jax.random.fold_in(key, i), like))),
+            indices,
         )
 
     def query(self, state: SlqState) -> Block:
@@ -175,16 +177,15 @@ class Slq(Estimator):
         nodes, weights = (
             jnp.where(begun, *pair) for pair in ((so_far.nodes, state.nodes), (so_far.weights, state.weights))
         )
-        num = finished + self.at_once * begun
+        num = finished + self.at_once * jnp.int32(begun)
         return SpectralDensity(nodes, weights, num, state.num_matvecs, state.dimension)
 
     def error(self, state: SlqState) -> Scalar:
         """The standard error of the mean eigenvalue over the finished probes."""
         n = self._num_finished(state)
         means = jnp.sum(state.weights * state.nodes, axis=1)
-        deviations = (means - jnp.sum(means) / jnp.maximum(n, 1)) ** 2
-        squares = jnp.sum(jnp.where(jnp.arange(self.num_probes) < n, deviations, 0))
-        return jnp.where(n > 1, jnp.sqrt(squares / jnp.maximum(n * (n - 1), 1)), jnp.inf)
+        finished = jnp.arange(self.num_probes, dtype=jnp.int32) < n
+        return estimate(moments_of(means, finished, n)).stderr
 
     def scale(self, state: SlqState) -> Scalar:
         """The largest absolute node."""
@@ -203,7 +204,7 @@ def _within(leaf: Int[Array, ""] | None, tree: Any) -> Any:
 
 
 def _store(state: SlqState, first: Any, quadrature: Quadrature) -> SlqState:
-    where = first + jnp.arange(len(quadrature.nodes))
+    where = first + jnp.arange(len(quadrature.nodes), dtype=jnp.int32)
     return state._replace(
         # Dropped past the end: more products than asked for change nothing.
         nodes=state.nodes.at[where].set(quadrature.nodes, mode="drop"),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from hessjax._core import _tree
-from hessjax._core._messages import checked_count
+from hessjax._core._messages import checked_any_key, checked_count
 from hessjax._core._types import Amount, Eigenpairs, Estimate, Key, Matvec, Params, Relative, Tolerance
 from hessjax._run._drivers import run
 from hessjax._run._estimator import RunOptions, checked_options, limit_of
@@ -71,7 +71,8 @@ def spectral_density_by_leaf(
         >>> {path: round(float(density.moment()), 5) for path, density in densities.items()}
         {'bias': 2.0, 'kernel': 3.0}
     """
-    checked = checked_options("spectral_density_by_leaf", options)
+    _tree.check_floating(like, "like")
+    checked, key = checked_options("spectral_density_by_leaf", options), checked_any_key(key)
     paths, leaves = _tree.unique_paths(like, "like"), jax.tree.leaves(like)
     if any(hasattr(callback, "restore") for callback in options.get("callbacks", ())):
         raise ValueError(
@@ -156,6 +157,7 @@ def spectrum(
         >>> round(float(pairs.values[0]), 4), abs(float(trace.mean) - 508.5) < 3 * float(trace.stderr)
         (9.0, True)
     """
+    _tree.check_floating(like, "like")
     checked = checked_options("spectrum", options)
     k = checked_count("k", k)
     num_matvecs = checked_count("num_matvecs", num_matvecs, 2 * k + 1, ", one more than the pairs wanted")

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from hessjax._core import _tree
+from hessjax._core import _numbers, _tree
 from hessjax._core._messages import checked_count
 from hessjax._core._packing import Packed, Packing
 from hessjax._core._types import Block, Estimate, Key, Params, Scalar, assign, settings
 from hessjax._run._estimator import Estimator
 from hessjax.estimators import _krylov
-from hessjax.estimators._samples import Moments, estimate, stopping_error, when
+from hessjax.estimators._samples import Moments, estimate, moments_of, stopping_error, when
 from hessjax.estimators.probes import gaussian
 
 
@@ -134,7 +134,7 @@ class Xtrace(Estimator):
         """The standard error; NaN once all test vectors were used."""
         found = self.result(state)
         full = state.num_matvecs >= 2 * self.num_tests  # more products would change nothing
-        return jnp.where(full, jnp.nan, stopping_error(found.stderr, found.num_samples))
+        return _numbers.or_nan(~full, stopping_error(found.stderr, found.num_samples))
 
     def scale(self, state: XtraceState) -> Scalar:
         """The absolute value of the trace."""
@@ -158,7 +158,8 @@ def _check_size(num_matvecs: int, dimension: int) -> None:
 def _take_test(state: XtraceState, product: Packed) -> XtraceState:
     """The product of a test vector: a column of R, a row of the basis, and both their shares of W."""
     j, test = state.num_matvecs // 2, state.vector
-    largest = jnp.maximum(jnp.max(jnp.linalg.norm(state.R, axis=0)), _tree.norm(product))
+    # `norm` of each column and not `jnp.linalg.norm`, whose squares leave float32 at 1e-19 and 1e19.
+    largest = jnp.maximum(jnp.max(jax.vmap(_tree.norm, in_axes=1)(state.R)), _tree.norm(product))
     tiny = 64 * jnp.finfo(largest.dtype).eps * largest
     # The QR factorisation of AΩ, a column at a time: so the estimate may be read at any moment.
     row, column, left = _krylov.orthogonalise(state.basis, j, product, tiny)
@@ -198,11 +199,8 @@ def _moments(state: XtraceState) -> Moments:
     """Of the estimates t_i of all test vectors whose two products are known."""
     num_tests = len(state.forms)
     count = jnp.minimum(state.num_matvecs // 2, num_tests)
-    inside = jnp.arange(num_tests) < count
-    estimates = _leave_one_out(state, inside)
-    mean = jnp.sum(jnp.where(inside, estimates, 0)) / jnp.maximum(count, 1)
-    squares = jnp.sum(jnp.where(inside, (estimates - mean) ** 2, 0))
-    return Moments(mean, squares, count)
+    inside = jnp.arange(num_tests, dtype=jnp.int32) < count
+    return moments_of(_leave_one_out(state, inside), inside, count)
 
 
 def _leave_one_out(state: XtraceState, inside: Bool[Array, " n"]) -> Float[Array, " n"]:
@@ -212,9 +210,9 @@ def _leave_one_out(state: XtraceState, inside: Bool[Array, " n"]) -> Float[Array
     and P = I − s_i s_iᵀ. Where the rank is smaller than the number of products, see `_missing`.
     """
     # Transposed once here, so that row i of every matrix belongs to test vector i.
-    R = jnp.where(inside, state.R, 0).T
-    H = jnp.where(inside[:, None] & inside, state.H, 0)
-    W = jnp.where(inside[:, None] & inside, state.W, 0).T
+    R = jnp.where(inside[None], state.R, 0).T
+    H = jnp.where(inside[:, None] & inside[None], state.H, 0)
+    W = jnp.where(inside[:, None] & inside[None], state.W, 0).T
     S, rank = _missing(R.T)
     # P_i Qᵀω_i: the components of ω_i in the span of the others.
     along = jnp.sum(S * W, axis=1)
@@ -240,14 +238,14 @@ def _missing(R: Float[Array, "n n"]) -> tuple[Float[Array, "n n"], Int[Array, " 
     own = jnp.diag(R) > 0
     # To entries of order 1: the triangular solve has no scaling of its own, and float32 ends at 1e38.
     R = R / jnp.where(jnp.any(own), jnp.max(jnp.abs(R)), 1)
-    square = jnp.where(own[:, None] & own, R, 0) + jnp.diag(jnp.where(own, 0, 1).astype(R.dtype))
+    square = jnp.where(own[:, None] & own[None], R, 0) + jnp.diag(jnp.where(own, 0, 1).astype(R.dtype))
     inverse = jax.scipy.linalg.solve_triangular(square, jnp.eye(len(R), dtype=R.dtype))
-    shares = _product(inverse, jnp.where(own, 0, R))
+    shares = _product(inverse, jnp.where(own[None], 0, R))
     # √eps: below it a share is what rounding makes of none.
     replaceable = jnp.max(jnp.abs(shares), axis=1) > jnp.sqrt(jnp.finfo(R.dtype).eps)
     needed = own & ~replaceable
     directions = inverse / jnp.linalg.norm(inverse, axis=1, keepdims=True)
-    return jnp.where(needed[:, None], directions, 0), jnp.sum(own) - needed
+    return jnp.where(needed[:, None], directions, 0), jnp.sum(own, dtype=jnp.int32) - needed.astype(jnp.int32)
 
 
 def _product(a: Float[Array, "n k"], b: Float[Array, "k m"]) -> Float[Array, "n m"]:

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from hessjax._core import _sharding, _tree
+from hessjax._core._messages import checked_any_key
 from hessjax._core._packing import Packing
 from hessjax._core._types import Key, Params, Vector
 
@@ -57,11 +59,15 @@ def gaussian(key: Key, like: Params) -> Vector:
 
 def _sample(sampler: Callable[..., Array], key: Key, like: Params) -> Vector:
     """Drawn packed: every draw is a program to compile (a third of a second), and leaves are many."""
-    packing = Packing.of(like)
-    arrays = jax.eval_shape(packing.pack, like)
+    _tree.check_floating(like, "like")
+    key = checked_any_key(key)
+    # As if on one device: where a leaf lies must not change what is drawn for it.
+    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), like)
+    packing = Packing.of(plain)
+    arrays = jax.eval_shape(packing.pack, plain)
     keys = jax.random.split(key, len(arrays))
     draws = [_draw(sampler, k, x) for k, x in zip(keys, arrays, strict=True)]
-    return packing.unpack(tuple(draws))
+    return jax.tree.map(_sharding.laid_out_like, packing.unpack(tuple(draws)), like)
 
 
 def _draw(sampler: Callable[..., Array], key: Key, like: jax.ShapeDtypeStruct) -> Array:

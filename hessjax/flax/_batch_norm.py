@@ -10,7 +10,10 @@ import jax.numpy as jnp
 from flax import core, linen, nnx, traverse_util
 from jaxtyping import Array, Float, Int
 
-from hessjax.flax._linen import Inputs, LinenModel, arguments, check_hashable, frozen
+from hessjax._core._messages import shown
+from hessjax.curvature._batches import check_batches
+from hessjax.flax._linen import Inputs, LinenModel, arguments, check_hashable, check_module, frozen
+from hessjax.flax._nnx import check_model
 
 Moments: TypeAlias = dict[str, tuple[Float[Array, "..."], Float[Array, "..."]]]
 """`{path: (mean, variance)}` of every BatchNorm."""
@@ -79,6 +82,10 @@ def linen_recalibrate(
         >>> jax.tree.map(lambda x: round(x.item(), 4), new["batch_stats"])
         {'mean': 3.0, 'var': 4.6667}
     """
+    check_module(module)
+    if not isinstance(variables, (dict, core.FrozenDict)):
+        raise TypeError(f"`variables` must be a mapping, as `module.init` gives it, got {shown(variables)}.")
+    check_batches(batches)
     if "batch_stats" not in variables:
         raise ValueError(
             f'`variables` must hold the collection "batch_stats", got {sorted(variables)}: without BatchNorm '
@@ -138,17 +145,22 @@ def nnx_recalibrate(model: Any, batches: Iterable[Any], *, inputs: Inputs = 0, *
         >>> model.mean[...].item()
         3.0
     """
+    check_model(model)
+    check_batches(batches)
     inputs = tuple(inputs) if isinstance(inputs, list) else inputs
     check_hashable(inputs=inputs, **call_kwargs)
-    copy, batches = nnx.clone(model), iter(batches)
+    # As a graph whatever flax's setting: in its tree mode a shared module is refused.
+    copy, batches = nnx.clone(model, graph=True), iter(batches)
     norms = _nnx_norms(copy)
     for norm in norms.values():
         norm.momentum = 0.0  # so that a call leaves the batch's own moments
-    run = functools.partial(_nnx_moments, nnx.graphdef(copy), inputs, tuple(sorted(call_kwargs.items())))
+    run = functools.partial(
+        _nnx_moments, nnx.graphdef(copy, graph=True), inputs, tuple(sorted(call_kwargs.items()))
+    )
     first = list(itertools.islice(batches, 1))
     active = _nnx_active(run, copy, *first) if first else {}
     _clear(active)
-    state = nnx.state(copy)
+    state = nnx.state(copy, graph=True)
     pooled = _pool(lambda batch: run(state, batch), itertools.chain(first, batches), inputs)
     if not active:
         raise ValueError(
@@ -156,7 +168,7 @@ def nnx_recalibrate(model: Any, batches: Iterable[Any], *, inputs: Inputs = 0, *
         )
     for path, norm in active.items():
         norm.mean[...], norm.var[...] = pooled[path]
-    return nnx.state(copy, nnx.BatchStat)
+    return nnx.state(copy, nnx.BatchStat, graph=True)
 
 
 def _pool(moments_of: Callable[[Any], Moments], batches: Iterable[Any], inputs: Inputs) -> Moments:
@@ -239,10 +251,10 @@ def _nnx_moments(graphdef: Any, inputs: Inputs, kwargs: Any, state: Any, batch: 
 
 def _nnx_active(run: Callable[[Any, Any], Moments], model: Any, batch: Any) -> dict[str, nnx.BatchNorm]:
     """The BatchNorms of which a call changes the variance, set to one that no batch has."""
-    marked = nnx.clone(model)
+    marked = nnx.clone(model, graph=True)
     for norm in _nnx_norms(marked).values():
         norm.var[...] = jnp.full_like(norm.var[...], _mark(norm))  # finite, so that 0 · mark is 0
-    norms, found = _nnx_norms(model), run(nnx.state(marked), batch)
+    norms, found = _nnx_norms(model), run(nnx.state(marked, graph=True), batch)
     changed = jax.device_get({path: jnp.any(found[path][1] != _mark(x)) for path, x in norms.items()})
     return {path: norm for path, norm in norms.items() if changed[path]}
 
@@ -257,5 +269,5 @@ def _mark(norm: nnx.BatchNorm) -> Any:
 
 
 def _nnx_norms(model: Any) -> dict[str, nnx.BatchNorm]:
-    nodes = nnx.iter_graph(model)
+    nodes = nnx.iter_graph(model, graph=True)
     return {"/".join(map(str, path)): x for path, x in nodes if isinstance(x, nnx.BatchNorm)}

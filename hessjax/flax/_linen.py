@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from flax import errors
 
+from hessjax._core._messages import checked_function, shown
 from hessjax._core._types import LossFn, ModelFn, Params
 
 OutputLoss: TypeAlias = Callable[[Any, Any], Any]
@@ -61,6 +62,7 @@ def linen_loss(module: Any, loss: OutputLoss, *, inputs: Inputs = 0, **apply_kwa
         True
     """
     check_hashable(loss=loss)
+    checked_function("loss", loss, "(outputs, batch) -> scalar")
     return Loss(linen_model(module, inputs=inputs, **apply_kwargs), loss)
 
 
@@ -96,6 +98,7 @@ def linen_model(module: Any, *, inputs: Inputs = 0, **apply_kwargs: Any) -> Mode
         >>> A({"bias": jnp.ones(1), "kernel": jnp.zeros((2, 1))})["kernel"].tolist()
         [[1.0], [1.0]]
     """
+    check_module(module)
     inputs = tuple(inputs) if isinstance(inputs, list) else inputs
     identity = frozen(module)
     check_hashable(module=identity, inputs=inputs, **apply_kwargs)
@@ -126,12 +129,23 @@ class LinenModel:
         return outputs
 
 
+_OTHER_PARAMS = (
+    errors.ApplyScopeInvalidVariablesStructureError,
+    errors.ScopeParamNotFoundError,
+    errors.ScopeParamShapeError,
+)
+
+
 @contextlib.contextmanager
 def _explained(state: Mapping[str, Any]) -> Iterator[None]:
     """Turns Flax's errors about what is missing into ones that name the argument."""
     try:
         yield
-    except errors.ScopeCollectionNotFound as error:
+    except _OTHER_PARAMS as error:
+        raise ValueError(
+            f'`params` must be the module\'s own, `variables["params"]` as `module.init` made them. {error}'
+        ) from error
+    except (errors.ScopeCollectionNotFound, errors.ScopeVariableNotFoundError) as error:
         raise ValueError(
             "`state` must hold every collection that the module reads, as `module.init` made them, e.g. "
             f'`{{"batch_stats": variables["batch_stats"]}}`; got {sorted(state) or "none"}. {error}'
@@ -166,13 +180,19 @@ def arguments(batch: Any, inputs: Inputs) -> tuple[Any, ...]:
         return (batch,)  # `batch[0]` would be its first example
     keys = inputs if isinstance(inputs, tuple) else (inputs,)
     try:
-        return tuple(batch[key] for key in keys)
+        return tuple(_part(batch, key) for key in keys)
     except (KeyError, IndexError, TypeError) as error:
         has = f"keys {list(batch)}" if isinstance(batch, Mapping) else f"{type(batch).__name__}"
         raise ValueError(
             f"`inputs` must say what the model takes from a batch ({has}): a key, several or a function, "
             f"got {inputs!r}."
         ) from error
+
+
+def _part(batch: Any, key: Any) -> Any:
+    if isinstance(batch, jax.Array) and isinstance(key, int) and not -len(batch) <= key < len(batch):
+        raise IndexError(key)  # jax would take the last one instead
+    return batch[key]
 
 
 def frozen(value: Any) -> Any:
@@ -186,6 +206,13 @@ def frozen(value: Any) -> Any:
         items = ((f.name, frozen(getattr(value, f.name))) for f in fields(value) if f.name != "parent")
         return type(value), tuple(items)
     return value
+
+
+def check_module(module: Any) -> None:
+    """Raise a TypeError for what is no linen module: the class of one, or a module of another kind."""
+    if isinstance(module, type) or not callable(getattr(module, "apply", None)):
+        hint = ": make one, with its settings" if isinstance(module, type) else ""
+        raise TypeError(f"`module` must be a `flax.linen.Module`, got {shown(module)}{hint}.")
 
 
 def check_hashable(**arguments: Any) -> None:

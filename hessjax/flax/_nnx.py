@@ -2,13 +2,17 @@
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 from flax import nnx
 
+from hessjax._core._messages import checked_choice, checked_function, shown
 from hessjax._core._types import LossFn, ModelFn, Params
 from hessjax.flax._linen import Inputs, Loss, OutputLoss, arguments, check_hashable
+
+Mode: TypeAlias = Literal["eval", "train"]
+"""How BatchNorm and dropout are set."""
 
 
 class NnxModel(NamedTuple):
@@ -16,8 +20,8 @@ class NnxModel(NamedTuple):
 
     Attributes:
         model_fn: `model_fn(params, batch, state) -> outputs`.
-        params: the model's `nnx.Param`s, a nested dict of arrays.
-        state: everything else the model holds, a nested dict of arrays.
+        params: the model's `nnx.Param`s as arrays, `nnx.as_pure(nnx.state(model, nnx.Param))`.
+        state: everything else the model holds, an `nnx.State` of arrays.
     """
 
     model_fn: ModelFn
@@ -30,8 +34,8 @@ class NnxLoss(NamedTuple):
 
     Attributes:
         loss_fn: `loss_fn(params, batch, state) -> scalar`.
-        params: the model's `nnx.Param`s, a nested dict of arrays.
-        state: everything else the model holds (batch statistics, dropout keys), a nested dict of arrays.
+        params: the model's `nnx.Param`s as arrays, `nnx.as_pure(nnx.state(model, nnx.Param))`.
+        state: everything else the model holds (batch statistics, dropout keys), an `nnx.State` of arrays.
     """
 
     loss_fn: LossFn
@@ -44,7 +48,7 @@ def nnx_loss(
     loss: OutputLoss,
     *,
     inputs: Inputs = 0,
-    mode: str = "eval",
+    mode: Mode = "eval",
     **call_kwargs: Any,
 ) -> NnxLoss:
     """The loss of an nnx model, as a pure function of its params, with those params and the rest.
@@ -63,9 +67,11 @@ def nnx_loss(
 
     Returns:
         `NnxLoss(loss_fn, params, state)`: `loss_fn(params, batch, state=None) -> scalar` in the units of
-        `loss`, hashable, equal for models of equal architecture; `params` and `state` nested dicts of arrays.
-        `nnx.update(model, params)` puts changed params back into the model. For other dropout keys,
-        `nnx.reseed(model, dropout=1)` and call this again.
+        `loss`, hashable, equal for models of equal architecture. `params` and `state` are `nnx.State`s of
+        arrays, which `nnx.as_pure(nnx.grad(...)(model))`, `nnx.as_pure(optimizer.opt_state)` and
+        `adam_preconditioner(optimizer)` agree with; a Param that is shared is one leaf. `loss_fn` takes
+        them as States of Variables and as nested dicts too. `nnx.update(model, params)` puts changed params
+        back into the model. For other dropout keys, `nnx.reseed(model, dropout=1)` and call this again.
 
     Raises:
         TypeError: if `loss`, `inputs` or an argument is not hashable.
@@ -85,18 +91,19 @@ def nnx_loss(
         >>> loss_fn, params, state = nnx_loss(model, loss)
         >>> batch = (jnp.ones((4, 2)), jnp.zeros((4, 1)))
         >>> grads = jax.grad(loss_fn)(params, batch, state)
-        >>> jax.tree.map(jnp.shape, grads)
-        {'bias': (1,), 'kernel': (2, 1)}
+        >>> grads["kernel"].shape
+        (2, 1)
         >>> nnx.update(model, jax.tree.map(lambda w, g: w - 0.1 * g, params, grads))
         >>> bool(loss(model(batch[0]), batch) < loss_fn(params, batch, state))
         True
     """
     check_hashable(loss=loss)
+    checked_function("loss", loss, "(outputs, batch) -> scalar")
     model_fn, params, state = nnx_model(model, inputs=inputs, mode=mode, **call_kwargs)
     return NnxLoss(Loss(model_fn, loss), params, state)
 
 
-def nnx_model(model: Any, *, inputs: Inputs = 0, mode: str = "eval", **call_kwargs: Any) -> NnxModel:
+def nnx_model(model: Any, *, inputs: Inputs = 0, mode: Mode = "eval", **call_kwargs: Any) -> NnxModel:
     """An nnx model as a pure function of its params, for `hessjax.ggn` and `hessjax.fisher`.
 
     Args:
@@ -124,20 +131,28 @@ def nnx_model(model: Any, *, inputs: Inputs = 0, mode: str = "eval", **call_kwar
         >>> from hessjax.flax import nnx_model
         >>> model_fn, params, state = nnx_model(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
         >>> A = hj.fisher(model_fn, params, jnp.ones((4, 2)), state, likelihood=hj.likelihoods.gaussian)
-        >>> A({"bias": jnp.ones(3), "kernel": jnp.zeros((2, 3))})["kernel"].tolist()
+        >>> A(nnx.State({"bias": jnp.ones(3), "kernel": jnp.zeros((2, 3))}))["kernel"].tolist()
         [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
     """
     inputs = tuple(inputs) if isinstance(inputs, list) else inputs
     check_hashable(inputs=inputs, **call_kwargs)
-    if mode not in ("eval", "train"):
-        raise ValueError(f'`mode` must be "eval" or "train", got {mode!r}.')
-    copy = nnx.merge(*nnx.split(model))  # `eval` and `train` change a model in place
-    copy.eval() if mode == "eval" else copy.train()
-    graphdef, params, state = nnx.split(copy, nnx.Param, ...)
+    checked_choice("mode", mode, ("eval", "train"))
+    check_model(model)
+    # As a graph whatever flax's setting: in its tree mode a shared Param is refused.
+    with nnx.set_graph_mode(True):
+        copy = nnx.merge(*nnx.split(model))  # `eval` and `train` change a model in place
+        copy.eval() if mode == "eval" else copy.train()
+        graphdef, params, state = nnx.split(copy, nnx.Param, ...)
     if not jax.tree.leaves(params):
         raise ValueError(f"`model` must hold at least one nnx.Param, but {type(model).__name__} has none.")
     model_fn = _NnxModel(graphdef, inputs, tuple(sorted(call_kwargs.items())))
-    return NnxModel(model_fn, nnx.to_pure_dict(params), nnx.to_pure_dict(state))
+    return NnxModel(model_fn, nnx.as_pure(params), nnx.as_pure(state))
+
+
+def check_model(model: Any) -> None:
+    """Raise a TypeError for what is no nnx model, such as the class of one."""
+    if isinstance(model, type) or not callable(model):
+        raise TypeError(f"`model` must be an `nnx.Module`, made with its `rngs`, got {shown(model)}.")
 
 
 @dataclass(frozen=True)

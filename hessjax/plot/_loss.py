@@ -9,8 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 
+from hessjax._core._messages import check_flags, checked_instance, checked_sequence
 from hessjax.analysis._landscape import Landscape
-from hessjax.plot._style import BLUE, GREY, ORANGE, STYLE, axes_of, number
+from hessjax.plot._style import BLUE, GREY, ORANGE, STYLE, axes_of, dot, number, short, wrapped
 
 
 def landscape(
@@ -51,15 +52,15 @@ def landscape(
         >>> plot.landscape(curve).get_ylabel()
         'loss'
     """
-    losses = _finite(result, log)
+    losses = _finite(result, log, labels)
     curve = losses.ndim == 1
     with axes_of(ax, figsize=(6.4, 4.2) if curve else (6.4, 5.2)) as (ax,):
         if curve:
             _curve(ax, result, losses, log)
         else:
             _contours(ax, result, losses, log)
-            ax.set_ylabel(f"distance along {labels[1]}")
-        ax.set_xlabel(f"distance along {labels[0]}")
+            ax.set_ylabel(wrapped(f"distance along {labels[1]}"))
+        ax.set_xlabel(wrapped(f"distance along {labels[0]}"))
         ax.set_title("Loss along a direction" if curve else "Loss across two directions")
     return ax
 
@@ -100,15 +101,16 @@ def landscape_surface(
         >>> plot.landscape_surface(plane).get_zlabel()
         'loss'
     """
-    losses = _finite(result, log)
+    losses = _finite(result, log, labels)
     if losses.ndim != 2:
         raise ValueError("`result` must be of two directions, got one: `plot.landscape` draws its curve.")
+    along = [f"distance along {label}" for label in short(labels, 26)]
     with plt.rc_context(STYLE if ax is None else {}):
         if ax is None:  # the layout engines leave a broad margin round three dimensions
             ax = plt.figure(figsize=(6.4, 5.2)).add_axes((-0.04, 0.02, 0.98, 0.98), projection="3d")
         _surface(ax, result, np.log10(losses) if log else losses)
-        ax.set_xlabel(f"distance along {labels[0]}", labelpad=8)
-        ax.set_ylabel(f"distance along {labels[1]}", labelpad=8)
+        ax.set_xlabel(along[0], labelpad=8)
+        ax.set_ylabel(along[1], labelpad=8)
         ax.set_zlabel("log₁₀ loss" if log else "loss", labelpad=6)
         ax.set_title("Loss across two directions", loc="left", x=0.08, y=0.92)
     return ax
@@ -122,8 +124,12 @@ def _surface(ax: Any, result: Landscape, height: np.ndarray) -> None:
     ax.set_box_aspect(None, zoom=0.94)
 
 
-def _finite(result: Landscape, log: bool) -> np.ma.MaskedArray:
+def _finite(result: Landscape, log: bool, labels: Any) -> np.ma.MaskedArray:
     """The losses, those that are not finite masked."""
+    checked_instance("result", result, Landscape, "hessjax.landscape(...)")
+    check_flags(log=log)
+    if isinstance(labels, str) or len(checked_sequence("labels", labels, "strings")) < len(result.distances):
+        raise ValueError(f"`labels` must be a string for each direction, got {labels!r}.")
     losses = np.ma.masked_invalid(np.asarray(result.losses, float))
     if not losses.count():
         raise ValueError("`result` must have a finite loss somewhere, got none: go less far.")
@@ -137,7 +143,7 @@ def _finite(result: Landscape, log: bool) -> np.ma.MaskedArray:
 def _curve(ax: Axes, result: Landscape, losses: np.ma.MaskedArray, log: bool) -> None:
     (x,) = map(np.asarray, result.distances)
     _band(ax, x, losses, np.asarray(result.stderr, float))
-    ax.plot(x, losses, color=BLUE, lw=1.8)
+    ax.plot(x, losses, marker=dot(losses), color=BLUE, lw=1.8)
     if x[0] <= 0 <= x[-1]:
         ax.axvline(0, color=GREY, lw=1.0, ls=(0, (5, 3)), zorder=1)
     if log:

@@ -12,9 +12,29 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
 from hessjax._core import _tree
+from hessjax._core._messages import checked_instance, shown
 from hessjax._core._types import Params
 from hessjax.analysis._sensitivity import Sensitivity, SensitivityRow
-from hessjax.plot._style import BLUE, GREEN, GREY, ORANGE, Numbers, Pair, axes_of, dense_line, number
+from hessjax.plot._style import (
+    BLUE,
+    GREEN,
+    GREY,
+    MOST_INSIDE,
+    ORANGE,
+    Numbers,
+    Pair,
+    axes_of,
+    columns_of,
+    dense_line,
+    dot,
+    legend_beside,
+    legend_columns,
+    names_on_axis,
+    number,
+    rows_height,
+    short,
+    wrapped,
+)
 
 
 def pruning_run(
@@ -45,13 +65,13 @@ def pruning_run(
         >>> lower.get_xlabel()
         'step of fine-tuning'
     """
-    x, y, zeros = map(np.asarray, (steps, accuracy, sparsity))
+    x, y, zeros = columns_of(steps=steps, accuracy=accuracy, sparsity=sparsity)
     with axes_of(axes, 2, 1, figsize=(7.6, 5.0), sharex=True, height_ratios=(3, 2)) as (upper, lower):
         dense_line(upper, dense_accuracy)
-        upper.plot(x, y, color=BLUE, lw=1.8, label=f"pruned network, {y[-1]:.1%} at the end")
+        upper.plot(x, y, marker=dot(y), color=BLUE, lw=1.8, label=f"pruned network, {y[-1]:.1%} at the end")
         upper.legend(loc="lower right")
         upper.set(ylabel="test accuracy", title="Pruning while fine-tuning")
-        lower.plot(x, zeros, color=ORANGE, lw=1.8, drawstyle="steps-post")
+        lower.plot(x, zeros, marker=dot(zeros), color=ORANGE, lw=1.8, drawstyle="steps-post")
         lower.fill_between(x, zeros, color=ORANGE, alpha=0.18, lw=0, step="post")
         lower.set(ylim=(0, 1), ylabel="weights at zero", xlabel="step of fine-tuning")
         lower.margins(x=0.01)
@@ -86,18 +106,34 @@ def accuracy_left(
         >>> [text.get_text() for text in ax.get_legend().get_texts()]
         ['dense network, 85.0%', 'magnitude', 'movement']
     """
-    with axes_of(ax, figsize=(7.6, 4.4)) as (ax,):
+    points = _points(curves)
+    beside = legend_columns(len(points)) if len(points) >= MOST_INSIDE else 0
+    with axes_of(ax, figsize=(7.6 + 2.6 * beside, 4.4 + beside)) as (ax,):
         dense_line(ax, dense_accuracy)
-        for i, (name, (left, accuracy)) in enumerate(curves.items()):
-            order = np.argsort(np.asarray(left))
+        for i, (name, (left, accuracy)) in enumerate(zip(short(list(points)), points.values(), strict=True)):
+            order = np.argsort(left)
             color, marker = (ORANGE, BLUE, GREEN)[i % 3], "osD^v"[i // 3 % 5]
-            x, y = np.asarray(left)[order], np.asarray(accuracy)[order]
+            x, y = left[order], accuracy[order]
             ax.plot(x, y, color=color, marker=marker, lw=1.8, label=name)
-        _shares_left(ax, {x for left, _ in curves.values() for x in np.asarray(left).tolist()})
+        _shares_left(ax, {x for left, _ in points.values() for x in left.tolist()})
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-        ax.legend(loc="best")
+        few = len(ax.lines) <= MOST_INSIDE
+        ax.legend(loc="best") if few else legend_beside(ax, list(ax.lines))
         ax.set(ylabel="test accuracy", title="What accuracy the weights that are left still give")
     return ax
+
+
+def _points(curves: Any) -> dict[str, tuple[np.ndarray, ...]]:
+    try:
+        pairs = {name: (left, accuracy) for name, (left, accuracy) in curves.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise TypeError(
+            f"`curves` must be a mapping `name -> (left, accuracy)`, got {shown(curves)}."
+        ) from None
+    return {
+        name: columns_of(**{f"curves[{name!r}][0]": left, f"curves[{name!r}][1]": accuracy})
+        for name, (left, accuracy) in pairs.items()
+    }
 
 
 def _shares_left(ax: Axes, shares: set[float]) -> None:
@@ -128,17 +164,17 @@ def kept(params: Params, ax: Axes | None = None) -> Axes:
         >>> [text.get_text() for text in ax.texts]
         ['3 of 3', '1 of 4']
     """
+    _tree.check_leaves(params)
     paths, leaves = _tree.leaf_paths(params), jax.tree.leaves(params)
     left = np.array([np.count_nonzero(leaf) for leaf in leaves])
     sizes = np.array([np.size(leaf) for leaf in leaves])
-    with axes_of(ax, figsize=(7.6, 0.36 * len(paths) + 1.6)) as (ax,):
+    with axes_of(ax, figsize=(7.6, rows_height(len(paths)))) as (ax,):
         rows = np.arange(len(paths))
         ax.barh(rows, np.ones(len(rows)), color="#EEEEEE", height=0.62)
         ax.barh(rows, left / np.maximum(sizes, 1), color=GREEN, height=0.62)
         for row, number, size in zip(rows, left, sizes, strict=True):
             ax.annotate(f"{number:,} of {size:,}", (1, row), (8, 0), textcoords="offset points", va="center")
-        ax.set_yticks(rows, paths)
-        ax.invert_yaxis()
+        names_on_axis(ax, paths)
         ax.grid(visible=False)
         ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         ax.set(xlim=(0, 1), xlabel="weights that are not zero", title="What is left of every layer")
@@ -176,11 +212,9 @@ def sensitivity(result: Sensitivity, metric: str | None = None, ax: Axes | None 
     """
     shown = _shown(result, metric)
     curves = {k: list(rows) for k, rows in itertools.groupby(result.rows, key=lambda row: row.parameter)}
-    with axes_of(ax, figsize=(8.8, 0.15 * len(curves) + 4.0)) as (ax,):
-        ax.legend(
-            handles=_curves(ax, curves, shown), loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=9
-        )
-        ax.set(xlabel="sparsity of that leaf alone", ylabel=shown or "predicted rise of the loss")
+    with axes_of(ax, figsize=(6.2 + 2.6 * legend_columns(len(curves)), 5.4)) as (ax,):
+        legend_beside(ax, _curves(ax, curves, shown))
+        ax.set(xlabel="sparsity of that leaf alone", ylabel=wrapped(shown or "predicted rise of the loss"))
         ax.set_title("What every leaf can spare")
         ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         ax.margins(x=0.01)
@@ -189,6 +223,7 @@ def sensitivity(result: Sensitivity, metric: str | None = None, ax: Axes | None 
 
 def _shown(result: Sensitivity, metric: str | None) -> str | None:
     """The metric to draw; None where nothing was measured."""
+    checked_instance("result", result, Sensitivity, "hessjax.sensitivity(...)")
     names = list(result.rows[0].metrics)
     if metric is not None and metric not in names:
         raise ValueError(
@@ -199,9 +234,11 @@ def _shown(result: Sensitivity, metric: str | None) -> str | None:
 
 def _curves(ax: Axes, curves: dict[str, list[SensitivityRow]], metric: str | None) -> list[Line2D]:
     """Every leaf's curve; the entries of the legend, the leaf that ends highest first."""
-    looks = zip(curves.items(), _colors(len(curves)), itertools.cycle(".sD^v"), strict=False)
+    looks = zip(
+        short(list(curves)), curves.values(), _colors(len(curves)), itertools.cycle(".sD^v"), strict=False
+    )
     handles, is_predicted = [], False
-    for (name, rows), color, marker in looks:
+    for name, rows, color, marker in looks:
         look = {"color": color, "marker": marker, "ms": 3.5 if marker != "." else 7}
         line, is_predicted = _curve(ax, name, sorted(rows, key=lambda row: row.sparsity), metric, look)
         handles.append(line)
@@ -224,7 +261,7 @@ def _curve(
     return ax.plot(x, measured, lw=1.6, label=name, **look)[0], has_both
 
 
-def _colors(number: int) -> list[str]:
+def _colors(number: int) -> list[Any]:
     """Colours that stay apart, in the order of the leaves: from the first layers to the last if many."""
     few = [BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#E69F00"]
     return few[:number] if number <= len(few) else list(colormaps["viridis"](np.linspace(0, 0.92, number)))

@@ -8,10 +8,25 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 
 from hessjax._core import _tree
+from hessjax._core._messages import check_flags, checked_instance, checked_number
 from hessjax._core._types import Eigenpairs, Params
 from hessjax.estimators._density import SpectralDensity
 from hessjax.estimators._hutchinson import TraceByLeaf
-from hessjax.plot._style import BLUE, GREEN, GREY, ORANGE, Numbers, Pair, axes_of, number
+from hessjax.plot._style import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    Numbers,
+    Pair,
+    axes_of,
+    dot,
+    names_on_axis,
+    number,
+    numbers_of,
+    rows_height,
+    wrapped,
+)
 
 EIGENVALUE = "eigenvalue (loss per squared parameter)"
 
@@ -51,6 +66,10 @@ def density(
         >>> plot.density(result).get_yscale()
         'log'
     """
+    checked_instance("density", density, SpectralDensity, "hessjax.spectral_density(...)")
+    if eigenpairs is not None:
+        checked_instance("eigenpairs", eigenpairs, Eigenpairs, "hessjax.eigenpairs(...)")
+    check_flags(linear=linear)
     top = float(np.max(np.abs(density.nodes))) or 1.0
     width = 8 / density.nodes.shape[1]  # about half the mean distance of the nodes on this axis
     curve = density.curve() if linear else density.signed_log_curve(threshold=1e-3 * top, bandwidth=width)
@@ -96,6 +115,9 @@ def cumulative(density: SpectralDensity, ax: Axes | None = None, *, confidence: 
         >>> [text.get_text() for text in plot.cumulative(result).get_legend().get_texts()]
         ['estimate', '95 % bounds']
     """
+    checked_instance("density", density, SpectralDensity, "hessjax.spectral_density(...)")
+    if not 0 < checked_number("confidence", confidence) < 1:
+        raise ValueError(f"`confidence` must be in (0, 1), got {confidence}.")
     top = float(np.max(np.abs(density.nodes))) or 1.0
     smooth, _ = map(np.asarray, density.signed_log_curve(2000, threshold=1e-3 * top))
     # With the nodes themselves, where the staircase jumps: a smooth grid alone would miss the steps.
@@ -140,18 +162,19 @@ def layers(traces: TraceByLeaf, params: Params, axes: Pair | None = None) -> tup
         >>> [tick.get_text() for tick in plot.layers(traces, params)[0].get_yticklabels()]
         ['bias', 'kernel']
     """
+    checked_instance("traces", traces, TraceByLeaf, "hessjax.trace_by_leaf(...)")
+    _tree.check_leaves(params)
     paths = _tree.leaf_paths(params)
     if list(traces.leaves) != paths:
         raise ValueError(f"`traces` must be of the leaves of `params`, {paths}, got {list(traces.leaves)}.")
     sizes = np.maximum([np.size(leaf) for leaf in jax.tree.leaves(params)], 1)
     mean = np.array([estimate.mean for estimate in traces.leaves.values()])
     stderr = np.array([estimate.stderr for estimate in traces.leaves.values()])
-    with axes_of(axes, 1, 2, figsize=(9.6, 0.36 * len(paths) + 1.7), sharey=True) as (left, right):
+    with axes_of(axes, 1, 2, figsize=(9.6, rows_height(len(paths))), sharey=True) as (left, right):
         _bars(left, paths, mean, stderr, BLUE)
         _bars(right, paths, mean / sizes, stderr / sizes, GREEN)
-        left.invert_yaxis()
-        left.set(title="Curvature by layer", xlabel="trace of the layer's block  (± standard error)")
-        right.set(title="… per parameter", xlabel="trace / parameters = mean eigenvalue")
+        left.set(title="Curvature by layer", xlabel="trace of the layer's block\n(± standard error)")
+        right.set(title="… per parameter", xlabel="trace / parameters\n= mean eigenvalue")
     return left, right
 
 
@@ -161,9 +184,18 @@ def _signed_log_axis(ax: Axes, grid: Any, unit: float) -> None:
     ax.set_xlim(*np.sinh(ends + 0.04 * np.ptp(ends) * np.array([-1, 1])) * unit)
     decades = 10.0 ** np.arange(np.ceil(np.log10(unit)), np.ceil(np.log10(np.abs(grid).max())) + 1)
     ticks = np.concatenate([-decades[::-1], [0.0], decades])
-    ax.xaxis.set_major_locator(FixedLocator(ticks.tolist()))
+    ax.xaxis.set_major_locator(FixedLocator(_apart(ticks, unit, 0.11 * float(np.ptp(ends)))))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(float(value))))
+
+
+def _apart(ticks: np.ndarray, unit: float, gap: float) -> list[float]:
+    """Those whose labels have room: zero, and from both ends inwards what is far enough from the others."""
+    kept = [0.0]
+    for tick in sorted(ticks.tolist(), key=abs, reverse=True):
+        if np.abs(np.arcsinh(tick / unit) - np.arcsinh(np.array(kept) / unit)).min() >= gap:
+            kept.append(tick)
+    return sorted(kept)
 
 
 def _mark(ax: Axes, pairs: Eigenpairs) -> None:
@@ -187,7 +219,7 @@ def _bars(ax: Axes, names: list[str], values: Any, errors: Any, color: str) -> N
     ax.barh(rows, values, xerr=errors, color=color, alpha=0.85, height=0.62,
             error_kw={"ecolor": "#222222", "elinewidth": 1.2, "capsize": 3})  # fmt: skip
     ax.axvline(0, color=GREY, lw=0.8)
-    ax.set_yticks(rows, names)
+    names_on_axis(ax, names)
     ax.grid(visible=False, axis="y")
 
 
@@ -241,10 +273,12 @@ def eigenvalues_over_training(
     with axes_of(ax, figsize=(7.2, 4.2)) as (ax,):
         for i, (line, error) in enumerate(zip(lines.T, errors.T, strict=True)):
             color = CURVES[i % len(CURVES)]
-            ax.plot(x, line, color=color, lw=1.8, label=f"λ{str(i + 1).translate(_SUBSCRIPTS)}")
+            ax.plot(
+                x, line, marker=dot(line), color=color, lw=1.8, label=f"λ{str(i + 1).translate(_SUBSCRIPTS)}"
+            )
             ax.fill_between(x, line - error, line + error, color=color, alpha=0.22, lw=0)
         if limit is not None:
-            ax.plot(x, limit, color="#222222", ls=(0, (5, 3)), lw=1.4, label=threshold_label)
+            ax.plot(x, limit, color="#222222", ls=(0, (5, 3)), lw=1.4, label=wrapped(threshold_label))
         ax.set(xlabel="step of training", ylabel=EIGENVALUE, title="Largest eigenvalues over training")
         ax.margins(x=0.01)
         ax.legend(loc="best")
@@ -256,9 +290,11 @@ _SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 def _training(steps: Any, values: Any, residuals: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Steps (n,), values (n, k), and residuals like them, zero where there are none."""
-    x, lines = np.asarray(steps), np.asarray(values, float)
-    errors = np.zeros_like(lines) if residuals is None else np.asarray(residuals, float)
-    if x.ndim != 1 or lines.shape[:1] != x.shape or lines.ndim > 2:
+    x, lines = numbers_of("steps", steps), numbers_of("values", values)
+    errors = np.zeros_like(lines) if residuals is None else numbers_of("residuals", residuals)
+    if x.ndim != 1:
+        raise ValueError(f"`steps` must be numbers of shape (n,), got {x.shape}.")
+    if lines.shape[:1] != x.shape or lines.ndim > 2:
         raise ValueError(
             f"`values` must be ({len(x)},) or ({len(x)}, k), a row for each step, got {lines.shape}."
         )
@@ -268,7 +304,7 @@ def _training(steps: Any, values: Any, residuals: Any) -> tuple[np.ndarray, np.n
 
 
 def _limit(threshold: Any, x: np.ndarray) -> np.ndarray:
-    limit = np.asarray(threshold, float)
+    limit = numbers_of("threshold", threshold)
     if limit.shape not in ((), x.shape):
         raise ValueError(f"`threshold` must be one number or ({len(x)},), got {limit.shape}.")
     return np.broadcast_to(limit, x.shape)

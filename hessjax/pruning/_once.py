@@ -12,10 +12,11 @@ from jaxtyping import Array, Float
 
 from hessjax._core import _tree
 from hessjax._core._axes import is_matrix
+from hessjax._core._messages import check_functions, checked_count, checked_number
 from hessjax._core._types import Block, Params, Scalar, Where
 from hessjax._fisher._rows import row
 from hessjax.pruning._ranking import check_sparsity
-from hessjax.pruning.allocations._allocation import AllocationRule, global_threshold
+from hessjax.pruning.allocations._allocation import AllocationRule, allocated, global_threshold
 from hessjax.pruning.patterns._pattern import Patterns, unstructured
 from hessjax.pruning.saliencies._saliency import Context, Saliency, checked_saliency, drop_others, is_hole
 
@@ -90,7 +91,7 @@ def prune_once(
 
     Returns:
         The pruned params, the mask and the predicted increase of the loss. Exactly `round(sparsity · n)`
-        places of the n selected are False in the mask (under `global_threshold`), or more, if more were zero.
+        places of the n selected are False in the mask (under `global_threshold`); more if more were zero.
 
     Raises:
         TypeError: for a `saliency` that is none.
@@ -116,10 +117,10 @@ def prune_once(
                [ 0.,  2.]], dtype=float32)
     """
     check_sparsity(sparsity)
-    if recomputes < 1:
-        raise ValueError(f"`recomputes` must be at least 1, the number of steps, got {recomputes}.")
-    given = saliency if isinstance(saliency, Sequence) else (saliency,)
+    recomputes = checked_count("recomputes", recomputes, 1, ", the number of steps")
+    given = saliency if isinstance(saliency, Sequence) and not isinstance(saliency, str) else (saliency,)
     rules = tuple(checked_saliency("saliency", rule) for rule in given)
+    check_functions(grads_fn=grads_fn, loss_fn=loss_fn)
     _check_loss(rules, loss_fn, max_ratio)
     if grads_fn is None and any(rule.needs_grads for rule in rules):
         raise ValueError("`grads_fn` must be given for a saliency that needs gradients, got None.")
@@ -171,8 +172,7 @@ class _Task:
 
     def look(self, point: _Point, states: list[Any], number: int) -> tuple[Context, list[Any]]:
         """What the rules get to see at the start of a step, and their states."""
-        step = jnp.asarray(number, jnp.int32)
-        seen = Context(point.weights, point.active, step, pattern=self.pattern)
+        seen = Context(point.weights, point.active, jnp.int32(number), pattern=self.pattern)
         if self.grads_fn is None:
             return seen, states
         block = self.grads_fn(_refilled(self.params, point.weights))
@@ -200,7 +200,8 @@ class _Task:
 
     def loss_at(self, weights: Params) -> Scalar:
         """The loss; NaN if there is no function for it."""
-        return jnp.asarray(jnp.nan if self.loss_fn is None else self.loss_fn(_refilled(self.params, weights)))
+        loss = jnp.nan if self.loss_fn is None else self.loss_fn(_refilled(self.params, weights))
+        return jnp.asarray(checked_number("loss_fn(params)", loss))
 
     def _best(self, seen: Context, states: list[Any], target: Any) -> _Trial:
         """The step, of those of all rules, after which the loss is least."""
@@ -219,7 +220,7 @@ class _Task:
         _check_scores(scores, active)
         # What is zero already is ranked below everything, whatever a rule says of it: it stays zero.
         order = jax.tree.map(lambda s, a: jnp.where(a, s, -jnp.inf), scores, active)
-        mask = rule.change.settle(self.allocation(order, target, self.pattern), scores, seen)
+        mask = rule.change.settle(allocated(self.allocation, order, target, self.pattern), scores, seen)
         moved, increase = weights, jnp.asarray(jnp.nan)
         if rule.compensates:
             moved, increase = rule.compensate(state, seen, mask)
@@ -252,6 +253,7 @@ def _counts(point: _Point, trial: _Trial) -> tuple[int, int, int]:
 
 def _selected(params: Params, where: Where) -> Params:
     """The leaves that are pruned; holes in place of the others."""
+    _tree.check_leaves(params)
     hits = _tree.match(params, where)
     found = jax.tree.map(lambda x, hit: jnp.asarray(x) if hit else optax.MaskedNode(), params, hits)
     _tree.check_floating(found, "params[where]")
@@ -281,15 +283,12 @@ def _targets(active: Params, sparsity: float | int, recomputes: int) -> list[Any
     return [*(min(s, sparsity) for s in between), sparsity]  # not beyond it by rounding
 
 
-# -- checks --------------------------------------------------------------------------------------
-
-
 def _check_loss(rules: Sequence[Saliency], loss_fn: Any, max_ratio: float | int | None) -> None:
     if not rules or (len(rules) > 1 and loss_fn is None):
         raise ValueError(
             f"`loss_fn` must be given to choose between several saliencies, of which there are {len(rules)}."
         )
-    if max_ratio is not None and not max_ratio > 1:
+    if max_ratio is not None and not checked_number("max_ratio", max_ratio) > 1:
         raise ValueError(f"`max_ratio` must be above 1, of realised to predicted increase, got {max_ratio}.")
     if max_ratio is not None and loss_fn is None:
         raise ValueError("`loss_fn` must be given for a `max_ratio`, to measure what a step does.")

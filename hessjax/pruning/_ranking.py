@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt
 
-from hessjax._core import _tree
+from hessjax._core import _numbers, _sharding, _tree
+from hessjax._core._messages import checked_number
 from hessjax._core._types import Params
 from hessjax.pruning.patterns._pattern import Pattern, Patterns, patterns_of
 
@@ -19,12 +20,12 @@ Schedule: TypeAlias = Callable[[Any], Any]
 """`T -> sparsity`, as optax writes schedules."""
 
 
-def check_sparsity(sparsity: Any, note: str = "") -> None:
-    """Raise a ValueError for a number outside [0, 1); traced values pass."""
-    if isinstance(sparsity, jax.core.Tracer) or 0 <= sparsity < 1:
+def check_sparsity(sparsity: Any, note: str = "", argument: str = "sparsity") -> None:
+    """Raise a TypeError for no number, a ValueError for one outside [0, 1); traced values pass."""
+    if isinstance(checked_number(argument, sparsity), jax.core.Tracer) or 0 <= sparsity < 1:
         return
     hint = f" For {sparsity:g} % write {sparsity / 100:g}." if 2 <= sparsity < 100 else ""
-    raise ValueError(f"`sparsity` must be in [0, 1), the fraction of zeros, got {sparsity}{note}.{hint}")
+    raise ValueError(f"`{argument}` must be in [0, 1), the fraction of zeros, got {sparsity}{note}.{hint}")
 
 
 def num_zeros(sparsity: Sparsity, size: int) -> Any:
@@ -67,7 +68,7 @@ def ordered_keys(scores: Sequence[Float[Array, "..."]]) -> list[UInt[Array, "...
 
     `-0.0` equals `0.0`, NaN lies below everything, and the largest integer of the type stays unused.
     """
-    dtype = jnp.result_type(*scores)
+    dtype = _numbers.common_dtype(*scores)
     width = jnp.dtype(dtype).itemsize * 8
     uint = jnp.dtype(f"uint{width}")
     sign = jnp.asarray(1 << (width - 1), uint)
@@ -164,10 +165,7 @@ def _each(values: Array, keys: Sequence[Array]) -> Array:
 def _places(keys: Sequence[Array]) -> list[Array]:
     """The position of every entry in the concatenation of all arrays."""
     starts = [sum(k.size for k in keys[:i]) for i in range(len(keys))]
-    return [
-        (jnp.arange(k.size, dtype=jnp.uint32) + jnp.uint32(start)).reshape(k.shape)
-        for k, start in zip(keys, starts, strict=True)
-    ]
+    return [_sharding.places(k, start) for k, start in zip(keys, starts, strict=True)]
 
 
 class Units(NamedTuple):
@@ -225,6 +223,7 @@ class Units(NamedTuple):
 
 def units_of(scores: Params, pattern: Patterns) -> Units:
     """The units that a pattern makes of a tree of scores."""
+    _tree.check_floating(scores, "scores")
     leaves, treedef = jax.tree.flatten(scores)
     _check_total(leaves)
     patterns, paths = patterns_of(pattern, scores), _tree.leaf_paths(scores)
@@ -263,7 +262,8 @@ def _set(leaves: list[Array], patterns: list[Pattern]) -> tuple[Array, Array | N
         rows = pattern.group(leaf)
         free = pattern.ungroup(_lowest(rows, pattern.at_most), leaf.shape)
         return leaf, free, 1, rows.shape[0] * pattern.at_most
-    shapes = [jax.eval_shape(p.group, x).shape for p, x in zip(patterns, leaves, strict=True)]
+    # Of the shapes alone: groups of a sharded leaf are not made where only their number is asked for.
+    shapes = [_grouped(p, x).shape for p, x in zip(patterns, leaves, strict=True)]
     if len({rows for rows, _ in shapes}) > 1:
         raise ValueError(f"Leaves tied as {pattern.tie} must have as many groups each, got {shapes}.")
     size = sum(width for _, width in shapes)
@@ -274,12 +274,21 @@ def _set(leaves: list[Array], patterns: list[Pattern]) -> tuple[Array, Array | N
     gone = [jnp.isneginf(rows) for rows in grouped]
     total = sum(jnp.sum(jnp.where(g, 0, rows), axis=1) for g, rows in zip(gone, grouped, strict=True))
     left = size - sum(jnp.sum(g, axis=1) for g in gone)
-    return jnp.where(left == 0, -jnp.inf, total / jnp.maximum(left, 1)), None, size, shapes[0][0]
+    return (
+        jnp.where(left == 0, -jnp.inf, total / jnp.asarray(jnp.maximum(left, 1), leaf.dtype)),
+        None,
+        size,
+        shapes[0][0],
+    )
+
+
+def _grouped(pattern: Pattern, leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.eval_shape(pattern.group, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
 
 
 def _spread(units: Array, pattern: Pattern, shape: tuple[int, ...]) -> Array:
     """The flags of a leaf's weights from those of its units."""
-    rows, width = jax.eval_shape(pattern.group, jax.ShapeDtypeStruct(shape, units.dtype)).shape
+    rows, width = _grouped(pattern, jax.ShapeDtypeStruct(shape, units.dtype)).shape
     if pattern.at_most is not None or (width == 1 and units.shape == shape):
         return units
     return pattern.ungroup(jnp.broadcast_to(units[:, None], (rows, width)), shape)
@@ -293,6 +302,6 @@ def _lowest(rows: Float[Array, "groups m"], number: int) -> Bool[Array, "groups 
     place = jnp.zeros(rows.shape, jnp.int32)
     for j in range(rows.shape[1]):
         other = keys[:, j : j + 1]
-        before = jnp.arange(rows.shape[1]) > j  # of equal ones the earlier goes first
-        place += (other < keys) | ((other == keys) & before)
+        before = (jnp.arange(rows.shape[1]) > j)[None]  # of equal ones the earlier goes first
+        place += jnp.int32((other < keys) | ((other == keys) & before))
     return place < number

@@ -26,6 +26,12 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+# YAML tells numbers, text and booleans apart: what is of another kind is a slip, not to be converted.
+Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Whole = Annotated[int, Field(strict=True, gt=-(2**31), lt=2**31)]
+Flag = Annotated[bool, Field(strict=True)]
+
+
 class Kind(NamedTuple):
     """A function that a recipe may name, and the types of the arguments that it may give.
 
@@ -97,58 +103,58 @@ def either(first: Any, second: Any, is_first: Callable[[Any], bool]) -> Any:
 SCHEDULES = {
     "linear_schedule": Kind(
         optax.linear_schedule,
-        {"init_value": float, "end_value": float, "transition_steps": int, "transition_begin": int},
+        {"init_value": Real, "end_value": Real, "transition_steps": Whole, "transition_begin": Whole},
     ),
     "polynomial_schedule": Kind(
         optax.polynomial_schedule,
         {
-            "init_value": float,
-            "end_value": float,
-            "power": float,
-            "transition_steps": int,
-            "transition_begin": int,
+            "init_value": Real,
+            "end_value": Real,
+            "power": Real,
+            "transition_steps": Whole,
+            "transition_begin": Whole,
         },
     ),
     "cosine_decay_schedule": Kind(
-        optax.cosine_decay_schedule, {"init_value": float, "decay_steps": int, "alpha": float}
+        optax.cosine_decay_schedule, {"init_value": Real, "decay_steps": Whole, "alpha": Real}
     ),
 }
 
-_Scheduled = either(spec(SCHEDULES), float, is_spec)
+_Scheduled = either(spec(SCHEDULES), Real, is_spec)
 
-_ADAM = {"learning_rate": _Scheduled, "b1": float, "b2": float, "eps": float}
+_ADAM = {"learning_rate": _Scheduled, "b1": Real, "b2": Real, "eps": Real}
 OPTIMIZERS = {
-    "sgd": Kind(optax.sgd, {"learning_rate": _Scheduled, "momentum": float, "nesterov": bool}),
+    "sgd": Kind(optax.sgd, {"learning_rate": _Scheduled, "momentum": Real, "nesterov": Flag}),
     "adam": Kind(optax.adam, _ADAM),
-    "adamw": Kind(optax.adamw, _ADAM | {"weight_decay": float}),
-    "lars": Kind(optax.lars, {"learning_rate": _Scheduled, "trust_coefficient": float, "momentum": float}),
+    "adamw": Kind(optax.adamw, _ADAM | {"weight_decay": Real}),
+    "lars": Kind(optax.lars, {"learning_rate": _Scheduled, "trust_coefficient": Real, "momentum": Real}),
 }
 
 STARTS = {"from_magnitudes": Kind(lambda: from_magnitudes)}
 
 
 class _RelativeTo(Strict):
-    relative: float
+    relative: Real
 
 
-_GRADS = {"num_grads": int, "batch_size": int}
+_GRADS = {"num_grads": Whole, "batch_size": Whole}
 _FISHER = {
-    "update": str,
-    "damping": either(_RelativeTo, float, lambda value: isinstance(value, dict)),
-    "block_size": int | None,
+    "update": _obs.Update,
+    "damping": either(_RelativeTo, Real, lambda value: isinstance(value, dict)),
+    "block_size": Whole | None,
     **_GRADS,
 }
 _OPTIMIZER = {"optimizer": spec(OPTIMIZERS)}
 _SINGLE_SALIENCIES = {
     "magnitude": Kind(_first_order.magnitude),
-    "random": Kind(_first_order.random, {_SEED: int}),
-    "gradient": Kind(_first_order.gradient, {"decay": float}),
+    "random": Kind(_first_order.random, {_SEED: Whole}),
+    "gradient": Kind(_first_order.gradient, {"decay": Real}),
     "movement": Kind(movement, {"start": spec(STARTS), **_OPTIMIZER}),
     "soft_movement": Kind(soft_movement, {"penalty": _Scheduled, **_OPTIMIZER}),
     "hard_concrete": Kind(
-        hard_concrete, {"penalty": _Scheduled, _SEED: int, "start_open": float, **_OPTIMIZER}
+        hard_concrete, {"penalty": _Scheduled, _SEED: Whole, "start_open": Real, **_OPTIMIZER}
     ),
-    "sparse_evolution": Kind(sparse_evolution, {"fraction": _Scheduled, _SEED: int}),
+    "sparse_evolution": Kind(sparse_evolution, {"fraction": _Scheduled, _SEED: Whole}),
     "rigl": Kind(rigl, {"fraction": _Scheduled}),
     "obd": Kind(_obs.obd, _GRADS),
     "obs": Kind(_obs.obs, _FISHER),
@@ -158,21 +164,21 @@ _SALIENCY = spec(_SINGLE_SALIENCIES)
 SALIENCIES = _SINGLE_SALIENCIES | {"compensated": Kind(compensated, {"choose": _SALIENCY, "by": _SALIENCY})}
 
 ALLOCATIONS = {
-    "global_threshold": Kind(_allocation.global_threshold, {"floor": float}),
+    "global_threshold": Kind(_allocation.global_threshold, {"floor": Real}),
     "uniform": Kind(_allocation.uniform),
     "erdos_renyi": Kind(_densities.erdos_renyi),
-    "explicit": Kind(_densities.explicit, {"sparsities": dict[str, float]}),
-    "by_curvature": Kind(_densities.by_curvature, {"curvature": dict[str, float], "floor": float}),
+    "explicit": Kind(_densities.explicit, {"sparsities": dict[str, Real]}),
+    "by_curvature": Kind(_densities.by_curvature, {"curvature": dict[str, Real], "floor": Real}),
 }
 
 PATTERNS = {
     "unstructured": Kind(unstructured),
-    "n_of_m": Kind(_patterns.n_of_m, {"n": int, "m": int, "axis": int}),
-    "blocks": Kind(_patterns.blocks, {"shape": list[int]}),
-    "channels": Kind(_patterns.channels, {"axis": int}),
+    "n_of_m": Kind(_patterns.n_of_m, {"n": Whole, "m": Whole, "axis": Whole}),
+    "blocks": Kind(_patterns.blocks, {"shape": list[Whole]}),
+    "channels": Kind(_patterns.channels, {"axis": Whole}),
     "filters": Kind(_patterns.filters),
     "rows": Kind(_patterns.rows),
-    "heads": Kind(heads, {"num_heads": int | None, "out": str}),
+    "heads": Kind(heads, {"num_heads": Whole | None, "out": str}),
 }
 
 KINDS = SCHEDULES | OPTIMIZERS | STARTS | SALIENCIES | ALLOCATIONS | PATTERNS

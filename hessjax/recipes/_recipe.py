@@ -2,6 +2,7 @@
 
 import functools
 import os
+import reprlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -9,7 +10,8 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import optax
 
-from hessjax._core import _tree
+from hessjax._core import _files, _tree
+from hessjax._core._messages import checked_count
 from hessjax._core._types import Params, settings
 from hessjax.pruning._ranking import Schedule
 from hessjax.pruning.allocations._densities import Threshold, threshold
@@ -141,9 +143,9 @@ def load_recipe(path: str | os.PathLike[str], *, steps_per_epoch: int | None = N
         ...     tx = hj.load_recipe(file, steps_per_epoch=100).prune(optax.adam(1e-3))
         >>> state = tx.init({"dense": {"kernel": jnp.ones((4, 5)), "bias": jnp.zeros(5)}})
     """
-    if steps_per_epoch is not None and steps_per_epoch < 1:
-        raise ValueError(f"`steps_per_epoch` must be at least 1, got {steps_per_epoch}.")
-    name = os.fspath(path)
+    if steps_per_epoch is not None:
+        steps_per_epoch = checked_count("steps_per_epoch", steps_per_epoch)
+    name = os.fspath(_files.local_path("path", path))
     file, place = _read(name)
     wrong = [(*place(loc), reason) for loc, reason in _mismatches(file, steps_per_epoch)]
     if wrong:
@@ -154,7 +156,7 @@ def load_recipe(path: str | os.PathLike[str], *, steps_per_epoch: int | None = N
         here = place(("pruners", pruner, "args"))
         try:
             rules.append(_rule(pruner, _at(*here), file.pruners[pruner], policy, steps_per_epoch))
-        except ValueError as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise _refusal(name, [(*here, str(error))]) from error
     return Recipe(name, tuple(rules))
 
@@ -164,20 +166,31 @@ def _read(path: str) -> tuple[Any, _Place]:
     try:
         import pydantic
 
-        from hessjax.recipes import _models
+        from hessjax.recipes import _distiller, _models, _yaml
     except ImportError as error:
         raise ImportError(
             "`load_recipe` needs pydantic and PyYAML: pip install 'hessjax[recipes]'."
         ) from error
     try:
-        content, node = _models.load_yaml(Path(path).read_text(encoding="utf-8"))
-    except _models.YamlError as error:
+        content, node = _yaml.load_yaml(Path(path).read_bytes())
+    except _yaml.YamlError as error:
         raise _refusal(path, [(error.line, error.field, error.reason)]) from error
-    place = functools.partial(_models.find_in_yaml, node)
+    translation = _distiller.translated(content)
+
+    def place(location: tuple[Any, ...]) -> tuple[int, str]:
+        return _yaml.find_in_yaml(node, translation.in_file(location))
+
+    # By location in the file: what is translated has its reasons from there.
+    wrong = [(*_yaml.find_in_yaml(node, location), reason) for location, reason in translation.wrong]
     try:
-        return _models.RecipeFile.model_validate(content), place
+        file = _models.RecipeFile.model_validate(translation.content)
     except pydantic.ValidationError as error:
-        raise _refusal(path, [(*place(each["loc"]), _reason(each)) for each in error.errors()]) from None
+        # Nothing is missing where all that there was has no counterpart.
+        told = [each for each in error.errors() if not (wrong and each["type"] == "too_short")]
+        wrong += [(*place(each["loc"]), _reason(each)) for each in told]
+    if wrong:
+        raise _refusal(path, wrong)
+    return file, place
 
 
 def _rule(name: str, place: str, pruner: Any, policy: Any, steps_per_epoch: int | None) -> Rule:
@@ -185,6 +198,8 @@ def _rule(name: str, place: str, pruner: Any, policy: Any, steps_per_epoch: int 
 
     unit = (steps_per_epoch or 1) if policy.in_epochs else 1
     start, stop = (t * unit for t in policy.span)
+    if max(stop, policy.frequency * unit) >= 2**31:
+        raise ValueError(f"a policy must end before step 2³¹, got {max(stop, policy.frequency * unit)}")
     args, who = pruner.args, pruner.args.model_fields_set
     # Only what the file gives: the defaults are those of `prune`, in one place.
     options = {k: build(getattr(args, k)) for k in _OPTIONS if k in who}
@@ -263,7 +278,7 @@ def _reason(error: Any) -> str:
     if kind == "value_error":
         return str(context["error"])
     message = error["msg"].replace("Input should be", "must be")
-    return f"{message[0].lower()}{message[1:]}, got {error['input']!r}"
+    return f"{message[0].lower()}{message[1:]}, got {reprlib.repr(error['input'])}"
 
 
 def _at(line: int, field: str) -> str:
@@ -274,7 +289,12 @@ def _refusal(path: str, wrong: list[tuple[int, str, str]]) -> ValueError:
     """One message for all that is wrong; where no branch of a choice fits, the first branch's reason."""
     first = {_at(line, field): reason for line, field, reason in reversed(wrong)}
     lines = [f"  {place}: {reason}" for place, reason in reversed(first.items())]
-    return ValueError(f"`{path}` must be a recipe, but\n" + "\n".join(lines))
+    more = [f"  and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+    return ValueError(f"`{path}` must be a recipe, but\n" + "\n".join(lines[:_SHOWN] + more))
+
+
+_SHOWN = 20
+"""Lines of a message: a file of another kind may be wrong everywhere."""
 
 
 def _check_rules(recipe: Recipe, params: Params) -> None:

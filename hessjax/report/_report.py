@@ -1,4 +1,4 @@
-"""A run as JSON, and its tables."""
+"""A run as JSON, its folder and its rows."""
 
 import importlib.metadata
 import json
@@ -8,15 +8,13 @@ import platform
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, SupportsFloat
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from rich.table import Table
-from rich.text import Text
 
 from hessjax._core import _tree
-from hessjax._core._types import Eigenpairs, Estimate, Params
+from hessjax._core._types import Estimate, Params
 from hessjax.estimators._hutchinson import TraceByLeaf
 
 
@@ -171,106 +169,13 @@ def layer_rows(traces: TraceByLeaf, params: Params) -> tuple[LayerRow, ...]:
     total = float(traces.total.mean)
     named = zip(_tree.leaf_paths(params), jax.tree.leaves(params), strict=True)
     rows = [(path, np.shape(leaf), int(np.size(leaf))) for path, leaf in named]
-    return tuple(_layer_row(*row, traces.leaves[row[0]], total) for row in rows)
+    return tuple(layer_row(*row, traces.leaves[row[0]], total) for row in rows)
 
 
-def _layer_row(path: str, shape: tuple[int, ...], size: int, estimate: Estimate, total: float) -> LayerRow:
+def layer_row(path: str, shape: tuple[int, ...], size: int, estimate: Estimate, total: float) -> LayerRow:
+    """One leaf, or the whole."""
     trace = float(estimate.mean)
     share = trace / total if total else math.nan
     per_parameter = trace / size if size else math.nan
     data = None if estimate.data_stderr is None else float(estimate.data_stderr)
     return LayerRow(path, shape, size, trace, float(estimate.stderr), data, share, per_parameter)
-
-
-# -- tables --------------------------------------------------------------------------------------
-
-
-def eigenvalue_table(pairs: Eigenpairs) -> Table:
-    """Eigenvalues with their residuals, largest first.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> import hessjax as hj
-        >>> from hessjax.report import eigenvalue_table
-        >>> A = jax.tree_util.Partial(jnp.multiply, jnp.linspace(-1.0, 4.0, 50))
-        >>> eigenvalue_table(hj.eigenpairs(A, jax.random.key(0), jnp.zeros(50), k=2)).row_count
-        4
-    """
-    table = _table("Eigenvalues", "", "Eigenvalue", "Residual", "Converged", "± data")
-    data = [None] * len(pairs.values) if pairs.data_stderr is None else pairs.data_stderr
-    columns = zip(pairs.values, pairs.residuals, pairs.converged, data, strict=True)
-    for rank, (value, residual, converged, of_data) in enumerate(jax.device_get(list(columns)), 1):
-        verdict = "yes" if converged else "[bold red]no"
-        table.add_row(f"{rank}", f"{value:.5g}", f"{residual:.1e}", verdict, _stderr(of_data))
-    # A thousandth of the largest value: float32 products of a symmetric matrix are far below it.
-    if pairs.asymmetry is not None and pairs.asymmetry > 1e-3 * np.max(np.abs(pairs.values), initial=0):
-        table.caption = (
-            f"[bold red]The matvec is not symmetric (by {float(pairs.asymmetry):.1e}): see hj.check."
-        )
-    return table
-
-
-def _stderr(stderr: SupportsFloat | None) -> str:
-    """The sampling error of the data, where it is known."""
-    return "" if stderr is None else f"{float(stderr):.2g}"
-
-
-def layer_table(traces: TraceByLeaf, params: Params) -> Table:
-    """The trace of every leaf's block with its standard error, its share and its mean per parameter.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> import hessjax as hj
-        >>> from hessjax.report import layer_table
-        >>> A = jax.tree_util.Partial(jnp.multiply, 2.0)
-        >>> params = jnp.zeros(3)
-        >>> layer_table(hj.trace_by_leaf(A, jax.random.key(0), params, num_probes=2), params).row_count
-        2
-    """
-    headers = ("Layer", "Shape", "Params", "Trace", "± probes", "± data", "Share %", "Mean λ")
-    table = _table("Curvature by layer", *headers)
-    total, size = traces.total, _tree.size(params)
-    for row in layer_rows(traces, params):
-        table.add_row(*_cells(row))
-    table.add_section()
-    # Not the sum of the rows: the errors of the leaves go together, and the estimator knows how.
-    whole = _layer_row("total", (), size, total, float(total.mean))
-    table.add_row(*_cells(whole), style="bold")
-    return table
-
-
-def _cells(row: LayerRow) -> tuple[str | Text, ...]:
-    return (
-        Text(row.path),
-        "×".join(map(str, row.shape)),
-        f"{row.parameters:,}",
-        f"{row.trace:.3g}",
-        f"{row.stderr:.2g}",
-        _stderr(row.data_stderr),
-        f"{100 * row.share:.1f}",
-        f"{row.per_parameter:.1e}",
-    )
-
-
-def accuracy_table(rows: Mapping[str, tuple[float, float]]) -> Table:
-    """Sparsity against accuracy, one row for every network: `{name: (sparsity, accuracy)}`.
-
-    Example:
-        >>> from hessjax.report import accuracy_table
-        >>> accuracy_table({"dense": (0.0, 0.98), "sparse": (0.9, 0.97)}).row_count
-        2
-    """
-    table = _table("Dense against sparse", "Network", "Zeros %", "Test accuracy %")
-    for name, (sparsity, accuracy) in rows.items():
-        table.add_row(Text(name), f"{100 * sparsity:.2f}", f"{100 * accuracy:.2f}")
-    return table
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(
-        box=None, title=title, title_justify="left", title_style="bold", header_style="dim", pad_edge=False
-    )
-    for column in columns:
-        words = column in ("Layer", "Shape", "Network")
-        table.add_column(column, justify="left" if words else "right", no_wrap=True)
-    return table

@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from hessjax._core import _tree
+from hessjax._core import _numbers, _tree
+from hessjax._core._compiled import compiled
+from hessjax._core._messages import checked_function, checked_instance
 from hessjax._core._packing import Packed, Packing
 from hessjax._core._types import Block, Key, Matvec, Params, Relative, Scalar, Tolerance, Vector, settings
 from hessjax._run._drivers import as_partial, run
 from hessjax._run._estimator import Estimator, RunOptions, checked_options
-from hessjax.solvers._system import Solution, System, checked_vector
+from hessjax.solvers._system import BELOW_ZERO, Solution, System, checked_vector
 
 
 class CgState(NamedTuple):
@@ -31,7 +33,8 @@ class CgState(NamedTuple):
         curvature: the smallest pᵀ(A + λI)p / pᵀp so far.
         largest: the largest ‖(A + λI)p‖ / ‖p‖ so far: a lower bound of ‖A + λI‖.
         begun: False while the next product is that of the vector to start from.
-        negative_curvature: a direction of curvature 0 or less was met, and is `direction`.
+        negative_curvature: a direction of negative curvature was met, and is `direction`.
+        singular: the same of one whose curvature cannot be told from 0.
         packing: how the vectors are packed.
         num_matvecs: products so far.
     """
@@ -48,6 +51,7 @@ class CgState(NamedTuple):
     largest: Float[Array, ""]
     begun: Bool[Array, ""]
     negative_curvature: Bool[Array, ""]
+    singular: Bool[Array, ""]
     packing: Packing
     num_matvecs: Int[Array, ""]
 
@@ -57,8 +61,9 @@ class ConjugateGradient(System, Estimator):
     """Conjugate gradients for (A + λI)x = b, as an estimator of x.
 
     Every iterate minimises ½xᵀ(A + λI)x − bᵀx over a Krylov space. Where a search direction p has
-    pᵀ(A + λI)p ≤ 0 (up to rounding: at most eps·‖A + λI‖·‖p‖²) there is no minimum: the state rests at the
-    last good iterate, keeps p, says so in the result, and a run with a `tol` ends.
+    pᵀ(A + λI)p < 0 there is no minimum: the state rests at the last good iterate, keeps p, says so in the
+    result, and a run with a `tol` ends. So it does where pᵀ(A + λI)p is within rounding errors of 0, which
+    are about eps·‖A + λI‖·‖p‖²: that is `singular`, and not negative.
 
     Args:
         rhs: b, like the params.
@@ -116,7 +121,7 @@ class ConjugateGradient(System, Estimator):
         along = rhs if self.start is None else _tree.scale(1 / unit, packing.pack(_tree.wide(self.start)))
         length = _tree.norm(along)
         return CgState(
-            x=jax.tree.map(jnp.zeros_like, rhs),
+            x=_tree.zeros_like(rhs),
             residual=rhs,
             direction=_tree.scale(_over(1.0, length), along),
             length=length,
@@ -128,6 +133,7 @@ class ConjugateGradient(System, Estimator):
             largest=jnp.zeros_like(unit),
             begun=jnp.asarray(self.start is None),
             negative_curvature=jnp.asarray(False),
+            singular=jnp.asarray(False),
             packing=packing,
             num_matvecs=jnp.int32(0),
         )
@@ -146,13 +152,16 @@ class ConjugateGradient(System, Estimator):
             state.squares > eps**2
         )  # else the start's product, or nothing left to gain
         curvature = jnp.where(searching, _tree.inner(p, product), jnp.inf)
-        # Rounding alone gives pᵀ(A + λI)p an error of eps·‖A + λI‖.
-        negative = state.negative_curvature | (curvature <= eps * largest)
-        step = jnp.where(searching & ~negative, _over(state.squares, state.length * curvature), 0)
+        # Rounding alone gives pᵀ(A + λI)p an error of eps·‖A + λI‖: what is no larger has no sign.
+        resting = state.negative_curvature | state.singular
+        negative = ~resting & (curvature < -BELOW_ZERO * eps * largest)
+        singular = ~resting & ~negative & (curvature <= eps * largest)
+        resting |= negative | singular
+        step = jnp.where(searching & ~resting, _over(state.squares, state.length * curvature), 0)
         step = jnp.where(state.begun, step, state.length)
         residual = _tree.add_scaled(state.residual, -step, product)
         squares = _tree.inner(residual, residual)
-        moving = ~negative & (searching | ~state.begun)
+        moving = ~resting & (searching | ~state.begun)
         kept = jnp.where(searching, _over(squares, state.squares), 0) * state.length
         length = jnp.where(moving, jnp.sqrt(squares + kept**2), state.length)  # the two are orthogonal
         new, old = jnp.where(moving, _over(1.0, length), 0), jnp.where(moving, _over(kept, length), 1)
@@ -165,7 +174,8 @@ class ConjugateGradient(System, Estimator):
             curvature=jnp.minimum(state.curvature, curvature),
             largest=largest,
             begun=jnp.asarray(True),
-            negative_curvature=negative,
+            negative_curvature=state.negative_curvature | negative,
+            singular=state.singular | singular,
             num_matvecs=state.num_matvecs + 1,
         )
 
@@ -179,11 +189,13 @@ class ConjugateGradient(System, Estimator):
             state.negative_curvature,
             state.curvature,
             state.num_matvecs,
+            state.singular,
         )
 
     def error(self, state: CgState) -> Scalar:
-        """The residual of the recurrence; NaN once a direction of negative curvature was met."""
-        return jnp.where(state.negative_curvature, jnp.nan, state.unit * jnp.sqrt(state.squares))
+        """The residual of the recurrence; NaN once a direction of no positive curvature was met."""
+        resting = state.negative_curvature | state.singular
+        return _numbers.or_nan(~resting, state.unit * jnp.sqrt(state.squares))
 
     def scale(self, state: CgState) -> Scalar:
         """‖b‖."""
@@ -214,10 +226,10 @@ def solve(
     `hj.solve(A, grad_of_test_loss, damping).x`. Nothing is preconditioned.
 
     Away from a minimum a Hessian is rarely positive definite. Where conjugate gradients meet a direction p
-    with pᵀ(A + λI)p ≤ 0 they stop at the last good iterate, and the solution says so in
-    `negative_curvature`, not converged. The ways out: `method=hj.estimators.minres`, for indefinite systems
-    (x is then no descent step), a damping larger by more than `-solution.curvature`, or a Gauss–Newton
-    matrix for A.
+    with pᵀ(A + λI)p < 0 they stop at the last good iterate, and the solution says so in
+    `negative_curvature`, not converged; where it cannot be told from 0, in `singular`. The ways out:
+    `method=hj.estimators.minres`, for indefinite systems (x is then no descent step), a damping larger by
+    more than `-solution.curvature`, or a Gauss–Newton matrix for A.
 
     Args:
         matvec: the symmetric linear map A.
@@ -251,7 +263,7 @@ def solve(
         ([1.0, 0.5, 0.25], True)
     """
     checked = checked_options("solve", options)
-    system, estimator = System(rhs, damping, tol), method(rhs, damping, tol=tol)
+    system, estimator = System(rhs, damping, tol), _made(method, rhs, damping, tol)
     key = jax.random.key(0)  # nothing here is random
     solution, _ = run(estimator, matvec, key, rhs, max_matvecs=max_matvecs, tol=tol, **checked)
     if options.get("on_device"):
@@ -259,10 +271,17 @@ def solve(
     return _measured(solution, matvec(_cast(solution.x, rhs)), system)
 
 
+def _made(method: Any, rhs: Vector, damping: Any, tol: Any) -> Estimator:
+    checked_function(
+        "method", method, "(rhs, damping, tol=) -> Estimator`, such as `hessjax.estimators.minres"
+    )
+    return checked_instance("method(rhs, damping)", method(rhs, damping, tol=tol), Estimator, "minres(rhs)")
+
+
 _cast = jax.jit(_tree.cast_like)
 
 
-@jax.jit
+@compiled()
 def _multiplied_and_measured(matvec: Matvec, solution: Solution, system: System, rhs: Vector) -> Solution:
     return _measured(solution, matvec(_tree.cast_like(solution.x, rhs)), system)
 

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from hessjax._core import _tree
+from hessjax._core import _numbers, _tree
 from hessjax._core._packing import Packed, Packing
 from hessjax._core._types import Block, Key, Params, Relative, Scalar, Tolerance, Vector, settings
 from hessjax._run._estimator import Estimator
-from hessjax.solvers._system import Solution, System
+from hessjax.solvers._system import BELOW_ZERO, Solution, System
 
 
 class Reflection(NamedTuple):
@@ -46,7 +46,7 @@ class MinresState(NamedTuple):
         limit: the largest residual that counts as converged.
         curvature: the smallest rᵀ(A + λI)r / rᵀr so far.
         largest: the largest ‖(A + λI)v‖ so far: a lower bound of ‖A + λI‖.
-        negative_curvature: `curvature` is 0 or less, up to rounding.
+        negative_curvature: `curvature` is below 0 by more than rounding errors.
         finished: (A + λI)r = 0 up to rounding: no x has a smaller residual.
         packing: how the vectors are packed.
         num_matvecs: products so far.
@@ -119,7 +119,7 @@ class Minres(System, Estimator):
         _tree.check_like(self.rhs, like, "rhs", "like")
         packing = Packing.of(like)
         rhs, unit, limit = self.scaled(packing)
-        zero, nothing = jnp.zeros_like(unit), jax.tree.map(jnp.zeros_like, rhs)
+        zero, nothing = jnp.zeros_like(unit), _tree.zeros_like(rhs)
         return MinresState(
             # From zero: the residual is then b, and its norm 1 in units of ‖b‖.
             x=nothing,
@@ -161,7 +161,7 @@ class Minres(System, Estimator):
         return moved._replace(
             curvature=jnp.minimum(state.curvature, curvature),
             largest=largest,
-            negative_curvature=state.negative_curvature | (curvature <= eps * largest),
+            negative_curvature=state.negative_curvature | (curvature < -BELOW_ZERO * eps * largest),
             finished=finished,
             num_matvecs=state.num_matvecs + 1,
         )
@@ -175,13 +175,12 @@ class Minres(System, Estimator):
             state.negative_curvature,
             state.curvature,
             state.num_matvecs,
+            _is_stuck(state),
         )
 
     def error(self, state: MinresState) -> Scalar:
         """The residual of the recurrence; NaN once no x has a smaller one."""
-        # A least squares solution: more products would change nothing, and a run with a `tol` is told so.
-        stuck = state.finished & (state.residual > state.limit)
-        return jnp.where(stuck, jnp.nan, state.unit * state.residual)
+        return _numbers.or_nan(~_is_stuck(state), state.unit * state.residual)
 
     def scale(self, state: MinresState) -> Scalar:
         """‖b‖."""
@@ -189,6 +188,11 @@ class Minres(System, Estimator):
 
 
 minres = Minres
+
+
+def _is_stuck(state: MinresState) -> Bool[Array, ""]:
+    """A least squares solution: more products would change nothing, and a run with a `tol` is told so."""
+    return state.finished & (state.residual > state.limit)
 
 
 def _reflect(

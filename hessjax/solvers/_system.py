@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from hessjax._core import _tree
+from hessjax._core._messages import checked_number
 from hessjax._core._packing import Packed, Packing
 from hessjax._core._types import CONVERGENCE, Amount, Relative, Scalar, Tolerance, Vector, assign, settings
 
@@ -19,12 +20,15 @@ class Solution(NamedTuple):
         x: like the params, in at least float32.
         residual: ‖b − (A + λI)x‖, in the units of b.
         converged: whether the residual is within the tolerance asked for.
-        negative_curvature: whether a direction p with pᵀ(A + λI)p ≤ 0 (up to rounding) was met: A + λI is
-            not positive definite. Conjugate gradients cannot go on from there; MINRES can.
+        negative_curvature: whether a direction p was met with pᵀ(A + λI)p below 0 by more than rounding
+            errors: A + λI is not positive definite. Conjugate gradients cannot go on from there; MINRES can.
         curvature: the smallest pᵀ(A + λI)p / pᵀp met, an upper bound of the smallest eigenvalue; infinite
             before the first. A damping that is to make A + λI positive definite must be larger by more than
             minus this.
         num_matvecs: how many products it took.
+        singular: whether the method ended because A + λI could not be told from a singular matrix: conjugate
+            gradients at a direction whose curvature is within rounding errors of 0, MINRES where no x has a
+            smaller residual. A damping above eps·‖A + λI‖, or float64, leads on.
     """
 
     x: Vector
@@ -33,6 +37,12 @@ class Solution(NamedTuple):
     negative_curvature: Bool[Array, ""]
     curvature: Float[Array, ""]
     num_matvecs: Int[Array, ""]
+    singular: Bool[Array, ""]
+
+
+BELOW_ZERO = 16
+"""A curvature counts as negative below minus this times eps times ‖A + λI‖: products of a network have
+rounding errors of several eps."""
 
 
 @settings(arrays=("rhs", "damping", "tol"))
@@ -69,8 +79,8 @@ def _checked_damping(damping: Any, rhs: Vector) -> Scalar:
             "mean of A's diagonal, for one, is `hessjax.trace(A, key, params).mean` over their number."
         )
     # An array: other dampings compile nothing anew.
-    number = jnp.asarray(damping, _tree.accumulator_dtype(rhs))
-    if number.shape or (not isinstance(number, jax.core.Tracer) and not math.isfinite(number)):
+    number = jnp.asarray(checked_number("damping", damping), _tree.accumulator_dtype(rhs))
+    if not isinstance(number, jax.core.Tracer) and not math.isfinite(number):
         raise ValueError(f"`damping` must be one finite number, got {number}.")
     return number
 

@@ -97,7 +97,7 @@ def test_arguments_after_the_batch_and_examples_counted_otherwise():
     loss = lambda w, batch, scale: w * jnp.sum(batch) / jnp.sum(batch > 0) * scale
     batches, count = [jnp.array([1.0, 2.0, 0.0]), jnp.array([3.0, 0.0])], lambda b: int(np.sum(b > 0))
     axes = {"directions": jnp.float32(1), "distances": [1.0]}
-    result = hj.landscape(loss, jnp.float32(0), 3.0, batches=batches, num_examples=count, **axes)
+    result = hj.landscape(loss, jnp.float32(0), 3.0, batches=batches, weights=count, **axes)
     assert float(result.losses[0]) == pytest.approx(6.0)
 
 

@@ -1,5 +1,6 @@
 """One leaf at a time: against pruning by hand and the quadratic it predicts from, and its file."""
 
+import csv
 import io
 import re
 
@@ -216,7 +217,28 @@ def test_more_levels_and_leaves_are_added_to_it(tmp_path):
         ("a diary", "in line 1 .* got `a diary`"),
         ("a diary\nof two lines", "in line 1 .* got `a diary`"),
         ("parameter,sparsity,loss,zeros,predicted\none,0.5,1,2,3\n", "in line 1 .*predicted"),
-        ("parameter,sparsity,loss\none,0.5,1\n", "in line 1 .* the metrics are loss, and .* loss, zeros"),
+        ("param", "in line 1 .* got `param`"),
+        ("parameter,sparsity,loss", "in line 1 .* got `parameter,sparsity,loss`"),
+        (
+            "parameter,sparsity,loss,zeros\n",
+            "there is no record of the params that .*: `s.csv.json` is missing",
+        ),
+        ("parameter,sparsity,loss,zeros\none,0.5,1,2\n", "there is no record of the params"),
+        ("parameter,sparsity,loss,zeros\none,0.5,1,2\none,0.5,1,2\n", "in line 3 .* repeats that of line 2"),
+        (
+            "parameter,sparsity,loss,zeros\none,.5,1,2\none,0.50,1,3\n",
+            "in line 3 .* contradicts that of line 2",
+        ),
+        ("parameter,sparsity,loss,zeros\none,7,1,2\n", r"in line 2 .* must be in \[0, 1\), got 7"),
+        ("parameter,sparsity,loss,zeros\none,-0.5,1,2\n", r"in line 2 .* must be in \[0, 1\), got -0.5"),
+        ("parameter,sparsity,loss,zeros\none,nan,1,2\n", r"in line 2 .* must be in \[0, 1\), got nan"),
+        ("parameter,sparsity,loss,zeros\none,0.5,nan,2\n", "in line 2 .* must be a number, got nan"),
+        (
+            "parameter,sparsity,loss,loss\none,0.5,1,2\n",
+            "in line 1 .* two columns are called the same: loss, l",
+        ),
+        ("\ufeffparameter,sparsity,loss,zeros\none,0.5,1,2\n", "in line 1 .* the columns must be"),
+        ('parameter,sparsity,loss,zeros\n"one"x,0.5,1,2\n', "in line 2 .* there must be CSV"),
         ("parameter,sparsity,loss,zeros\none,0.5,1,2\nthree,0.5,1,2\n", "in line 3 .* got `three`"),
         ("parameter,sparsity,loss,zeros\none,0.5,1\n", "in line 2 .* must be 4 columns.* got 3"),
         ("parameter,sparsity,loss,zeros\none,0.5,1,x\n", "in line 2 .* must be a number: .*'x'"),
@@ -228,6 +250,119 @@ def test_another_file_is_left_as_it_is(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         hj.sensitivity(metrics, CENTRE, LEVELS, path=file)
     assert file.read_text() == text
+
+
+def test_other_metrics_are_left_alone(tmp_path):
+    file = tmp_path / "s.csv"
+    hj.sensitivity(lambda p: {"loss": loss_fn(p)}, CENTRE, [0.5], where="one", path=file)
+    text = file.read_text()
+    with pytest.raises(ValueError, match="in line 1 .* the metrics are loss, and .* loss, zeros"):
+        hj.sensitivity(metrics, CENTRE, LEVELS, path=file)
+    assert file.read_text() == text
+
+
+KEY = jax.random.key(0)
+OTHERS = {
+    "params one: saved float32": {"params": {**CENTRE, "one": 3 * CENTRE["one"]}},
+    "params bias: saved float32": {"params": {**CENTRE, "bias": CENTRE["bias"].at[0].add(1e-6)}},
+    r"params two: saved float32\[6, 3\] .*, now bfloat16": {
+        "params": {**CENTRE, "two": CENTRE["two"].astype(jnp.bfloat16)}
+    },
+    r"pattern one: saved unstructured\(\), now filters": {"pattern": hj.patterns.filters()},
+    r"saliency: saved Magnitude\(.*now Random": {"saliency": hj.saliencies.random(KEY)},
+    "diagonal one: saved": {"diagonal": CENTRE},
+}
+
+
+@pytest.mark.parametrize(("message", "change"), OTHERS.items(), ids=OTHERS)
+def test_a_table_of_other_params_or_settings_is_refused(tmp_path, message, change):
+    file = tmp_path / "s.csv"
+    arguments = {"params": CENTRE, "diagonal": CURVATURE, "path": file}
+    whole = hj.sensitivity(loss_fn, levels=[0.5], **arguments)
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=rf"(?s)must be a file of these params and settings, but.*{message}"):
+        hj.sensitivity(loss_fn, levels=[0.5, 0.75], **{**arguments, **change})
+    assert before == {p: p.read_bytes() for p in tmp_path.iterdir()}
+    assert whole == hj.sensitivity(loss_fn, levels=[0.5], **arguments)
+    file.unlink()  # deleting the table is enough
+    fresh = {
+        "saliency": hj.saliencies.magnitude(),
+        "pattern": hj.patterns.unstructured(),
+        **arguments,
+        **change,
+    }
+    del fresh["path"]
+    assert hj.sensitivity(loss_fn, levels=[0.5], path=file, **fresh) == hj.sensitivity(
+        loss_fn, levels=[0.5], **fresh
+    )
+
+
+def test_another_key_of_the_saliency_is_refused(tmp_path):
+    call = lambda seed: hj.sensitivity(
+        loss_fn, CENTRE, [0.5], hj.saliencies.random(jax.random.key(seed)), path=tmp_path / "s.csv"
+    )
+    assert call(0) == call(0)
+    with pytest.raises(ValueError, match="saliency key: saved uint32"):
+        call(1)
+
+
+NAMES = [
+    "=1+1",
+    "+a",
+    "-b",
+    "@c",
+    "'q",
+    "''",
+    "a,b",
+    'a"b',
+    "a\nb",
+    "a\r\nb",
+    "\tx",
+    "ü☃",
+    "x y",
+    "#",
+    "1",
+    "-1",
+]
+
+
+def test_any_name_reads_back_and_nothing_is_computed(tmp_path):
+    params = {name: jnp.ones((2, 2)) for name in NAMES}
+    call = lambda p: {f"={name}": -1.0 - i - jnp.sum(p[name]) for i, name in enumerate(NAMES)}
+    file = tmp_path / "s.csv"
+    whole = hj.sensitivity(call, params, [0.5], path=file)
+    whole.to_csv(tmp_path / "again.csv")
+    content = file.read_bytes()
+    assert (tmp_path / "again.csv").read_bytes() == content
+    counting = Counting(call)
+    assert hj.sensitivity(counting, params, [0.5], path=file) == whole
+    assert counting.calls == 0
+    with file.open(newline="") as opened:
+        cells = [cell for line in csv.reader(opened) for cell in line]
+    computed = [cell for cell in cells if cell.startswith(tuple("=+-@"))]
+    assert {float(cell) for cell in computed} == {x for row in whole.rows for x in row.metrics.values()}
+    for cut in range(len(content) - 300, len(content), 17):  # also within a name of two lines
+        file.write_bytes(content[:cut])
+        assert hj.sensitivity(call, params, [0.5], path=file) == whole
+        assert file.read_bytes() == content
+
+
+def test_one_process_at_a_time_and_paths(tmp_path, monkeypatch):
+    file = tmp_path / "s.csv"
+    with pytest.raises(BlockingIOError, match="`path` of `sensitivity` must be used by one run at a time"):
+        hj.sensitivity(
+            lambda p: hj.sensitivity(loss_fn, CENTRE, [0.5], path=file) and 0.0, CENTRE, [0.5], path=file
+        )
+    for path, message in (("", "an empty string"), ("gs://b/s.csv", "the URL")):
+        for call in (lambda p: hj.sensitivity(loss_fn, CENTRE, [0.5], path=p),
+                     hj.sensitivity(loss_fn, CENTRE, [0.5]).to_csv):  # fmt: skip
+            with pytest.raises(ValueError, match=f"`path` must .*{message}"):
+                call(path)
+    with pytest.raises(OSError, match="`path` must be a file in a folder to write to, got"):
+        hj.sensitivity(loss_fn, CENTRE, [0.5], path=tmp_path / "none" / "s.csv")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    hj.sensitivity(loss_fn, CENTRE, [0.5], path="~/t.csv").to_csv("~/u.csv")
+    assert {p.name for p in tmp_path.iterdir()} == {"s.csv.json", "t.csv", "t.csv.json", "u.csv"}
 
 
 # -- bad input -------------------------------------------------------------------------------------
@@ -261,6 +396,39 @@ def test_bad_metrics():
         hj.sensitivity(lambda p: {next(names): 0.0}, CENTRE, LEVELS)
     with pytest.raises(ValueError, match="`metric` must be given, or something to predict from"):
         hj.sensitivity(None, CENTRE, LEVELS)
+
+
+def test_one_number_for_all_rows_is_warned_of():
+    with pytest.warns(
+        UserWarning, match="returned the same for all 6 rows, metric 3: does it use the params"
+    ):
+        hj.sensitivity(lambda p: loss_fn(CENTRE), CENTRE, LEVELS)
+    with pytest.warns(UserWarning, match="a 1, b 2: does it"):
+        hj.sensitivity(lambda p: {"a": 1.0, "b": 2}, CENTRE, (0.25, 0.5))
+    hj.sensitivity(lambda p: {"a": 1.0, "b": loss_fn(p)}, CENTRE, LEVELS)
+    hj.sensitivity(lambda p: 1.0, CENTRE, [0.5])
+
+
+def test_what_is_no_metric_and_no_level():
+    for value, shown in (
+        (None, "None"),
+        ("0.5", "'0.5'"),
+        (1j, "1j"),
+        (True, "True"),
+        (jnp.ones(1), "float32"),
+    ):
+        with pytest.raises(TypeError, match=f"`metric` must return a scalar .*, got {shown}"):
+            hj.sensitivity(lambda p: {"a": value}, CENTRE, [0.5])  # noqa: B023
+    for value in ({}, {1: 0.5, "1": 0.5}):
+        with pytest.raises(ValueError, match="`metric` must return values of different names"):
+            hj.sensitivity(lambda p: value, CENTRE, [0.5])  # noqa: B023
+    with pytest.raises(
+        FloatingPointError, match="the prediction must return numbers, got NaN for `predicted`"
+    ):
+        hj.sensitivity(None, CENTRE, [0.5], diagonal=jax.tree.map(lambda x: x * jnp.nan, CENTRE))
+    for level in (7, -0.5, float("nan"), 1, 0.99999999):
+        with pytest.raises(ValueError, match=r"must be (in \[0, 1\)|below 1)"):
+            hj.sensitivity(loss_fn, CENTRE, [level])
 
 
 def test_bad_levels_leaves_and_diagonals():

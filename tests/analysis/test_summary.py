@@ -39,7 +39,7 @@ def test_linen_nnx_and_bfloat16():
 
 def test_table_is_aligned_and_plain():
     result = hj.summary({"layer": {"kernel": jnp.zeros((3, 3, 16, 32)), "scale": jnp.ones(())}})
-    lines = str(result).splitlines()
+    lines = result.to_text(120).splitlines()
     assert str(result) == repr(result)
     assert lines[0].split()[:2] == ["Name", "Shape"]
     assert "3×3×16×32" in lines[1]
@@ -106,3 +106,12 @@ def test_structures_are_counted_as_defined():
     titles = str(result).splitlines()[0]
     assert "".join(titles.split()).startswith("NameShapeWeightsNonzeroCols%Rows%Ch%2D%3D%Zeros%")
     assert "%" not in str(hj.summary(jnp.ones((2, 2)))).splitlines()[0].replace("Zeros %", "")
+
+
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**-40, 1.0, 2.0**40, 2.0**100])
+def test_moments_scale_with_the_weights(scale):
+    x = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32)
+    one, row = (hj.summary(jnp.asarray(x * np.float32(s))).rows[0] for s in (1.0, scale))
+    for name in ("std", "mean", "abs_mean"):
+        assert getattr(row, name) == pytest.approx(scale * getattr(one, name), rel=1e-6)
+    assert one.std == pytest.approx(x.std(), rel=1e-5)

@@ -34,6 +34,27 @@ def test_unwritable_out_is_one_line_before_any_work(tmp_path, monkeypatch):
     assert result.stderr.count("\n") == 1
 
 
+def test_an_earlier_result_is_not_overwritten_without_force(tmp_path, monkeypatch):
+    monkeypatch.setattr("hessjax.cli._digits.load", lambda: pytest.fail("began to work"))
+    (tmp_path / "density.png").write_text("mine")
+    result = CliRunner().invoke(app, ["tour", "--out", str(tmp_path)])
+    assert result.exit_code == 2
+    assert result.stderr == (
+        f"hessjax: `{tmp_path}` holds an earlier result: `--force` removes it first, `--out` takes another "
+        "folder\n"
+    )
+    assert (tmp_path / "density.png").read_text() == "mine"
+
+
+def test_a_reader_that_stops_early_ends_the_command_without_a_word(tmp_path, monkeypatch):
+    def stopped(*_, **__):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("hessjax.cli.run_tour", stopped)
+    result = CliRunner().invoke(app, ["tour", "--out", str(tmp_path)])
+    assert (result.exit_code, result.output) == (1, "")
+
+
 def test_negative_seed_is_refused():
     result = CliRunner().invoke(app, ["tour", "--seed", "-1"])
     assert result.exit_code == 2

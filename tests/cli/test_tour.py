@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import hessjax as hj
-from hessjax.cli import _digits
+from hessjax.cli import _digits, _tour
 from hessjax.cli._tour import tour
 
 
@@ -74,7 +74,7 @@ def test_pruned_network_is_exactly_sparse_and_good(record):
 
 def test_report_says_where_it_was_made(record):
     assert record["environment"]["versions"]["jax"] == jax.__version__
-    assert (record["seed"], record["quick"]) == (0, True)
+    assert (record["seed"], record["quick"], record["complete"]) == (0, True, True)
     assert {"training", "spectrum", "trace", "landscape", "pruning", "all"} == set(record["seconds"])
 
 
@@ -84,6 +84,31 @@ def test_figures_are_pictures(out, record):
         with Image.open(out / name) as image:
             assert min(image.size) > 400
             assert len(image.convert("L").getcolors()) > 20
+
+
+def test_force_removes_an_earlier_result_and_nothing_else(tmp_path):
+    for name in ("report.json", "kept.png", "notes.txt"):
+        (tmp_path / name).touch()
+    with pytest.raises(_tour.EarlierResultError, match=r"with report.json, kept.png: `force` removes these"):
+        _tour.make_room(tmp_path, False)
+    assert len(list(tmp_path.iterdir())) == 3
+    _tour.make_room(tmp_path, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    _tour.make_room(tmp_path, False)  # what is not a result is in nobody's way
+
+
+def test_parts_that_were_done_stay_when_the_next_one_is_interrupted(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    history = _tour.History([0], [_digits.Quality(1.0, 0.5, 0.0)], 0.25)
+    monkeypatch.setattr(_tour, "train", lambda *_: ({}, history))
+    monkeypatch.setattr(_tour, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tour(tmp_path, quick=True)
+    kept = json.loads((tmp_path / "report.json").read_text())
+    assert (kept["complete"], kept["figures"], kept["seconds"]) == (False, [], {"training": 0.25})
+    assert kept["training"]["quality"] == [{"loss": 1.0, "accuracy": 0.5, "sparsity": 0.0}]
 
 
 def test_digits_are_split_once_and_for_all():

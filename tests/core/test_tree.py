@@ -41,7 +41,7 @@ def test_size_counts_scalars_and_empty_leaves():
 
 
 def test_complex_vectors_are_refused():
-    for leaf in (1j, jnp.ones(2) * 1j, np.ones(2) * 1j):
+    for leaf in (1j, jnp.full(2, 1j), np.full(2, 1j)):
         like = jnp.zeros(np.shape(leaf))
         with pytest.raises(TypeError, match=r"`vector` must be real, got .*complex"):
             _tree.check_like(leaf, like, "vector", "params")

@@ -1,9 +1,11 @@
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import oracles
 import pytest
+from flax.training.train_state import TrainState
 
 import hessjax as hj
 
@@ -215,12 +217,35 @@ def test_above_its_threshold_adam_with_a_frozen_preconditioner_diverges(x64):
         assert (np.abs(w).max() > 1e3) == grows
 
 
+def test_what_was_injected_is_what_counts(x64):
+    """Hyperparameters that the state records are read; those that are given come first."""
+    _, _, state = trained(NESTS["injected"]())
+    given = hj.adam_preconditioner(state, b2=0.99, eps=1e-3, eps_root=1e-4)
+    oracles.close(hj.adam_preconditioner(state), given, rtol=1e-6)  # recorded in float32
+    _, _, plain = trained(NESTS["adam"]())
+    oracles.close(
+        hj.adam_preconditioner(plain), hj.adam_preconditioner(plain, b2=0.999, eps=1e-8, eps_root=0.0)
+    )
+
+
+def test_a_state_from_a_train_state_or_a_checkpoint(x64):
+    """As flax keeps it, and as it is read back without a target: in dicts."""
+    params, _, state = trained(NESTS["adam"]())
+    want = hj.adam_preconditioner(state, b2=0.99)
+    held = TrainState(step=3, apply_fn=None, params=params, tx=NESTS["adam"](), opt_state=state)
+    oracles.close(hj.adam_preconditioner(held, b2=0.99), want)
+    read = flax.serialization.to_state_dict(state)
+    oracles.close(hj.adam_preconditioner(read, b2=0.99), want)
+
+
 def test_states_without_one_adam():
     params = {"a": jnp.ones(2), "b": jnp.ones(2)}
     with pytest.raises(ValueError, match=r"exactly one Adam \(`optax.ScaleByAdamState`\), found 0 in tuple"):
         hj.adam_preconditioner(optax.sgd(0.1).init(params))
     two = optax.multi_transform({"x": optax.adam(0.1), "y": optax.adamw(0.1)}, {"a": "x", "b": "y"})
-    with pytest.raises(ValueError, match="found 2 in .*: pass the part that belongs to one"):
+    with pytest.raises(
+        ValueError, match=r"found 2 in .*: `.*x.*`, `.*y.*`: pass the part that belongs to one"
+    ):
         hj.adam_preconditioner(two.init(params))
     with pytest.raises(ValueError, match="one after the first update, got one after 0 updates"):
         hj.adam_preconditioner(optax.adam(0.1).init(params))

@@ -52,9 +52,9 @@ def test_batches_of_any_shape_and_a_loader_that_opens_anew(x64):
 def test_examples_counted_otherwise(x64):
     """Sequences packed to one shape: what counts is the number of tokens that are not padding."""
     tokens = [jnp.array([[1.0, 2.0, 0.0]]), jnp.array([[3.0, 0.0, 0.0]])]
-    loss = lambda w, t: w**2 / 2 * jnp.sum(t) / jnp.sum(t > 0)
+    loss = lambda w, t: w**2 / 2 * jnp.sum(t) / jnp.sum(t > 0, dtype=t.dtype)
     count = lambda t: int(jnp.sum(t > 0))
-    matvec = hj.over_batches(lambda t: hj.hessian(loss, jnp.array(1.0), t), tokens, num_examples=count)
+    matvec = hj.over_batches(lambda t: hj.hessian(loss, jnp.array(1.0), t), tokens, weights=count)
     assert float(matvec(jnp.array(1.0))) == pytest.approx(2.0)
 
 
@@ -96,11 +96,11 @@ def test_data_that_cannot_be_used():
         hj.over_batches(make, 3)
     with pytest.raises(TypeError, match="got dict; put one batch into a list"):
         hj.over_batches(make, {"x": oracles.batch()})
-    nan = hj.over_batches(lambda b: lambda v: v, [jnp.ones(3)], num_examples=lambda b: float("nan"))
-    with pytest.raises(ValueError, match="`num_examples` must give a whole number, got nan for batch 0"):
+    nan = hj.over_batches(lambda b: lambda v: v, [jnp.ones(3)], weights=lambda b: float("nan"))
+    with pytest.raises(
+        ValueError, match="`weights` must give finite numbers of at least 0, got nan for batch 0"
+    ):
         nan(jnp.ones(2))
-    with pytest.raises(ValueError, match="`num_examples` must give a whole number, got 2.5 for batch 0"):
-        hj.over_batches(make, [oracles.batch()], num_examples=lambda b: 2.5)(oracles.leaves())
     with pytest.raises(ValueError, match="at least one batch, got none"):
         hj.over_batches(make, [])(oracles.leaves())
     with pytest.raises(ValueError, match="batch 1 has 0"):
@@ -125,7 +125,7 @@ def test_counts_beyond_32_bits(x64):
     one = hj.over_batches(
         lambda b: hj.hessian(oracles.loss_fn, params, b),
         [oracles.batch()] * 2,
-        num_examples=lambda b: 3 * 10**9,
+        weights=lambda b: 3 * 10**9,
     )
     oracles.close(one(params), hj.hessian(oracles.loss_fn, params, oracles.batch())(params))
 

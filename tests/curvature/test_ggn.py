@@ -15,7 +15,7 @@ KEY = jax.random.key(0)
 def model_fn(params, batch):
     """Three numbers an example, from params in any container."""
     bias, empty, scale, kernel = jax.tree.leaves(params)
-    return scale * jnp.tanh(batch[0].astype(kernel.dtype) @ kernel + bias) + jnp.sum(empty)
+    return scale * jnp.tanh(batch[0].astype(kernel.dtype) @ kernel + bias[None]) + jnp.sum(empty)
 
 
 def cross_entropy(logits, batch):
@@ -83,7 +83,7 @@ def test_outputs_of_any_structure(x64):
 
 def test_a_linear_model_has_no_other_curvature(x64):
     def linear(params, batch):
-        return batch[0] @ params["kernel"] + params["bias"]
+        return batch[0] @ params["kernel"] + params["bias"][None]
 
     params = {"bias": jnp.ones(3), "kernel": jnp.ones((2, 3))}
     vector, batch = jax.tree.map(jnp.cos, params), oracles.batch()

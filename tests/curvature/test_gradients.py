@@ -58,13 +58,13 @@ def test_only_the_first_argument_is_cut_and_models_see_batches_of_one(x64):
         x, y = batch["x"], batch["y"]
         seen.append((x.shape, y.shape, batch["deep"]["key"].shape, state.shape))
         noise = jax.random.normal(key, (3,)) + batch["temperature"]
-        return oracles.loss_fn(params, (x, y + noise + state.sum()))
+        return oracles.loss_fn(params, (x, y + noise[None] + state.sum()))
 
     x, y = oracles.batch(5)
     batch = {"x": x, "y": np.asarray(y), "temperature": 0.5, "deep": {"key": jax.random.key(1)}}
     params, state, key = oracles.leaves(), jnp.arange(5.0), jax.random.key(0)
     noise = jax.random.normal(key, (3,)) + 0.5 + 10.0
-    want = dense_grads(oracles.loss_fn, params, (x, y + noise))
+    want = dense_grads(oracles.loss_fn, params, (x, y + noise[None]))
     for microbatch in (None, 2):
         grads = hj.per_example_grads(loss, params, batch, state, key, microbatch=microbatch)
         np.testing.assert_allclose(oracles.rows(grads), want, rtol=1e-11, atol=1e-13)

@@ -47,8 +47,8 @@ def test_a_matrix_of_low_rank_is_met_exactly(x64, rank):
 
 def test_error_bars_cover_the_truth(x64):
     """±2 standard errors from 20 samples of the rest: 93 to 95 % by Student's distribution."""
-    like = jnp.zeros(60)
-    A, _ = oracles.symmetric(0.95 ** np.arange(60))
+    like = jnp.zeros(61)  # with a product for every parameter the trace would be exact
+    A, _ = oracles.symmetric(0.95 ** np.arange(61))
     run = functools.partial(hj.trace, num_probes=60, estimator=hj.estimators.hutchpp, on_device=True)
     runs = jax.jit(jax.vmap(lambda key: run(oracles.matvec_of(A, like), key, like)))(
         jax.random.split(KEY, 300)
@@ -82,3 +82,20 @@ def test_bad_input():
         hj.trace(
             lambda v: v, KEY, jnp.zeros(10), 9, estimator=hj.estimators.hutchpp, probe=hj.probes.gaussian
         )
+
+
+@pytest.mark.parametrize(
+    "diagonal", [[3.0], [1.0, -2.0], [0.0, 0.0], [1.0, -2.0, 3.0], [1.0, -1.0, 0.0, 0.0]]
+)
+def test_an_error_of_zero_only_where_the_trace_is_exact(diagonal):
+    """Few signs are often the same, and equal samples of a matrix that small say nothing."""
+    d = len(diagonal)
+    A, _ = oracles.symmetric(diagonal)
+    matvec = oracles.matvec_of(jnp.float32(A), jnp.zeros(d))
+    for num_matvecs in range(max(d, 3), 3 * d + 1):
+        state, method = None, hj.estimators.hutchpp(num_matvecs)
+        for products in (d - 1, 1, num_matvecs - d):
+            if products:
+                estimate, state = hj.run(method, matvec, KEY, jnp.zeros(d), max_matvecs=products, state=state)
+        np.testing.assert_allclose(estimate.mean, sum(diagonal), atol=1e-5)
+        assert float(estimate.stderr) == 0

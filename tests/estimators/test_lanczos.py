@@ -113,6 +113,7 @@ def test_more_products_than_dimensions_change_nothing(x64):
     np.testing.assert_allclose(pairs.values, [8, 7, 6, 5, 3, 2, 1, 0], atol=1e-12)
 
 
+@pytest.mark.usefixtures("untyped")
 def test_bad_input():
     with pytest.raises(ValueError, match="`which` must be one of 'both', .* got 'LM'"):
         hj.estimators.lanczos(2, "LM")

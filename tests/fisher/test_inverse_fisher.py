@@ -296,3 +296,71 @@ def test_bad_input_of_the_methods():
         inverse.add({"w": jnp.zeros((1, 3))})
     with pytest.raises(IndexError, match="one of 4 leaves, got 4"):
         inverse.blocks(4)
+
+
+# -- weights ---------------------------------------------------------------------------------------
+
+
+def _weighted(weights, num=6, d=7):
+    """Rows of one leaf, the third not a number where it does not count, and F."""
+    rows = np.random.default_rng(3).normal(size=(num, d))
+    w = np.asarray(weights, float)
+    F = np.einsum("i,ij,ik->jk", w, rows, rows) / w.sum()
+    rows[w == 0] = np.nan
+    return jnp.asarray(rows), F
+
+
+@pytest.mark.parametrize("block_size", [None, 7], ids=["whole", "blocks"])
+@pytest.mark.parametrize("damping", [0.3, hj.relative(0.1)], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 1e12])
+def test_gradients_with_weights(x64, block_size, damping, scale):
+    """One block, a stream of unequal blocks with a generator of weights, and one added later."""
+    w = np.array([2.0, 1.0, 0.0, 0.0, 5.0, 0.5]) * scale
+    rows, F = _weighted(w)
+    lam = damping.factor * np.trace(F) / 7 if isinstance(damping, hj.relative(0.1).__class__) else damping
+    want = np.linalg.inv(F + lam * np.eye(7))
+    options = {"damping": damping, "block_size": block_size}
+    cuts = [slice(0, 1), slice(1, 4), slice(4, 6)]
+    streamed = hj.inverse_fisher((rows[c] for c in cuts), **options, weights=(w[c] for c in cuts))
+    added = hj.inverse_fisher(rows[:1], **options, weights=w[:1]).add(rows[1:], weights=jnp.asarray(w[1:]))
+    whole = hj.inverse_fisher(rows, **options, weights=w)
+    jitted = jax.jit(lambda rows, w: hj.inverse_fisher(rows, **options, weights=w))(rows, jnp.asarray(w))
+    for inverse in (whole, streamed, added, jitted):
+        np.testing.assert_allclose(inverse.diagonal(), np.diag(want), rtol=1e-9)
+        np.testing.assert_allclose(inverse.apply(jnp.arange(7.0)), want @ np.arange(7.0), rtol=1e-9)
+        np.testing.assert_allclose(inverse.num_grads, w.sum(), rtol=1e-12)
+
+
+def test_a_weight_for_a_whole_block(x64):
+    """Blocks whose rows count alike, as `ggn_roots` of batches of unequal weight."""
+    rows, _ = _weighted(np.ones(6))
+    blocks, weights = [rows[:2], rows[2:]], [3.0, 9]
+    F = sum(w * b.T @ b / len(b) for b, w in zip(blocks, weights, strict=True)) / 12
+    for given in (weights, jnp.array(weights)):
+        inverse = hj.inverse_fisher(iter(blocks), 0.1, weights=given)
+        np.testing.assert_allclose(
+            inverse.apply(jnp.ones(7)), np.linalg.solve(F + 0.1 * np.eye(7), np.ones(7)), rtol=1e-9
+        )
+    # Of one block alone the total says nothing; and with gradients that count once each it goes on.
+    one, other = (hj.inverse_fisher(rows, 0.1, weights=w) for w in (None, 5.0))
+    np.testing.assert_allclose(one.diagonal(), other.diagonal(), rtol=1e-9)
+    one, other = hj.inverse_fisher(rows, 0.1).add(rows[:2], weights=np.ones(2)), hj.inverse_fisher(rows, 0.1)
+    np.testing.assert_allclose(one.diagonal(), other.add(rows[:2]).diagonal(), rtol=1e-9)
+
+
+def test_wrong_weights():
+    rows = jnp.ones((3, 2))
+    for weights, words in [
+        (np.ones(2), r"`weights` must be one number for each of the 3 gradients, \(3,\), or one for all"),
+        ([1, -1, 1], "`weights` must be finite and at least 0"),
+        (np.array([1, np.nan, 1]), "`weights` must be finite and at least 0"),
+        (np.zeros(3), "at least one gradient that counts, got none"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            hj.inverse_fisher(rows, 0.1, weights=weights)
+    with pytest.raises(ValueError, match=r"`weights\[1\]` must be one number for each of the 3"):
+        hj.inverse_fisher(iter([rows, rows]), 0.1, weights=[np.ones(3), np.ones(2)])
+    with pytest.raises(ValueError, match="`weights` must have one entry for each block"):
+        hj.inverse_fisher(iter([rows, rows]), 0.1, weights=[np.ones(3)])
+    with pytest.raises(TypeError, match="`weights` must be an iterable like the stream of blocks"):
+        hj.inverse_fisher(iter([rows, rows]), 0.1, weights=2.0)

@@ -1,5 +1,6 @@
 """Losses from linen and nnx models against closures written by hand."""
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ from flax import nnx
 from jax.tree_util import Partial
 
 import hessjax as hj
-from hessjax.flax import linen_loss, linen_model, nnx_loss, nnx_model
+from hessjax.flax import linen_loss, linen_model, nnx_loss, nnx_model, nnx_recalibrate
 
 
 def cross_entropy(logits, batch):
@@ -175,6 +176,33 @@ def test_bare_array_is_taken_whole():
     np.testing.assert_allclose(loss_fn(params, x), want)
 
 
+def test_linen_containers_and_further_collections(batch):
+    """A FrozenDict, a collection that is only read, one that is written, and one that is sown."""
+
+    class Counted(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            scale = self.variable("constants", "scale", lambda: jnp.full((), 2.0))
+            calls = self.variable("cache", "calls", lambda: jnp.zeros((), jnp.int32))
+            calls.value += 1
+            self.sow("intermediates", "x", x)
+            return scale.value * nn.Dense(3, param_dtype=jnp.float64)(x)
+
+    made = Counted().init(jax.random.key(0), batch[0])
+    params, state = made.pop("params"), {name: made[name] for name in ("constants", "cache")}
+    loss_fn = linen_loss(Counted(), cross_entropy)
+    want = cross_entropy(2 * nn.Dense(3).apply({"params": params["Dense_0"]}, batch[0]), batch)
+    for kind in (dict, flax.core.freeze):
+        given = flax.core.freeze(params) if kind is not dict else params
+        value, grads = jax.value_and_grad(loss_fn)(given, batch, kind(state))
+        np.testing.assert_allclose(value, want, rtol=1e-12)
+        assert jax.tree.structure(grads) == jax.tree.structure(given)
+    with pytest.raises(ValueError, match=r"(?s)`state` must hold every collection.*constants"):
+        loss_fn(params, batch, {"cache": state["cache"]})
+    with pytest.raises(ValueError, match=r'`params` must be the module\'s own, `variables\["params"\]`'):
+        loss_fn({"params": params}, batch, state)
+
+
 @pytest.mark.parametrize("train", [False, True])
 def test_linen_missing_state_is_named(batch, train):
     params, _ = variables(batch)
@@ -237,7 +265,7 @@ def test_nnx_is_the_handwritten_closure(batch, mode):
         return cross_entropy(nnx.merge(graphdef, weights, rest, copy=True)(batch[0], scale=2.0), batch)
 
     value, grads = jax.value_and_grad(by_hand)(weights)
-    want = value, nnx.to_pure_dict(grads)
+    want = value, nnx.as_pure(grads)
     assert_same(jax.value_and_grad(loss_fn)(params, batch, state), want)
     assert_same(jax.jit(jax.value_and_grad(loss_fn))(params, batch, state), want)
     assert_same(jax.value_and_grad(loss_fn)(weights, batch, rest)[0], value)
@@ -271,6 +299,74 @@ def test_changed_params_go_back_into_the_nnx_model(batch):
     assert_same(cross_entropy(model(batch[0]), batch), loss_fn(changed, batch, state))
 
 
+class Tied(nnx.Module):
+    """A Param in two places, a module in two places."""
+
+    def __init__(self, seed):
+        rngs = nnx.Rngs(seed)
+        self.first = nnx.Linear(5, 4, rngs=rngs, param_dtype=jnp.float64)
+        self.inner = nnx.Linear(4, 4, rngs=rngs, param_dtype=jnp.float64)
+        self.again = self.inner
+        self.norm = nnx.BatchNorm(4, rngs=rngs, param_dtype=jnp.float64)
+        self.norm.mean.set_value(jnp.full(4, 0.3, jnp.float64))
+        self.norm.var.set_value(jnp.full(4, 1.3, jnp.float64))
+        self.renorm = self.norm
+        self.transposed = self.first.kernel
+
+    def __call__(self, x):
+        x = self.again(jnp.tanh(self.norm(self.inner(self.first(x)))))
+        return (x @ self.transposed[...].T)[:, :3]
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_nnx_tied_modules_are_one_leaf_in_graph_and_tree_mode(batch, graph):
+    model = Tied(0)
+    with nnx.set_graph_mode(graph):
+        loss_fn, params, state = nnx_loss(model, cross_entropy)
+        grads = jax.grad(loss_fn)(params, batch, state)
+        stats = nnx_recalibrate(model, [batch])
+    assert len(jax.tree.leaves(params)) == 6
+    model.eval()
+    want = nnx.as_pure(nnx.grad(lambda model: cross_entropy(model(batch[0]), batch))(model))
+    assert_same(grads, want)
+    hidden = model.inner(model.first(batch[0]))
+    np.testing.assert_allclose(stats["norm"]["mean"][...], hidden.mean(axis=0), rtol=1e-6)
+
+
+def test_nnx_params_agree_with_those_of_flax_and_of_the_optimizer(batch):
+    """`nnx_loss`, `nnx.as_pure`, gradients and Adam's second moments: one structure."""
+    model = Tied(0)
+    optimizer = nnx.Optimizer(model, optax.adam(0.1, b2=0.9), wrt=nnx.Param)
+    grads = nnx.grad(lambda model: cross_entropy(model(batch[0]), batch))(model)
+    optimizer.update(model, grads)
+    loss_fn, params, state = nnx_loss(model, cross_entropy)
+    D = hj.adam_preconditioner(optimizer, b2=0.9)
+    structure = jax.tree.structure(params)
+    assert structure == jax.tree.structure(nnx.as_pure(nnx.state(model, nnx.Param)))
+    assert structure == jax.tree.structure(nnx.as_pure(grads)) == jax.tree.structure(D)
+    assert jax.tree.structure(state) == jax.tree.structure(nnx.as_pure(nnx.state(model, nnx.Not(nnx.Param))))
+    assert_same(D, jax.tree.map(lambda g: jnp.abs(g) + 1e-8, nnx.as_pure(grads)))
+    for given in (optimizer.opt_state, nnx.state(optimizer), nnx.as_pure(nnx.state(optimizer))):
+        assert_same(hj.adam_preconditioner(given, b2=0.9), D)
+    A = hj.preconditioned(hj.hessian(loss_fn, params, batch, state), D)
+    assert jax.tree.structure(A(params)) == structure
+
+
+def test_nnx_params_in_any_of_flax_s_containers(batch):
+    """Variables, arrays, plain dicts: the same loss, and gradients like the params that were given."""
+    model = Nnx(0)
+    loss_fn, params, state = nnx_loss(model, cross_entropy)
+    want = loss_fn(params, batch, state)
+    variables = nnx.state(model, nnx.Param)
+    for given in (params, variables, nnx.to_pure_dict(variables)):
+        for rest in (state, nnx.state(model, nnx.Not(nnx.Param)), nnx.to_pure_dict(state)):
+            value, grads = jax.value_and_grad(loss_fn)(given, batch, rest)
+            np.testing.assert_allclose(value, want, rtol=1e-12)
+        assert jax.tree.structure(grads) == jax.tree.structure(given)
+        product = hj.hessian(loss_fn, given, batch, state)(given)
+        assert jax.tree.structure(product) == jax.tree.structure(given)
+
+
 def test_nnx_dropout_without_a_key_is_named(batch):
     model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Dropout(0.5))
     loss_fn, params, state = nnx_loss(model, cross_entropy, mode="train")
@@ -287,10 +383,11 @@ def test_nnx_params_of_another_model_are_refused(batch):
         loss_fn(nnx_loss(Nnx(0), cross_entropy).params, batch)
 
 
+@pytest.mark.usefixtures("untyped")
 def test_nnx_bad_arguments_are_named():
     with pytest.raises(ValueError, match=r"`model` must hold .* but Dropout has none"):
         nnx_loss(nnx.Dropout(0.5), cross_entropy)
-    with pytest.raises(ValueError, match='`mode` must be "eval" or "train", got \'test\''):
+    with pytest.raises(ValueError, match="`mode` must be one of 'eval', 'train', got 'test'"):
         nnx_loss(Nnx(0), cross_entropy, mode="test")
 
 
@@ -332,11 +429,12 @@ def test_their_ggn_is_their_fisher_and_compiles_once(batch, compilations):
         assert_same(ggn, fisher)
 
 
+@pytest.mark.usefixtures("untyped")
 def test_what_a_model_function_refuses_is_named(batch):
     params, _ = variables(batch)
     with pytest.raises(ValueError, match=r"(?s)`state` must hold every collection.*batch_stats"):
         linen_model(Linen(), train=False)(params, batch)
     with pytest.raises(TypeError, match="`scales` must be hashable"):
         linen_model(Linen(), scales=[1, 2])
-    with pytest.raises(ValueError, match='`mode` must be "eval" or "train"'):
+    with pytest.raises(ValueError, match="`mode` must be one of 'eval', 'train'"):
         nnx_model(Nnx(0), mode="test")

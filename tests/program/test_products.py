@@ -88,7 +88,7 @@ def test_eighteen_wherever_the_weights_go(model_fn):
 
 def test_a_bias_of_the_shape_of_the_data_stays_a_bias():
     params = {"bias": jnp.ones(3), "one": W, "two": W}
-    counts = multiply_adds(lambda p, x: (x @ p["one"] + p["bias"]) @ p["two"], params, X[:1])
+    counts = multiply_adds(lambda p, x: (x @ p["one"] + p["bias"][None]) @ p["two"], params, X[:1])
     assert counts == {"bias": 0, "one": 9, "two": 9}
 
 
@@ -202,7 +202,7 @@ def test_products_of_data_belong_to_no_leaf():
 
 def test_summary_multiplies_by_the_density():
     params = {"kernel": jnp.ones((4, 5)).at[:3].set(0), "bias": jnp.ones(5)}
-    result = hj.summary(params, lambda p, x: x @ p["kernel"] + p["bias"], jnp.ones((2, 4)))
+    result = hj.summary(params, lambda p, x: x @ p["kernel"] + p["bias"][None], jnp.ones((2, 4)))
     assert (result.total.multiply_adds, result.total.multiply_adds_left) == (40, 10)
     assert [row.multiply_adds for row in result.rows] == [0, 40]
     assert str(result).splitlines()[0].split()[3:8] == ["Nonzero", "Mult-adds", "Left", "Rows", "%"]

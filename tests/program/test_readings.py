@@ -85,7 +85,7 @@ def test_every_leaf_of_a_layer_with_bias_scale_and_mask():
     params = {"bias": array(5), "kernel": W, "mask": jnp.ones((3, 5)), "scale": array(5), "unused": W}
 
     def model(p, x):
-        h = jnp.tanh(x @ (p["kernel"] * p["mask"]) + p["bias"])
+        h = jnp.tanh(x @ (p["kernel"] * p["mask"]) + p["bias"][None])
         return h / jnp.linalg.norm(h) * p["scale"]
 
     assert used(model, params, X) == {

@@ -27,7 +27,9 @@ TARGET = jnp.sin(X[:, :3])
 
 def loss_fn(params, batch):
     x, y = batch
-    return jnp.mean(jnp.sum((jnp.tanh(x @ params["one"]) @ params["two"] + params["b"] - y) ** 2, axis=1))
+    return jnp.mean(
+        jnp.sum((jnp.tanh(x @ params["one"]) @ params["two"] + params["b"][None] - y) ** 2, axis=1)
+    )
 
 
 def grads_fn(params):

@@ -153,13 +153,13 @@ def test_a_printed_recipe_can_be_read():
     """Line, settings and target of every pruner."""
     lines = str(hj.load_recipe(SAMPLE, steps_per_epoch=4)).splitlines()
     assert lines[0] == f"Recipe of `{SAMPLE}`:"
-    assert lines[1].startswith("  hidden (line 7, pruners.hidden.args): Movement(optimizer=")
+    assert lines[1].startswith("  hidden (line 7, pruners.hidden.args): movement(optimizer=")
     assert lines[1].endswith(
-        "0.1 to 0.75 (power 3), where='hidden*/kernel', allocation=Uniform(), every=4, start=4, stop=20"
+        "0.1 to 0.75 (power 3), where='hidden*/kernel', allocation=uniform(), every=4, start=4, stop=20"
     )
     assert lines[2] == (
-        "  first (line 20, pruners.first.args): Magnitude(), 0 to 0.5 (power 3), where=('first/kernel',), "
-        "allocation=GlobalThreshold(floor=0.2), pattern={'first/*': filters()}, every=4, start=3, stop=17"
+        "  first (line 20, pruners.first.args): magnitude(), 0 to 0.5 (power 3), where=('first/kernel',), "
+        "allocation=global_threshold(floor=0.2), pattern={'first/*': filters()}, every=4, start=3, stop=17"
     )
 
 
@@ -195,7 +195,10 @@ def with_args(more, name="magnitude"):
         (with_args("pattern: {class: n_of_m, args: {n: 2}}"), "@.pattern.args: `m` is missing"),
         (with_args("pattern: {class: n_of_m, args: {n: 4, m: 2}}"), "@: `n` must be"),
         (with_args("where: 3"), "@.where: must be a valid string, got 3"),
-        (with_args("update: best", "obs"), "@: `update` must be one of"),
+        (
+            with_args("update: best", "obs"),
+            "@.update: must be 'joint', 'greedy', 'summed' or 'none'",
+        ),
         (with_args("regrow: true", "random"), "@: `seed` is missing"),
         (GOOD.replace("ending_step: 9", "ending_step: 0"), "$: `ending_step` must not lie before"),
         (GOOD.replace("frequency: 2", "frequency: 0"), "$.frequency: must be greater than or equal to 1"),

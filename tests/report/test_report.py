@@ -42,8 +42,8 @@ def test_tables_show_the_uncertainty():
         jnp.array([2.0, -1.0]), None, jnp.array([1e-6, 0.25]), jnp.array([True, False]), jnp.int32(9)
     )
     text = printed(report.eigenvalue_table(pairs))
-    assert "1.0e-06        yes" in text
-    assert "2.5e-01         no" in text
+    assert "1.0e-06  yes" in text
+    assert "2.5e-01  no" in text
     text = printed(report.layer_table(TRACES, PARAMS))
     assert "2×3" in text
     assert "0.12" in text

@@ -1,5 +1,6 @@
 import functools
 import os
+import pathlib
 import resource
 import signal
 import subprocess
@@ -11,50 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from etils import epath
 from jax.tree_util import Partial
 
 import hessjax as hj
-
-A = jax.tree_util.Partial(jnp.multiply, jnp.arange(1.0, 11.0))
-
-
-def test_the_bar_shows_products_error_and_goal(capsys):
-    bar = hj.progress_bar("the trace")
-    hj.trace(
-        jax.tree_util.Partial(jnp.roll, shift=1),
-        jax.random.key(0),
-        jnp.zeros(9),
-        20,
-        tol=0.1,
-        callbacks=[bar],
-    )
-    shown = capsys.readouterr().out
-    assert "the trace" in shown
-    assert "20/20 products" in shown
-    assert "(goal 0.1)" in shown
-
-
-def test_the_description_is_shown_as_it_is(capsys):
-    bar = hj.progress_bar("trace [of a] [/b]", unit="products [c]")
-    hj.trace(A, jax.random.key(0), jnp.zeros(10), 2, callbacks=[bar])
-    shown = capsys.readouterr().out
-    assert "trace [of a] [/b]" in shown
-    assert "products [c]" in shown
-
-
-def test_one_bar_serves_several_runs_and_an_early_stop_fills_it(capsys):
-    bar = hj.progress_bar()
-    for _ in range(2):
-        hj.trace(A, jax.random.key(0), jnp.zeros(10), 100, tol=1.0, callbacks=[bar])
-    assert capsys.readouterr().out.count("20/20 products") == 2
-
-
-def test_the_bar_stops_when_the_run_fails():
-    bar = hj.progress_bar()
-    with pytest.raises(hj.NonFiniteProductError):
-        hj.trace(lambda v: v * jnp.nan, jax.random.key(0), jnp.zeros(10), 9, callbacks=[bar])
-    hj.trace(A, jax.random.key(0), jnp.zeros(10), 2, callbacks=[bar])
-
+from hessjax._run import _checkpoint_files, _identity
 
 KEY = jax.random.key(0)
 D = 24
@@ -264,24 +226,26 @@ def test_a_broken_checkpoint_gives_way_to_the_one_before(tmp_path):
     matvec, like = problem()
     whole = hj.trace(matvec, KEY, like, 20)
     hj.trace(matvec, KEY, like, 20, callbacks=[hj.checkpoint(tmp_path, every=5)])
-    assert {p.name for p in tmp_path.iterdir()} == {"15", "20"}  # two are kept
-    damage(tmp_path / "20" / "state")
-    with pytest.warns(UserWarning, match=r"after 20 products .* is now `20.unreadable`.* the one after 15"):
-        identical(whole, hj.trace(matvec, KEY, like, 20, callbacks=[hj.checkpoint(tmp_path, every=5)]))
-    damage(tmp_path / "15" / "state")
-    damage(tmp_path / "20" / "state")
+    assert files(tmp_path) == {"hessjax-15.npz", "hessjax-20.npz"}  # two are kept
+    for aside in ("hessjax-20.npz.unreadable", "hessjax-20.npz.unreadable-2"):
+        damage(tmp_path / "hessjax-20.npz")
+        with pytest.warns(UserWarning, match=rf"after 20 products .* is now `{aside}`.* the one after 15"):
+            identical(whole, hj.trace(matvec, KEY, like, 20, callbacks=[hj.checkpoint(tmp_path, every=5)]))
+        assert aside in files(tmp_path)
+    damage(tmp_path / "hessjax-15.npz")
+    damage(tmp_path / "hessjax-20.npz")
     with pytest.raises(ValueError, match="none of the checkpoints in .* can be read, the latest .after 20 "):
         hj.trace(matvec, KEY, like, 20, callbacks=[hj.checkpoint(tmp_path)])
 
 
-def damage(folder):
-    for file in folder.rglob("*"):
-        if file.is_file():
-            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+def damage(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-# When a write fails, threads of Orbax may still report to an event loop that it has closed by then.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def files(folder):
+    return {p.name for p in folder.iterdir()}
+
+
 def test_a_full_disk_leaves_the_checkpoint_before_good(tmp_path):
     like = jnp.zeros(200_000)
     A = Partial(jnp.roll, shift=1)
@@ -298,7 +262,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_good(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     identical(whole, trace(12, probe=hj.probes.gaussian))
-    assert {p.name for p in tmp_path.iterdir()} == {"5", "12"}
+    assert files(tmp_path) == {"hessjax-5.npz", "hessjax-12.npz"}
 
 
 def test_a_process_killed_while_it_writes(tmp_path):
@@ -309,7 +273,7 @@ def test_a_process_killed_while_it_writes(tmp_path):
         import hessjax as hj
 
         def watch(event, arguments):
-            if event == "os.rename" and str(arguments[1]).endswith("/10"):
+            if event == "os.rename" and str(arguments[1]).endswith("/hessjax-10.npz"):
                 os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(watch)
@@ -320,17 +284,16 @@ def test_a_process_killed_while_it_writes(tmp_path):
     """
     command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
     assert subprocess.run(command, env=dict(os.environ), check=False).returncode == -signal.SIGKILL
-    names = {p.name for p in tmp_path.iterdir()}
-    assert "5" in names
-    assert "10" not in names
-    assert len(names) == 2  # and what was half written
+    left = files(tmp_path) - {"hessjax-5.npz", "hessjax.lock"}
+    assert len(left) == 1  # what was half written
+    assert left.pop().endswith(".partial")
     A, like = Partial(jnp.roll, shift=1), jnp.zeros(9)
     heard = []
     callbacks = [hj.checkpoint(tmp_path, every=5), heard.append]
     resumed = hj.run(hj.estimators.hutchinson(), A, KEY, like, max_matvecs=15, callbacks=callbacks)
     assert heard[0].num_matvecs == 5
     identical(hj.run(hj.estimators.hutchinson(), A, KEY, like, max_matvecs=15), resumed)
-    assert {p.name for p in tmp_path.iterdir()} == {"10", "15"}
+    assert files(tmp_path) == {"hessjax-10.npz", "hessjax-15.npz"}
 
 
 def test_a_product_that_is_not_finite_does_not_spoil_the_checkpoint(tmp_path):
@@ -361,18 +324,172 @@ def test_bad_input(tmp_path):
             hj.trace(never, KEY, jnp.zeros(3), 5, callbacks=[hj.checkpoint(path)])
 
 
-def test_traces_over_batches_resume_without_the_error_they_cannot_know(tmp_path):
-    """The sampling error needs the products of the whole run; a restored one has not seen them."""
-    params, (x, y) = oracles.leaves(), oracles.batch(9)
-    matvec = hj.over_batches(
-        lambda b: hj.hessian(oracles.loss_fn, params, b), [(x[:5], y[:5]), (x[5:], y[5:])]
-    )
-    first, again, more = (
-        hj.trace(matvec, KEY, params, n, callbacks=[hj.checkpoint(tmp_path)]) for n in (10, 10, 15)
-    )
-    assert first.data_stderr is not None
-    assert (again.data_stderr, more.data_stderr) == (None, None)
-    assert float(again.mean) == float(first.mean)
+def over_two_batches(params):
+    x, y = oracles.batch(9)
+    return hj.over_batches(lambda b: hj.hessian(oracles.loss_fn, params, b), [(x[:5], y[:5]), (x[5:], y[5:])])
+
+
+@pytest.mark.parametrize("count", [3, 5, 12, 17])
+def test_traces_over_batches_keep_every_field(tmp_path, count):
+    """The sampling error, too, of the total, the leaves and the groups; and with a larger budget."""
+    params = oracles.leaves()
+    matvec = over_two_batches(params)
+    call = functools.partial(hj.trace_by_leaf, key=KEY, like=params, groups={"b": "*bias"})
+    make, left = matvec.make_matvec, [2 * count]
+
+    def mortal(batch):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KilledError
+        return make(batch)
+
+    def saved():
+        return [hj.checkpoint(tmp_path, every=1)]
+
+    whole = call(matvec, num_probes=20)
+    object.__setattr__(matvec, "make_matvec", mortal)
+    with pytest.raises(KilledError):
+        call(matvec, num_probes=20, callbacks=saved())
+    left[0] = 100
+    resumed, again = (call(matvec, num_probes=20, callbacks=saved()) for _ in range(2))
+    assert whole.total.data_stderr is not None
+    identical(whole, resumed)
+    identical(whole, again)
+    identical(call(matvec, num_probes=25), call(matvec, num_probes=25, callbacks=saved()))
+
+
+def test_a_failed_product_leaves_no_trace_in_the_sampling_error(tmp_path):
+    params, count = oracles.leaves(), [0]
+    matvec = over_two_batches(params)
+    make = matvec.make_matvec
+
+    def sometimes(batch):
+        count[0] += 1
+        factor = jnp.nan if count[0] == 13 else 1.0
+        return lambda v: jax.tree.map(lambda x: x * factor, make(batch)(v))
+
+    whole = hj.trace(matvec, KEY, params, 10)
+    object.__setattr__(matvec, "make_matvec", sometimes)
+    with pytest.raises(hj.NonFiniteProductError):
+        hj.trace(matvec, KEY, params, 10, callbacks=[hj.checkpoint(tmp_path)])
+    identical(whole, hj.trace(matvec, KEY, params, 10, callbacks=[hj.checkpoint(tmp_path)]))
+
+
+# -- whose folder it is ------------------------------------------------------------------------------
+
+
+ROLL = Partial(jnp.roll, shift=1)
+
+
+def rolled(path, num_probes=5, **kwargs):
+    return hj.trace(ROLL, KEY, jnp.zeros(9), num_probes, callbacks=[hj.checkpoint(path, **kwargs)])
+
+
+@pytest.mark.parametrize("name", ["hessjax", "jax", "jaxlib"])
+def test_other_software_is_named(tmp_path, monkeypatch, name):
+    rolled(tmp_path)
+    whole = hj.trace(ROLL, KEY, jnp.zeros(9), 10)
+    with monkeypatch.context() as patched:
+        patched.setattr(sys.modules[name], "__version__", "0.0.1")
+        with pytest.warns(UserWarning, match=rf"made by other software: {name} .*, now 0.0.1. The run goes"):
+            rolled(tmp_path, 7)
+    with pytest.warns(UserWarning, match=f"{name} 0.0.1, now "):
+        identical(whole, rolled(tmp_path, 10))
+    rolled(tmp_path, 10)  # written by this software again
+
+
+def test_another_state_is_refused_whatever_the_versions(tmp_path, monkeypatch):
+    rolled(tmp_path)
+    on_disk = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    named = _identity._leaves
+    monkeypatch.setattr(_identity, "_leaves", lambda tree: [(f"new/{path}", x) for path, x in named(tree)])
+    monkeypatch.setattr(jax, "__version__", "0.0.1")
+    with pytest.raises(ValueError, match=r"(?s)another one.*state .*saved .*now \(none\).*by jax .*0.0.1"):
+        rolled(tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr(_checkpoint_files, "_FORMAT", 2)
+    with pytest.raises(ValueError, match="must be of format 2, but it is of format 1, by hessjax "):
+        rolled(tmp_path)
+    assert on_disk == {p: p.read_bytes() for p in tmp_path.iterdir()}
+
+
+def test_other_peoples_files_are_left_alone(tmp_path):
+    foreign = ["20.orbax-checkpoint-tmp-1/x", "7/state", "default.orbax-checkpoint-tmp/y", "15.npz",
+               "x.partial", "hessjax-x.npz", ".hessjax-notes", "hessjax-5.npz.bak"]  # fmt: skip
+    for name in foreign:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    rolled(tmp_path)
+    rolled(tmp_path, 12)
+    assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()} == {
+        *foreign,
+        "hessjax-5.npz",
+        "hessjax-12.npz",
+    }
+    assert all((tmp_path / name).read_text() == name for name in foreign)
+
+
+def test_one_run_at_a_time(tmp_path):
+    """Another process is named by its number; a killed one keeps nobody out; nor does one that failed."""
+    script = """
+        import sys, time
+        import jax, jax.numpy as jnp
+        import hessjax as hj
+
+        def wait(progress):
+            print("begun", flush=True)
+            time.sleep(60)
+
+        A = jax.tree_util.Partial(jnp.roll, shift=1)
+        hj.trace(A, jax.random.key(0), jnp.zeros(9), 20, callbacks=[hj.checkpoint(sys.argv[1]), wait])
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"begun\n"
+        with pytest.raises(BlockingIOError, match=rf"at a time, but process {other.pid} on .*lock`. Wait"):
+            rolled(tmp_path)
+        other.kill()
+    rolled(tmp_path, 7)
+    assert files(tmp_path) == {"hessjax-7.npz"}
+    saved = hj.checkpoint(tmp_path, every=1)
+
+    def nested(progress):
+        rolled(tmp_path, 20)
+
+    for callbacks in ([saved, nested], [saved, saved]):
+        with pytest.raises(BlockingIOError, match=f"process {os.getpid()} on "):
+            hj.trace(ROLL, KEY, jnp.zeros(9), 15, callbacks=callbacks)
+    with pytest.raises(ValueError, match="`max_matvecs` must be at least"):
+        rolled(tmp_path, 3)
+    rolled(tmp_path, 20)
+    assert "hessjax.lock" not in files(tmp_path)
+
+
+def test_paths(tmp_path, monkeypatch):
+    for path, message in (
+        ("", "an empty string"),
+        ("gs://bucket/run", "a path of this machine, got the URL"),
+        ("s3://bucket", "got the URL"),
+        (pathlib.Path("gs://bucket/run"), "got the URL"),
+        ("file:///run", "got the URL"),
+        ("~nobody-of-this-name/run", "begin with a `~` that has a home"),
+        ("a\0b", "without NUL"),
+    ):
+        with pytest.raises(ValueError, match=f"`path` must .*{message}"):
+            hj.checkpoint(path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    saved = hj.checkpoint("here/run", every=1)
+    away = lambda progress: os.chdir(tmp_path.parent)
+    hj.trace(ROLL, KEY, jnp.zeros(9), 12, callbacks=[away, saved])
+    assert files(tmp_path / "here" / "run") == {"hessjax-10.npz", "hessjax-12.npz"}
+    rolled("~/run")
+    rolled(epath.Path(tmp_path / "home" / "run"), 7)
+    rolled(tmp_path / "x" / ".." / "home" / "run", 9)
+    assert files(tmp_path / "home" / "run") == {"hessjax-7.npz", "hessjax-9.npz"}
+    (tmp_path / "link").symlink_to(tmp_path / "home" / "run")
+    rolled(tmp_path / "link", 11)
+    assert files(tmp_path / "home" / "run") == {"hessjax-9.npz", "hessjax-11.npz"}
 
 
 def test_densities_by_leaf_are_several_runs(tmp_path):

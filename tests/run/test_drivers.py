@@ -264,7 +264,7 @@ def test_tolerances_and_states_that_cannot_be():
         hj.run(without_scale, matvec, KEY, like, max_matvecs=3, tol=hj.relative(0.1))
     hj.run(without_scale, matvec, KEY, like, max_matvecs=3, tol=0.1)
     _, state = hj.run(hj.estimators.hutchinson(), lambda v: v, KEY, jnp.zeros(4), max_matvecs=3)
-    with pytest.raises(ValueError, match="`state` must have the structure of `like`"):
+    with pytest.raises(ValueError, match=r"`state` must have the structure of `estimator.init"):
         hj.run(hj.estimators.hutchinson(), matvec, KEY, like, max_matvecs=3, state=state)
     with pytest.raises(ValueError, match="must have the structure of `like`"):
         hj.run(

@@ -306,3 +306,26 @@ def test_bad_input():
         hj.run(hj.estimators.minres(rhs), A, KEY, jnp.zeros(20), max_matvecs=3)
     with pytest.raises(hj.NonFiniteProductError, match="product 1 is not finite"):
         hj.solve(lambda v: jax.tree.map(lambda x: x * jnp.nan, v), rhs)
+
+
+@both
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("condition", [1e12, 1e7])
+def test_a_curvature_below_rounding_is_not_negative(x64, method, dtype, condition):
+    """Positive definite, with eigenvalues that are nothing beside the rounding errors of others."""
+    A, rhs, *_ = problem(np.geomspace(1 / condition, 1, 30))
+    A, rhs = (jax.tree.map(lambda x: x.astype(dtype), tree) for tree in (A, rhs))
+    solution = hj.solve(A, rhs, method=method, max_matvecs=300, tol=hj.relative(1e-12))
+    assert not solution.negative_curvature
+    assert np.isfinite(flat(solution.x)).all()
+    assert not (solution.converged and solution.singular)
+
+
+def test_a_singular_matrix_is_called_so(x64):
+    A, rhs, *_ = problem(np.r_[np.zeros(5), np.linspace(1, 3, 25)])
+    for method in (hj.estimators.conjugate_gradient, hj.estimators.minres):
+        solution = hj.solve(A, rhs, method=method)
+        assert solution.singular
+        assert not solution.converged
+        assert not solution.negative_curvature
+        assert not hj.solve(A, rhs, 1.0, method=method).singular

@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from hessjax._core import _tree
+from hessjax._core._messages import checked_function, checked_number, shown, uncalled
 from hessjax._core._types import Params, settings
 from hessjax.pruning._ranking import Sparsity, Units, check_sparsity, num_zeros, smallest, units_of
-from hessjax.pruning.patterns._pattern import Patterns, unstructured
+from hessjax.pruning.patterns._pattern import Pattern, Patterns, unstructured
 
 _ALONE = unstructured()
 
@@ -35,8 +37,32 @@ class Allocation:
         raise NotImplementedError(f"{type(self).__name__} must have a method `__call__`.")
 
 
-AllocationRule: TypeAlias = Allocation | Callable[..., Params]
+AllocationRule: TypeAlias = Allocation | Callable[[Params, Any, Patterns], Params]
 """An allocation, or a plain function like one."""
+
+
+def check_allocation(allocation: Any) -> None:
+    """Raise a TypeError for what is no allocation, and no function like one."""
+    if callable(allocation) and not isinstance(allocation, (type, Pattern)):
+        checked_function("allocation", allocation, "(scores, sparsity, pattern) -> mask")
+        return
+    hint = uncalled(allocation)
+    if isinstance(allocation, str):
+        hint = f": write `hessjax.allocations.{allocation}()`" if allocation.isidentifier() else ""
+    if type(allocation).__name__ == "Threshold":
+        hint = ": it takes the place of `sparsity`"
+    raise TypeError(
+        "`allocation` must be an `Allocation`, such as `uniform()`, or a function "
+        f"`(scores, sparsity, pattern) -> mask`, got {shown(allocation)}{hint}."
+    )
+
+
+def allocated(allocation: AllocationRule, scores: Params, sparsity: Any, pattern: Patterns) -> Params:
+    """The mask of an allocation, which may be any function: a tree like the scores."""
+    check_allocation(allocation)
+    mask = allocation(scores, sparsity, pattern)
+    _tree.check_like(mask, scores, "allocation(scores, sparsity, pattern)", "scores")
+    return mask
 
 
 @settings()
@@ -121,8 +147,8 @@ class Uniform(Allocation):
 
 
 def check_floor(floor: float | int) -> None:
-    """Raise a ValueError for a share that is none."""
-    if not 0 <= floor <= 1:
+    """Raise an error for a share that is none."""
+    if not 0 <= checked_number("floor", floor) <= 1:
         raise ValueError(f"`floor` must be in [0, 1], a share of what `uniform` would keep, got {floor}.")
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from hessjax._core import _tree
 from hessjax._core._axes import axes_of
+from hessjax._core._messages import checked_number, checked_schedule, shown
 from hessjax._core._types import Params, settings
 from hessjax.pruning._ranking import Schedule, Sparsity, Units, check_sparsity, num_zeros, smallest, units_of
 from hessjax.pruning.allocations._allocation import (
@@ -62,7 +63,9 @@ class ErdosRenyi(Allocation):
         sizes = np.asarray(units.num_weights)
         zeros = num_zeros(sparsity, int(sizes.sum()))
         each = _by_shares(jnp.asarray(_shares(units), jnp.float32), sizes, zeros)
-        caps = jnp.asarray([cap * size for cap, size in zip(caps_of(units), units.sizes, strict=True)])
+        caps = jnp.asarray(
+            [cap * size for cap, size in zip(caps_of(units), units.sizes, strict=True)], jnp.int32
+        )
         return rank_each(units, list(_within_caps(each, caps, zeros)), sparsity)
 
 
@@ -89,7 +92,7 @@ def _by_shares(shares: Float[Array, " leaves"], sizes: np.ndarray, zeros: Any) -
     # At this ε the leaf of the smallest share keeps all its weights, and so does every other.
     top = 1 / jnp.min(jnp.where(numbers > 0, shares, jnp.inf))
     # What is kept rises with ε, so that halving finds it; 40 times is more than float32 resolves.
-    _, epsilon = jax.lax.fori_loop(0, 40, halve, (jnp.zeros(()), top))
+    _, epsilon = jax.lax.fori_loop(0, 40, halve, (jnp.zeros_like(top), top))
     return jnp.round((1 - jnp.minimum(1, epsilon * shares)) * numbers).astype(jnp.int32)
 
 
@@ -102,7 +105,7 @@ def _within_caps(each: Array, caps: Array, total: Any) -> Array:
         return missing - (moved - each[i]), moved
 
     order = jnp.argsort(-caps)
-    _, moved = jax.lax.scan(one, total - jnp.sum(each), order)
+    _, moved = jax.lax.scan(one, total - jnp.sum(each, dtype=jnp.int32), order)
     return each.at[order].set(moved)
 
 
@@ -134,16 +137,16 @@ class Explicit(Allocation):
     sparsities: Mapping[str, float | int] | tuple[tuple[str, float | int], ...]
 
     def __post_init__(self) -> None:
-        pairs = tuple(dict(self.sparsities).items())  # a mapping does not hash, and the first glob counts
+        pairs = _pairs(self.sparsities)  # a mapping does not hash, and the first glob counts
         object.__setattr__(self, "sparsities", pairs)
         for path, value in pairs:
-            if not 0 <= value < 1:
+            if not 0 <= checked_number(f"sparsities[{path!r}]", value) < 1:
                 raise ValueError(f"`sparsities` must be in [0, 1), got {value} for `{path}`.")
         if not any(value for _, value in pairs):
             raise ValueError("`sparsities` must ask for zeros in at least one leaf, got none.")
 
     def __repr__(self) -> str:
-        return f"Explicit(sparsities={dict(self.sparsities)})"
+        return f"explicit(sparsities={dict(self.sparsities)})"
 
     def __call__(self, scores: Params, sparsity: Sparsity, pattern: Patterns = _ALONE) -> Params:
         """The mask of a ranking in every leaf."""
@@ -160,6 +163,16 @@ class Explicit(Allocation):
         share = sparsity / total
         scaled = [smaller(share * level, level) for level in levels]
         return rank_each(units, [num_zeros(s, n) for s, n in zip(scaled, sizes, strict=True)], sparsity)
+
+
+def _pairs(sparsities: Any) -> tuple[tuple[str, float | int], ...]:
+    try:
+        pairs = dict(sparsities)
+    except (TypeError, ValueError):
+        pairs = {0: None}
+    if not all(isinstance(glob, str) for glob in pairs):
+        raise TypeError(f"`sparsities` must be a mapping `glob -> sparsity`, got {shown(sparsities)}.")
+    return tuple(pairs.items())
 
 
 def _levels(sparsities: Mapping[str, float | int], units: Units) -> list[float]:
@@ -216,7 +229,7 @@ class ByCurvature(Allocation):
     def __post_init__(self) -> None:
         check_floor(self.floor)
         if not isinstance(self.curvature, Mapping):
-            raise TypeError(f"`curvature` must be a mapping `path -> number`, got {self.curvature!r}.")
+            raise TypeError(f"`curvature` must be a mapping `path -> number`, got {shown(self.curvature)}.")
 
     def __call__(self, scores: Params, sparsity: Sparsity, pattern: Patterns = _ALONE) -> Params:
         """The mask of one ranking."""
@@ -277,10 +290,9 @@ class Threshold:
     least: float | int = 0.005
 
     def __post_init__(self) -> None:
-        is_number = isinstance(self.level, (int, float, np.number, jax.Array))
-        if not callable(self.level) and not (is_number and math.isfinite(self.level)):
-            raise ValueError(f"`level` must be a number or a schedule, got {self.level!r}.")
-        if not 0 <= self.least <= 1:
+        if not callable(level := checked_schedule("level", self.level)) and not math.isfinite(level):
+            raise ValueError(f"`level` must be a number or a schedule, got {self.level}.")
+        if not 0 <= checked_number("least", self.least) <= 1:
             raise ValueError(f"`least` must be in [0, 1], the share of a leaf that stays, got {self.least}.")
 
     def mask(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
 from hessjax._core import _tree
+from hessjax._core._messages import shown, uncalled
 from hessjax._core._types import Params, settings
 
 
@@ -79,6 +80,22 @@ class Unstructured(Pattern):
         return rows.reshape(shape)
 
 
+def check_pattern(pattern: Any, argument: str = "pattern") -> None:
+    """Raise a TypeError for what is no pattern, nor several, nor a function that gives one."""
+    if isinstance(pattern, Mapping):
+        for glob, found in pattern.items():
+            check_pattern(found, f"{argument}[{glob!r}]")
+    elif not callable(pattern) or isinstance(pattern, type):
+        hint = uncalled(pattern)
+        if isinstance(pattern, str):
+            numbers = pattern.split(":")
+            hint = f": write `n_of_m({numbers[0]}, {numbers[-1]})`" if len(numbers) == 2 else ""
+        raise TypeError(
+            f"`{argument}` must be a `Pattern`, such as `n_of_m(2, 4)`, a mapping `glob -> pattern` or a "
+            f"function `(path, leaf) -> pattern`, got {shown(pattern)}{hint}."
+        )
+
+
 def patterns_of(pattern: Patterns, tree: Params) -> list[Pattern]:
     """The pattern of every leaf, each fitting it.
 
@@ -86,9 +103,12 @@ def patterns_of(pattern: Patterns, tree: Params) -> list[Pattern]:
         ValueError: if a glob matches no leaf, a leaf matches none, or a pattern does not fit its leaf.
     """
     named = [(_tree.path_name(path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree)]
+    check_pattern(pattern)
     rule = _rule(pattern, [path for path, _ in named])
     found = [rule(path, leaf) for path, leaf in named]
     for (path, leaf), each in zip(named, found, strict=True):
+        if not isinstance(each, Pattern):
+            raise TypeError(f"`pattern` must give a `Pattern` for every leaf, got {shown(each)} for {path}.")
         try:
             # By shapes alone: what does not fit shows before anything is computed, inside `jit` too.
             jax.eval_shape(each.group, leaf)

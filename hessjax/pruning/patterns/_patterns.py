@@ -127,9 +127,11 @@ class Blocks(Pattern):
     shape: Sequence[int]
 
     def __post_init__(self) -> None:
-        if not np.size(self.shape) or np.ndim(self.shape) != 1 or np.min(self.shape) < 1:
+        sizes = [self.shape] if isinstance(self.shape, str) or not np.ndim(self.shape) else self.shape
+        sizes = tuple(checked_int("shape", size) for size in sizes)  # a list does not hash
+        if not sizes or not np.ndim(self.shape) or min(sizes) < 1:
             raise ValueError(f"`shape` must be sizes of at least 1, of one block, got {self.shape}.")
-        assign(self, shape=tuple(checked_int("shape", size) for size in self.shape))  # a list does not hash
+        assign(self, shape=sizes)
 
     def __repr__(self) -> str:
         return f"blocks({self.shape})"

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from hessjax._core import _tree
-from hessjax._core._messages import checked_key
+from hessjax._core._messages import checked_key, checked_schedule
 from hessjax._core._types import Params, settings
 from hessjax.pruning._ranking import Schedule, ordered_keys, smallest, units_of
 from hessjax.pruning.saliencies._first_order import Magnitude
@@ -32,6 +32,7 @@ class DropAndGrow(MaskChange):
     fraction: float | int | Schedule
 
     def __post_init__(self) -> None:
+        checked_schedule("fraction", self.fraction)
         if not callable(self.fraction) and not 0 <= self.fraction <= 1:
             raise ValueError(
                 f"`fraction` must be in [0, 1], the share of kept weights replaced, got {self.fraction}."
@@ -241,7 +242,9 @@ def _bands(seen: Context, worth: Params, fresh: Params, share: Any) -> Params:
     kept = [x > 0 for x in units_of(masks, seen.pattern).scores]
     total = jnp.stack([jnp.sum(k, dtype=jnp.int32) for k in kept])
     most = jnp.minimum(total, jnp.asarray(units.counts, jnp.int32) - total)
-    number = jnp.clip(jnp.round(share * total.astype(jnp.float32)).astype(jnp.int32), 0, most)
+    number = jnp.clip(
+        jnp.round(jnp.asarray(share, jnp.float32) * total.astype(jnp.float32)).astype(jnp.int32), 0, most
+    )
     low, high = ordered_keys(units.scores), ordered_keys(units_of(fresh, seen.pattern).scores)
     # The integer above all keys for those that are out of question, and below all once it is turned round.
     gone = smallest([jnp.where(k, x, ~(x & 0)) for k, x in zip(kept, low, strict=True)], number)

@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, Int, Key
 
 from hessjax._core import _tree
-from hessjax._core._messages import checked_key
+from hessjax._core._messages import checked_key, checked_number
 from hessjax._core._types import Params, settings
 from hessjax.pruning.saliencies._saliency import Context, MaskChange, Saliency
 
@@ -83,7 +83,7 @@ class Gradient(Saliency):
     needs_grads: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.decay < 1:
+        if not 0 <= checked_number("decay", self.decay) < 1:
             raise ValueError(f"`decay` must be in [0, 1), of the running mean, got {self.decay}.")
 
     def init(self, weights: Params) -> MeanGradient:
@@ -96,13 +96,13 @@ class Gradient(Saliency):
         # Adam's correction, written as the share of the newest: a mean from the first gradient on.
         share = (1 - self.decay) / (1 - self.decay ** count.astype(jnp.float32))
         mean = jax.tree.map(
-            lambda m, g: m + (share * (g.astype(m.dtype) - m)).astype(m.dtype), state.mean, seen.grads
+            lambda m, g: m + share.astype(m.dtype) * (g.astype(m.dtype) - m), state.mean, seen.grads
         )
         return MeanGradient(mean, count)
 
     def scores(self, state: MeanGradient, seen: Context) -> Params:
         """|w · ḡ|."""
-        return jax.tree.map(lambda m, w: jnp.abs(m * w), state.mean, seen.weights)
+        return jax.tree.map(lambda m, w: jnp.abs(m * w.astype(m.dtype)), state.mean, seen.weights)
 
 
 @settings(arrays=("key",))

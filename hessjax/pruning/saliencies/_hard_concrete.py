@@ -11,11 +11,11 @@ import optax
 from jaxtyping import Array, Int, Key
 
 from hessjax._core import _tree
-from hessjax._core._messages import checked_count, checked_key
+from hessjax._core._messages import checked_count, checked_key, checked_number
 from hessjax._core._types import Params, settings
 from hessjax.pruning._ranking import cond_now
 from hessjax.pruning.saliencies._movement import check_optimizer, check_penalty
-from hessjax.pruning.saliencies._saliency import Context, Saliency
+from hessjax.pruning.saliencies._saliency import Context, Saliency, stepped
 
 BETA, LOW, HIGH = 2 / 3, -0.1, 1.1
 """The temperature of the concrete distribution, and the interval it is stretched to before clipping."""
@@ -99,7 +99,7 @@ class HardConcrete(Saliency):
         checked_key(self.key)
         check_optimizer(self.optimizer)
         check_penalty(self.penalty)
-        if not 0 < self.start_open < 1:
+        if not 0 < checked_number("start_open", self.start_open) < 1:
             raise ValueError(
                 f"`start_open` must be in (0, 1), the share of open gates, got {self.start_open}."
             )
@@ -113,8 +113,8 @@ class HardConcrete(Saliency):
 
     def update(self, state: Gates, seen: Context) -> Gates:
         """One step of the optimizer of log α, and new gates."""
-        steps, inner = self.optimizer.update(self._slopes(state, seen), state.inner, state.log_alpha)
-        count, moved = optax.safe_increment(state.num_updates), optax.apply_updates(state.log_alpha, steps)
+        count = optax.safe_increment(state.num_updates)
+        moved, inner = stepped(self.optimizer, self._slopes(state, seen), state.inner, state.log_alpha)
         # The key is no part of the state: serializers know no typed keys, and `count` tells draws apart.
         # From `stop` on all of it rests: the mask made then belongs to these gates.
         log_alpha, inner = jax.tree.map(
@@ -141,7 +141,7 @@ class HardConcrete(Saliency):
         def slope(log_alpha: Array, z: Array, g: Array, w: Array) -> Array:
             through = g.astype(z.dtype) * w.astype(z.dtype) * _gate_slope(z)
             chance = jax.nn.sigmoid(log_alpha - _SHIFT)  # P(z > 0), whose slope is that of a sigmoid
-            return through + amount * chance * (1 - chance)
+            return through + jnp.asarray(amount, z.dtype) * chance * (1 - chance)
 
         return jax.tree.map(slope, state.log_alpha, state.open, seen.grads, seen.weights)
 

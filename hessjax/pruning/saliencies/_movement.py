@@ -6,27 +6,36 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
 from hessjax._core import _tree
+from hessjax._core._messages import checked_function, checked_schedule, shown
 from hessjax._core._types import Params, settings
-from hessjax.pruning.saliencies._saliency import Context, Saliency
-
-_ADAM = optax.adam(1e-2)  # one object, so that rules with the default optimizer are equal
+from hessjax.pruning.saliencies._saliency import Context, Saliency, stepped
 
 
-def check_optimizer(optimizer: Any) -> None:
+class _DefaultAdam(optax.GradientTransformationExtraArgs):
+    def __repr__(self) -> str:
+        return "optax.adam(0.01)"
+
+
+_ADAM = _DefaultAdam(*optax.adam(1e-2))  # one object, so that rules with the default optimizer are equal
+
+
+def check_optimizer(optimizer: Any, argument: str = "optimizer") -> None:
     """Raise a TypeError for what is no optimizer, such as a learning rate."""
     if not isinstance(optimizer, optax.GradientTransformation):
-        raise TypeError(f"`optimizer` must be one of optax, such as `optax.adam(1e-2)`, got {optimizer!r}.")
+        hint = ": call it, with a learning rate" if callable(optimizer) else ""
+        raise TypeError(
+            f"`{argument}` must be one of optax, such as `optax.adam(1e-2)`, got {shown(optimizer)}{hint}."
+        )
 
 
 def check_penalty(penalty: Any) -> None:
     """Raise a ValueError for a penalty that is no schedule, and no number from 0 up."""
-    is_number = isinstance(penalty, (int, float, np.number, jax.Array))
-    if not callable(penalty) and not (is_number and 0 <= penalty < math.inf):
+    checked_schedule("penalty", penalty)
+    if not callable(penalty) and not 0 <= penalty < math.inf:
         raise ValueError(f"`penalty` must be a finite number, at least 0, or a schedule, got {penalty!r}.")
 
 
@@ -96,18 +105,22 @@ class Movement(Saliency):
 
     def __post_init__(self) -> None:
         check_optimizer(self.optimizer)
-        if not callable(self.start):
-            raise TypeError(f"`start` must be a function `weights -> scores`, got {self.start!r}.")
+        checked_function("start", self.start, "(weights) -> scores")
 
     @property
     def needs_grads(self) -> bool:  # type: ignore[override]
         """Whether all scores are zero at the start."""
         return self.start is jnp.zeros_like
 
+    def _first(self, weights: Array) -> Array:
+        scores = self.start(weights)
+        _tree.check_like(scores, weights, "start(weights)", "weights")
+        return jnp.array(scores, copy=True)
+
     def init(self, weights: Params) -> Scores:
         """The first scores."""
         # A copy, as `start` may give back w itself, and the loop may donate params and state together.
-        scores = jax.tree.map(lambda w: jnp.array(self.start(w), copy=True), _tree.wide(weights))
+        scores = jax.tree.map(self._first, _tree.wide(weights))
         return Scores(scores, self.optimizer.init(scores), jnp.zeros((), jnp.int32))
 
     def update(self, state: Scores, seen: Context) -> Scores:
@@ -133,6 +146,9 @@ def from_magnitudes(weights: Float[Array, "..."]) -> Float[Array, "..."]:
         >>> hj.saliencies.from_magnitudes(jnp.array([-1.0, 3.0]))
         Array([0.5, 1.5], dtype=float32)
     """
+    if not _tree.is_array(weights):
+        raise TypeError(f"`weights` must be one array, those of one leaf, got {shown(weights)}.")
+    _tree.check_floating(weights, "weights")
     spread = jnp.std(weights)
     return jnp.abs(weights) / jnp.where(spread > 0, spread, jnp.ones_like(spread))
 
@@ -188,7 +204,9 @@ class SoftMovement(Saliency):
         amount = self.penalty(state.num_updates) if callable(self.penalty) else self.penalty
         amount = amount / _tree.size(state.scores)
         # d/dS of λ · mean σ(S); σ(−S) instead of 1 − σ(S), which is 0 in float32 from S = 17 on.
-        pull = jax.tree.map(lambda s: amount * jax.nn.sigmoid(s) * jax.nn.sigmoid(-s), state.scores)
+        pull = jax.tree.map(
+            lambda s: jnp.asarray(amount, s.dtype) * jax.nn.sigmoid(s) * jax.nn.sigmoid(-s), state.scores
+        )
         return _stepped(self.optimizer, state, jax.tree.map(jnp.add, _slopes(state, seen), pull))
 
     def scores(self, state: Scores, seen: Context) -> Params:
@@ -205,8 +223,8 @@ def _slopes(state: Scores, seen: Context) -> Params:
 
 def _stepped(optimizer: optax.GradientTransformation, state: Scores, slopes: Params) -> Scores:
     """The scores after a step of their optimizer."""
-    steps, inner = optimizer.update(slopes, state.inner, state.scores)
-    return Scores(optax.apply_updates(state.scores, steps), inner, optax.safe_increment(state.num_updates))
+    scores, inner = stepped(optimizer, slopes, state.inner, state.scores)
+    return Scores(scores, inner, optax.safe_increment(state.num_updates))
 
 
 movement, soft_movement = Movement, SoftMovement

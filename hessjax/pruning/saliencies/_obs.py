@@ -1,12 +1,17 @@
 """Optimal brain surgeon: prune what the loss misses least, and let the other weights make up for it."""
 
+from typing import Literal, TypeAlias
+
 from hessjax._core._types import Relative, Scalar, Tolerance
 from hessjax.pruning.saliencies._saliency import Saliency
 from hessjax.pruning.saliencies._second_order import DiagonalOnly, SecondOrder
 
+Update: TypeAlias = Literal["joint", "greedy", "summed", "none"]
+"""How the kept weights move."""
+
 
 def obs(
-    update: str = "joint",
+    update: Update = "joint",
     damping: Tolerance | Scalar = Relative(0.01),  # noqa: B008 (a value, never changed)
     block_size: int | None = None,
     *,
@@ -76,7 +81,7 @@ def obs(
 
 
 def wood_taylor(
-    update: str = "joint",
+    update: Update = "joint",
     damping: Tolerance | Scalar = Relative(0.01),  # noqa: B008 (a value, never changed)
     block_size: int | None = None,
     *,

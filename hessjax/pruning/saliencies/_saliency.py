@@ -1,5 +1,6 @@
 """What a weight is worth: the contract between scores and pruning, and two rules made one."""
 
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from hessjax._core._messages import checked_instance
 from hessjax._core._types import Block, Params, settings
 from hessjax.pruning.patterns._pattern import Patterns, unstructured
 
@@ -144,9 +146,7 @@ def checked_saliency(argument: str, rule: Any) -> Saliency:
     Raises:
         TypeError: it is no saliency; most often parentheses are missing.
     """
-    if not isinstance(rule, Saliency):
-        raise TypeError(f"`{argument}` must be a `Saliency`, such as `magnitude()`, got {rule!r}.")
-    return rule
+    return checked_instance(argument, rule, Saliency, "magnitude()")
 
 
 @settings(arrays=("choose", "by"))
@@ -225,3 +225,17 @@ class Compensated(Saliency):
 
 
 compensated = Compensated
+
+
+def promoting() -> AbstractContextManager[Any]:
+    """Around what optax computes: its Adam raises a float to an int32, which strict promotion forbids."""
+    return jax.numpy_dtype_promotion("standard")
+
+
+def stepped(
+    optimizer: optax.GradientTransformation, slopes: Params, state: Any, scores: Params
+) -> tuple[Params, Any]:
+    """Scores after a step of their optimizer, and its state."""
+    with promoting():
+        steps, state = optimizer.update(slopes, state, scores)
+        return optax.apply_updates(scores, steps), state

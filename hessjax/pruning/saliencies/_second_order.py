@@ -6,12 +6,11 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from hessjax._core import _tree
-from hessjax._core._messages import checked_count
+from hessjax._core import _numbers, _tree
+from hessjax._core._messages import checked_choice, checked_count, checked_number
 from hessjax._core._types import Amount, Block, Params, Scalar, Tolerance, assign, settings
 from hessjax._fisher import _model, _scores
 from hessjax._fisher._inverse_fisher import InverseFisher, verdict_of
@@ -103,13 +102,16 @@ class SecondOrder(_FromGradients):
     block_size: int | None
     with_slope: bool
 
+    def __repr__(self) -> str:
+        name = "wood_taylor" if self.with_slope else "obs"
+        given = f"{self.update_by!r}, {self.damping}, {self.block_size}"
+        return f"{name}({given}, num_grads={self.num_grads}, batch_size={self.batch_size})"
+
     def __post_init__(self) -> None:
-        if self.update_by not in _MOVES:
-            names = ", ".join(f'"{name}"' for name in _MOVES)
-            raise ValueError(f'`update` must be one of {names}, got "{self.update_by}".')
+        checked_choice("update", self.update_by, _MOVES)
         assign(self, damping=_checked(self.damping))
         _check_counts(num_grads=self.num_grads, block_size=self.block_size)
-        _check_batch_size(self.batch_size)
+        assign(self, batch_size=_checked_batch_size(self.batch_size))
 
     def scores(self, state: Gradients, seen: Context) -> Params:
         """What single weights cost, or groups."""
@@ -139,9 +141,12 @@ class SecondOrder(_FromGradients):
 class DiagonalOnly(_FromGradients):
     """½ w_q² F_qq, without moves."""
 
+    def __repr__(self) -> str:
+        return f"obd(num_grads={self.num_grads}, batch_size={self.batch_size})"
+
     def __post_init__(self) -> None:
         _check_counts(num_grads=self.num_grads)
-        _check_batch_size(self.batch_size)
+        assign(self, batch_size=_checked_batch_size(self.batch_size))
 
     def scores(self, state: Gradients, seen: Context) -> Params:
         """½ w_q² F_qq."""
@@ -168,18 +173,19 @@ def _check_counts(**counts: int | None) -> None:
             checked_count(name, count)
 
 
-def _check_batch_size(batch_size: Any) -> None:
+def _checked_batch_size(batch_size: Any) -> float | int:
     # As of `inverse_fisher`: no integer where gradients are means over a fractional number of examples.
-    if isinstance(batch_size, str) or batch_size is None or not batch_size >= 1:
+    if not checked_number("batch_size", batch_size) >= 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    return batch_size.item() if hasattr(batch_size, "item") else batch_size  # static, hence one that hashes
 
 
 def _checked(damping: Any) -> Amount:
     """λ, an absolute one too as an `Amount`."""
     made = damping if isinstance(damping, Amount) else Amount(damping)
-    if isinstance(made.amount, jax.core.Tracer):
+    if isinstance(checked_number("damping", made.amount, " or `relative(r)`"), jax.core.Tracer):
         return made
-    if np.ndim(made.amount) or isinstance(made.amount, str | None) or not 0 < made.amount < math.inf:
+    if not 0 < made.amount < math.inf:
         raise ValueError(
             f"`damping` must be positive and finite, got {made.amount}: F from few gradients is singular "
             "without."
@@ -220,7 +226,10 @@ def _scored(
 def _with_lost(inverse: InverseFisher, scores: Parts, u: Parts) -> Verdict:
     """A block is also lost if some score is NaN that should not be: its pivot was nothing but rounding."""
     lost = [
-        sum(jnp.any(jnp.isnan(s) & jnp.isfinite(x), axis=-1) for s, x in zip(*part, strict=True)) > 0
+        functools.reduce(
+            jnp.logical_or,
+            [jnp.any(jnp.isnan(s) & jnp.isfinite(x), axis=-1) for s, x in zip(*part, strict=True)],
+        )
         for part in zip(*map(inverse.blocking.coupled, (scores, u)), strict=True)
     ]
     verdict = verdict_of(inverse)
@@ -259,7 +268,10 @@ def _moved(
         moves = tuple(jnp.where(good[:, None], x, 0) for good, part in parts for x in part)
     # A pruned weight keeps its dense copy: the mask is what makes it zero.
     moved = jax.tree.map(
-        lambda w, f, s: jnp.where(f, w + s, w).astype(w.dtype), weights, free, model.blocking.join(moves)
+        lambda w, f, s: jnp.where(f, jnp.add(*_numbers.promoted(w, s)).astype(w.dtype), w),
+        weights,
+        free,
+        model.blocking.join(moves),
     )
     increase = jnp.sum(jnp.concatenate(increases))
     return moved, increase, None if inverse is None else verdict_of(inverse)
@@ -277,7 +289,8 @@ def _diagonal_scores(
     grads: Block, count: Int[Array, ""], active: Params, weights: Params, batch_size: int
 ) -> Params:
     def leaf(m: Array, g: Array, w: Array) -> Array:
-        squares = batch_size * jnp.sum(_tree.wide(g) ** 2, axis=0) / count
+        squares = jnp.sum(_tree.wide(g) ** 2, axis=0)
+        squares = batch_size * squares / count.astype(squares.dtype)
         return jnp.where(m, _tree.wide(w) ** 2 * squares / 2, -jnp.inf)
 
     return jax.tree.map(leaf, active, grads, weights)

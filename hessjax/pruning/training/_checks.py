@@ -6,13 +6,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Int
 
 from hessjax._core import _tree
 from hessjax._core._types import Block, Params
 from hessjax.pruning._ranking import num_set
-from hessjax.pruning.saliencies._saliency import drop_others, is_hole
-from hessjax.pruning.training._state import PruneState
+from hessjax.pruning.saliencies._first_order import Static
+from hessjax.pruning.saliencies._movement import check_optimizer
+from hessjax.pruning.saliencies._saliency import Context, Saliency, drop_others, is_hole
+from hessjax.pruning.training._state import Budget, PruneState
 
 RESTORE = (
     "A checkpoint knows no classes: restore it into `tx.init(params)`, as "
@@ -43,6 +46,14 @@ def checked_dtype(dtype: Any) -> Any:
     if jax.dtypes.canonicalize_dtype(found) != found:
         raise ValueError(f"`dense_dtype` must be one that jax holds, got {found}: set `jax_enable_x64`.")
     return found
+
+
+def checked_inner(inner: Any) -> optax.GradientTransformationExtraArgs:
+    """The optimizer, which takes extra arguments."""
+    if isinstance(inner, optax.MultiSteps):  # which passes extra arguments on only as a transformation
+        inner = inner.gradient_transformation()
+    check_optimizer(inner, "inner")
+    return optax.with_extra_args_support(inner)
 
 
 def check_wide_enough(dense: Params, params: Params) -> None:
@@ -119,6 +130,14 @@ def block_at(params: Params, function: Callable[[Params], Block]) -> Block:
         ) from error
 
 
+def rows_of(block: Block, mask: Params) -> Block:
+    """Gradients of single examples, of the leaves that are pruned."""
+    try:
+        return drop_others(block, mask)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`per_example_grads` must have the structure of `params`: {error}") from None
+
+
 # -- zeros that are none -------------------------------------------------------------------------
 
 
@@ -153,6 +172,11 @@ def num_stuck(before: Params, mask: Params, weights: Params) -> Int[Array, ""]:
     return number
 
 
+def num_nan(scores: Params) -> Int[Array, ""]:
+    """How many are."""
+    return sum((jnp.sum(jnp.isnan(x), dtype=jnp.int32) for x in jax.tree.leaves(scores)), jnp.int32(0))
+
+
 def _not_zero(mask: Any, param: Any) -> Any:
     # Restored ones may be numpy's.
     return mask if is_hole(mask) else jnp.logical_and(jnp.logical_not(mask), jnp.asarray(param) != 0)
@@ -172,11 +196,15 @@ def _where(flags: Params) -> str:
 # -- scores that say nothing ---------------------------------------------------------------------
 
 
-def warn_uninformed(scores: Params, mask: Params) -> None:
+def warn_uninformed(rule: Saliency, state: Any, seen: Context, mask: Params, budget: Budget) -> None:
     """Warn of leaves whose scores are all zero and which lose more than their share for it.
 
     A leaf that begins at zero (a head, the gate of a residual branch, LoRA's B) lies below all others.
     """
+    # Scores that the user gives are meant as they are.
+    if isinstance(rule, Static) or not budget.over_all_leaves:
+        return
+    scores = rule.scores(state, seen)
     leaves = list(zip(_tree.leaf_paths(mask), jax.tree.leaves(scores), jax.tree.leaves(mask), strict=True))
     if any(isinstance(x, jax.core.Tracer) for _, *pair in leaves for x in pair):
         return

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from hessjax._core import _tree
+from hessjax._core import _numbers, _tree
+from hessjax._core._messages import checked_function, checked_number
 from hessjax._core._types import ModelFn, settings
 
 
@@ -69,9 +70,15 @@ class Distillation:
     alpha: float | int = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 < self.temperature < math.inf:
+        for name, form in {
+            "model_fn": "(params, *args) -> logits",
+            "teacher_fn": "(*args) -> logits",
+            "output_loss": "(logits, *args) -> scalar",
+        }.items():
+            checked_function(name, getattr(self, name), form)
+        if not 0 < checked_number("temperature", self.temperature) < math.inf:
             raise ValueError(f"`temperature` must be positive and finite, got {self.temperature}.")
-        if not 0 <= self.alpha <= 1:
+        if not 0 <= checked_number("alpha", self.alpha) <= 1:
             raise ValueError(f"`alpha` must be in [0, 1], the weight of the teacher, got {self.alpha}.")
 
     def __call__(self, params: Any, *args: Any) -> Float[Array, ""]:
@@ -83,6 +90,7 @@ class Distillation:
             teacher = jax.lax.stop_gradient(self.teacher_fn(*args))
             taught = softened_divergence(student, teacher, self.temperature)
         task = self.output_loss(student, *args) if self.alpha < 1 else jnp.zeros(())
+        taught, task = _numbers.promoted(taught, task)
         return self.alpha * taught + (1 - self.alpha) * task
 
 
@@ -97,7 +105,8 @@ def softened_divergence(student: Any, teacher: Any, temperature: float | int) ->
         for z, t in pairs
     ]
     # The gradient of the divergence shrinks by T²: this makes up for it.
-    return temperature**2 * sum((jnp.mean(d) for d in divergences), jnp.zeros(()))
+    means = _numbers.promoted(*map(jnp.mean, divergences))
+    return temperature**2 * sum(means[1:], means[0])
 
 
 distillation = Distillation

@@ -10,21 +10,31 @@ from jaxtyping import Array, Int
 
 from hessjax._core import _tree
 from hessjax._core._axes import is_matrix
+from hessjax._core._messages import check_flags
 from hessjax._core._types import Block, Params, Where
 from hessjax.pruning._ranking import Schedule, cond_now
 from hessjax.pruning.allocations._allocation import AllocationRule, global_threshold
 from hessjax.pruning.allocations._densities import Threshold
 from hessjax.pruning.patterns._pattern import Patterns, unstructured
-from hessjax.pruning.saliencies._first_order import Static
-from hessjax.pruning.saliencies._saliency import Context, Nested, Saliency, checked_saliency, drop_others
+from hessjax.pruning.saliencies._saliency import (
+    Context,
+    Nested,
+    Saliency,
+    checked_saliency,
+    drop_others,
+    promoting,
+)
 from hessjax.pruning.training._checks import (
     block_at,
     check_kind,
     check_update,
     check_wide_enough,
     checked_dtype,
+    checked_inner,
+    num_nan,
     num_stuck,
     num_undone,
+    rows_of,
     warn_uninformed,
 )
 from hessjax.pruning.training._state import (
@@ -79,7 +89,8 @@ def prune(
     - a weight that comes back starts from its dense copy, which `inner` has kept moving (with zero gradient).
 
     Nothing may change the updates after `prune`: in a chain it comes last, and decay, ema, accumulation
-    belong into `inner`. (`optax.MultiSteps` round `prune` is fine: T then counts its emitted updates; inside
+    belong into `inner`; what brings zeros back is an error at the next update, or inside `jit` a number in
+    `PruneState.num_undone`. (`optax.MultiSteps` round `prune` is fine: T then counts its emitted updates; inside
     `prune`, T counts the small steps.)
 
     Args:
@@ -119,8 +130,13 @@ def prune(
             A schedule is tried at `start`, at `start + every · 2ᵏ` up to `stop` (or k = 20) and at `stop`;
             what it gives elsewhere cannot raise inside `jit`: it is taken to the nearest end of [0, 1] and
             stands in `PruneState.sparsity`. By `update`, if `params` is missing or `grads` differs from it in
-            structure.
+            structure, if `state` is not that of this `prune` and these params, or if a pruned weight is not 0.
         TypeError: for a `saliency` that is none; by `init`, if a selected leaf is not floating-point.
+        FloatingPointError: if a weight that is to be pruned is NaN or infinite: nothing added makes it 0.
+
+    Warns:
+        UserWarning: by `init`, if the first mask takes a leaf whose scores are all 0, as those of weights that
+            begin at zero are: set `start`, or an `allocation` by leaves.
 
     Cost:
         Between mask steps a few elementwise operations per selected weight; the ranking runs inside
@@ -142,10 +158,11 @@ def prune(
         Array([[-4.1, -3.1,  0. ,  0. ],
                [ 0. ,  0. ,  1.9,  2.9]], dtype=float32)
     """
+    check_flags(regrow=regrow, straight_through=straight_through)
     rule = _Pruning(
         steps=MaskSteps(every, start, stop),
         budget=Budget(sparsity, allocation, pattern),
-        inner=_with_extra_args(inner),
+        inner=checked_inner(inner),
         saliency=checked_saliency("saliency", saliency),
         where=where,
         regrow=regrow,
@@ -195,9 +212,7 @@ class _Pruning:
         if self.steps.start == 0 and not compensates:
             seen = Context(dense, full, count, pattern=self.budget.pattern)
             choice = self._choose(scorer, seen)
-            # Scores that the user gives are meant as they are.
-            if self.budget.over_all_leaves and not isinstance(self.saliency, Static):
-                warn_uninformed(self.saliency.scores(scorer, seen), choice.mask)
+            warn_uninformed(self.saliency, scorer, seen, choice.mask, self.budget)
         inner = self.inner.init(params if self.dense_dtype is None else on_selected(second, params, dense))
         return self._state(count, inner, dense, scorer, choice)
 
@@ -226,11 +241,13 @@ class _Pruning:
         if per_example_grads is not None:
             extra["per_example_grads"] = per_example_grads  # for a `prune` inside
         through = self._masked_grads(grads, state, weights)
-        steps, inner = self.inner.update(through, state.inner, weights, **extra)
+        with promoting():
+            steps, inner = self.inner.update(through, state.inner, weights, **extra)
+            moved = optax.apply_updates(weights, steps)
         if self.dense_dtype is not None:
             inner = in_dtypes_of(state.inner, inner)
         # Scores learn at the weights that the gradient belongs to, and rank those after the step.
-        before, dense = (drop_others(x, state.mask) for x in (weights, optax.apply_updates(weights, steps)))
+        before, dense = (drop_others(x, state.mask) for x in (weights, moved))
         block = None if callable(per_example_grads) else per_example_grads
         seen = self._seen(before, state.mask, count, grads, block)
         scorer = self.saliency.update(state.saliency, seen)
@@ -267,13 +284,13 @@ class _Pruning:
         self, weights: Params, mask: Params, count: Int[Array, ""], grads: Params, block: Block | None
     ) -> Context:
         """What the saliency gets to see of it: the leaves that are pruned."""
-        rows = None if block is None else _rows(block, mask)
+        rows = None if block is None else rows_of(block, mask)
         return Context(weights, mask, count, drop_others(grads, mask), rows, self.budget.pattern)
 
     def _choose(self, scorer: Any, seen: Context) -> Choice:
         """A mask step."""
         order = self.saliency.change.order(self.saliency.scores(scorer, seen), seen)
-        num_nan = _num_nan(order)  # before those of weights that never come back are overwritten
+        bad = num_nan(order)  # before those of weights that never come back are overwritten
         if not self.regrow:
             order = NESTED.order(order, seen)
         mask, asked = self.budget.mask(order, seen.step)
@@ -281,7 +298,7 @@ class _Pruning:
         if not self.regrow:
             mask = NESTED.settle(mask, order, seen)
         stuck = num_stuck(seen.mask, mask, seen.weights)
-        choice = Choice(mask, jnp.asarray(asked, jnp.float32), num_nan, stuck)
+        choice = Choice(mask, jnp.asarray(asked, jnp.float32), bad, stuck)
         if not self.saliency.compensates:
             return choice
         moved, increase = self.saliency.compensate(scorer, seen, mask)
@@ -298,23 +315,5 @@ class _Pruning:
     ) -> PruneState:
         """The state, without a dense copy where zeros never come back."""
         kept = dense if self.regrow else None
-        mask, sparsity, num_nan, num_undone, _, increase = choice
-        return PruneState(count, inner, kept, mask, scorer, sparsity, num_nan, num_undone, increase)
-
-
-def _with_extra_args(inner: Any) -> optax.GradientTransformationExtraArgs:
-    if isinstance(inner, optax.MultiSteps):  # which passes extra arguments on only as a transformation
-        inner = inner.gradient_transformation()
-    return optax.with_extra_args_support(inner)
-
-
-def _rows(block: Block, mask: Params) -> Block:
-    """Gradients of single examples, of the leaves that are pruned."""
-    try:
-        return drop_others(block, mask)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"`per_example_grads` must have the structure of `params`: {error}") from None
-
-
-def _num_nan(scores: Params) -> Int[Array, ""]:
-    return sum((jnp.sum(jnp.isnan(x), dtype=jnp.int32) for x in jax.tree.leaves(scores)), jnp.int32(0))
+        mask, sparsity, bad, undone, _, increase = choice
+        return PruneState(count, inner, kept, mask, scorer, sparsity, bad, undone, increase)

@@ -10,18 +10,24 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from hessjax._core import _tree
-from hessjax._core._messages import checked_count
+from hessjax._core import _numbers, _tree
+from hessjax._core._messages import checked_count, checked_instance, checked_schedule
 from hessjax._core._types import Params, Where
 from hessjax.pruning._ranking import Schedule, check_sparsity
-from hessjax.pruning.allocations._allocation import AllocationRule, GlobalThreshold
+from hessjax.pruning.allocations._allocation import (
+    AllocationRule,
+    GlobalThreshold,
+    allocated,
+    check_allocation,
+)
 from hessjax.pruning.allocations._densities import ByCurvature, Threshold
-from hessjax.pruning.patterns._pattern import Patterns
+from hessjax.pruning.patterns._pattern import Patterns, check_pattern
 from hessjax.pruning.saliencies._saliency import is_hole
 
 
 def copy_selected(params: Params, where: Where, dtype: Any = None) -> Params:
     """Copies of the selected leaves: the loop may donate params and state to one jitted step."""
+    _tree.check_leaves(params)
     hits = _tree.match(params, where)
     selected = jax.tree.map(lambda x, hit: x if hit else optax.MaskedNode(), params, hits)
     _tree.check_floating(selected, "params[where]")
@@ -35,7 +41,7 @@ def on_selected(f: Callable[..., Array], tree: Params, mask: Params, *rest: Para
 
 def times(x: Any, gate: Any) -> Array:
     """The product with a gate; 0 behind a shut one, whatever comes in."""
-    return jnp.where(gate == 0, 0, x * gate)
+    return jnp.where(gate == 0, 0, _tree.times(x, gate))
 
 
 def unmask(param: Any, mask: Any, dense: Any) -> Array:
@@ -61,7 +67,7 @@ def land(step: Any, mask: Any, dense: Any, param: Any) -> Array:
     exception: a weight that jumps over zero exactly onto a power of two can land one unit in the last place
     beside it.) Returning u itself would keep one more array alive between this step and the ranking.
     """
-    dtype = jnp.promote_types(step.dtype, param.dtype)
+    dtype = _numbers.common_dtype(step.dtype, param.dtype)
     return masked(dense, mask).astype(param.dtype).astype(dtype) - param.astype(dtype)
 
 
@@ -187,7 +193,13 @@ class Budget:
     pattern: Patterns
 
     def __post_init__(self) -> None:
-        if not callable(self.sparsity) and not isinstance(self.sparsity, Threshold):
+        check_pattern(self.pattern)
+        check_allocation(self.allocation)
+        if isinstance(self.sparsity, type):
+            checked_instance("sparsity", self.sparsity, Threshold, "threshold(level)")
+        if not isinstance(self.sparsity, Threshold) and not callable(
+            checked_schedule("sparsity", self.sparsity)
+        ):
             check_sparsity(self.sparsity)
 
     @property
@@ -206,7 +218,7 @@ class Budget:
         asked = self.sparsity(step) if callable(self.sparsity) else self.sparsity
         if not isinstance(asked, jax.core.Tracer):
             check_sparsity(asked, f" at step {step}")
-        return self.allocation(order, asked, self.pattern), asked
+        return allocated(self.allocation, order, asked, self.pattern), asked
 
     def check(self, weights: Params, steps: MaskSteps) -> None:
         """Raise now what a mask step inside `jit` could not."""
@@ -217,7 +229,7 @@ class Budget:
         # The most zeros are the hardest to place: whatever allows them allows fewer.
         most = max(self._scheduled(steps)) if callable(self.sparsity) else self.sparsity
         # Traced and not run: only its errors are wanted.
-        jax.eval_shape(lambda scores: self.allocation(scores, most, self.pattern), weights)
+        jax.eval_shape(lambda scores: allocated(self.allocation, scores, most, self.pattern), weights)
 
     def check_first(self, start: int, compensates: bool) -> None:
         """Raise a ValueError if zeros are asked for before any gradient has been seen."""
@@ -254,17 +266,16 @@ class Budget:
 def _check_levels(level: Any, steps: MaskSteps) -> None:
     """Raise a ValueError for a schedule of thresholds that gives NaN."""
     some = steps.some()
-    for value, step in zip(_values(level, some) if callable(level) else [], some, strict=False):
+    for value, step in zip(_values(level, some, "level") if callable(level) else [], some, strict=False):
         if math.isnan(value):
             raise ValueError(f"`level` must give numbers, got NaN from the schedule at step {step}.")
 
 
-def _values(schedule: Any, steps: list[int]) -> list[float]:
+def _values(schedule: Any, steps: list[int], argument: str = "sparsity") -> list[float]:
     """A schedule at these steps, as numbers even where `init` itself is being traced."""
     with jax.ensure_compile_time_eval():
         compiled = jax.jit(schedule)
-        found = [compiled(jnp.asarray(step, jnp.int32)) for step in steps]
-        for value in found:
-            if jnp.shape(value) or not hasattr(value, "dtype"):
-                raise TypeError(f"A schedule must give one number at every step, got {value}.")
-        return [float(value) for value in found]
+        try:
+            return [float(compiled(jnp.asarray(step, jnp.int32))) for step in steps]
+        except TypeError as error:
+            raise TypeError(f"`{argument}` must give one number for every step, but {error}") from error

@@ -120,13 +120,13 @@ def test_an_unreachable_traced_sparsity_stops_at_the_floors(scores):
 
 
 MAKERS = {
-    "GlobalThreshold(floor=0.05)": hj.allocations.global_threshold,
-    "GlobalThreshold(floor=0.1)": lambda: hj.allocations.global_threshold(floor=0.1),
-    "Uniform()": hj.allocations.uniform,
-    "ErdosRenyi()": hj.allocations.erdos_renyi,
-    "Explicit(sparsities={'a': 0.5})": lambda: hj.allocations.explicit({"a": 0.5}),
-    "ByCurvature(curvature={'a': 0.5}, floor=0.05)": lambda: hj.allocations.by_curvature({"a": 0.5}),
-    "Threshold(level=0.1, least=0.005)": lambda: hj.allocations.threshold(0.1),
+    "global_threshold(floor=0.05)": hj.allocations.global_threshold,
+    "global_threshold(floor=0.1)": lambda: hj.allocations.global_threshold(floor=0.1),
+    "uniform()": hj.allocations.uniform,
+    "erdos_renyi()": hj.allocations.erdos_renyi,
+    "explicit(sparsities={'a': 0.5})": lambda: hj.allocations.explicit({"a": 0.5}),
+    "by_curvature(curvature={'a': 0.5}, floor=0.05)": lambda: hj.allocations.by_curvature({"a": 0.5}),
+    "threshold(level=0.1, least=0.005)": lambda: hj.allocations.threshold(0.1),
 }
 
 

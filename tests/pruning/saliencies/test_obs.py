@@ -298,7 +298,7 @@ def linear_problem():
 
 
 def squares(params, x):
-    return jnp.mean(jnp.sum((x @ params["w"] + params["b"] - jnp.tanh(x[:, :3])) ** 2, axis=1))
+    return jnp.mean(jnp.sum((x @ params["w"] + params["b"][None] - jnp.tanh(x[:, :3])) ** 2, axis=1))
 
 
 def run(tx, steps, jit=True, per_example=False):
@@ -361,7 +361,7 @@ def test_nothing_can_be_pruned_before_a_gradient():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"update": "best"}, '`update` must be one of "joint", "greedy", "summed", "none", got "best".'),
+        ({"update": "best"}, "`update` must be one of 'joint', 'greedy', 'summed', 'none', got 'best'."),
         ({"damping": 0.0}, "`damping` must be positive and finite, got 0.0"),
         ({"damping": jnp.float32(-1.0)}, "`damping` must be positive and finite, got -1.0"),
         ({"block_size": 0}, "`block_size` must be at least 1, got 0."),
@@ -369,6 +369,7 @@ def test_nothing_can_be_pruned_before_a_gradient():
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0."),
     ],
 )
+@pytest.mark.usefixtures("untyped")
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         hj.saliencies.obs(**arguments)

@@ -68,12 +68,12 @@ def test_other_settings_are_not_equal():
 @pytest.mark.parametrize(
     ("rule", "text"),
     [
-        (hj.saliencies.magnitude(), "Magnitude()"),
-        (hj.saliencies.gradient(0.5), "Gradient(decay=0.5)"),
-        (hj.saliencies.rigl(0.3), "Rigl(fraction=0.3, score=Magnitude())"),
+        (hj.saliencies.magnitude(), "magnitude()"),
+        (hj.saliencies.gradient(0.5), "gradient(decay=0.5)"),
+        (hj.saliencies.rigl(0.3), "rigl(fraction=0.3, score=magnitude())"),
         (
             hj.saliencies.compensated(hj.saliencies.gradient(), by=hj.saliencies.obd()),
-            "Compensated(choose=Gradient(decay=0.9), by=",
+            "compensated(choose=gradient(decay=0.9), by=",
         ),
     ],
 )

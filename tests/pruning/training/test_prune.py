@@ -40,8 +40,8 @@ def make_params(dtype=jnp.float32):
 
 
 def loss(params, x):
-    h = jnp.tanh(x @ params["one"]["kernel"] + params["one"]["bias"])
-    y = (h @ params["two"]["kernel"] + params["two"]["bias"]) * params["scale"]
+    h = jnp.tanh(x @ params["one"]["kernel"] + params["one"]["bias"][None])
+    y = (h @ params["two"]["kernel"] + params["two"]["bias"][None]) * params["scale"]
     return jnp.mean((y - jnp.sin(x[:, :3])) ** 2).astype(jnp.float32)
 
 

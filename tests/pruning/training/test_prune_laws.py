@@ -62,7 +62,7 @@ def make_params(dtype=jnp.float32):
 
 
 def loss(params, x):
-    h = jnp.tanh(x @ params["one"] + params["bias"])
+    h = jnp.tanh(x @ params["one"] + params["bias"][None])
     y = jnp.concatenate([h, x[:, :2]], axis=1) @ params["two"]
     return jnp.mean((y - jnp.sin(x[:, :4])) ** 2).astype(jnp.float32)
 

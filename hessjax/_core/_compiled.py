@@ -1,0 +1,102 @@
+"""`jax.jit` for what is given functions: of those made anew, as closures are, only a few are remembered."""
+
+import dataclasses
+import functools
+import inspect
+import types
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.tree_util import Partial
+
+KEPT = 8
+"""How many functions made anew a step stays compiled for: each holds its arrays and up to a megabyte."""
+
+
+class Compiled:
+    """`jax.jit(function, **options)` for positional arguments, some of them functions within a `Partial`.
+
+    jax remembers by function what it compiled, and for ever. That serves a loss which a module defines. One
+    that is defined in a call, such as a lambda over a batch, is another function at every call: with its
+    arrays and its code it would stay though nobody can call it again. So each of those has a `jax.jit` to
+    itself, and the last few of these are kept.
+    """
+
+    def __init__(self, function: Callable[..., Any], **options: Any) -> None:
+        functools.update_wrapper(self, function)
+        self._function, self._options = function, options
+        self._lasting = jax.jit(function, **options)
+        self._passing: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+
+    def __call__(self, *args: Any) -> Any:
+        """What the function returns."""
+        functions: list[Any] = []
+        # Out of the arguments: jax has caches of their structures that are nobody's to clear.
+        emptied = _emptied(args, functions)
+        return self._for(tuple(functions))(*emptied) if functions else self._lasting(*args)
+
+    def _for(self, functions: tuple[Any, ...]) -> Any:
+        jitted = self._passing.pop(functions, None)
+        # In the order of use: the first is the one that was not asked for the longest.
+        self._passing[functions] = jitted = self._jit(functions) if jitted is None else jitted
+        while len(self._passing) > KEPT:
+            self._passing.popitem(last=False)[1].clear_cache()
+        return jitted
+
+    def _jit(self, functions: tuple[Any, ...]) -> Any:
+        # A function of its own, since jax files what it compiles by function: both go together.
+        own = functools.wraps(self._function)(lambda *args: self._function(*_filled(args, functions)))
+        return jax.jit(own, **self._options)
+
+
+def compiled(**options: Any) -> Callable[[Callable[..., Any]], Compiled]:
+    """`Compiled` with these options of `jax.jit`, as a decorator."""
+    return functools.partial(Compiled, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slot:
+    """Where a function was: its number."""
+
+    number: int
+
+    def __call__(self, *args: Any) -> Any:
+        raise AssertionError("a slot is filled before it is called")
+
+
+def _emptied(x: Any, functions: list[Any]) -> Any:
+    """With slots in the place of functions that no module holds, which go to the end of the list."""
+
+    def empty(function: Any) -> Any:
+        if not _is_made_anew(function):
+            return function
+        functions.append(function)
+        return _Slot(len(functions) - 1)
+
+    return _replaced(x, empty)
+
+
+def _filled(x: Any, functions: tuple[Any, ...]) -> Any:
+    """With these functions in their slots."""
+    return _replaced(x, lambda f: functions[f.number] if isinstance(f, _Slot) else f)
+
+
+def _replaced(x: Any, change: Callable[[Any], Any]) -> Any:
+    """With what all `Partial`s call changed; they may stand in tuples, and in each other."""
+    if isinstance(x, Partial):
+        inside = [_replaced(y, change) for y in x.args]
+        return Partial(change(x.func), *inside, **x.keywords)
+    if type(x) is tuple or type(x) is list:
+        return type(x)(_replaced(y, change) for y in x)
+    return x
+
+
+def _is_made_anew(function: Any) -> bool:
+    """Whether it was defined, or bound to what it is to know, in a call."""
+    function = getattr(function, "fun", function)  # jax's own cover of a `functools.partial`
+    if isinstance(function, (functools.partial, types.MethodType)):
+        return True
+    found = inspect.unwrap(function)
+    return isinstance(found, types.FunctionType) and "<locals>" in found.__qualname__

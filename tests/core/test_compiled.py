@@ -1,0 +1,65 @@
+"""What stays of losses and matvecs that are made anew: a few of them, however many there were."""
+
+import gc
+import weakref
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import hessjax as hj
+from hessjax._core._compiled import KEPT, compiled
+
+KEY, W = jax.random.key(0), jnp.array([1.0, 2.0, 3.0])
+NEW = KEPT + 3
+
+
+class Held:
+    """An array in a closure, of which one can see that it is gone."""
+
+    def __init__(self, number):
+        self.array = number * jnp.ones(3)
+
+
+def quadratic(held):
+    return lambda w, *args: jnp.sum(held.array * w**2) / 2
+
+
+CALLS = {
+    "hessian": lambda f: hj.hessian(f, W)(W),
+    "linearize": lambda f: hj.hessian(f, W, linearize=True)(W),
+    "ggn": lambda f: hj.ggn(lambda w: w, f, W)(W),
+    "per-example gradients": lambda f: hj.per_example_grads(f, W, jnp.ones((2, 1))),
+    "empirical Fisher in parts": lambda f: hj.empirical_fisher(f, W, jnp.ones((2, 1)), microbatch=1)(W),
+    "batches": lambda f: hj.over_batches(lambda x: hj.hessian(f, W, x), [jnp.ones(1)])(W),
+    "a run on the host": lambda f: hj.trace(lambda v: jax.grad(f)(v), KEY, W, 2),
+    "a run on the device": lambda f: hj.trace(lambda v: jax.grad(f)(v), KEY, W, 2, on_device=True),
+    "solve": lambda f: hj.solve(hj.hessian(f, W), W, max_matvecs=2),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_functions_made_anew_go(call):
+    seen = []
+    for number in range(1, NEW + 1):
+        held = Held(float(number))
+        seen.append(weakref.ref(held))
+        jax.block_until_ready(CALLS[call](quadratic(held)))
+        del held
+    gc.collect()
+    assert sum(ref() is not None for ref in seen) <= KEPT + 1
+
+
+def test_a_function_that_is_used_again_is_compiled_once(compilations):
+    f, other = quadratic(Held(2.0)), jnp.zeros(3)
+    hj.hessian(f, W)(W)
+    del compilations[:]
+    assert hj.hessian(f, other)(W).tolist() == [2.0, 4.0, 6.0]
+    assert not compilations
+
+
+def test_what_was_let_go_is_compiled_again():
+    step = compiled(static_argnums=0)(lambda power, f, x: f(x) ** power)
+    functions = [jax.tree_util.Partial(lambda x, n=n: n * x) for n in range(KEPT + 1)]
+    for _ in range(2):
+        assert [float(step(2, f, 1.0)) for f in functions] == [n**2 for n in range(KEPT + 1)]
