@@ -89,9 +89,9 @@ def prune(
     - a weight that comes back starts from its dense copy, which `inner` has kept moving (with zero gradient).
 
     Nothing may change the updates after `prune`: in a chain it comes last, and decay, ema, accumulation
-    belong into `inner`; what brings zeros back is an error at the next update, or inside `jit` a number in
-    `PruneState.num_undone`. (`optax.MultiSteps` round `prune` is fine: T then counts its emitted updates; inside
-    `prune`, T counts the small steps.)
+    belong into `inner`; a pruned weight that is not 0 is an error at the next update, or inside `jit` a
+    number in `PruneState.num_undone`. (`optax.MultiSteps` round `prune` is fine: T then counts its emitted
+    updates; inside `prune`, T counts the small steps.)
 
     Args:
         inner: the optimizer. Its state may hold anything; its weight decay sees the dense weights.
@@ -130,13 +130,13 @@ def prune(
             A schedule is tried at `start`, at `start + every · 2ᵏ` up to `stop` (or k = 20) and at `stop`;
             what it gives elsewhere cannot raise inside `jit`: it is taken to the nearest end of [0, 1] and
             stands in `PruneState.sparsity`. By `update`, if `params` is missing or `grads` differs from it in
-            structure, if `state` is not that of this `prune` and these params, or if a pruned weight is not 0.
+            structure, if `state` is not that of this `prune` and these params, if a pruned weight is not 0.
         TypeError: for a `saliency` that is none; by `init`, if a selected leaf is not floating-point.
         FloatingPointError: if a weight that is to be pruned is NaN or infinite: nothing added makes it 0.
 
     Warns:
-        UserWarning: by `init`, if the first mask takes a leaf whose scores are all 0, as those of weights that
-            begin at zero are: set `start`, or an `allocation` by leaves.
+        UserWarning: by `init`, if the first mask takes a leaf whose scores are all 0, as of weights that begin
+            at zero: set `start`, or an `allocation` by leaves.
 
     Cost:
         Between mask steps a few elementwise operations per selected weight; the ranking runs inside

@@ -13,6 +13,8 @@ from flax.training.train_state import TrainState
 
 import hessjax as hj
 
+pytestmark = pytest.mark.promotes  # transformations of optax that run by themselves
+
 STEPS = 6
 RAMP = lambda t: 0.1 * jnp.minimum(t, 5)
 KERNELS = ("body", "head")

@@ -143,6 +143,7 @@ def test_zeros_are_exact_and_as_many_as_asked(name):
     assert expected == round(0.8 * 56)  # the last mask step is `stop`, although (9 - 2) % 4 != 0
 
 
+@pytest.mark.promotes
 @pytest.mark.parametrize("name", sorted(INNER.keys() - {"accumulated"}))
 def test_without_zeros_it_is_the_inner_optimizer_bit_for_bit(name):
     """Operation for operation; under `jit` XLA may contract a·b + c in one program and not in the other."""
@@ -157,6 +158,7 @@ def test_without_zeros_it_is_the_inner_optimizer_bit_for_bit(name):
     assert_trees_equal(params, params_)
 
 
+@pytest.mark.promotes
 @pytest.mark.parametrize("name", ["sgd", "adamw", "lion", "ema"])
 def test_other_leaves_train_as_if_prune_were_not_there(name):
     """Given the same gradients: the inner optimizer alone, on the other leaves alone."""
@@ -194,6 +196,7 @@ def test_float64_params_land_exactly(x64):
         np.testing.assert_array_equal(p, np.where(m, d, 0))
 
 
+@pytest.mark.promotes
 def test_an_update_narrower_than_the_params_still_cancels():
     to_bf16 = optax.stateless(lambda u, _: jax.tree.map(lambda x: x.astype(jnp.bfloat16), u))
     tx = hj.prune(optax.chain(optax.sgd(0.1), to_bf16), hj.saliencies.magnitude(), 0.5)
@@ -300,6 +303,7 @@ def test_inside_a_chain():
     assert int((~kernels(hj.mask_of(state))[0]).sum() + (~kernels(hj.mask_of(state))[1]).sum()) == 28
 
 
+@pytest.mark.promotes
 def test_inside_multisteps_it_counts_emitted_updates():
     tx = optax.MultiSteps(hj.prune(optax.adam(0.02), hj.saliencies.magnitude(), 0.5, start=2, every=2), 3)
     zeros = [num_zeros(params) for _, params, _ in train(tx, make_params(), 9, jit=True)]
@@ -492,6 +496,7 @@ class Net(nn.Module):
         return nn.Dense(3)(nn.tanh(nn.Dense(7)(x)))
 
 
+@pytest.mark.promotes
 def test_a_linen_train_state_loop():
     def fit(tx):
         net = Net()
@@ -515,6 +520,7 @@ def test_a_linen_train_state_loop():
     )
 
 
+@pytest.mark.promotes
 def test_an_nnx_optimizer_loop():
     def fit(tx):
         rngs = nnx.Rngs(0)
