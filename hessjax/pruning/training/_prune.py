@@ -135,8 +135,8 @@ def prune(
         FloatingPointError: if a weight that is to be pruned is NaN or infinite: nothing added makes it 0.
 
     Warns:
-        UserWarning: by `init`, if the first mask takes a leaf whose scores are all 0, as of weights that begin
-            at zero: set `start`, or an `allocation` by leaves.
+        UserWarning: by `init`, if the first mask takes a leaf whose scores are all 0, as of weights that
+            begin at zero: set `start`, or an `allocation` by leaves.
 
     Cost:
         Between mask steps a few elementwise operations per selected weight; the ranking runs inside
