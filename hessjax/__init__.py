@@ -63,8 +63,8 @@ from hessjax.pruning import saliencies as saliencies
 from hessjax.pruning._once import Pruned as Pruned
 from hessjax.pruning._once import prune_once as prune_once
 from hessjax.pruning.training._distillation import distillation as distillation
+from hessjax.pruning.training._masks import mask_of as mask_of
 from hessjax.pruning.training._prune import prune as prune
-from hessjax.pruning.training._state import mask_of as mask_of
 from hessjax.recipes._recipe import Recipe as Recipe
 from hessjax.recipes._recipe import load_recipe as load_recipe
 from hessjax.solvers._conjugate_gradient import solve as solve

@@ -72,7 +72,7 @@ def prune_once(
     """Prune a trained network without training: remove the least salient weights, and move the others.
 
     With `recomputes=R` the density shrinks by the same factor R times, and the gradients are taken anew at
-    the pruned params each time. What is zero already stays zero.
+    the pruned params each time. What is zero already stays zero, and is False in the mask.
 
     Args:
         params: pytree of real floating-point arrays, trained.
@@ -94,7 +94,7 @@ def prune_once(
 
     Returns:
         The pruned params, the mask and the predicted increase of the loss. Exactly `round(sparsity · n)`
-        places of the n selected are False in the mask (under `global_threshold`).
+        places of the n selected are False in the mask (under `global_threshold`); more if more were zero.
 
     Raises:
         TypeError: for a `saliency` that is none.
@@ -138,8 +138,8 @@ def prune_once(
         with _numbers.meant():  # NaN without a `loss_fn`
             steps.append(PruneStep(targets.pop(0), best.increase, best.loss - point.loss))
         point = _Point(best.weights, jax.tree.map(jnp.logical_and, point.active, best.mask), best.loss)
-    _check_finite(point.weights)
-    mask = jax.tree.map(lambda m: jnp.asarray(True) if is_hole(m) else m, best.mask, is_leaf=is_hole)
+    _check_finite(point.weights, weights)
+    mask = jax.tree.map(lambda m: jnp.asarray(True) if is_hole(m) else m, point.active, is_leaf=is_hole)
     with _numbers.meant():  # NaN without a prediction
         predicted = jnp.sum(jnp.stack([step.predicted_increase for step in steps]))
     rise = None if loss_fn is None else point.loss - start
@@ -224,7 +224,7 @@ class _Task:
         _check_scores(scores, active)
         # What is zero already is ranked below everything, whatever a rule says of it: it stays zero.
         order = jax.tree.map(lambda s, a: jnp.where(a, s, -jnp.inf), scores, active)
-        mask = allocated(self.allocation, order, target, self.pattern)
+        mask = rule.change.settle(allocated(self.allocation, order, target, self.pattern), scores, seen)
         moved, increase = weights, _numbers.unknown()
         if rule.compensates:
             moved, increase = rule.compensate(state, seen, mask)
@@ -291,19 +291,16 @@ def _check_loss(rules: Sequence[Saliency], loss_fn: Any, max_ratio: float | int 
         raise ValueError(
             f"`loss_fn` must be given to choose between several saliencies, of which there are {len(rules)}."
         )
-    if max_ratio is None:
-        return
-    if not checked_number("max_ratio", max_ratio) > 1:
+    if max_ratio is not None and not checked_number("max_ratio", max_ratio) > 1:
         raise ValueError(f"`max_ratio` must be above 1, of realised to predicted increase, got {max_ratio}.")
-    if loss_fn is None:
+    if max_ratio is not None and loss_fn is None:
         raise ValueError("`loss_fn` must be given for a `max_ratio`, to measure what a step does.")
-    if not all(rule.compensates for rule in rules):
+    if max_ratio is not None and not all(rule.compensates for rule in rules):
         raise ValueError("`saliency` must predict an increase for a `max_ratio`, as `obs()` and `obd()` do.")
 
 
 def _check_scores(scores: Params, active: Params) -> None:
-    pairs = list(zip(jax.tree.leaves(scores), jax.tree.leaves(active), strict=True))
-    bad = sum(jnp.sum(jnp.isnan(s) & a) for s, a in pairs)
+    bad = sum(jax.tree.leaves(jax.tree.map(lambda s, a: jnp.sum(jnp.isnan(s) & a), scores, active)))
     if not isinstance(bad, jax.core.Tracer) and bad > 0:
         raise FloatingPointError(
             f"`saliency` must give every weight a score, got NaN for {int(bad)}: weights or gradients are "
@@ -311,12 +308,17 @@ def _check_scores(scores: Params, active: Params) -> None:
         )
 
 
-def _check_finite(current: Params) -> None:
-    leaves = jax.tree.leaves(current)
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
-        return
-    if not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in leaves):
+def _check_finite(current: Params, given: Params) -> None:
+    if found := _not_finite(current):
+        if before := ", ".join(_not_finite(given)):
+            raise FloatingPointError(f"`params` must be finite, got NaN or infinities in {before}.")
         raise FloatingPointError(
-            "The pruned weights are not finite: F + λI was not positive definite in this precision, or the "
-            "gradients were not finite. Raise the saliency's `damping`."
+            f"The pruned weights of {', '.join(found)} are not finite: F + λI was not positive definite in "
+            "this precision, or the gradients were not finite. Raise the saliency's `damping`."
         )
+
+
+def _not_finite(tree: Params) -> list[str]:
+    """The leaves that hold NaN or infinities; none inside `jit`."""
+    pairs = zip(_tree.leaf_paths(tree), jax.tree.leaves(tree), strict=True)
+    return [p for p, x in pairs if not isinstance(x, jax.core.Tracer) and not bool(jnp.isfinite(x).all())]

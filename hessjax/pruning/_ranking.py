@@ -144,12 +144,12 @@ def _largest(count_below: Callable[[Array], Array], n: Array, bits: Any, dtype: 
 
 def _count(flags: Sequence[Array], n: Array, sizes: Array | None) -> Array:
     """What the set flags count for: over all arrays for a scalar n, in each for a vector."""
-    counts = jnp.stack([_num_set(flag) for flag in flags])
+    counts = jnp.stack([num_set(flag) for flag in flags])
     counts = counts if sizes is None else counts * sizes
     return counts if n.ndim else jnp.sum(counts, dtype=jnp.int32)
 
 
-def _num_set(flags: Array) -> Array:
+def num_set(flags: Array) -> Array:
     """How many are set; along one axis in 16 bits first.
 
     On a CPU, XLA writes out what it is going to sum: in 32 bits two fifths of a ranking's time go there.

@@ -5,6 +5,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from oracles import CONTAINERS, leaves
 
@@ -276,3 +277,35 @@ def test_a_group_that_cannot_be_halved_goes_as_it_is():
     )
     assert len(found.steps) == 2
     np.testing.assert_array_equal(np.asarray(found.params["w"] == 0).sum(axis=1), [4, 4, 0])
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [hj.patterns.unstructured(), hj.patterns.n_of_m(2, 4), hj.patterns.rows(), hj.patterns.blocks((2, 2))],
+    ids=["unstructured", "2:4", "rows", "blocks"],
+)
+@pytest.mark.parametrize("recomputes", [1, 2])
+def test_fewer_zeros_than_there_are_leave_all_of_them(pattern, recomputes):
+    """What was zero is False in the mask, and a ticket of it revives nothing, however sparse it is to be."""
+    params = {"k": jax.random.normal(jax.random.key(0), (8, 8)), "one": jnp.ones((4, 4)).at[0].set(0)}
+    half = hj.prune_once(params, hj.saliencies.magnitude(), 0.5, pattern=pattern).params
+    less = hj.prune_once(half, hj.saliencies.magnitude(), 0.25, pattern=pattern, recomputes=recomputes)
+    for name, mask in less.mask.items():
+        assert not np.any(np.asarray(mask) & (np.asarray(half[name]) == 0))
+        np.testing.assert_array_equal(less.params[name] != 0, mask)
+    for regrow in (True, False):
+        tx = hj.prune(optax.sgd(0.1), hj.saliencies.static(less.mask), 0.25, regrow=regrow, every=1)
+        updates, state = tx.update(jax.tree.map(jnp.ones_like, half), tx.init(half), half)
+        found = optax.apply_updates(half, updates)
+        for name, mask in less.mask.items():
+            assert not np.any((np.asarray(found[name]) != 0) & ~np.asarray(mask))
+            np.testing.assert_array_equal(state.mask[name] & ~mask, False)
+    again = hj.prune_once(params, hj.saliencies.static(less.mask), 0.25)
+    assert not np.any(np.asarray(again.params["k"] != 0) & ~np.asarray(less.mask["k"]))
+
+
+def test_scores_given_as_numbers_are_only_ranked():
+    """Zeros among numbers are scores as others: only a mask of bools says what must go."""
+    scores = {"k": jnp.array([[0.0, 0.0, 1.0, 2.0]])}
+    pruned = hj.prune_once({"k": jnp.ones((1, 4))}, hj.saliencies.static(scores), 0.25)
+    assert pruned.mask["k"].tolist() == [[False, True, True, True]]

@@ -311,7 +311,7 @@ class Threshold:
     least: float | int = 0.005
 
     def __post_init__(self) -> None:
-        if not callable(checked_schedule("level", self.level)) and self.level != self.level:
+        if not callable(level := checked_schedule("level", self.level)) and not math.isfinite(level):
             raise ValueError(f"`level` must be a number or a schedule, got {self.level}.")
         if not 0 <= checked_number("least", self.least) <= 1:
             raise ValueError(f"`least` must be in [0, 1], the share of a leaf that stays, got {self.least}.")
@@ -322,9 +322,11 @@ class Threshold:
         """The mask at T = `step`, and the sparsity it comes to."""
         level = self.level(step) if callable(self.level) else float(self.level)
         units = units_of(scores, pattern)
-        # `not above` rather than `at most`: a NaN goes first, as in every ranking.
+        # `not above` rather than `at most`: a NaN goes first, as in every ranking. A level that is NaN, as a
+        # schedule may give inside `jit`, prunes nothing, and shows in the sparsity.
+        some = ~jnp.isnan(level)
         low = [
-            jnp.sum(~(x > level) & (True if free is None else free), dtype=jnp.int32)
+            jnp.sum(~(x > level) & (some if free is None else some & free), dtype=jnp.int32)
             for x, free in zip(units.scores, units.free, strict=True)
         ]
         counts = zip(units.counts, units.most, strict=True)
@@ -332,7 +334,8 @@ class Threshold:
         zeros = [jnp.minimum(number, cap) for number, cap in zip(low, caps, strict=True)]
         mask = units.spread([~flags for flags in smallest(units.keys(), jnp.stack(zeros))])
         weights = sum(n.astype(jnp.float32) * size for n, size in zip(zeros, units.sizes, strict=True))
-        return mask, jnp.asarray(weights / sum(units.num_weights), jnp.float32)
+        share = jnp.asarray(weights / sum(units.num_weights), jnp.float32)
+        return mask, jnp.where(some, share, jnp.nan)
 
 
 erdos_renyi, explicit, by_curvature, threshold = ErdosRenyi, Explicit, ByCurvature, Threshold

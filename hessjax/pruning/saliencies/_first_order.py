@@ -4,12 +4,13 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Int, Key
 
 from hessjax._core import _tree
 from hessjax._core._messages import checked_key, checked_number
 from hessjax._core._types import Params, settings
-from hessjax.pruning.saliencies._saliency import Context, Saliency
+from hessjax.pruning.saliencies._saliency import Context, MaskChange, Saliency
 
 
 @settings()
@@ -91,7 +92,7 @@ class Gradient(Saliency):
 
     def update(self, state: MeanGradient, seen: Context) -> MeanGradient:
         """The mean with one more gradient in it."""
-        count = state.num_updates + 1
+        count = optax.safe_increment(state.num_updates)
         # Adam's correction, written as the share of the newest: a mean from the first gradient on.
         share = (1 - self.decay) / (1 - self.decay ** count.astype(jnp.float32))
         mean = jax.tree.map(
@@ -140,11 +141,34 @@ class Random(Saliency):
         )
 
 
+@settings()
+class Ticket(MaskChange):
+    """Of leaves that a mask is given for, what it prunes stays pruned at every sparsity.
+
+    Attributes:
+        leaves: their paths.
+    """
+
+    leaves: tuple[str, ...]
+
+    def settle(self, mask: Params, order: Params, seen: Context) -> Params:
+        """Nothing back that the mask prunes."""
+        return jax.tree_util.tree_map_with_path(
+            lambda path, m, x: m & (x > 0) if _tree.path_name(path) in self.leaves else m, mask, order
+        )
+
+
 @settings(arrays=("given",))
 class Static(Saliency):
     """Scores given by the user, as `static` takes them."""
 
     given: Any
+
+    @property
+    def change(self) -> MaskChange:  # type: ignore[override]
+        """A new ranking of the same scores, and nothing back that a mask prunes."""
+        leaves = zip(_tree.leaf_paths(self.given), jax.tree.leaves(self.given), strict=True)
+        return Ticket(tuple(path for path, x in leaves if jnp.issubdtype(jnp.result_type(x), jnp.bool_)))
 
     def init(self, weights: Params) -> Params:
         """The scores of the leaves that are pruned."""
@@ -170,7 +194,8 @@ def static(scores: Any) -> Static:
     Args:
         scores: a pytree of numbers or bools with a leaf of the same path and shape for every pruned leaf;
             others are ignored, so that a tree of all params will do, or the `mask_of` another training (a
-            lottery ticket, arXiv 1803.03635). Of a mask every zero goes first.
+            lottery ticket, arXiv 1803.03635). Of a mask (bools) every False goes, also where that is more
+            than the sparsity asks for.
 
     Returns:
         A `Saliency`; at a constant sparsity the mask never changes.

@@ -35,14 +35,12 @@ class Gates(NamedTuple):
         open: z, the gates in force.
         inner: the state of their optimizer.
         num_updates: how many gradients they have taken.
-        key: of the draws.
     """
 
     log_alpha: Params
     open: Params
     inner: Any
     num_updates: Int[Array, ""]
-    key: Key[Array, ""]
 
 
 @settings(arrays=("key",))
@@ -111,21 +109,21 @@ class HardConcrete(Saliency):
         at_start = math.log(self.start_open / (1 - self.start_open)) + _SHIFT
         log_alpha = jax.tree.map(lambda w: jnp.full_like(w, at_start), _tree.wide(weights))
         ones = jax.tree.map(jnp.ones_like, log_alpha)
-        own = jnp.copy(self.key)  # the loop may donate the state
-        return Gates(log_alpha, ones, self.optimizer.init(log_alpha), jnp.zeros((), jnp.int32), own)
+        return Gates(log_alpha, ones, self.optimizer.init(log_alpha), jnp.zeros((), jnp.int32))
 
     def update(self, state: Gates, seen: Context) -> Gates:
         """One step of the optimizer of log α, and new gates."""
-        count = state.num_updates + 1
+        count = optax.safe_increment(state.num_updates)
         moved, inner = stepped(self.optimizer, self._slopes(state, seen), state.inner, state.log_alpha)
+        # The key is no part of the state: serializers know no typed keys, and `count` tells draws apart.
         # From `stop` on all of it rests: the mask made then belongs to these gates.
         log_alpha, inner = jax.tree.map(
             lambda new, old: jnp.where(count > self.stop, old, new),
             (moved, inner),
             (state.log_alpha, state.inner),
         )
-        opened = _gates(log_alpha, state.key, count, count < self.stop)
-        return Gates(log_alpha, opened, inner, count, state.key)
+        opened = _gates(log_alpha, self.key, count, count < self.stop)
+        return Gates(log_alpha, opened, inner, count)
 
     def scores(self, state: Gates, seen: Context) -> Params:
         """The resting gates before they are clipped."""

@@ -224,7 +224,7 @@ def _slopes(state: Scores, seen: Context) -> Params:
 def _stepped(optimizer: optax.GradientTransformation, state: Scores, slopes: Params) -> Scores:
     """The scores after a step of their optimizer."""
     scores, inner = stepped(optimizer, slopes, state.inner, state.scores)
-    return Scores(scores, inner, state.num_updates + 1)
+    return Scores(scores, inner, optax.safe_increment(state.num_updates))
 
 
 movement, soft_movement = Movement, SoftMovement

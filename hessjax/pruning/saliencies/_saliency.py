@@ -46,8 +46,8 @@ class MaskChange:
         """What is ranked: floating-point arrays in the shapes of the scores, of which the lowest go."""
         return scores
 
-    def settle(self, mask: Params, seen: Context) -> Params:
-        """The next mask, from the one that the ranking gives."""
+    def settle(self, mask: Params, order: Params, seen: Context) -> Params:
+        """The next mask, from the one that the ranking of `order` gives."""
         return mask
 
 
@@ -59,7 +59,7 @@ class Nested(MaskChange):
         """Pruned weights go first, whatever they score."""
         return jax.tree.map(lambda s, m: jnp.where(m, s, -jnp.inf), scores, seen.mask)
 
-    def settle(self, mask: Params, seen: Context) -> Params:
+    def settle(self, mask: Params, order: Params, seen: Context) -> Params:
         """Fewer zeros than before bring nothing back."""
         # The order alone would not do: of too many at −inf a ranking marks only as many as it is asked to.
         return jax.tree.map(jnp.logical_and, mask, seen.mask)

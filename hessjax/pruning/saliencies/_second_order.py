@@ -6,6 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float, Int
 
 from hessjax._core import _numbers, _tree
@@ -58,11 +59,13 @@ class _FromGradients(Saliency):
     def update(self, state: Gradients, seen: Context) -> Gradients:
         """The newest takes the place of the oldest."""
         if self.num_grads is None:
-            return state._replace(num_seen=state.num_seen + 1)
+            return state._replace(num_seen=optax.safe_increment(state.num_seen))
         # M-FAC's ring (arXiv 2107.03356): of the training loop's gradients the last m make the Fisher.
         place = state.num_seen % self.num_grads
         ring = jax.tree.map(lambda rows, g: rows.at[place].set(g.astype(rows.dtype)), state.ring, seen.grads)
-        return Gradients(ring, state.num_seen + 1)
+        # At the end of its range the count goes back by one ring: which place is next stays right.
+        last = jnp.iinfo(jnp.int32).max
+        return Gradients(ring, jnp.where(state.num_seen < last, state.num_seen, last - self.num_grads) + 1)
 
     def gradients(self, state: Gradients, seen: Context) -> tuple[Block, Int[Array, ""]]:
         """The block of gradients, and how many of its rows are filled."""

@@ -17,7 +17,6 @@ from hessjax.pruning._ranking import Schedule, cond_now
 from hessjax.pruning.allocations._allocation import AllocationRule, global_threshold
 from hessjax.pruning.allocations._densities import Threshold
 from hessjax.pruning.patterns._pattern import Laid, Patterns, unstructured
-from hessjax.pruning.saliencies._movement import check_optimizer
 from hessjax.pruning.saliencies._saliency import (
     Context,
     Nested,
@@ -26,16 +25,31 @@ from hessjax.pruning.saliencies._saliency import (
     drop_others,
     promoting,
 )
+from hessjax.pruning.training._checks import (
+    block_at,
+    check_kind,
+    check_update,
+    check_wide_enough,
+    checked_dtype,
+    checked_inner,
+    num_nan,
+    num_stuck,
+    num_undone,
+    rows_of,
+    warn_uninformed,
+)
 from hessjax.pruning.training._state import (
     Budget,
     Choice,
     MaskSteps,
     PruneState,
     copy_selected,
+    in_dtypes_of,
     land,
     masked,
     on_selected,
     second,
+    times,
     unmask,
 )
 
@@ -77,8 +91,9 @@ def prune(
     - a weight that comes back starts from its dense copy, which `inner` has kept moving (with zero gradient).
 
     Nothing may change the updates after `prune`: in a chain it comes last, and decay, ema, accumulation
-    belong into `inner`. (`optax.MultiSteps` round `prune` is fine: T then counts its emitted updates; inside
-    `prune`, T counts the small steps.)
+    belong into `inner`; a pruned weight that is not 0 is an error at the next update, or inside `jit` a
+    number in `PruneState.num_undone`. (`optax.MultiSteps` round `prune` is fine: T then counts its emitted
+    updates; inside `prune`, T counts the small steps.)
 
     Args:
         inner: the optimizer. Its state may hold anything; its weight decay sees the dense weights.
@@ -121,8 +136,13 @@ def prune(
             A schedule is tried at `start`, at `start + every · 2ᵏ` up to `stop` (or k = 20) and at `stop`;
             what it gives elsewhere cannot raise inside `jit`: it is taken to the nearest end of [0, 1] and
             stands in `PruneState.sparsity`. By `update`, if `params` is missing or `grads` differs from it in
-            structure.
+            structure, if `state` is not that of this `prune` and these params, if a pruned weight is not 0.
         TypeError: for a `saliency` that is none; by `init`, if a selected leaf is not floating-point.
+        FloatingPointError: if a weight that is to be pruned is NaN or infinite: nothing added makes it 0.
+
+    Warns:
+        UserWarning: by `init`, if the first mask takes a leaf whose scores are all 0, as of weights that
+            begin at zero: set `start`, or an `allocation` by leaves.
 
     Cost:
         Between mask steps a few elementwise operations per selected weight; the ranking runs inside
@@ -148,13 +168,13 @@ def prune(
     rule = _Pruning(
         steps=MaskSteps(every, start, stop),
         budget=Budget(sparsity, allocation, pattern),
-        inner=_with_extra_args(inner),
+        inner=checked_inner(inner),
         saliency=checked_saliency("saliency", saliency),
         where=where,
         axes=axes,
         regrow=regrow,
         straight_through=straight_through,
-        dense_dtype=dense_dtype,
+        dense_dtype=checked_dtype(dense_dtype),
     )
     return optax.GradientTransformationExtraArgs(rule.init, rule.update)
 
@@ -188,6 +208,7 @@ class _Pruning:
         """The state at T = 0; under `start=0` with the mask that the first update imposes."""
         hits, count = selected(params, self.where, self.axes), jnp.zeros((), jnp.int32)
         dense, pattern = copy_selected(params, hits, self.dense_dtype), self._laid(params)
+        check_wide_enough(dense, params)
         self.budget.check(dense, self.steps, pattern)
         scorer, compensates = self.saliency.init(dense), self.saliency.compensates
         if compensates or self.saliency.needs_grads:
@@ -195,23 +216,36 @@ class _Pruning:
         full = jax.tree.map(lambda x: jnp.full_like(x, True, dtype=bool), dense)
         # No array stands twice in the state, so that a loop may donate it.
         increase = jnp.zeros((), jnp.float32) if compensates else None
-        choice = Choice(full, jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32), None, increase)
+        none = jnp.zeros((), jnp.int32)
+        choice = Choice(full, jnp.zeros((), jnp.float32), none, jnp.copy(none), None, increase)
         if self.steps.start == 0 and not compensates:
-            choice = self._choose(scorer, Context(dense, full, count, pattern=pattern))
+            seen = Context(dense, full, count, pattern=pattern)
+            choice = self._choose(scorer, seen)
+            warn_uninformed(self.saliency, scorer, seen, choice.mask, self.budget)
         inner = self.inner.init(params if self.dense_dtype is None else on_selected(second, params, dense))
         return self._state(count, inner, dense, scorer, choice)
 
     def update(
         self,
         grads: Params,
-        state: PruneState,
+        state: Any,
         params: Params | None = None,
         *,
         per_example_grads: Any = None,
         **extra: Any,
     ) -> tuple[Params, PruneState]:
         """What takes the params to the masked weights after a step of `inner`, and the next state."""
-        _check_update(grads, params)
+        check_update(grads, state, params)
+        try:
+            return self._update(grads, state, params, per_example_grads, extra)
+        except (AttributeError, TypeError, ValueError) as error:
+            check_kind(state, lambda: jax.eval_shape(self.init, params), error)
+            raise
+
+    def _update(
+        self, grads: Params, state: PruneState, params: Params, per_example_grads: Any, extra: dict[str, Any]
+    ) -> tuple[Params, PruneState]:
+        undone = num_undone(state, params)
         count, weights = optax.safe_increment(state.num_updates), self._weights(params, state)
         if per_example_grads is not None:
             extra["per_example_grads"] = per_example_grads  # for a `prune` inside
@@ -219,6 +253,8 @@ class _Pruning:
         with promoting():
             steps, inner = self.inner.update(through, state.inner, weights, **extra)
             moved = optax.apply_updates(weights, steps)
+        if self.dense_dtype is not None:
+            inner = in_dtypes_of(state.inner, inner)
         # Scores learn at the weights that the gradient belongs to, and rank those after the step.
         before, dense = (drop_others(x, state.mask) for x in (weights, moved))
         block = None if callable(per_example_grads) else per_example_grads
@@ -227,7 +263,7 @@ class _Pruning:
 
         def choose() -> Choice:
             # Called in the branch: between mask steps no such gradient is computed or held.
-            found = per_example_grads(params) if callable(per_example_grads) else block
+            found = block_at(params, per_example_grads) if callable(per_example_grads) else block
             return self._choose(scorer, self._seen(dense, state.mask, count, grads, found))
 
         choice = cond_now(self.steps.are_at(count), choose, lambda: self._rest(state, dense))
@@ -235,9 +271,10 @@ class _Pruning:
         dense = dense if choice.moved is None else choice.moved
         landing = dense
         if self.saliency.gated:
-            landing = jax.tree.map(_tree.times, landing, self.saliency.gates(scorer))
+            landing = jax.tree.map(times, landing, self.saliency.gates(scorer))
         updates = on_selected(land, steps, choice.mask, landing, params)
-        return updates, self._state(count, inner, dense, scorer, choice)
+        worst = jnp.maximum(state.num_undone, jnp.maximum(undone, choice.num_undone))
+        return updates, self._state(count, inner, dense, scorer, choice._replace(num_undone=worst))
 
     def _weights(self, params: Params, state: PruneState) -> Params:
         """What `inner` sees for params."""
@@ -249,14 +286,14 @@ class _Pruning:
         """What `inner` sees for gradients."""
         through = grads if self.straight_through else on_selected(masked, grads, state.mask)
         if self.saliency.gated:
-            through = on_selected(_tree.times, through, self.saliency.gates(state.saliency))
+            through = on_selected(times, through, self.saliency.gates(state.saliency))
         return _tree.cast_like(through, weights) if self._dense_is_truth else through
 
     def _seen(
         self, weights: Params, mask: Params, count: Int[Array, ""], grads: Params, block: Block | None
     ) -> Context:
         """What the saliency gets to see of it: the leaves that are pruned."""
-        rows = None if block is None else _rows(block, mask)
+        rows = None if block is None else rows_of(block, mask)
         return Context(weights, mask, count, drop_others(grads, mask), rows, self._laid(grads))
 
     def _laid(self, whole: Params) -> Laid:
@@ -266,14 +303,15 @@ class _Pruning:
     def _choose(self, scorer: Any, seen: Context) -> Choice:
         """A mask step."""
         order = self.saliency.change.order(self.saliency.scores(scorer, seen), seen)
-        num_nan = _num_nan(order)  # before those of weights that never come back are overwritten
+        bad = num_nan(order)  # before those of weights that never come back are overwritten
         if not self.regrow:
             order = NESTED.order(order, seen)
         mask, asked = self.budget.mask(order, seen.step, seen.pattern)
-        mask = self.saliency.change.settle(mask, seen)
+        mask = self.saliency.change.settle(mask, order, seen)
         if not self.regrow:
-            mask = NESTED.settle(mask, seen)
-        choice = Choice(mask, jnp.asarray(asked, jnp.float32), num_nan)
+            mask = NESTED.settle(mask, order, seen)
+        stuck = num_stuck(seen.mask, mask, seen.weights)
+        choice = Choice(mask, jnp.asarray(asked, jnp.float32), bad, stuck)
         if not self.saliency.compensates:
             return choice
         moved, increase = self.saliency.compensate(scorer, seen, mask)
@@ -282,37 +320,13 @@ class _Pruning:
     def _rest(self, state: PruneState, dense: Params) -> Choice:
         """Between mask steps all stays as it is."""
         moved = dense if self.saliency.compensates else None
-        return Choice(state.mask, state.sparsity, state.num_nan, moved, state.predicted_increase)
+        numbers = state.sparsity, state.num_nan, state.num_undone
+        return Choice(state.mask, *numbers, moved, state.predicted_increase)
 
     def _state(
         self, count: Int[Array, ""], inner: Any, dense: Params, scorer: Any, choice: Choice
     ) -> PruneState:
         """The state, without a dense copy where zeros never come back."""
         kept = dense if self.regrow else None
-        mask, sparsity, num_nan, _, increase = choice
-        return PruneState(count, inner, kept, mask, scorer, sparsity, num_nan, increase)
-
-
-def _with_extra_args(inner: Any) -> optax.GradientTransformationExtraArgs:
-    if isinstance(inner, optax.MultiSteps):  # which passes extra arguments on only as a transformation
-        inner = inner.gradient_transformation()
-    check_optimizer(inner, "inner")
-    return optax.with_extra_args_support(inner)
-
-
-def _rows(block: Block, mask: Params) -> Block:
-    """Gradients of single examples, of the leaves that are pruned."""
-    try:
-        return drop_others(block, mask)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"`per_example_grads` must have the structure of `params`: {error}") from None
-
-
-def _num_nan(scores: Params) -> Int[Array, ""]:
-    return sum((jnp.sum(jnp.isnan(x), dtype=jnp.int32) for x in jax.tree.leaves(scores)), jnp.int32(0))
-
-
-def _check_update(grads: Params, params: Params | None) -> None:
-    if params is None:
-        raise ValueError("`params` must be given: write `tx.update(grads, state, params)`, got None.")
-    _tree.check_like(grads, params, "grads", "params")
+        mask, sparsity, bad, undone, _, increase = choice
+        return PruneState(count, inner, kept, mask, scorer, sparsity, bad, undone, increase)

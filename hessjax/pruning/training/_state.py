@@ -1,7 +1,7 @@
 """What pruning during training remembers, and at which steps it makes masks."""
 
 import dataclasses
-import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -11,16 +11,16 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from hessjax._core import _numbers, _tree
-from hessjax._core._messages import (
-    checked_count,
-    checked_instance,
-    checked_int,
-    checked_schedule,
-)
+from hessjax._core._messages import checked_count, checked_instance, checked_schedule
 from hessjax._core._types import Params
 from hessjax.pruning._ranking import Schedule, check_sparsity
-from hessjax.pruning.allocations._allocation import AllocationRule, allocated, check_allocation
-from hessjax.pruning.allocations._densities import Threshold
+from hessjax.pruning.allocations._allocation import (
+    AllocationRule,
+    GlobalThreshold,
+    allocated,
+    check_allocation,
+)
+from hessjax.pruning.allocations._densities import ByCurvature, Threshold
 from hessjax.pruning.patterns._pattern import Patterns, check_pattern
 from hessjax.pruning.saliencies._saliency import is_hole
 
@@ -35,6 +35,11 @@ def copy_selected(params: Params, hits: Params, dtype: Any = None) -> Params:
 def on_selected(f: Callable[..., Array], tree: Params, mask: Params, *rest: Params) -> Params:
     """`f(leaf, mask, ...)` on the pruned leaves; the others as they are."""
     return jax.tree.map(lambda x, m, *r: x if is_hole(m) else f(x, m, *r), tree, mask, *rest)
+
+
+def times(x: Any, gate: Any) -> Array:
+    """The product with a gate; 0 behind a shut one, whatever comes in."""
+    return jnp.where(gate == 0, 0, _tree.times(x, gate))
 
 
 def unmask(param: Any, mask: Any, dense: Any) -> Array:
@@ -64,6 +69,19 @@ def land(step: Any, mask: Any, dense: Any, param: Any) -> Array:
     return masked(dense, mask).astype(param.dtype).astype(dtype) - param.astype(dtype)
 
 
+def in_dtypes_of(old: Any, new: Any) -> Any:
+    """The state of an optimizer in the dtypes it began with.
+
+    Some, as `optax.inject_hyperparams`, take the dtype of all from the first leaf, and where pruned leaves
+    are wider than others a loop would compile anew, and a scan fail.
+    """
+    if jax.tree.structure(old) != jax.tree.structure(new):  # type: ignore[operator]
+        return new
+    return jax.tree.map(
+        lambda x, y: y.astype(x.dtype) if hasattr(x, "dtype") and x.dtype != y.dtype else y, old, new
+    )
+
+
 class Choice(NamedTuple):
     """What a mask step decides.
 
@@ -71,6 +89,7 @@ class Choice(NamedTuple):
         mask: booleans, True = kept.
         sparsity: what was asked for, or came of a `threshold`.
         num_nan: how many scores were NaN.
+        num_undone: how many weights it prunes that will not be 0 for it, being NaN or infinite.
         moved: the dense weights, by a saliency that compensates; None for the others, which need not pay for
             dense weights going through `lax.cond`.
         predicted_increase: of the loss, by the same.
@@ -79,6 +98,7 @@ class Choice(NamedTuple):
     mask: Params
     sparsity: Float[Array, ""]
     num_nan: Int[Array, ""]
+    num_undone: Int[Array, ""]
     moved: Params | None = None
     predicted_increase: Float[Array, ""] | None = None
 
@@ -98,6 +118,9 @@ class PruneState(NamedTuple):
         sparsity: what was asked for at the last mask step, or came of a `threshold`; 0 before the first.
         num_nan: how many scores were NaN at the last mask step; anything but 0 means that the run has gone
             wrong.
+        num_undone: the most weights, at any one update, that were pruned and yet not 0 in the params given:
+            something after `prune` has changed its updates, or params were put in from elsewhere, or a pruned
+            weight was NaN or infinite. Anything but 0 means that the params were not sparse.
         predicted_increase: of the loss, by a saliency that compensates, at the last mask step; None for the
             others.
     """
@@ -109,62 +132,8 @@ class PruneState(NamedTuple):
     saliency: Any
     sparsity: Float[Array, ""]
     num_nan: Int[Array, ""]
+    num_undone: Int[Array, ""]
     predicted_increase: Float[Array, ""] | None = None
-
-
-def mask_of(opt_state: Any) -> Params:
-    """The current mask, True = kept, from the state of any optimizer that has `prune` somewhere in it.
-
-    Args:
-        opt_state: an optax state, nested in any way (chain, MultiSteps, ...), or something that holds one,
-            such as a linen `TrainState`.
-
-    Returns:
-        A pytree like the params: booleans in the shape of every pruned leaf, and a scalar True for every
-        other, so that `jax.tree.map(lambda p, m: jnp.where(m, p, 0), params, hj.mask_of(opt_state))` masks a
-        tree (dense weights, an average of params). Before the first update this is the mask that the first
-        update will impose. From an `nnx.Optimizer`, whose state is made of Variables:
-        `nnx.as_pure(hj.mask_of(optimizer.opt_state))`.
-
-    Raises:
-        ValueError: if there is no prune state in it, or more than one that has a mask for the same leaf.
-
-    Example:
-        >>> import jax.numpy as jnp, optax, hessjax as hj
-        >>> tx = optax.chain(optax.clip(1.0), hj.prune(optax.sgd(0.1), hj.saliencies.magnitude(),
-        ...                                                                                    sparsity=0.5))
-        >>> hj.mask_of(tx.init({"kernel": jnp.array([[1.0, -2.0]]), "bias": jnp.zeros(2)}))
-        {'bias': Array(True, dtype=bool), 'kernel': Array([[False,  True]], dtype=bool)}
-    """
-    found = _prune_states(opt_state)
-    if not found:
-        raise ValueError(
-            f"`opt_state` must hold the state of a `hessjax.prune`, found none in {type(opt_state).__name__}."
-        )
-    mask = functools.reduce(_either, [state.mask for state in found])
-    return jax.tree.map(lambda m: jnp.asarray(True) if is_hole(m) else m, mask, is_leaf=is_hole)
-
-
-def _prune_states(tree: Any) -> list[PruneState]:
-    """All of them, those inside the inner optimizer of another included."""
-    nodes = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, PruneState))
-    found = [node for node in nodes if isinstance(node, PruneState)]
-    # The walk ends at a state of `prune`: what is inside its `inner` is looked for from there.
-    return [state for node in found for state in (node, *_prune_states(node.inner))]
-
-
-def _either(a: Params, b: Params) -> Params:
-    """Two masks as one."""
-
-    def leaf(x: Any, y: Any) -> Any:
-        if not is_hole(x) and not is_hole(y):
-            raise ValueError(
-                "`opt_state` must hold one mask for every leaf, found two for the same: pass the part that "
-                "belongs to one `hessjax.prune`."
-            )
-        return y if is_hole(x) else x
-
-    return jax.tree.map(leaf, a, b, is_leaf=is_hole)
 
 
 Target: TypeAlias = float | int | Schedule | Threshold
@@ -183,14 +152,15 @@ class MaskSteps:
     stop: int | None
 
     def __post_init__(self) -> None:
-        checked_count("every", self.every, 1, ", the number of updates between mask steps")
-        checked_count("start", self.start, 0, ", the first mask step")
-        if self.stop is not None and checked_int("stop", self.stop) < self.start:
+        _checked_step("every", self.every, 1, ", the number of updates between mask steps")
+        _checked_step("start", self.start, 0, ", the first mask step")
+        if self.stop is not None and _checked_step("stop", self.stop, 0, ", the last mask step") < self.start:
             raise ValueError(f"`stop` must not lie before `start`, which is {self.start}, got {self.stop}.")
 
     def are_at(self, step: Int[Array, ""]) -> Bool[Array, ""]:
         """Whether T = `step` is one of them."""
-        due = (step >= self.start) & ((step - self.start) % self.every == 0)
+        # At the last number of the counter, where it stays, T no longer says which update this is.
+        due = (step >= self.start) & ((step - self.start) % self.every == 0) & (step < FAR)
         # `stop` itself, be it a multiple of `every` or not: there the schedule reaches its target.
         return due if self.stop is None else (due & (step <= self.stop)) | (step == self.stop)
 
@@ -200,6 +170,16 @@ class MaskSteps:
         far = [self.start + self.every * 2**k for k in range(21)]
         steps = [self.start, *(t for t in far if t <= FAR)]
         return steps if self.stop is None else [*(t for t in steps if t < self.stop), self.stop]
+
+
+def _checked_step(argument: str, number: Any, least: int, meaning: str) -> int:
+    """The number of an update as an int, or an error."""
+    found = checked_count(argument, number, least, meaning)
+    if found >= FAR:
+        raise ValueError(
+            f"`{argument}` must be below 2**31 - 1, where the counter of updates ends, got {found}."
+        )
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,16 +200,30 @@ class Budget:
         ):
             check_sparsity(self.sparsity)
 
+    @property
+    def over_all_leaves(self) -> bool:
+        """Whether a leaf may lose more than its share because others score higher."""
+        one_ranking = isinstance(self.allocation, GlobalThreshold | ByCurvature)
+        return one_ranking or isinstance(self.sparsity, Threshold)
+
     def mask(self, order: Params, step: Int[Array, ""], pattern: Patterns) -> tuple[Params, Any]:
         """The mask at T = `step`, and the sparsity that was asked for or came of a threshold."""
+        if isinstance(self.sparsity, Threshold):
+            mask, share = self.sparsity.mask(order, step, self.pattern)
+            if not isinstance(share, jax.core.Tracer) and jnp.isnan(share):
+                raise ValueError(f"`level` must give numbers, got NaN from the schedule at step {step}.")
+            return mask, share
         asked = self.sparsity(step) if callable(self.sparsity) else self.sparsity
         if isinstance(asked, Threshold):
             return asked.mask(order, step, pattern)
+        if not isinstance(asked, jax.core.Tracer):
+            check_sparsity(asked, f" at step {step}")
         return allocated(self.allocation, order, asked, pattern), asked
 
     def check(self, weights: Params, steps: MaskSteps, pattern: Patterns) -> None:
         """Raise now what a mask step inside `jit` could not."""
         if isinstance(self.sparsity, Threshold):
+            _check_levels(self.sparsity.level, steps)
             jax.eval_shape(lambda scores: self.mask(scores, jnp.zeros((), jnp.int32), pattern), weights)
             return
         # The most zeros are the hardest to place: whatever allows them allows fewer.
@@ -269,11 +263,19 @@ class Budget:
         return values
 
 
-def _values(schedule: Any, steps: list[int]) -> list[float]:
+def _check_levels(level: Any, steps: MaskSteps) -> None:
+    """Raise a ValueError for a schedule of thresholds that gives NaN."""
+    some = steps.some()
+    for value, step in zip(_values(level, some, "level") if callable(level) else [], some, strict=False):
+        if math.isnan(value):
+            raise ValueError(f"`level` must give numbers, got NaN from the schedule at step {step}.")
+
+
+def _values(schedule: Any, steps: list[int], argument: str = "sparsity") -> list[float]:
     """A schedule at these steps, as numbers even where `init` itself is being traced."""
     with jax.ensure_compile_time_eval():
         compiled = jax.jit(schedule)
         try:
             return [float(compiled(jnp.asarray(step, jnp.int32))) for step in steps]
         except TypeError as error:
-            raise TypeError(f"`sparsity` must give one number for every step, but {error}") from error
+            raise TypeError(f"`{argument}` must give one number for every step, but {error}") from error

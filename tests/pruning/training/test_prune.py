@@ -14,6 +14,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import hessjax as hj
+from hessjax.pruning.saliencies._saliency import Context
 
 SCHEDULE = optax.polynomial_schedule(0.0, 0.8, 3, 9)
 
@@ -39,8 +40,8 @@ def make_params(dtype=jnp.float32):
 
 
 def loss(params, x):
-    h = jnp.tanh(x @ params["one"]["kernel"] + params["one"]["bias"])
-    y = (h @ params["two"]["kernel"] + params["two"]["bias"]) * params["scale"]
+    h = jnp.tanh(x @ params["one"]["kernel"] + params["one"]["bias"][None])
+    y = (h @ params["two"]["kernel"] + params["two"]["bias"][None]) * params["scale"]
     return jnp.mean((y - jnp.sin(x[:, :3])) ** 2).astype(jnp.float32)
 
 
@@ -142,6 +143,7 @@ def test_zeros_are_exact_and_as_many_as_asked(name):
     assert expected == round(0.8 * 56)  # the last mask step is `stop`, although (9 - 2) % 4 != 0
 
 
+@pytest.mark.promotes
 @pytest.mark.parametrize("name", sorted(INNER.keys() - {"accumulated"}))
 def test_without_zeros_it_is_the_inner_optimizer_bit_for_bit(name):
     """Operation for operation; under `jit` XLA may contract a·b + c in one program and not in the other."""
@@ -156,6 +158,7 @@ def test_without_zeros_it_is_the_inner_optimizer_bit_for_bit(name):
     assert_trees_equal(params, params_)
 
 
+@pytest.mark.promotes
 @pytest.mark.parametrize("name", ["sgd", "adamw", "lion", "ema"])
 def test_other_leaves_train_as_if_prune_were_not_there(name):
     """Given the same gradients: the inner optimizer alone, on the other leaves alone."""
@@ -193,6 +196,7 @@ def test_float64_params_land_exactly(x64):
         np.testing.assert_array_equal(p, np.where(m, d, 0))
 
 
+@pytest.mark.promotes
 def test_an_update_narrower_than_the_params_still_cancels():
     to_bf16 = optax.stateless(lambda u, _: jax.tree.map(lambda x: x.astype(jnp.bfloat16), u))
     tx = hj.prune(optax.chain(optax.sgd(0.1), to_bf16), hj.saliencies.magnitude(), 0.5)
@@ -284,7 +288,7 @@ def test_params_and_state_may_be_donated_together(options):
 def test_memory_is_one_copy_and_one_byte_per_pruned_weight():
     state = hj.prune(optax.sgd(0.1), hj.saliencies.magnitude(), 0.5).init(make_params())
     held = sum(x.nbytes for x in jax.tree.leaves(state))
-    assert held == 56 * (4 + 1) + 3 * 4  # and three scalars
+    assert held == 56 * (4 + 1) + 4 * 4  # and four scalars
 
 
 # -- other transformations round it ---------------------------------------------------------------
@@ -299,6 +303,7 @@ def test_inside_a_chain():
     assert int((~kernels(hj.mask_of(state))[0]).sum() + (~kernels(hj.mask_of(state))[1]).sum()) == 28
 
 
+@pytest.mark.promotes
 def test_inside_multisteps_it_counts_emitted_updates():
     tx = optax.MultiSteps(hj.prune(optax.adam(0.02), hj.saliencies.magnitude(), 0.5, start=2, every=2), 3)
     zeros = [num_zeros(params) for _, params, _ in train(tx, make_params(), 9, jit=True)]
@@ -492,6 +497,7 @@ class Net(nn.Module):
         return nn.Dense(3)(nn.tanh(nn.Dense(7)(x)))
 
 
+@pytest.mark.promotes
 def test_a_linen_train_state_loop():
     def fit(tx):
         net = Net()
@@ -515,6 +521,7 @@ def test_a_linen_train_state_loop():
     )
 
 
+@pytest.mark.promotes
 def test_an_nnx_optimizer_loop():
     def fit(tx):
         rngs = nnx.Rngs(0)
@@ -589,11 +596,29 @@ def test_where_chooses_by_path_or_predicate():
         ({"every": 0}, r"`every` must be at least 1, .* got 0"),
         ({"start": -1}, r"`start` must be at least 0, .* got -1"),
         ({"start": 7, "stop": 3}, r"`stop` must not lie before `start`, which is 7, got 3"),
+        ({"every": 2**31}, r"`every` must be below 2\*\*31 - 1, .* got 2147483648"),
+        ({"start": 2**40}, r"`start` must be below 2\*\*31 - 1"),
     ],
 )
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         hj.prune(optax.sgd(0.1), hj.saliencies.magnitude(), **{"sparsity": 0.5, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"every": np.float32(2)}, "every"),
+        ({"start": 1e3}, "start"),
+        ({"stop": "7"}, "stop"),
+        ({"dense_dtype": jnp.int32}, "`dense_dtype` must be a floating-point dtype"),
+        ({"dense_dtype": "wide"}, "`dense_dtype` must be a floating-point dtype .* got 'wide'"),
+        ({"dense_dtype": jnp.complex64}, "`dense_dtype` must be a floating-point dtype"),
+    ],
+)
+def test_arguments_of_the_wrong_kind(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        hj.prune(optax.sgd(0.1), hj.saliencies.magnitude(), 0.5, **arguments)
 
 
 def make(**arguments):
@@ -610,6 +635,117 @@ def test_init_checks_what_it_is_given():
         ValueError, match="`sparsity` must leave the 2 weights that the floors of 2 leaves need"
     ):
         make(sparsity=0.99).init({"a": jnp.ones((3, 3)), "b": jnp.ones((3, 3))})
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn])
+def test_dense_weights_must_hold_the_params(dtype):
+    with pytest.raises(ValueError, match="`dense_dtype` must hold all that the params hold, .* float32, got"):
+        make(dense_dtype=dtype).init(make_params())
+    with pytest.raises(ValueError, match="got float64: set `jax_enable_x64`"):
+        make(dense_dtype=jnp.float64)
+
+
+@pytest.mark.parametrize("value", [jnp.nan, -0.1, 1.5])
+def test_a_schedule_that_goes_astray_between_the_steps_that_init_tries(value):
+    """An error, or inside `jit` what it gave in the state, and zeros as near as can be."""
+    tx = make(sparsity=lambda t: jnp.where(t == 3, value, 0.25), every=1)
+    params = make_params()
+    with pytest.raises(ValueError, match=r"`sparsity` must be in \[0, 1\), .* at step 3"):
+        last(train(tx, params, 3))
+    params, state = last(train(tx, params, 3, jit=True))
+    np.testing.assert_array_equal(state.sparsity, jnp.float32(value))
+    assert num_zeros(params) == (54 if value > 1 else 0)  # the floors keep two
+
+
+def test_a_threshold_that_is_no_number():
+    for level in (lambda t: jnp.where(t == 1, jnp.nan, 0.1), lambda t: jnp.float32(jnp.nan)):
+        with pytest.raises(ValueError, match="`level` must give numbers, got NaN from the schedule"):
+            make(sparsity=hj.allocations.threshold(level), every=1).init(make_params())
+    tx = make(sparsity=hj.allocations.threshold(lambda t: jnp.where(t == 3, jnp.nan, 0.5)), every=1)
+    with pytest.raises(ValueError, match="got NaN from the schedule at step 3"):
+        last(train(tx, make_params(), 3))
+    params, state = last(train(tx, make_params(), 3, jit=True))
+    assert bool(jnp.isnan(state.sparsity))
+    assert num_zeros(params) == 0
+    with pytest.raises(ValueError, match="`level` must be a number or a schedule, got inf"):
+        hj.allocations.threshold(float("inf"))
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+def test_a_weight_that_no_update_can_make_zero(bad):
+    """NaN and infinities stay what they are whatever is added: said, or counted inside `jit`."""
+    params = {"w": jnp.arange(1.0, 9.0).reshape(2, 4).at[0, 1].set(bad), "b": jnp.ones(2)}
+    keep = {"w": jnp.ones((2, 4), bool).at[0, 1].set(False)}
+    tx = hj.prune(optax.sgd(0.1), hj.saliencies.static(keep), 1 / 8)
+    with pytest.raises(
+        FloatingPointError, match="`params` must be finite where they are pruned, but 1 of w is"
+    ):
+        tx.init(params)
+    state = jax.jit(tx.init)(params)
+    assert int(state.num_undone) == 1
+    _, state = jax.jit(tx.update)(params, state, params)
+    with pytest.warns(UserWarning, match="1 pruned weights were not 0"):
+        hj.mask_of(state)
+    with pytest.raises(ValueError, match="`params` must be 0 where they are pruned, but 1 of w is not"):
+        tx.update(params, state, params)
+    pruned = hj.prune_once(params, hj.saliencies.static(keep), 1 / 8)
+    np.testing.assert_array_equal(pruned.params["w"], params["w"].at[0, 1].set(0))
+
+
+ZERO_INIT = {"one": {"kernel": jnp.zeros((5, 3))}, "two": {"kernel": jnp.arange(1.0, 16.0).reshape(3, 5)}}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"allocation": hj.allocations.global_threshold(floor=0)},
+        {"sparsity": hj.allocations.threshold(0.0)},
+    ],
+)
+def test_a_leaf_that_begins_at_zero_and_goes_at_once_is_told(arguments):
+    with pytest.warns(
+        UserWarning, match=r"takes 1[45] of the 15 weights of one/kernel, whose scores are all 0"
+    ):
+        make(**arguments).init(ZERO_INIT)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"start": 5},
+        {"allocation": hj.allocations.uniform()},
+        {"allocation": hj.allocations.erdos_renyi()},
+        {"sparsity": optax.linear_schedule(0.0, 0.5, 9)},
+    ],
+)
+def test_a_leaf_that_begins_at_zero_and_stays_is_not(arguments):
+    make(**arguments).init(ZERO_INIT)
+
+
+def test_counters_stay_at_their_end():
+    """Mask steps rest there, and nothing begins anew; gradients still go round their ring."""
+    end = jnp.iinfo(jnp.int32).max
+    tx = hj.prune(
+        optax.sgd(0.1), hj.saliencies.movement(optax.sgd(0.1)), lambda t: jnp.where(t > 0, 0.5, 0.0), every=1
+    )
+    params, state = make_params(), tx.init(make_params())
+    near = jnp.int32(end - 2)
+    state = state._replace(num_updates=near, saliency=state.saliency._replace(num_updates=near))
+    for t in range(4):
+        before = state.mask
+        updates, state = tx.update(GRAD(params, batch(t)), state, params)
+        params = optax.apply_updates(params, updates)
+    assert int(state.num_updates) == int(state.saliency.num_updates) == end
+    assert_trees_equal(before, state.mask)
+    ring = hj.saliencies.obs(num_grads=3, damping=1.0)
+    weights = {"w": jnp.ones((2, 2))}
+    remembered, places = ring.init(weights)._replace(num_seen=near), []
+    for _ in range(5):
+        places.append(int(remembered.num_seen) % 3)
+        seen = Context(weights, weights, near, weights)
+        remembered = ring.update(remembered, seen)
+    assert places == [2, 0, 1, 2, 0]
 
 
 @pytest.mark.parametrize("traced", [False, True])

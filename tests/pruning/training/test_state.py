@@ -34,6 +34,7 @@ def test_a_schedule_must_reach_its_target_before_the_masks_rest():
     hj.prune(optax.sgd(0.1), hj.saliencies.magnitude(), schedule, stop=100).init(params)
 
 
+@pytest.mark.promotes
 def test_movement_goes_on_from_an_orbax_checkpoint(tmp_path):
     tx = hj.prune(optax.adam(0.1), hj.saliencies.movement(), lambda t: 0.1 * jnp.minimum(t, 5), every=1)
     params = {"w": jnp.arange(1.0, 13.0).reshape(3, 4)}
