@@ -123,8 +123,9 @@ def save_npz(path: str | os.PathLike[str], params: Params) -> Saved:
         True
     """
     target = _files.local_path("path", path)
-    _tree.check_leaves(params)
     paths, leaves = _tree.unique_paths(params, "params"), jax.tree.leaves(params)
+    if not leaves:
+        raise ValueError("`params` must hold at least one array, got a tree without any.")
     values = [_number_array(name, leaf) for name, leaf in zip(paths, leaves, strict=True)]
     header = [
         {"path": name, "shape": x.shape, "dtype": x.dtype.name} for name, x in zip(paths, values, strict=True)
@@ -224,7 +225,9 @@ def _number_array(path: str, leaf: Any) -> np.ndarray:
             return np.asarray(jnp.asarray(leaf))  # as wide as jax has them, or nothing could load it again
         except OverflowError as error:
             raise TypeError(f"`params` must have numbers that jax can hold, got {path}: {error}.") from None
-    if hasattr(leaf, "dtype") and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+    if isinstance(leaf, (jax.Array, np.ndarray, np.generic)) and not jnp.issubdtype(
+        leaf.dtype, jax.dtypes.extended
+    ):
         value = np.asarray(leaf)
         if _archive.is_number_dtype(value.dtype):
             return _archive.native(value)

@@ -314,6 +314,6 @@ def _add_part(
 ) -> Vector:
     batch, shares = _cut(((args[0], shares),), start, size)[0]
     losses, examples = Partial(_losses, loss_fn), (batch, *args[1:])
-    product = sandwich(losses, _mean_of(shares), params, examples, False, precision)(vector)
+    product = sandwich(losses, _mean_of(shares), params, examples, False, precision, "loss_fn")(vector)
     # Without weights a mean over each part, so that parts count by their size; shares are of the whole.
     return add(total, float(size) if shares is None else 1.0, product)
