@@ -1,15 +1,15 @@
 """Does a run that is killed, and started again, end with what it would have had, to the last bit?"""
 
 import argparse
-import collections
+import itertools
+import os
 import pickle
 import random
 import signal
-import subprocess
 import sys
 import tempfile
-import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from jax.tree_util import Partial
 
 import hessjax as hj
 
-KEY = jax.random.key(0)
 PAUSE = 0.01
 """Seconds to a product: of real networks, it is the products that take the time."""
 
@@ -34,7 +33,7 @@ def loss_fn(params: Any, batch: Any) -> Any:
 
 
 def network() -> Any:
-    a, b = jax.random.split(KEY)
+    a, b = jax.random.split(jax.random.key(0))
     return {"a": jax.random.normal(a, (5, 6)), "b": jax.random.normal(b, (6, 2))}
 
 
@@ -42,6 +41,7 @@ DATA = np.random.default_rng(0).normal(size=(11, 5)).astype(np.float32)
 
 
 def slow(matvec: Any, vector: Any) -> Any:
+    print("product", flush=True)  # heard by the one who kills
     time.sleep(PAUSE)
     return matvec(vector)
 
@@ -58,11 +58,19 @@ def over_batches() -> Any:
 
 
 def slow_metric(params: Any) -> dict[str, Any]:
-    time.sleep(5 * PAUSE)
+    print("evaluation", flush=True)
+    time.sleep(PAUSE)
     return {
         "loss": loss_fn(params, jnp.asarray(DATA)),
         "zeros": sum(jnp.sum(x == 0) for x in params.values()),
     }
+
+
+NAMES = (
+    "eigenpairs", "eigenpairs over batches", "spectral_density", "spectrum", "trace", "trace, xtrace",
+    "trace, hutchpp", "trace over batches", "trace_by_leaf", "trace_by_leaf over batches", "diagonal",
+    "frobenius_norm", "power_iteration", "solve, cg", "solve, minres", "sensitivity",
+)  # fmt: skip
 
 
 Run = Callable[..., Any]
@@ -71,7 +79,7 @@ Run = Callable[..., Any]
 def runs() -> dict[str, Run]:
     """Every function that takes a checkpoint, by name."""
     like, groups = network(), {"both": "*"}
-    start = (KEY, like)
+    start = (jax.random.key(0), like)
     damped = {"max_matvecs": 30, "tol": 1e-12}
     return {
         "eigenpairs": lambda **k: hj.eigenpairs(matvec(), *start, 2, max_matvecs=30, tol=1e-12, **k),
@@ -104,16 +112,12 @@ def sensitivity(path: Path | None) -> Any:
     return hj.sensitivity(slow_metric, network(), levels, diagonal=diagonal, path=path)
 
 
-def all_results(folder: Path | None) -> dict[str, Any]:
-    """Every result; what is under way is printed, for the one who kills."""
-    found = {}
-    for name, run in runs().items():
-        print(name, flush=True)
-        extra = {} if folder is None else {"callbacks": [hj.checkpoint(folder / name, every=1)]}
-        found[name] = run(**extra)
-    print("sensitivity", flush=True)
-    found["sensitivity"] = sensitivity(None if folder is None else folder / "levels.csv")
-    return found
+def result(name: str, folder: Path | None) -> Any:
+    """The result of a run, with its checkpoints in a folder."""
+    if name == "sensitivity":
+        return sensitivity(None if folder is None else folder / "levels.csv")
+    extra = {} if folder is None else {"callbacks": [hj.checkpoint(folder, every=1)]}
+    return runs()[name](**extra)
 
 
 def exact(result: Any) -> Any:
@@ -131,92 +135,89 @@ def _bytes(array: np.ndarray) -> tuple[str, tuple[int, ...], bytes]:
     return array.dtype.name, array.shape, array.tobytes()
 
 
-def child(folder: str, out: str) -> None:
-    results = all_results(Path(folder) if folder else None)
-    content = pickle.dumps({name: exact(x) for name, x in results.items()})
-    Path(out).write_bytes(content)
-    print("done", flush=True)
+def child(name: str, folder: Path | None, out: Path) -> None:
+    out.write_bytes(pickle.dumps(exact(result(name, folder))))
 
 
 # -- the kills -------------------------------------------------------------------------------------
 
 
 class Life:
-    """A process that makes all runs, and what it says it is at."""
+    """A process that makes one run, and how many products it says it has made."""
 
-    def __init__(self, folder: Path | None, out: Path) -> None:
-        command = [sys.executable, __file__, "--child", str(folder or ""), str(out)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        self.at, self.began = "", threading.Event()
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
+    def __init__(self, name: str, folder: Path | None, out: Path) -> None:
+        read, write = os.pipe()
+        # Forked before jax has begun: what takes seconds, the imports, is done once.
+        self.pid = os.fork()
+        if not self.pid:
+            _be_child(write, name, folder, out)
+        os.close(write)
+        self._lines = os.fdopen(read)
 
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.at = line.strip()
-            self.began.set()
+    def products(self, most: int) -> int:
+        """Wait for so many products; how many it made, fewer if it has come to its end."""
+        return sum(1 for _ in itertools.islice(self._lines, most))
 
     def end(self) -> int:
-        """Wait for it; its exit status."""
-        code = self.process.wait()
-        self._reader.join()
-        return code
+        """Wait for it; its exit status, below 0 for a signal."""
+        self._lines.close()
+        _, status = os.waitpid(self.pid, 0)
+        return os.waitstatus_to_exitcode(status)
 
 
-def round_of_kills(folder: Path, rng: random.Random, longest: float, kills: collections.Counter[str]) -> Path:
-    """Start and kill until a process comes to its end; the file of its results."""
-    while True:
-        life = Life(folder, folder / "results")
-        life.began.wait(300)
-        try:
-            life.process.wait(rng.uniform(0, longest))
-        except subprocess.TimeoutExpired:
-            life.process.send_signal(signal.SIGKILL)
-        code = life.end()
-        if code == 0:
-            return folder / "results"
+def _be_child(write: int, name: str, folder: Path | None, out: Path) -> None:
+    os.dup2(write, 1)
+    os.close(write)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        child(name, folder, out)
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def undisturbed(name: str, folder: Path | None, out: Path) -> bytes:
+    """The result of a run that nobody kills."""
+    life = Life(name, folder, out)
+    life.products(10**9)
+    if code := life.end():
+        raise RuntimeError(f"{name} ended with {code}")
+    return out.read_bytes()
+
+
+def killed(name: str, folder: Path, most: int, rng: random.Random) -> int:
+    """Start a run and kill it, at any time from its first product on, so many times or until it ends."""
+    for count in range(most):
+        life = Life(name, folder, folder / "result")
+        wanted = rng.randint(1, 12)
+        if life.products(wanted) == wanted:
+            time.sleep(rng.uniform(0, 2 * PAUSE))  # in a product, or while it writes
+            os.kill(life.pid, signal.SIGKILL)
+        if (code := life.end()) == 0:
+            return count
         if code != -signal.SIGKILL:
-            raise RuntimeError(f"a run ended with {code} at {life.at}")
-        kills[life.at] += 1
-
-
-def measure(wanted: int, longest: float, seed: int) -> tuple[dict[str, int], set[str], int]:
-    """Kills by run, the runs whose results differ, and how often everything was made."""
-    kills: collections.Counter[str] = collections.Counter()
-    rng, different, rounds = random.Random(seed), set(), 0
-    with tempfile.TemporaryDirectory() as top:
-        life = Life(None, Path(top) / "whole")
-        if life.end():
-            raise RuntimeError("the runs fail without kills")
-        whole = pickle.loads((Path(top) / "whole").read_bytes())
-        while kills.total() < wanted:
-            rounds += 1
-            folder = Path(top) / str(rounds)
-            folder.mkdir()
-            found = pickle.loads(round_of_kills(folder, rng, longest, kills).read_bytes())
-            different |= {name for name, x in whole.items() if found[name] != x}
-            print(f"{kills.total()} kills in {rounds} rounds", file=sys.stderr, flush=True)
-    return {name: kills[name] for name in whole}, different, rounds
+            raise RuntimeError(f"{name} ended with {code}")
+    return most
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="10 kills instead of 80")
-    parser.add_argument("--kills", type=int)
-    parser.add_argument("--longest", type=float, default=2.0, help="seconds a process lives at most")
+    parser.add_argument("--quick", action="store_true", help="one kill of every run instead of five")
+    parser.add_argument("--kills", type=int, help="of every run")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.child:
-        child(*options.child)
-        return 0
-    wanted = options.kills or (10 if options.quick else 80)
-    kills, different, rounds = measure(wanted, options.longest, options.seed)
+    most, rng = options.kills or (1 if options.quick else 5), random.Random(options.seed)
+    kills = different = 0
     print("| run | kills | every field of the result |\n|---|---:|---|")
-    for name, count in kills.items():
-        print(f"| {name} | {count} | {'DIFFERS' if name in different else 'identical'} |")
-    print(f"| all, {rounds} times | {sum(kills.values())} | {len(different)} differ |")
+    for name in NAMES:
+        with tempfile.TemporaryDirectory() as folder:
+            count = killed(name, Path(folder), most, rng)
+            resumed = undisturbed(name, Path(folder), Path(folder) / "result")
+            same = resumed == undisturbed(name, None, Path(folder) / "whole")
+        print(f"| {name} | {count} | {'identical' if same else 'DIFFERS'} |", flush=True)
+        kills, different = kills + count, different + (not same)
+    print(f"| all | {kills} | {different} differ |")
     return bool(different)
 
 

@@ -24,6 +24,7 @@ from hessjax.analysis._sensitivity import sensitivity as sensitivity
 from hessjax.analysis._summary import summary as summary
 from hessjax.compaction._compact import Compacted as Compacted
 from hessjax.compaction._compact import compact as compact
+from hessjax.compaction._obstacles import Obstacle as Obstacle
 from hessjax.compaction._sparse import Saved as Saved
 from hessjax.compaction._sparse import load_npz as load_npz
 from hessjax.compaction._sparse import save_npz as save_npz
@@ -49,13 +50,13 @@ from hessjax.estimators._density import SpectralDensity as SpectralDensity
 from hessjax.estimators._diagonal import diagonal as diagonal
 from hessjax.estimators._diagonal import frobenius_norm as frobenius_norm
 from hessjax.estimators._eigenpairs import eigenpairs as eigenpairs
-from hessjax.estimators._hutchinson import TraceByLeaf as TraceByLeaf
-from hessjax.estimators._hutchinson import trace as trace
-from hessjax.estimators._hutchinson import trace_by_leaf as trace_by_leaf
 from hessjax.estimators._slq import spectral_density as spectral_density
 from hessjax.estimators._spectrum import Spectrum as Spectrum
 from hessjax.estimators._spectrum import spectral_density_by_leaf as spectral_density_by_leaf
 from hessjax.estimators._spectrum import spectrum as spectrum
+from hessjax.estimators._trace import TraceByLeaf as TraceByLeaf
+from hessjax.estimators._trace import trace as trace
+from hessjax.estimators._trace import trace_by_leaf as trace_by_leaf
 from hessjax.pruning import allocations as allocations
 from hessjax.pruning import patterns as patterns
 from hessjax.pruning import saliencies as saliencies

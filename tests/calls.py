@@ -63,7 +63,7 @@ def size_of(params):
 
 NUMBERS = [None, "0.5", [0.5], {}, jnp.ones(2), 1j, len, Thing(), True]
 COUNTS = [*NUMBERS, 2.5, float("nan"), -1, jnp.float32(2)]
-TREES = [{"w": "x"}, UNFILTERED, Tensor(), {"w": Tensor()}, loss, "w", jnp.ones(3) * 1j]
+TREES = [{"w": "x"}, UNFILTERED, Tensor(), {"w": Tensor()}, loss, "w", jnp.full(3, 1j)]
 RULES = [None, 1, X, {}, Thing(), dict]
 
 WRONG = {
@@ -107,6 +107,8 @@ WRONG = {
     "batches": [1, "x", {}, {"x": X}, [], len, Thing()],
     "batches again": [1, "x", {}, {"x": X}, [], len, Thing(), iter([X]), (X for _ in range(2))],
     "args": ["mean", Tensor(), len, Thing(), {"x": "y"}, [X, "mean"], np.array(["a"]), np.array([None, 1])],
+    "one array": [*TREES, None, {}, 3, jnp.arange(3), {"w": W}],
+    "weights": ["0.5", [None, 1], Thing(), len, ["a", "b"], jnp.ones(3), [-1.0, 1.0], {"w": 1}],
     "numbers": [None, "0.5", {}, Thing(), len, ["a"], [None]],
     "counts": [None, "ab", 3, {}, Thing(), ["a"], [2.5], [0], [None]],
     "functions": [None, A, "A", [], [1], {}, X, Thing()],
@@ -127,9 +129,9 @@ KINDS = {
         recomputes microbatch? num_grads? chunk_size points_at_once steps_per_epoch? n m num_heads?""",
     "integer": "axis?",
     "function": """loss_fn model_fn output_loss matvec make_matvec metric grads_fn? teacher_fn information
-        score loss""",
+        score loss weights?""",
     "key": "key",
-    "params": "params like rhs grads weights scores",
+    "params": "params like rhs grads scores",
     "vector": "vector start? diagonal directions other state?",
     "flag": """linearize on_device reorthogonalise drop_constants progress transient regrow straight_through
         linear log""",
@@ -174,13 +176,13 @@ RIGHT = {
     "level": 0.5, "module": linen.Dense(2), "model": nnx.Linear(3, 2, rngs=nnx.Rngs(0)), "levels": [0.0, 0.5],
     "make_matvec": lambda batch: hj.hessian(loss, W, batch), "matvecs": [A, A], "diagonal": W, "other": W,
     "teacher_fn": dense, "metric": size_of, "information": loss, "scores": PARAMS, "steps": [0, 1],
-    "values": [1.0, 2.0], "accuracy": [0.5, 1.0], "curves": {"a": ([0.1, 1.0], [0.5, 1.0])}, "weights": W,
+    "values": [1.0, 2.0], "accuracy": [0.5, 1.0], "curves": {"a": ([0.1, 1.0], [0.5, 1.0])},
 }  # fmt: skip
 
 PRUNED = {"params": (PARAMS, "params")}
 INSTEAD = {
     "hj.solve": {"damping": (0.0, "number")},
-    "hj.inverse_fisher": {"damping": (1.0, "tol")},
+    "hj.inverse_fisher": {"damping": (1.0, "tol"), "weights": (None, "weights?")},
     "hj.saliencies.obs": {"damping": (1.0, "tol")},
     "hj.saliencies.wood_taylor": {"damping": (1.0, "tol")},
     "hj.trace": {"estimator": (None, "estimator maker?")},
@@ -210,6 +212,7 @@ INSTEAD = {
     "hj.saliencies.movement": {"start": (jnp.zeros_like, "function")},
     "hj.saliencies.rigl": {"score": (hj.saliencies.magnitude(), "saliency")},
     "hj.saliencies.sparse_evolution": {"score": (MAGNITUDE, "saliency"), "key": (KEY, "typed key")},
+    "hj.saliencies.from_magnitudes": {"weights": (W, "one array")},
     "hj.saliencies.random": {"key": (KEY, "typed key")},
     "hj.saliencies.hard_concrete": {"stop": (3, "count"), "key": (KEY, "typed key")},
     "hj.saliencies.static": {"scores": (PARAMS, "mapping")},

@@ -48,8 +48,22 @@ def _few_programs():
         jax.clear_caches()
 
 
-PROMOTING = ("benchmarks", "cli", "compaction", "docs", "flax", "plot", "program", "recipes", "report")
-"""Folders whose tests run networks of others, or other libraries, that promote dtypes or ranks themselves."""
+PROMOTING = frozenset(
+    [
+        "analysis",
+        "benchmarks",
+        "cli",
+        "compaction",
+        "docs",
+        "flax",
+        "plot",
+        "program",
+        "recipes",
+        "report",
+        "test_readme.py",
+    ]
+)
+"""Where tests run networks of others, or other libraries, that promote dtypes or ranks themselves."""
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +73,9 @@ def _no_silent_promotion(request):
     if folder in PROMOTING or request.node.get_closest_marker("promotes"):
         yield
         return
-    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+    # Training loops call optax, whose Adam raises a float to an int32.
+    dtypes = "standard" if folder == "pruning" else "strict"
+    with jax.numpy_dtype_promotion(dtypes), jax.numpy_rank_promotion("raise"):
         yield
 
 

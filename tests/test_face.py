@@ -121,3 +121,10 @@ def says_what_it_holds(value):
 def test_types_say_what_they_hold():
     classes = {name: EVERYTHING[name] for name in NOUNS if inspect.isclass(EVERYTHING[name])}
     assert not [name for name, value in classes.items() if not says_what_it_holds(value)]
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_defaults_can_be_read(name):
+    defaults = [p.default for p in inspect.signature(CALLED[name]).parameters.values()]
+    settings = [repr(x) for x in defaults if not (inspect.isclass(x) or inspect.isfunction(x))]
+    assert not [text for text in settings if re.search(r" at 0x|\bobject\b", text) or len(text) > 60]

@@ -33,7 +33,8 @@ GROUPS: dict[str, list[str]] = {
     "Running": ["run Progress NonFiniteProductError", "relative", "progress_bar", "checkpoint"],
     "Pruning": ["prune", "prune_once Pruned", "mask_of", "load_recipe Recipe", "distillation"],
     "What can go, and what is left": [
-        "summary", "sensitivity Sensitivity", "compact Compacted", "to_sparse", "save_npz Saved", "load_npz",
+        "summary", "sensitivity Sensitivity", "compact Compacted Obstacle", "to_sparse", "save_npz Saved",
+        "load_npz",
     ],
 }  # fmt: skip
 

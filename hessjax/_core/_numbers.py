@@ -46,6 +46,11 @@ def or_nan(there: Any, x: Array) -> Array:
         return jnp.where(there, x, jnp.nan)
 
 
+def unknown() -> Scalar:
+    """A number that is not there."""
+    return or_nan(False, jnp.zeros(()))
+
+
 @contextlib.contextmanager
 def meant() -> Iterator[None]:
     """Around results of ours, which say by NaN and infinity what is not known: products stay watched."""

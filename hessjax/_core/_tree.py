@@ -1,8 +1,6 @@
 """The pytree algebra that `optax.tree` lacks: paths, checks, inner products, blocks of vectors."""
 
-import fnmatch
 import functools
-from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -13,7 +11,7 @@ from jaxtyping import Array, Float
 from hessjax._core import _sharding
 from hessjax._core._messages import shown
 from hessjax._core._numbers import common_dtype, promoted
-from hessjax._core._types import Block, Params, Scalar, Vector, Where
+from hessjax._core._types import Block, Params, Scalar, Vector
 
 # -- paths ---------------------------------------------------------------------------------------
 
@@ -36,38 +34,6 @@ def unique_paths(tree: Any, argument: str) -> list[str]:
     if len(set(paths)) < len(paths):
         raise ValueError(f"`{argument}` must have a path of its own for every leaf, got {', '.join(paths)}.")
     return paths
-
-
-def match(tree: Any, where: Where, argument: str = "where") -> Any:
-    """A tree of bools like `tree`: True where a leaf's path (and the leaf) satisfy `where`.
-
-    Raises:
-        ValueError: if `where`, or any one of several patterns, matches no leaf at all.
-    """
-    patterns = [where] if isinstance(where, str) or callable(where) else where
-    if not isinstance(patterns, Collection) or not all(isinstance(x, str) or callable(x) for x in patterns):
-        raise TypeError(
-            f"`{argument}` must be a glob over paths, several, or a function `(path, leaf) -> bool`, got "
-            f"{where!r}."
-        )
-    if not patterns:
-        raise ValueError(f"`{argument}` must name at least one pattern, got an empty {type(where).__name__}.")
-    hits = [jax.tree_util.tree_map_with_path(_matcher(pattern), tree) for pattern in patterns]
-    for pattern, hit in zip(patterns, hits, strict=True):
-        if not any(jax.tree.leaves(hit)):
-            shown = f"`{pattern}`" if isinstance(pattern, str) else "its predicate"
-            raise ValueError(
-                f"`{argument}` must match at least one leaf, but {shown} matches none of: "
-                f"{', '.join(leaf_paths(tree)) or '(no leaves)'}."
-            )
-    return jax.tree.map(lambda *flags: any(flags), *hits)
-
-
-def _matcher(pattern: str | Callable[[str, Any], bool]) -> Callable[[Any, Any], bool]:
-    if isinstance(pattern, str):
-        # A path itself matches, even one that reads otherwise as a glob: `w[a]`.
-        return lambda path, _: path_name(path) == pattern or fnmatch.fnmatchcase(path_name(path), pattern)
-    return lambda path, leaf: bool(pattern(path_name(path), leaf))
 
 
 # -- checks --------------------------------------------------------------------------------------

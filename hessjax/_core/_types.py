@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, dataclass_transform, runtime_checkable
 
 import jax
@@ -35,8 +35,10 @@ Key: TypeAlias = jax.Array
 
 Scalar: TypeAlias = Float[Array, ""]
 
-Where: TypeAlias = str | Sequence[str] | Callable[[str, Any], bool]
-"""Which leaves: a glob over their paths (`"*/kernel"`), several, or `(path, leaf) -> bool`."""
+Where: TypeAlias = (
+    str | Collection[str | Callable[..., Any]] | Callable[..., Any] | Mapping[str, Any] | bool | PyTree
+)
+"""Which leaves: a glob over paths (`"*/kernel"`), several, `(path, leaf) -> bool`, or booleans as a tree."""
 
 
 # -- settings --------------------------------------------------------------------------------------

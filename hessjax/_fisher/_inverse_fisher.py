@@ -232,7 +232,7 @@ def _built(
     blocking: Blocking, chunk_size: int, grads: Counted, setting: Amount, scale: Scalar
 ) -> InverseFisher:
     """From one block of gradients; not measured yet."""
-    rows, totals = read(blocking, grads.block, scale, count=grads.count)
+    rows, totals = read(blocking, grads.block, scale, count=grads.total)
     return inverse_of(rows, totals, setting, scale, blocking, chunk_size)
 
 
@@ -281,7 +281,7 @@ def _settled(inverse: InverseFisher) -> InverseFisher:
 
 def _more(inverse: InverseFisher, grads: Counted) -> tuple[tuple[Rows, ...], Totals, Scalar]:
     """More gradients, what all of them add up to, and their κ."""
-    rows, new = read(inverse.blocking, grads.block, inverse.scale, count=grads.count)
+    rows, new = read(inverse.blocking, grads.block, inverse.scale, count=grads.total)
     totals = inverse.totals.plus(new)
     return rows, totals, totals.shift(inverse.setting)
 

@@ -180,10 +180,10 @@ class Totals(NamedTuple):
 
     def plus(self, more: "Totals") -> "Totals":
         """Of both, of the same weights."""
-        counts = self.num_grads, more.num_grads
-        if counts[0].dtype != counts[1].dtype:  # numbers of gradients and weights
-            counts = tuple(count.astype(self.squares.dtype) for count in counts)
-        return Totals(counts[0] + counts[1], self.squares + more.squares, self.num_weights)
+        one, other = self.num_grads, more.num_grads
+        if one.dtype != other.dtype:  # a number of gradients and a sum of weights
+            one, other = self.number, more.number
+        return Totals(one + other, self.squares + more.squares, self.num_weights)
 
     def shift(self, damping: Amount) -> Scalar:
         """κ = mλ, where a relative λ is a fraction of the mean diagonal of F."""
@@ -196,8 +196,10 @@ class Totals(NamedTuple):
 def checked_damping(damping: Any, dtype: Any) -> Amount:
     """λ as the methods want it: an array, so that another damping compiles nothing anew."""
     amount = damping.amount if isinstance(damping, Amount) else damping
-    is_traced = isinstance(checked_number("damping", amount, " or `relative(r)`"), jax.core.Tracer)
-    if not (is_traced or 0 < amount < math.inf):
+    if amount is not None:
+        checked_number("damping", amount, " or `relative(r)`")
+    is_traced = isinstance(amount, jax.core.Tracer)
+    if amount is None or not (is_traced or 0 < amount < math.inf):
         raise ValueError(
             f"`damping` must be a positive finite number or `relative(r)`, got {damping}: without it the "
             f"Fisher of fewer gradients than weights has no inverse."

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from hessjax._core import _tree
+from hessjax._core._messages import shown
 from hessjax._core._types import Block, Scalar
 from hessjax._fisher._rows import num_grads, row
 
@@ -18,11 +19,11 @@ class Counted(NamedTuple):
 
     Attributes:
         block: the rows √w g, so that they add up to Σ w ggᵀ.
-        count: Σ w; None where every gradient counts once.
+        total: Σ w; None where every gradient counts once.
     """
 
     block: Block
-    count: Scalar | None
+    total: Scalar | None
 
 
 def stream(grads: Any, like: Any = None, weights: Any = None) -> Iterator[Counted]:
@@ -63,12 +64,19 @@ def _pairs(blocks: Iterable[Any], weights: Any, is_stream: bool) -> Iterator[tup
         raise ValueError(f"`weights` must have one entry for each block of `grads`: {error}.") from None
 
 
+def _numbers(weight: Any, name: str) -> np.ndarray:
+    found = np.asarray(jax.device_get(weight))
+    if not (jnp.issubdtype(found.dtype, jnp.number) or found.dtype == bool) or found.dtype.kind == "c":
+        raise TypeError(f"`{name}` must be real numbers, got {shown(weight)}.")
+    return found.astype(float)
+
+
 def _counted(block: Block, count: int, weight: Any, name: str) -> Counted | None:
     """The block with its weights in it; None if it does not count at all."""
     if weight is None:
         return Counted(block, None)
     if not isinstance(weight, jax.core.Tracer):
-        weight = np.asarray(jax.device_get(weight)).astype(float)
+        weight = _numbers(weight, name)
         if not np.all((weight >= 0) & np.isfinite(weight)):
             raise ValueError(f"`{name}` must be finite and at least 0, got {weight}.")
         if not weight.any():
@@ -104,6 +112,6 @@ def gathered(blocks: Iterator[Counted], count: int | None) -> Counted:
 
 @jax.jit
 def _joined(counted: list[Counted]) -> Counted:
-    blocks, counts = zip(*counted, strict=True)
-    count = None if counts[0] is None else jnp.sum(jnp.stack(counts))
-    return Counted(jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *blocks), count)
+    blocks, totals = zip(*counted, strict=True)
+    total = None if totals[0] is None else jnp.sum(jnp.stack(totals))
+    return Counted(jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *blocks), total)

@@ -29,7 +29,7 @@ from hessjax.analysis._finite import cheapest_mode, finite_products, not_finite,
 from hessjax.curvature._batches import check_reiterable
 from hessjax.curvature._hessian import hessian
 from hessjax.curvature._product import at_precision, check_call, scalar
-from hessjax.curvature._weights import Weights
+from hessjax.curvature._weights import Weights, check_weights
 from hessjax.estimators.probes import gaussian
 
 CAUTION = 5
@@ -113,6 +113,7 @@ def check(
         rows.append(CheckRow("same data", changed == 0, changed, 0, detail))
         args = (_first(batches), *args)
     check_call("loss_fn", loss_fn, args)
+    check_weights(weights)
     rows += _finite(loss_fn, params, args)
     if all(row.passed for row in rows if row.name.startswith("finite")):
         rows += _derivatives(loss_fn, params, args, weights, matvec, key)
@@ -239,7 +240,7 @@ def _symmetric(
     structure: Any = jax.tree.structure(params)
     errors = []
     for i in range(structure.num_leaves):  # only now, for one more product each: whose rows are not columns
-        part = jax.tree.unflatten(structure, [x * (i == j) for j, x in enumerate(jax.tree.leaves(u))])
+        part = jax.tree.unflatten(structure, [x * float(i == j) for j, x in enumerate(jax.tree.leaves(u))])
         errors.append(abs(float(_tree.inner(part, Av)) - float(_tree.inner(v, A(part)))) / size)
     at_fault = named(params, np.array(errors) > limit)
     return CheckRow(

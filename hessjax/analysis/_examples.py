@@ -47,7 +47,7 @@ class _Subject(NamedTuple):
         loss_fn: the loss.
         params: the params.
         args: first the batch.
-        count: its number of examples.
+        number: of examples in it.
         weights: how much they count.
         grads: the gradient.
         eps: of the coarsest dtype, those inside the loss included.
@@ -59,7 +59,7 @@ class _Subject(NamedTuple):
     loss_fn: LossFn
     params: Params
     args: tuple[Any, ...]
-    count: int
+    number: int
     weights: Weights | None
     grads: Vector
     eps: float
@@ -243,7 +243,7 @@ def _row(name: str, subject: _Subject, mean: Vector, good: str) -> CheckRow:
 
 def _cause(subject: _Subject, mean: Vector) -> str:
     whole, found = _tree.wide(subject.grads), _tree.wide(mean)
-    if _norm(_tree.add_scaled(whole, -float(subject.count), found)) <= 0.01 * _norm(whole):
+    if _norm(_tree.add_scaled(whole, -float(subject.number), found)) <= 0.01 * _norm(whole):
         return "the loss is a sum over its examples: take the mean"
     train = "BatchNorm in train mode (take eval mode), or data outside `args[0]`"
     if subject.weights is None:

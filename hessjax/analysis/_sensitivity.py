@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from hessjax._core import _files, _tree
-from hessjax._core._axes import is_matrix
+from hessjax._core._layout import kernels, selected, tree_axes
 from hessjax._core._messages import check_functions, checked_number, shown
 from hessjax._core._tables import Column, Row, Table, printable
 from hessjax._core._types import Block, Params, Scalar, Where
+from hessjax._core._words import AxisWords
 from hessjax._run import _drivers
 from hessjax._run._estimator import check_callbacks
 from hessjax._run._identity import Identity, describe, fingerprint
@@ -24,7 +25,8 @@ from hessjax.analysis._sensitivity_csv import SensitivityRow, level_name
 from hessjax.pruning._once import prune_once
 from hessjax.pruning._ranking import check_sparsity
 from hessjax.pruning.allocations._allocation import uniform
-from hessjax.pruning.patterns._pattern import Pattern, Patterns, patterns_of, unstructured
+from hessjax.pruning.patterns._fitting import chosen_patterns, fitted
+from hessjax.pruning.patterns._pattern import Pattern, Patterns, unstructured
 from hessjax.pruning.saliencies._first_order import magnitude
 from hessjax.pruning.saliencies._saliency import Saliency, checked_saliency
 
@@ -81,7 +83,8 @@ def sensitivity(
     grads_fn: Callable[[Params], Block] | None = None,
     diagonal: Params | None = None,
     pattern: Patterns = unstructured(),  # noqa: B008 (a value, never changed)
-    where: Where = is_matrix,
+    where: Where = kernels,
+    axes: AxisWords | None = None,
     path: str | os.PathLike[str] | None = None,
     callbacks: Sequence[_drivers.Callback] = (),
 ) -> Sensitivity:
@@ -106,8 +109,8 @@ def sensitivity(
             `hj.diagonal(matvec, key, params, ...).mean`. It takes precedence over the saliency's own
             prediction.
         pattern: which weights go together, as in `prune`: `filters()` for whole filters.
-        where: which leaves: a glob over their paths, several, or `(path, leaf) -> bool`. By default all with
-            two or more axes; empty ones are left out.
+        where: which leaves, as in `prune`: by default all kernels; empty ones are left out.
+        axes: as in `prune`. Every layer that a leaf stacks is pruned to the level, as if it stood alone.
         path: a CSV file to which every row is added as soon as it is measured. Rows that are in it already
             are not measured again; of a line that a kill cut off, nothing is kept. Beside it, `<path>.json`
             records the params, the saliency, the diagonal and the patterns, and a table of others is
@@ -153,7 +156,7 @@ def sensitivity(
     checked_saliency("saliency", saliency)
     check_functions(metric=metric, grads_fn=grads_fn)
     check_callbacks(callbacks)
-    patterns, chosen = _patterns_by_leaf(params, where, pattern), _checked_levels(levels)
+    patterns, chosen = _patterns_by_leaf(params, where, pattern, axes), _checked_levels(levels)
     has_model = diagonal is not None or saliency.compensates
     _check_question(metric, params, diagonal, has_model)
     questions = [(name, level_name(level)) for name in patterns for level in chosen]
@@ -161,14 +164,14 @@ def sensitivity(
         file, rows = None, []
         if path is not None:
             file = _files.local_path("path", path)
-            record = _record(params, saliency, patterns, diagonal)
+            record = _record(params, saliency, patterns, axes, diagonal)
             rows = stack.enter_context(
                 _sensitivity_file.opened(file, record, _tree.leaf_paths(params), has_model)
             )
         known = {(row.parameter, level_name(row.sparsity)): row for row in rows}
         # Gradients are what is expensive: none are taken when the file has all the answers.
         grads = None if grads_fn is None or known.keys() >= set(questions) else grads_fn(params)
-        network = _Network(params, saliency, patterns, grads, diagonal, has_model)
+        network = _Network(params, saliency, patterns, axes, grads, diagonal, has_model)
         stack.enter_context(_drivers.entered(callbacks))
         for number, question in enumerate(questions, start=1):
             if question not in known:
@@ -180,16 +183,14 @@ def sensitivity(
 
 
 def _record(
-    params: Params, saliency: Saliency, patterns: dict[str, Pattern], diagonal: Params | None
+    params: Params, saliency: Saliency, patterns: dict[str, Pattern], axes: AxisWords | None, diagonal: Any
 ) -> Identity:
     """What the numbers depend on, as far as it can be told apart."""
     found: Identity = {"saliency": describe(saliency)}
-    found |= (
-        fingerprint(saliency, "saliency") | fingerprint(params, "params") | fingerprint(diagonal, "diagonal")
-    )
-    for name, pattern in patterns.items():
-        found[f"pattern {name}"] = repr(pattern)
-    return found
+    for name, tree in {"saliency": saliency, "params": params, "diagonal": diagonal}.items():
+        found |= fingerprint(tree, name)
+    found |= {f"pattern {name}": repr(pattern) for name, pattern in patterns.items()}
+    return found | {f"axes {glob}": words for glob, words in (axes or {}).items()}
 
 
 class _Network(NamedTuple):
@@ -198,6 +199,7 @@ class _Network(NamedTuple):
     params: Params
     saliency: Saliency
     patterns: dict[str, Pattern]
+    axes: AxisWords | None
     grads: Block | None
     diagonal: Params | None
     has_model: bool
@@ -239,6 +241,7 @@ def _pruned(network: _Network, question: _Question) -> tuple[Params, float | Non
         allocation=uniform(),
         pattern=network.patterns[name],
         where=lambda path, _: path == name,
+        axes=network.axes,
     )
     if not network.has_model:
         return pruned.params, None
@@ -282,17 +285,22 @@ def _check_question(metric: Any, params: Params, diagonal: Params | None, has_mo
         _tree.check_like(diagonal, params, "diagonal", "params")
 
 
-def _patterns_by_leaf(params: Params, where: Where, pattern: Patterns) -> dict[str, Pattern]:
+def _patterns_by_leaf(
+    params: Params, where: Where, pattern: Patterns, axes: AxisWords | None
+) -> dict[str, Pattern]:
     """The leaves that are asked about, each with its pattern, in the order of the tree."""
     paths = _tree.unique_paths(params, "params")
-    hits, leaves = jax.tree.leaves(_tree.match(params, where)), jax.tree.leaves(params)
+    hits, leaves = jax.tree.leaves(selected(params, where, axes)), jax.tree.leaves(params)
     chosen = {path: x for path, hit, x in zip(paths, hits, leaves, strict=True) if hit and jnp.size(x)}
     if not chosen:
         empty = ", ".join(path for path, hit in zip(paths, hits, strict=True) if hit)
         raise ValueError(f"`where` must match at least one leaf with weights, got only empty ones: {empty}.")
     _tree.check_floating(chosen, "params[where]")
-    found = dict(zip(_tree.leaf_paths(chosen), patterns_of(pattern, chosen), strict=True))
-    return {path: found[path] for path in chosen}
+    found = chosen_patterns(pattern, list(chosen.items()))
+    for meaning in tree_axes(params, axes):
+        if meaning.path in chosen:
+            fitted(found[meaning.path], meaning, chosen[meaning.path].dtype)
+    return found
 
 
 def _checked_levels(levels: Iterable[float | int]) -> list[float]:

@@ -11,9 +11,12 @@ import numpy as np
 from jaxtyping import Array
 
 from hessjax._core import _tree
-from hessjax._core._axes import Axes, axes_of
+from hessjax._core._axes import Axes, layers_of
+from hessjax._core._layout import tree_axes
+from hessjax._core._messages import checked_flag
 from hessjax._core._tables import Column, Row, Table, number, percent, printable, shape_text
 from hessjax._core._types import ModelFn, Params
+from hessjax._core._words import AxisWords
 from hessjax.curvature._product import check_call
 from hessjax.program._products import multiply_adds
 from hessjax.program._tracing import read
@@ -22,11 +25,10 @@ from hessjax.program._tracing import read
 class SummaryRow(NamedTuple):
     """One leaf, or all of them together.
 
-    A leaf of two axes is read as the kernel of a Dense layer, (in, out): a row is one input, a column one
-    output. A leaf of three or more is read as the kernel of a Conv layer, (..., in, out): a channel is one
-    input, a filter one output, a kernel the weights between one input and one output. Rows and columns are
-    those of matrices only, the other three those of convolutions only; where a leaf has none, the fraction is
-    0. In the total they are fractions of all that the leaves have.
+    Of a matrix a row is one input, a column one output; of a convolution a channel is one input, a filter one
+    output, a kernel the weights between one input and one output. Where a leaf has none, as biases have
+    neither, the fraction is 0. Layers that a leaf stacks, as under `nn.scan`, have each their own. In the
+    total they are fractions of all that the leaves have.
 
     Attributes:
         path: where the leaf is, `Conv_0/kernel`.
@@ -124,7 +126,13 @@ _COLUMNS = (
 )
 
 
-def summary(params: Params, model_fn: ModelFn | None = None, *args: Any) -> Summary:
+def summary(
+    params: Params,
+    model_fn: ModelFn | None = None,
+    *args: Any,
+    axes: AxisWords | None = None,
+    by_layer: bool = False,
+) -> Summary:
     """Count the zeros of every leaf, and describe what is left.
 
     Zeros are counted one by one, and by rows, columns, channels, kernels and filters (`SummaryRow` says which
@@ -139,6 +147,9 @@ def summary(params: Params, model_fn: ModelFn | None = None, *args: Any) -> Summ
         model_fn: `model_fn(params, *args) -> outputs`, to count the multiply-adds of one call.
         *args: its batch, as arrays or `jax.ShapeDtypeStruct`s; pass one example for the count per
             example.
+        axes: what the axes of leaves mean, where names and shapes do not tell, as in `prune`.
+        by_layer: a row for every layer that a leaf stacks, `blocks/Dense_0/kernel[0]`, ..., in place of one
+            for all of them; multiply-adds in equal parts.
 
     Returns:
         A `Summary`: `.rows` and `.total` hold the numbers, `print` shows them as a table, `rich.print` with
@@ -146,7 +157,7 @@ def summary(params: Params, model_fn: ModelFn | None = None, *args: Any) -> Summ
 
     Raises:
         TypeError: if a leaf is not floating-point (a counter, a random key): pass the weights only.
-        ValueError: if there is no weight at all.
+        ValueError: if there is no weight at all; if `axes` does not fit.
 
     Cost:
         A few passes over the weights, summed in float32 at least; one transfer of at most nine numbers per
@@ -167,17 +178,40 @@ def summary(params: Params, model_fn: ModelFn | None = None, *args: Any) -> Summ
         4
     """
     _tree.check_floating(params)
+    checked_flag("by_layer", by_layer)
     if model_fn is not None or args:
         check_call("model_fn", model_fn, args)
     work = None if model_fn is None else multiply_adds(read(model_fn, params, *args))
-    paths, leaves = _tree.leaf_paths(params), jax.tree.leaves(params)
-    axes = [axes_of(path, jnp.shape(leaf)) for path, leaf in zip(paths, leaves, strict=True)]
-    pairs = zip(leaves, axes, strict=True)
-    counted = jax.device_get([(_moments(leaf), _zero_parts(leaf, meaning)) for leaf, meaning in pairs])
+    leaves, meanings = jax.tree.leaves(params), tree_axes(params, axes)
     spent = [None if work is None else work.by_leaf[i] for i in range(len(leaves))]
-    named = zip(paths, leaves, axes, spent, counted, strict=True)
-    facts = [_facts(path, jnp.shape(x), a, number, *moments) for path, x, a, number, moments in named]
+    entries = [
+        entry
+        for x, found, number in zip(leaves, meanings, spent, strict=True)
+        for entry in (_by_layer(x, found, number) if by_layer else [_Entry(found.path, x, found, number)])
+    ]
+    counted = jax.device_get(
+        [(_moments(entry.leaf), _zero_parts(entry.leaf, _meaning(entry.axes))) for entry in entries]
+    )
+    facts = [_facts(entry, *moments) for entry, moments in zip(entries, counted, strict=True)]
     return Summary(tuple(map(_row, facts)), _row(_total(facts)), () if work is None else work.notes)
+
+
+class _Entry(NamedTuple):
+    """What a row is about."""
+
+    path: str
+    leaf: Any
+    axes: Axes
+    multiply_adds: int | None
+
+
+def _by_layer(leaf: Any, axes: Axes, work: int | None) -> list[_Entry]:
+    """The layers that a leaf stacks, each with its part of the work, which `scan` does for all alike."""
+    number = axes.num_layers
+    each = None if work is None or not number else work // number
+    alone = axes._replace(shape=axes.layer, stack=())
+    pairs = zip(axes.layer_names(), layers_of(jnp.asarray(leaf), axes), strict=True)
+    return [_Entry(name, layer, alone, each) for name, layer in pairs]
 
 
 class _Facts(NamedTuple):
@@ -216,38 +250,38 @@ def _moments(x: Array) -> tuple[Array, Array, Array, Array]:
 @functools.partial(jax.jit, static_argnums=1)
 def _zero_parts(x: Array, axes: Axes) -> dict[int, Array]:
     """How many columns (0), rows (1), channels (2), kernels (3) and filters (4) are zero throughout."""
-    if x.ndim < 2 or not x.size:
+    if axes.kind == "vector" or not x.size:
         return {}
-    ins, outs = axes.input % x.ndim, axes.output % x.ndim
-    lines = jnp.all(x == 0, axis=tuple(i for i in range(x.ndim) if i not in (ins, outs)))
-    lines = lines if ins < outs else lines.T  # (in, out)
-    by_output, by_input = jnp.sum(jnp.all(lines, axis=0)), jnp.sum(jnp.all(lines, axis=1))
-    if x.ndim == 2:
-        return {0: by_output, 1: by_input}
-    return {2: by_input, 3: jnp.sum(lines), 4: by_output}
+    window, ins, outs = (
+        tuple(axes.unstacked[i] for i in part) for part in (axes.spatial, axes.input, axes.output)
+    )
+    lines = jnp.all(x == 0, axis=window, keepdims=True)
+    by_output, by_input = (jnp.sum(jnp.all(lines, axis=part)) for part in (ins, outs))
+    return {2: by_input, 3: jnp.sum(lines), 4: by_output} if window else {0: by_output, 1: by_input}
 
 
-def _num_parts(shape: tuple[int, ...], axes: Axes) -> list[int]:
-    if len(shape) < 2 or 0 in shape:
+def _meaning(axes: Axes) -> Axes:
+    """Without the path: leaves of one shape share a program."""
+    return axes._replace(path="", attention=None)
+
+
+def _num_parts(axes: Axes) -> list[int]:
+    if axes.kind == "vector" or 0 in axes.shape:
         return [0] * 5
-    ins, outs = shape[axes.input], shape[axes.output]
-    return [outs, ins, 0, 0, 0] if len(shape) == 2 else [0, 0, ins, ins * outs, outs]
+    ins, outs = (math.prod(axes.layer[i] for i in part) for part in (axes.input, axes.output))
+    number = axes.num_layers
+    ins, both, outs = number * ins, number * ins * outs, number * outs
+    return [0, 0, ins, both, outs] if axes.spatial else [outs, ins, 0, 0, 0]
 
 
-def _facts(
-    path: str,
-    shape: tuple[int, ...],
-    axes: Axes,
-    work: int | None,
-    moments: tuple[Any, ...],
-    zeros: dict[int, Any],
-) -> _Facts:
+def _facts(entry: _Entry, moments: tuple[Any, ...], zeros: dict[int, Any]) -> _Facts:
     nonzeros, mean, std, abs_mean = (x.item() for x in moments)
+    shape, work = jnp.shape(entry.leaf), entry.multiply_adds
     number = math.prod(shape)
     left = None if work is None else work * nonzeros / max(number, 1)
     zero_parts = np.array([int(zeros.get(i, 0)) for i in range(5)])
-    parts = np.array(_num_parts(shape, axes))
-    return _Facts(path, shape, number, nonzeros, work, left, parts, zero_parts, mean, std**2, abs_mean)
+    parts = np.array(_num_parts(entry.axes))
+    return _Facts(entry.path, shape, number, nonzeros, work, left, parts, zero_parts, mean, std**2, abs_mean)
 
 
 def _total(facts: list[_Facts]) -> _Facts:

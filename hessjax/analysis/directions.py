@@ -1,40 +1,50 @@
 """Directions in weight space worth looking along: random ones in the network's own scale, and lines."""
 
 import functools
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from hessjax._core import _tree
-from hessjax._core._axes import axes_of, within_filters
+from hessjax._core._axes import Axes
+from hessjax._core._layout import tree_axes
 from hessjax._core._messages import checked_int
 from hessjax._core._types import Key, Params, Vector
+from hessjax._core._words import AxisWords
 from hessjax.estimators.probes import gaussian
 
 
-def random(key: Key, params: Params, *, filter_axis: int | Literal["output"] | None = "output") -> Vector:
+def random(
+    key: Key,
+    params: Params,
+    *,
+    filter_axis: int | Literal["output"] | None = "output",
+    axes: AxisWords | None = None,
+) -> Vector:
     """A Gaussian direction, each filter rescaled to the norm of the params' filter in its place.
 
     Weights that follow a normalisation or precede a ReLU can be scaled without changing the network, so
     that a step of fixed length means little to a network with large weights; in these units a distance
-    of 1 is as far as the weights themselves. As in the paper, leaves with fewer than two axes (biases,
-    scales) get zeros: they stay where they are.
+    of 1 is as far as the weights themselves. As in the paper, biases and scales, and all that has fewer than
+    two axes, get zeros: they stay where they are. Layers that a leaf stacks are rescaled one by one.
 
     Args:
         key: random key.
         params: pytree of real floating-point arrays.
         filter_axis: a filter is a slice of a leaf along this axis. `"output"`: the one that counts the
             outputs, the last in Flax, kernels being (in, out) and (height, width, in, out). `None` rescales
-            leaves as a whole.
+            layers as a whole.
+        axes: what the axes of leaves mean, where names and shapes do not tell, as in `prune`.
 
     Returns:
         A vector like `params`, in at least float32. Where a filter of the params is zero, so is its own.
 
     Raises:
         TypeError: `params` has leaves that are not floating point.
-        ValueError: no leaf has two axes, or one has no such axis.
+        ValueError: no leaf is a kernel or an embedding, or one has no such axis; `axes` does not fit.
 
     Cost:
         One random vector.
@@ -51,20 +61,21 @@ def random(key: Key, params: Params, *, filter_axis: int | Literal["output"] | N
         ([5.0, 1.0], [0.0, 0.0])
     """
     _tree.check_floating(params)
-    deep = [jnp.ndim(leaf) for leaf in jax.tree.leaves(params) if jnp.ndim(leaf) > 1]
+    found = tree_axes(params, axes)
+    deep = [meaning for meaning in found if meaning.kind != "vector"]
     if not deep:
         raise ValueError(
-            "`params` must have a leaf with two or more axes, got none; `hessjax.probes.gaussian` gives "
-            "a direction with every entry random."
+            "`params` must have a leaf with two or more axes, got none that is a kernel or an embedding; "
+            "`hessjax.probes.gaussian` gives a direction with every entry random."
         )
     if filter_axis is not None and filter_axis != "output":
         filter_axis = checked_int("filter_axis", filter_axis)
-    if isinstance(filter_axis, int) and not all(-n <= filter_axis < n for n in deep):
-        raise ValueError(
-            f"`filter_axis` must be an axis of every leaf with two or more, which have {sorted(set(deep))} "
-            f"axes, got {filter_axis}."
-        )
-    return _rescaled(filter_axis, gaussian(key, params), params)
+        _check_axis(filter_axis, deep)
+    # One tuple of axes for every leaf, static: all leaves of all trees of these shapes share a program.
+    within = tuple(
+        () if meaning.kind == "vector" else _summed_over(filter_axis, meaning) for meaning in found
+    )
+    return _rescaled(within, gaussian(key, params), params)
 
 
 def line(params: Params, other: Params) -> Vector:
@@ -104,25 +115,45 @@ def line(params: Params, other: Params) -> Vector:
     return jax.tree.map(lambda x, y: x - y, _tree.wide(other), _tree.wide(params))
 
 
+def _check_axis(axis: int, found: Sequence[Axes]) -> None:
+    numbers = sorted({len(meaning.shape) for meaning in found})
+    if not all(-n <= axis < n for n in numbers):
+        raise ValueError(
+            f"`filter_axis` must be an axis of every leaf with two or more, which have {numbers} axes, got "
+            f"{axis}."
+        )
+    stacks = [meaning.path for meaning in found if axis % len(meaning.shape) in meaning.stack]
+    if stacks:
+        raise ValueError(
+            f"`filter_axis` must not count layers, as axis {axis} does in {', '.join(stacks)}; where it does "
+            "not, say so by `axes`."
+        )
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _rescaled(axis: int | Literal["output"] | None, direction: Vector, params: Params) -> Vector:
-    def leaf(path: Any, d: Array, w: Array) -> Array:
-        if w.ndim < 2:
-            return jnp.zeros_like(d)
-        others = _summed_over(axis, _tree.path_name(path), w.shape)
-        # Norms with their axes kept, in the direction's dtype: squares of bfloat16 weights lose their digits.
-        norms = [jnp.sqrt(jnp.sum(x.astype(d.dtype) ** 2, axis=others, keepdims=True)) for x in (d, w)]
-        # A filter of the params that is zero makes the direction zero there, not NaN.
-        return d * norms[1] / jnp.where(norms[0] > 0, norms[0], 1)
-
-    return jax.tree_util.tree_map_with_path(leaf, direction, params)
+def _rescaled(within: tuple[tuple[int, ...], ...], direction: Vector, params: Params) -> Vector:
+    leaves, treedef = jax.tree.flatten(direction)
+    pairs = zip(within, leaves, jax.tree.leaves(params), strict=True)
+    return jax.tree.unflatten(treedef, [_rescaled_leaf(*each) for each in pairs])
 
 
-def _summed_over(axis: int | Literal["output"] | None, path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _rescaled_leaf(within: tuple[int, ...], d: Array, w: Array) -> Array:
+    if not within:
+        return jnp.zeros_like(d)
+    # Norms with their axes kept, in the direction's dtype: squares of bfloat16 weights lose their digits.
+    norms = [jnp.sqrt(jnp.sum(x.astype(d.dtype) ** 2, axis=within, keepdims=True)) for x in (d, w)]
+    # A filter of the params that is zero makes the direction zero there, not NaN.
+    return d * norms[1] / jnp.where(norms[0] > 0, norms[0], 1)
+
+
+def _summed_over(axis: int | Literal["output"] | None, meaning: Axes) -> tuple[int, ...]:
     """The axes that the norm of a filter sums over."""
     if axis == "output":
-        return within_filters(axes_of(path, shape), len(shape))
-    return tuple(i for i in range(len(shape)) if axis is None or i != axis % len(shape))
+        return meaning.within_filters
+    if axis is None:
+        return meaning.unstacked
+    number = len(meaning.shape)
+    return tuple(i for i in meaning.unstacked if i != axis % number)
 
 
 def __dir__() -> list[str]:

@@ -22,7 +22,7 @@ from hessjax._core._types import Eigenpairs, Key, Params
 from hessjax.cli import _digits
 from hessjax.cli._digits import NETWORK, Digits, Quality, loss_fn, quality
 from hessjax.estimators._density import SpectralDensity
-from hessjax.estimators._hutchinson import TraceByLeaf
+from hessjax.estimators._trace import TraceByLeaf
 
 SPARSITY = 0.9
 DIRECTIONS = ("the eigenvector of λ₁", "the eigenvector of λ₂")

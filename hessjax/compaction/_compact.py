@@ -1,22 +1,24 @@
 """Pruned channels removed for good: smaller arrays, the same function."""
 
-import functools
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
-from hessjax._core import _numbers, _tree
+from hessjax._core import _tree
 from hessjax._core._messages import check_flags
 from hessjax._core._tables import Column, Row, Table, printable, shape_text
-from hessjax._core._types import ModelFn, Params, Scalar, Where
-from hessjax.compaction._narrow import Narrowing, analyse, shrink_leaf, take
+from hessjax._core._types import ModelFn, Params, Where
+from hessjax._core._where import match
+from hessjax.compaction._difference import check_same, gaps
+from hessjax.compaction._leaves import shrink_leaf, take
+from hessjax.compaction._model import CompactModel, shapes_of, signature
+from hessjax.compaction._narrow import Asked, analyse
+from hessjax.compaction._obstacles import Obstacle, obstacles
 from hessjax.curvature._product import check_call
+from hessjax.program._axes import nonzero_of
 from hessjax.program._products import multiply_adds
-from hessjax.program._program import Body
 from hessjax.program._tracing import read
 
 
@@ -45,13 +47,15 @@ class Compacted(NamedTuple):
         shapes: `{path: (before, after)}` of every leaf.
         before: the full model's size.
         after: this one's.
-        difference: between the outputs of the two on the example: max |y − y'| / max |y|, at rounding level
-            unless constants were dropped.
-        model_fn: `model_fn(params, *args)` at the smaller widths, for args of the example's shapes. It is
-            the program that was traced, without the calls it was made of: run it, time it, compare with it;
-            to train on, build the model anew.
+        difference: between the outputs of the two on the example: max |y − y'| / max |y|, the largest of any
+            output, at rounding level unless constants were dropped.
+        model_fn: `model_fn(params, *args)` at the smaller widths, for args of any shapes that the full model
+            takes: a batch of another size is traced once more. It is the program that was traced, without
+            the calls it was made of: run it, time it, compare with it, differentiate it. (A model with
+            derivative rules of its own says so when it is differentiated: build it anew to train on.)
         notes: what the multiply-adds leave open: a `while` loop counts as one step, a `cond` as its most
             expensive branch, and what some operations do inside is not counted.
+        obstacles: zeros that could not be removed: where, why, and what would help.
     """
 
     params: Params
@@ -62,6 +66,7 @@ class Compacted(NamedTuple):
     difference: float
     model_fn: ModelFn
     notes: tuple[str, ...] = ()
+    obstacles: tuple[Obstacle, ...] = ()
 
     def shrink(self, tree: Any, under: str = "") -> Any:
         """Remove the same channels from anything made for the full params: gradients, an optimizer's state.
@@ -108,7 +113,7 @@ class Compacted(NamedTuple):
 
         Args:
             model_fn: `model_fn(params, *args)`, which takes the smaller params.
-            *args: arguments of the example's shapes.
+            *args: arguments, of any shapes that both take.
 
         Returns:
             The difference; at rounding level for the same function.
@@ -116,7 +121,7 @@ class Compacted(NamedTuple):
         Raises:
             ValueError: if its outputs differ in structure or shape.
         """
-        return float(_difference(self.model_fn, model_fn, self.params, self.params, args)[0])
+        return gaps(self.model_fn, model_fn, self.params, self.params, args).difference
 
     def to_text(self, width: int | None = None) -> str:
         """The table, at most `width` columns wide; by default as wide as the terminal, 80 without one."""
@@ -127,7 +132,7 @@ class Compacted(NamedTuple):
         rows = [Row((path, *map(shape_text, self.shapes[path]))) for path in self.kept]
         sizes = zip(Size._fields, self.before, self.after, strict=True)
         rows += [Row((name.replace("_", "-"), f"{a:,}", f"{b:,}"), "bold") for name, a, b in sizes]
-        return Table(heads, tuple(rows), notes=self.notes)
+        return Table(heads, tuple(rows), notes=(*self.notes, *map(str, self.obstacles)))
 
 
 def compact(
@@ -141,10 +146,14 @@ def compact(
     that hang together (a filter, its BatchNorm, the kernels that read it, a residual stream with all that
     write to it, the query, key, value and output of a head) become shorter together, or not at all.
 
-    Never removed: what an input, an output, or an operation that is not understood depends on (a `scan`, a
-    gather), and axes that a mean, a maximum or a normalisation runs over, since it counts them: LayerNorm
-    over a transformer's stream. Nor the width of a head, as its square root scales the products. An axis
-    keeps at least one index, a leaf that `model_fn` does not use all. Nothing to remove is no error.
+    Layers in a `scan` shrink by what is dead in all of them, experts (weighted, gathered, `ragged_dot`) and
+    groups of channels too.
+
+    Never removed: what an input, an output, or an operation that is not understood depends on, what is
+    taken by number (an index, a sort), and axes that a mean, a maximum or a normalisation runs over, since it
+    counts them: LayerNorm over a transformer's stream. Nor the width of a head, as its square root scales the
+    products. An axis keeps at least one index, a leaf that `model_fn` does not use all. Nothing to remove is
+    no error; `obstacles` says why zeros stay, and what would help.
 
     Args:
         model_fn: `model_fn(params, *args) -> outputs`; keyword arguments and flags bound beforehand. Batch
@@ -164,12 +173,15 @@ def compact(
 
     Raises:
         ValueError: if `where` matches no leaf, or two leaves have the same path.
-        RuntimeError: if the outputs differ by more than rounding on the example (√ε of the coarsest dtype in
-            the model), and no constants were to be dropped.
+        RuntimeError: if an output differs by more than rounding on the example (√ε of the coarsest dtype in
+            the model, or what the network makes of a few ε in its weights), and no constants were to be
+            dropped. It is named.
 
     Cost:
-        A trace, a few passes over the weights on the host (one byte each), and one compilation with one run
-        of both models on the example. Activations are taken to be finite: 0 · inf counts as 0.
+        A trace, a few passes over the weights on the host (one byte each, which `model_fn` keeps), and one
+        compilation with one run of both models on the example; where whole indices of zeros stay, as many
+        passes again for each rule that might hold them. Activations are taken to be finite: 0 · inf counts
+        as 0.
 
     Example:
         >>> import jax.numpy as jnp, hessjax as hj
@@ -195,91 +207,32 @@ def compact(
     check_call("model_fn", model_fn, args)
     paths, leaves = _tree.unique_paths(params, "params"), jax.tree.leaves(params)
     program = read(model_fn, params, *args)
-    may_shrink = jax.tree.leaves(_tree.match(params, where))
-    narrowing = analyse(program, leaves, may_shrink, drop_constants=drop_constants)
+    asked = Asked(jax.tree.leaves(match(params, where)), drop_constants)
+    nonzero = [nonzero_of(leaf) for leaf in leaves]
+    narrowing = analyse(program, nonzero, asked)
     chosen = narrowing.indices()
     small_leaves = [take(leaf, axes) for leaf, axes in zip(leaves, chosen, strict=True)]
     small = jax.tree.unflatten(jax.tree.structure(params), small_leaves)
-    narrow_fn = functools.partial(_narrow_fn, narrowing, jax.tree.structure((small, args)))
-    difference, of_numbers = map(float, _difference(model_fn, narrow_fn, params, small, args))
+    known = {signature(args): narrowing}
+    small_fn = CompactModel(model_fn, shapes_of(params), nonzero, asked, chosen, known)
+    found = gaps(model_fn, small_fn, params, small, args)
     kept = {path: axes for path, axes in zip(paths, chosen, strict=True) if axes}
     work = multiply_adds(program)
     if not drop_constants:
-        _check_same(of_numbers, program.body, kept)
+        check_same(found, program.body, kept, model_fn, params, args)
     return Compacted(
         params=small,
         kept=kept,
         shapes={p: (jnp.shape(x), jnp.shape(y)) for p, x, y in zip(paths, leaves, small_leaves, strict=True)},
         before=_size(params, work.total),
         after=_size(small, multiply_adds(program, narrowing.shape).total),
-        difference=difference,
-        model_fn=narrow_fn,
+        difference=found.difference,
+        model_fn=small_fn,
         notes=work.notes,
+        obstacles=obstacles(narrowing, nonzero, asked, paths, args),
     )
-
-
-def _narrow_fn(narrowing: Narrowing, structure: Any, params: Params, *args: Any) -> Any:
-    """The program at its smaller widths, as a function like the one that it was traced from."""
-    leaves, got = jax.tree.flatten((params, args))
-    want, shapes = narrowing.shapes(), [jnp.shape(leaf) for leaf in leaves]
-    if got != structure or shapes != want:
-        raise ValueError(
-            "`params` and `args` must be like the compact params and the example, "
-            f"{structure} with shapes {want}, got {got} with {shapes}. Compact again with an example like it."
-        )
-    return jax.tree.unflatten(narrowing.program.out_tree, narrowing(leaves))
 
 
 def _size(params: Params, products: int) -> Size:
     leaves = [x for x in jax.tree.leaves(params) if hasattr(x, "nbytes")]
     return Size(_tree.size(params), sum(x.nbytes for x in leaves), products)
-
-
-def _check_same(difference: float, body: Body, kept: Iterable[str]) -> None:
-    """Refuse a compact model that computes something else."""
-    # Rounding grows with depth, so that ε itself is too strict; a misread channel shows at the order of 1.
-    allowed = _rounding(body) ** 0.5
-    if not difference <= allowed:
-        raise RuntimeError(
-            f"The compact model's outputs must be those of the full one to rounding, {allowed:.1e}, but on "
-            f"the example they differ by {difference:.1e}. An operation must have been misread: `where` can "
-            f"leave out what was cut ({', '.join(kept)})."
-        )
-
-
-def _rounding(body: Body) -> float:
-    """The ε of the coarsest floating dtype that the operations give: a bfloat16 inside sets the error."""
-    dtypes = (getattr(v.aval, "dtype", np.int32) for operation in body.operations for v in operation.outputs)
-    own = [float(jnp.finfo(x).eps) for x in dtypes if jnp.issubdtype(x, jnp.inexact)]
-    inner = [_rounding(each) for operation in body.operations for each in operation.bodies]
-    return max([*own, *inner], default=0.0)
-
-
-def _difference(full: ModelFn, small: ModelFn, params: Params, fewer: Params, args: Any) -> tuple[Any, Any]:
-    """Max |y − y'| / max |y| over all outputs, and over those that are floating-point numbers."""
-    # In the fast modes of accelerators (TF32) sums in another order differ by far more than float32 rounds.
-    with jax.default_matmul_precision("highest"):
-        return jax.jit(functools.partial(_both, full, small))(params, fewer, args)
-
-
-def _both(full: ModelFn, small: ModelFn, params: Params, fewer: Params, args: Any) -> tuple[Scalar, Scalar]:
-    want, got = full(params, *args), small(fewer, *args)
-    _tree.check_like(got, want, "model_fn(params, *args)", "the compact model's outputs")
-    pairs = [
-        (jnp.asarray(a), jnp.asarray(b)) for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True)
-    ]
-    # An argmax may jump where two numbers tie to rounding: it is reported, and not held against the model.
-    return _gap(pairs), _gap([(a, b) for a, b in pairs if jnp.issubdtype(b.dtype, jnp.inexact)])
-
-
-def _gap(pairs: list[tuple[Array, Array]]) -> Scalar:
-    """Max |a − b| / max |b|; the same infinity (a masked logit) or NaN on both sides is no difference."""
-    gap = size = jnp.zeros((), _numbers.common_dtype(jnp.float32, *(b.dtype for _, b in pairs)))
-    for a, b in pairs:
-        # Booleans cannot be subtracted, and unsigned integers wrap around.
-        a, b = (x.astype(gap.dtype) for x in (a, b))
-        same = (a == b) | (jnp.isnan(a) & jnp.isnan(b))
-        gap = jnp.maximum(gap, jnp.max(jnp.where(same, 0, jnp.abs(a - b)), initial=0))
-        size = jnp.maximum(size, jnp.max(jnp.where(jnp.isfinite(b), jnp.abs(b), 0), initial=0))
-    # Outputs may all be zero: 0 / 0.
-    return jnp.where(gap == 0, 0.0, gap / size)

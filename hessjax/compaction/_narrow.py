@@ -1,19 +1,17 @@
 """Which indices of which axes nothing depends on, and leaves without them."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from hessjax.program._axes import Axes, Constraints, Kept, Nodes, axes_of, constant, nonzero_of, unknown
-from hessjax.program._program import Operation, Program, Value, evaluate, execute
+from hessjax.compaction._leaves import Indices
+from hessjax.program._axes import Axes, Cause, Constraints, Flags, Kept, Nodes, axes_of, unknown
+from hessjax.program._program import Body, Operation, Program, Value, evaluate, execute
 from hessjax.program._readings import follow
-
-Indices: TypeAlias = dict[int, np.ndarray]
-"""`{axis: indices}`"""
 
 
 class Narrowing(NamedTuple):
@@ -21,13 +19,15 @@ class Narrowing(NamedTuple):
 
     Attributes:
         program: the program at its full widths.
-        axes: those of every value, outside loops and branches: what these touch stays whole.
+        axes: those of every value.
         kept: which nodes stay.
+        causes: why what no weight needs stays, each with the operations that brought it in.
     """
 
     program: Program
     axes: dict[Value, Axes]
     kept: Kept
+    causes: dict[Cause, dict[str, None]]
 
     def shapes(self) -> list[tuple[int, ...]]:
         """Those of all inputs: params that are narrow, and the args."""
@@ -47,6 +47,12 @@ class Narrowing(NamedTuple):
         return evaluate(self.program.body, leaves, self._execute)
 
     def _execute(self, operation: Operation, values: list[Any]) -> list[Any]:
+        if operation.bodies:
+            if not any(self._is_narrow(body) for body in operation.bodies):
+                return execute(operation, values)
+            return _LOOPS[operation.name](self, operation, values)
+        if operation.name == "relu":  # with jax's derivative at zero, where `max` would give a half
+            return [jax.nn.relu(values[0])]
         if operation.name == "slice":  # the entries that stay need not lie at equal steps any more
             return [_slice(operation, values[0], self.axes[operation.inputs[0]], self.kept)]
         outputs = [self.axes[v] for v in operation.outputs]
@@ -55,26 +61,64 @@ class Narrowing(NamedTuple):
             return execute(operation, values)
         return execute(operation, values, **following(operation, values, outputs, self.kept))
 
+    def _is_narrow(self, body: Body) -> bool:
+        values = (*body.inputs, *(v for each in body.operations for v in each.outputs))
+        if any(self.shape(v) != v.shape for v in values):
+            return True
+        return any(self._is_narrow(inner) for each in body.operations for inner in each.bodies)
+
+    def run(self, body: Body, inputs: list[Any]) -> list[Any]:
+        """A body at its smaller widths."""
+        return evaluate(body, inputs, self._execute)
+
+
+class Asked(NamedTuple):
+    """What is asked of the analysis.
+
+    Attributes:
+        may_shrink: for every leaf of the params, whether it may.
+        drop_constants: whether what is the same for every input may go.
+        relaxed: causes that are left out of account, to find out what they hold.
+    """
+
+    may_shrink: list[bool]
+    drop_constants: bool
+    relaxed: frozenset[Cause] = frozenset()
+
 
 def analyse(
-    program: Program, leaves: list[Any], may_shrink: list[bool], *, drop_constants: bool
+    program: Program, nonzero: list[Flags], asked: Asked, at_least: list[Indices] | None = None
 ) -> Narrowing:
-    """Read the whole program, and find the least of it that computes the same."""
-    constraints, body = Constraints(drop_constants), program.body
-    params = [_leaf(constraints, leaf) for leaf in leaves]
-    known = {v: unknown(v.shape) for v in body.inputs}
+    """Read the whole program, and find the least of it that computes the same.
+
+    Args:
+        program: what `read` made of the model.
+        nonzero: for every leaf of the params, where it is not zero.
+        asked: what may go.
+        at_least: for every leaf what has to stay, whether it is needed or not.
+
+    Returns:
+        The program with what stays of it.
+    """
+    drop_constants = asked.drop_constants or "constant" in asked.relaxed
+    constraints, body = Constraints(drop_constants, asked.relaxed), program.body
+    known = {v: _argument(constraints, v) for v in body.inputs}
+    params = [_leaf(constraints, v, flags) for v, flags in zip(program.leaves, nonzero, strict=True)]
     known |= dict(zip(program.leaves, params, strict=True))
-    known |= {v: constant(value) for v, value in body.consts.items()}
     follow(constraints, body, known)
     # Who calls the model sees its outputs; args are fixed by whoever makes the data.
     for value in body.outputs:
         if value.literal is None:
             constraints.keep(*known[value].nodes)
-    for axes, free, used in zip(params, may_shrink, program.used, strict=True):
-        if not (free and used):
+    for axes, free, used in zip(params, asked.may_shrink, program.used, strict=True):
+        if not used:
             constraints.keep(*axes.nodes)
+        elif not free:
+            constraints.keep(*axes.nodes, why="where")
+    for axes, indices in zip(params, at_least or [], strict=False):
+        constraints.keep(*(nodes[indices.get(a, slice(None))] for a, nodes in enumerate(axes.nodes)))
     kept = constraints.solve(nodes for axes in params for nodes in axes.nodes)
-    return Narrowing(program, known, kept)
+    return Narrowing(program, known, kept, constraints.causes)
 
 
 def stays(kept: Kept, axes: Axes) -> tuple[int, ...]:
@@ -82,8 +126,15 @@ def stays(kept: Kept, axes: Axes) -> tuple[int, ...]:
     return tuple(int(kept[nodes].sum()) for nodes in axes.nodes)
 
 
-def _leaf(constraints: Constraints, leaf: Any) -> Axes:
-    return axes_of(tuple(constraints.fresh(n) for n in np.shape(leaf)), nonzero_of(leaf), np.zeros((), bool))
+def _argument(constraints: Constraints, value: Value) -> Axes:
+    axes = unknown(value.shape)._replace(nodes=constraints.given(value.shape, "argument"))
+    # Vectors, such as batch statistics, are what models keep; the rest is data.
+    kept = "argument" in constraints.relaxed and len(value.shape) == 1
+    return axes._replace(varies=np.zeros_like(axes.varies)) if kept else axes
+
+
+def _leaf(constraints: Constraints, value: Value, nonzero: Flags) -> Axes:
+    return axes_of(tuple(constraints.fresh(n) for n in value.shape), nonzero, np.zeros((), bool))
 
 
 # -- parameters of operations that follow the widths ------------------------------------------------
@@ -98,12 +149,10 @@ def _reshape(operation: Operation, values: list[Any], outputs: list[Axes], kept:
 
 
 def _conv(operation: Operation, values: list[Any], outputs: list[Axes], kept: Kept) -> dict[str, Any]:
-    groups = operation.params["feature_group_count"]
-    if groups == 1:
-        return {}
-    # Depthwise, or nothing went: as many groups as channels, or as before.
-    features = operation.params["dimension_numbers"].lhs_spec[1]
-    return {"feature_group_count": groups * values[0].shape[features] // operation.inputs[0].shape[features]}
+    layout = operation.params["dimension_numbers"]
+    # Each group has as many input channels as the kernel.
+    groups = values[0].shape[layout.lhs_spec[1]] // values[1].shape[layout.rhs_spec[1]]
+    return {} if operation.params["batch_group_count"] > 1 else {"feature_group_count": groups}
 
 
 def _split(operation: Operation, values: list[Any], outputs: list[Axes], kept: Kept) -> dict[str, Any]:
@@ -112,12 +161,23 @@ def _split(operation: Operation, values: list[Any], outputs: list[Axes], kept: K
 
 def _pad(operation: Operation, values: list[Any], outputs: list[Axes], kept: Kept) -> dict[str, Any]:
     config = operation.params["padding_config"]
+    return {
+        "padding_config": tuple(_padding(kept, *each) for each in zip(config, outputs[0].nodes, strict=True))
+    }
+
+
+def _padding(kept: Kept, config: Sequence[Any], nodes: Nodes) -> tuple[int, int, int]:
+    low, high, inside = map(int, config)
     # Where padding cuts off or goes between entries, no index was followed, and all of them stay.
-    if any(low < 0 or high < 0 or inside for low, high, inside in config):
-        return {}
-    ends = zip(config, outputs[0].nodes, strict=True)
-    stay = ((_width(kept, n[:low]), _width(kept, n[len(n) - high :]), 0) for (low, high, _), n in ends)
-    return {"padding_config": tuple(stay)}
+    if low < 0 or high < 0 or inside:
+        return low, high, inside
+    return _width(kept, nodes[:low]), _width(kept, nodes[len(nodes) - high :]), 0
+
+
+def _windows(operation: Operation, values: list[Any], outputs: list[Axes], kept: Kept) -> dict[str, Any]:
+    """Windows that have an axis whole have all that stays of it; axes that they cut stay whole."""
+    sizes = zip(operation.params["slice_sizes"], operation.inputs[0].shape, values[0].shape, strict=True)
+    return {"slice_sizes": tuple(new if size == old else size for size, old, new in sizes)}
 
 
 def _width(kept: Kept, nodes: Nodes) -> int:
@@ -143,52 +203,53 @@ def _slice(operation: Operation, value: Array, axes: Axes, kept: Kept) -> Array:
 _FOLLOWING: dict[str, Callable[[Operation, list[Any], list[Axes], Kept], dict[str, Any]]] = {
     "broadcast_in_dim": _broadcast,
     "conv_general_dilated": _conv,
+    "dynamic_slice": _windows,
+    "gather": _windows,
     "pad": _pad,
     "reshape": _reshape,
     "split": _split,
 }
 
 
-# -- leaves -----------------------------------------------------------------------------------------
+# -- loops and branches ----------------------------------------------------------------------------
 
 
-def take(leaf: Any, kept: Indices) -> Any:
-    """The chosen entries, on the host: nothing to compile for every shape."""
-    if not kept:
-        return leaf
-    value = np.asarray(leaf)
-    for axis, indices in kept.items():
-        value = np.take(value, indices, axis)
-    return value if isinstance(leaf, np.ndarray) else jnp.asarray(value)
+def _scan(narrowing: Narrowing, operation: Operation, values: list[Any]) -> list[Any]:
+    (body,), carried, num_carry = operation.bodies, operation.carried, len(operation.carried)
+
+    def step(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
+        outputs = narrowing.run(body, [*values[: carried.start], *carry, *xs])
+        return outputs[:num_carry], outputs[num_carry:]
+
+    rest = {name: operation.params[name] for name in ("length", "reverse", "unroll")}
+    carry, ys = jax.lax.scan(step, values[carried.start : carried.stop], values[carried.stop :], **rest)
+    return [*carry, *ys]
 
 
-def shrink_leaf(
-    path: str, leaf: Any, shapes: dict[str, tuple[int, ...]], kept: dict[str, Indices]
-) -> tuple[Any, bool]:
-    """A leaf cut like the param that its path ends in, and whether there is one.
+def _while(narrowing: Narrowing, operation: Operation, values: list[Any]) -> list[Any]:
+    (test, body), carried = operation.bodies, operation.carried
+    seen = len(test.inputs) - len(carried)
 
-    Raises:
-        ValueError: if its shape does not show how to cut it.
-    """
-    owners = [name for name in shapes if name == "." or f"/{path}".endswith(f"/{name}")]
-    if not owners:
-        return leaf, False
-    # Of `kernel` and `Dense_0/kernel` both at the end of a path, the longer one is meant.
-    owner = max(owners, key=len)
-    shape, like, cuts = np.shape(leaf), shapes[owner], kept.get(owner, {})
-    # optax puts arrays of size 1 where a leaf has no such moment.
-    if not cuts or np.size(leaf) <= 1 < np.prod(like):
-        return leaf, shape == like or not cuts
-    if shape[len(shape) - len(like) :] == like:
-        ahead = len(shape) - len(like)
-        return take(leaf, {axis + ahead: indices for axis, indices in cuts.items()}), True
-    # Adafactor keeps row and column sums of the second moments: the leaf's shape without one axis.
-    missing = [axis for axis in range(len(like)) if shape == like[:axis] + like[axis + 1 :]]
-    if len(missing) != 1:
-        raise ValueError(
-            f"`tree` must have the params' shapes, but {path} has {shape} where {owner} had {like}, which "
-            "does not show what belongs to a removed channel. Make it anew from the smaller params."
-        )
-    gone = missing[0]
-    rest = {axis - (axis > gone): indices for axis, indices in cuts.items() if axis != gone}
-    return take(leaf, rest), True
+    def again(state: Any) -> Any:
+        return narrowing.run(test, [*values[:seen], *state])[0]
+
+    def step(state: Any) -> Any:
+        return narrowing.run(body, [*values[seen : carried.start], *state])
+
+    return list(jax.lax.while_loop(again, step, values[carried.start :]))
+
+
+def _cond(narrowing: Narrowing, operation: Operation, values: list[Any]) -> list[Any]:
+    branches = [functools.partial(_branch, narrowing, body) for body in operation.bodies]
+    return list(jax.lax.switch(values[0], branches, *values[1:]))
+
+
+def _branch(narrowing: Narrowing, body: Body, *inputs: Any) -> list[Any]:
+    return narrowing.run(body, list(inputs))
+
+
+_LOOPS: dict[str, Callable[[Narrowing, Operation, list[Any]], list[Any]]] = {
+    "cond": _cond,
+    "scan": _scan,
+    "while": _while,
+}

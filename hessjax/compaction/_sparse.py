@@ -12,6 +12,7 @@ import numpy as np
 from hessjax._core import _archive, _files, _tree
 from hessjax._core._messages import checked_number
 from hessjax._core._types import Params, Where
+from hessjax._core._where import match
 
 
 class Saved(NamedTuple):
@@ -40,8 +41,8 @@ def to_sparse(params: Params, *, where: Where = has_two_axes, least_sparsity: fl
 
     Args:
         params: any pytree of floating-point arrays.
-        where: which leaves: a glob over their paths, several, or `(path, leaf) -> bool`. By default all with
-            two axes.
+        where: which leaves: a glob over their paths, several, `(path, leaf) -> bool`, or booleans as a tree.
+            By default all with two axes.
         least_sparsity: leaves with a smaller fraction of zeros stay dense.
 
     Returns:
@@ -80,7 +81,7 @@ def to_sparse(params: Params, *, where: Where = has_two_axes, least_sparsity: fl
         indices = jnp.asarray(places, jnp.int32)
         return BCOO((data, indices), shape=value.shape, indices_sorted=True, unique_indices=True)
 
-    return jax.tree.map(convert, params, _tree.match(params, where))
+    return jax.tree.map(convert, params, match(params, where))
 
 
 def save_npz(path: str | os.PathLike[str], params: Params) -> Saved:
@@ -122,9 +123,8 @@ def save_npz(path: str | os.PathLike[str], params: Params) -> Saved:
         True
     """
     target = _files.local_path("path", path)
+    _tree.check_leaves(params)
     paths, leaves = _tree.unique_paths(params, "params"), jax.tree.leaves(params)
-    if not leaves:
-        raise ValueError("`params` must hold at least one array, got a tree without any.")
     values = [_number_array(name, leaf) for name, leaf in zip(paths, leaves, strict=True)]
     header = [
         {"path": name, "shape": x.shape, "dtype": x.dtype.name} for name, x in zip(paths, values, strict=True)

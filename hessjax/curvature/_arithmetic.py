@@ -296,11 +296,15 @@ def _is_variable(node: Any) -> bool:
 def _denominator(
     nu: Params, count: Int[Array, ""], b2: ArrayLike, eps: ArrayLike, eps_root: ArrayLike
 ) -> Params:
-    nu = jax.tree.map(_without_hole, nu, is_leaf=_is_hole)
-    # ν starts at zero, so early means are too small by 1 − b2ᵗ (Kingma and Ba, §3).
-    return jax.tree.map(
-        lambda x: jnp.sqrt(x + eps_root) + eps, optax.tree.bias_correction(_tree.wide(nu), b2, count)
-    )
+    nu = _tree.wide(jax.tree.map(_without_hole, nu, is_leaf=_is_hole))
+
+    def corrected(x: Array) -> Array:
+        # In the leaf's dtype: hyperparameters are recorded in float32, and 1 − b2ᵗ is for float64 to keep.
+        decay, root, least = (jnp.asarray(number, x.dtype) for number in (b2, eps_root, eps))
+        # ν starts at zero, so early means are too small by 1 − b2ᵗ (Kingma and Ba, §3).
+        return jnp.sqrt(x / (1 - decay ** count.astype(x.dtype)) + root) + least
+
+    return jax.tree.map(corrected, nu)
 
 
 def _without_hole(leaf: Any) -> Any:

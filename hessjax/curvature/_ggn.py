@@ -170,7 +170,7 @@ def fisher(
     check_likelihood(likelihood)
     check_flags(linearize=linearize)
     check_precision(precision)
-    shares = shares_of(weights, args)
+    shares = None if weights is None else shares_of(weights, args)
     if shares is not None:
         args = _finite(precision, as_pytree(model_fn), params, args, by_example(shares) > 0)
     if key is None:

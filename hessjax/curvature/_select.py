@@ -7,6 +7,7 @@ from jax.tree_util import Partial
 
 from hessjax._core import _tree
 from hessjax._core._types import LossFn, Params, Where
+from hessjax._core._where import match
 from hessjax.curvature._product import as_pytree
 
 
@@ -42,7 +43,8 @@ def select(params: Params, where: Where) -> Selection:
     Args:
         params: any pytree of arrays.
         where: which leaves. A glob over their paths (`"Conv_0/*"`, `"*/kernel"`; `*` also crosses `/`),
-            a sequence of globs, or a function `(path, leaf) -> bool`.
+            a sequence of globs, a function `(path, leaf) -> bool`, or booleans as a tree like `params` or its
+            upper part.
 
     Returns:
         A `Selection(part, rest)`, with `.restrict(loss_fn)` and `.merge(part)`.
@@ -65,7 +67,7 @@ def select(params: Params, where: Where) -> Selection:
         [6.0, 12.0]
     """
     _tree.check_leaves(params)
-    mask = _tree.match(params, where)
+    mask = match(params, where)
     # None is a subtree without leaves: jax maps and differentiates each half as if the other were not there.
     part = jax.tree.map(lambda keep, leaf: leaf if keep else None, mask, params)
     rest = jax.tree.map(lambda keep, leaf: None if keep else leaf, mask, params)

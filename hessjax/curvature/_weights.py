@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from hessjax._core import _tree
+from hessjax._core._messages import checked_function
 from hessjax._core._types import Block
 
 Weights: TypeAlias = Callable[[Any], Any]
@@ -63,6 +64,8 @@ def check_weights(weights: Any) -> None:
             f"`weights` must be a function of the batch, `weights(batch) -> array`, got a "
             f"{type(weights).__name__}: `lambda batch: batch['mask']`, say."
         )
+    if weights is not None:
+        checked_function("weights", weights, "(batch) -> array")
 
 
 def batch_weight(weights: Weights | None, batch: Any, index: int) -> float:
@@ -103,8 +106,8 @@ def _on_host(found: Any, place: str) -> np.ndarray:
 # -- one example, one position ---------------------------------------------------------------------
 
 
-def shares_of(weights: Weights | None, args: tuple[Any, ...]) -> Array | None:
-    """What part of the mean is whose, w / Σ w: (n,) or (n, positions...). None: all count alike.
+def shares_of(weights: Weights, args: tuple[Any, ...]) -> Array:
+    """What part of the mean is whose, w / Σ w: (n,) or (n, positions...).
 
     The batch is the first argument. Called where the arguments are given, not inside `jit`: what `weights`
     does may then be NumPy's, and a new function compiles nothing anew.
@@ -115,8 +118,6 @@ def shares_of(weights: Weights | None, args: tuple[Any, ...]) -> Array | None:
             Traced code cannot raise: inside `jit` the shares are then NaN.
     """
     check_weights(weights)
-    if weights is None:
-        return None
     if not args:
         raise ValueError(
             "`args` must begin with the batch that `weights` is a function of, got no arguments."
@@ -207,8 +208,8 @@ def without_absent(args: tuple[Any, ...], there: Bool[Array, " n"]) -> tuple[Any
 def of_examples(weights: Weights | None, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], Array | None, int]:
     """The arguments to be cut, the shares of their examples, or None, and how many examples there are."""
     count = num_examples(args)
-    shares = shares_of(weights, args)
-    if shares is None:
+    if weights is None:
         return args, None, count
+    shares = shares_of(weights, args)
     check_count(shares, count)
     return without_absent(args, by_example(shares) > 0), shares, count

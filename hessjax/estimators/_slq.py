@@ -1,6 +1,7 @@
 """Stochastic Lanczos quadrature: the density of all eigenvalues from a few Lanczos runs."""
 
 import dataclasses
+import math
 from typing import Any, NamedTuple, Unpack
 
 import jax
@@ -65,6 +66,8 @@ class Slq(Estimator):
             filled rows alone cannot be shared by several.
         leaf: index, in the order of `jax.tree.leaves`, of the only leaf whose diagonal block is looked at: an
             integer array, so that all leaves share compiled code. None for the whole matrix.
+        stacks: of every leaf the axes that count layers, from the back; then `leaf` counts layers, one after
+            the other, of which a leaf that stacks none is one.
 
     Returns:
         An `Estimator` with result `SpectralDensity` and error the standard error of the mean eigenvalue
@@ -99,6 +102,7 @@ class Slq(Estimator):
     reorthogonalise: bool = True
     at_once: int = 1
     leaf: Int[Array, ""] | None = None
+    stacks: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("num_probes", "num_matvecs", "at_once"):
@@ -126,7 +130,11 @@ class Slq(Estimator):
                 f"{self.num_matvecs}."
             )
         # As floats: a network may have more parameters than an int32 can count.
-        sizes = np.array([np.prod(shape) for shape in packing.shapes])
+        sizes = np.array([math.prod(shape) for shape in packing.shapes])
+        if self.stacks:
+            pairs = zip(packing.shapes, self.stacks, strict=True)
+            numbers = [math.prod(shape[i] for i in axes) for shape, axes in pairs]
+            sizes = np.repeat(sizes // np.maximum(numbers, 1), numbers)
         dtype, leaf = _tree.accumulator_dtype(like), self.leaf
         dimension = jnp.asarray(sizes.sum() if leaf is None else jnp.asarray(sizes, dtype)[leaf], dtype)
         # With a leaf chosen all vectors are zero elsewhere, and A_ll is met without a program of its own.
@@ -140,18 +148,22 @@ class Slq(Estimator):
         """The group's probes, one after the other: whoever draws, the numbers are the same."""
         indices = group * self.at_once + jnp.arange(self.at_once, dtype=jnp.int32)
         return jax.lax.map(
-            lambda i: packing.pack(_within(leaf, drawn(self.probe, jax.random.fold_in(key, i), like))),
+            lambda i: packing.pack(
+                _within(leaf, self.stacks, drawn(self.probe, jax.random.fold_in(key, i), like))
+            ),
             indices,
         )
 
     def query(self, state: SlqState) -> Block:
         """The vectors of the recurrences under way."""
-        return _within(state.leaf, state.packing.unpack_block(self._recurrence.rows(state.space)))
+        return _within(
+            state.leaf, self.stacks, state.packing.unpack_block(self._recurrence.rows(state.space))
+        )
 
     def update(self, state: SlqState, products: Block) -> SlqState:
         """A step of the recurrences; the last one stores their quadratures and begins the next probes."""
         # P_l A P_l v: the query was masked, and so is the product.
-        packed = jax.vmap(state.packing.pack)(_within(state.leaf, products))
+        packed = jax.vmap(state.packing.pack)(_within(state.leaf, self.stacks, products))
         group = state.num_matvecs // (self.at_once * self.num_matvecs)  # the one that these belong to
         count = state.num_matvecs + self.at_once
         state = state._replace(space=self._recurrence.extend(state.space, packed), num_matvecs=count)
@@ -195,12 +207,26 @@ class Slq(Estimator):
 slq = Slq
 
 
-def _within(leaf: Int[Array, ""] | None, tree: Any) -> Any:
-    """A vector or block with zeros in all leaves but this one."""
+def _within(leaf: Int[Array, ""] | None, stacks: tuple[tuple[int, ...], ...], tree: Any) -> Any:
+    """A vector or block with zeros in all leaves, or layers, but this one."""
     if leaf is None:
         return tree
     leaves, structure = jax.tree.flatten(tree)
-    return jax.tree.unflatten(structure, [jnp.where(i == leaf, x, 0) for i, x in enumerate(leaves)])
+    first, kept = 0, []
+    for x, axes in zip(leaves, stacks or ((),) * len(leaves), strict=True):
+        numbers = _numbers(x, axes)
+        kept.append(jnp.where(first + numbers == leaf, x, 0))
+        first += numbers.size
+    return jax.tree.unflatten(structure, kept)
+
+
+def _numbers(x: Array, axes: tuple[int, ...]) -> np.ndarray:
+    """The number of the layer of every entry, in a shape that fits the leaf."""
+    counts = [x.shape[axis] for axis in axes]
+    numbers = np.arange(math.prod(counts), dtype=np.int32).reshape(counts)
+    places = [axis % x.ndim for axis in axes]
+    # In front of a block's vectors, or of nothing, the axes are the same from the back.
+    return np.expand_dims(numbers, tuple(i for i in range(x.ndim) if i not in places))
 
 
 def _store(state: SlqState, first: Any, quadrature: Quadrature) -> SlqState:

@@ -1,6 +1,7 @@
 """Several answers from few runs: eigenpairs, density and trace at once; the density of every leaf."""
 
 import dataclasses
+import math
 from typing import NamedTuple, Unpack
 
 import jax
@@ -8,8 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from hessjax._core import _tree
-from hessjax._core._messages import checked_any_key, checked_count
+from hessjax._core._layout import tree_axes
+from hessjax._core._messages import checked_any_key, checked_count, checked_flag
 from hessjax._core._types import Amount, Eigenpairs, Estimate, Key, Matvec, Params, Relative, Tolerance
+from hessjax._core._words import AxisWords
 from hessjax._run._drivers import run
 from hessjax._run._estimator import RunOptions, checked_options, limit_of
 from hessjax.estimators._density import SpectralDensity
@@ -30,6 +33,8 @@ def spectral_density_by_leaf(
     probe: Probe = gaussian,
     reorthogonalise: bool = False,
     at_once: int = 1,
+    axes: AxisWords | None = None,
+    by_layer: bool = False,
     **options: Unpack[RunOptions],
 ) -> dict[str, SpectralDensity]:
     """The distribution of the eigenvalues of every leaf's diagonal block A_ll.
@@ -40,7 +45,7 @@ def spectral_density_by_leaf(
 
     Args:
         matvec: the symmetric linear map.
-        key: random key; leaf i uses `fold_in(key, i)`.
+        key: random key; leaf (or layer) i uses `fold_in(key, i)`.
         like: pytree like the vectors; usually the params.
         num_probes: number of random start vectors for each leaf. Small leaves need more of them.
         num_matvecs: Lanczos steps for each: the resolution.
@@ -48,14 +53,18 @@ def spectral_density_by_leaf(
         reorthogonalise: see `slq`. Off by default: a basis of vectors of full length is a lot of memory for
             one leaf's numbers.
         at_once: see `slq`.
+        axes: what the axes of leaves mean, where names and shapes do not tell, as in `prune`.
+        by_layer: one density for every layer that a leaf stacks, as under `nn.scan`, in place of one for all
+            of them.
         **options: `callbacks` and `on_device`, see `run`. Callbacks hear of one run for each leaf, so
             `checkpoint` is refused.
 
     Returns:
-        For the path of each leaf that is not empty, a `SpectralDensity` with `dimension` the leaf's size.
+        For the path of each leaf that is not empty, a `SpectralDensity` with `dimension` the leaf's size; by
+        layer, for those of each: `blocks/Dense_0/kernel[0]`, ...
 
     Raises:
-        ValueError: as `slq`; two leaves with one path.
+        ValueError: as `slq`; two leaves with one path; `axes` does not fit.
         NonFiniteProductError: see `run`.
 
     Cost:
@@ -73,16 +82,23 @@ def spectral_density_by_leaf(
     """
     _tree.check_floating(like, "like")
     checked, key = checked_options("spectral_density_by_leaf", options), checked_any_key(key)
-    paths, leaves = _tree.unique_paths(like, "like"), jax.tree.leaves(like)
+    checked_flag("by_layer", by_layer)
+    _tree.unique_paths(like, "like")
     if any(hasattr(callback, "restore") for callback in options.get("callbacks", ())):
         raise ValueError(
             "`callbacks` must not hold a `checkpoint`, which is of one run: this makes one for every leaf. "
             "For checkpoints take the densities of `hessjax.select(params, path)` one by one."
         )
+    found = tree_axes(like, axes)
+    stacks = tuple(tuple(axis - len(x.shape) for axis in x.stack) for x in found) if by_layer else ()
+    parts = [
+        (name, math.prod(x.shape)) for x in found for name in (x.layer_names() if by_layer else [x.path])
+    ]
     # The leaf is an array: all of them share what is compiled for one.
     method = slq(num_probes, num_matvecs, probe=probe, reorthogonalise=reorthogonalise, at_once=at_once)
+    method = dataclasses.replace(method, stacks=stacks if any(stacks) else ())
     return {
-        path: run(
+        name: run(
             dataclasses.replace(method, leaf=jnp.int32(index)),
             matvec,
             jax.random.fold_in(key, index),
@@ -90,8 +106,8 @@ def spectral_density_by_leaf(
             max_matvecs=num_probes * num_matvecs,
             **checked,
         )[0]
-        for index, path in enumerate(paths)
-        if jnp.size(leaves[index])
+        for index, (name, size) in enumerate(parts)
+        if size
     }
 
 

@@ -15,3 +15,7 @@ from hessjax.flax._nnx import NnxLoss as NnxLoss
 from hessjax.flax._nnx import NnxModel as NnxModel
 from hessjax.flax._nnx import nnx_loss as nnx_loss
 from hessjax.flax._nnx import nnx_model as nnx_model
+from hessjax.flax._resized import LinenResized as LinenResized
+from hessjax.flax._resized import Width as Width
+from hessjax.flax._resized import linen_resized as linen_resized
+from hessjax.flax._resized import nnx_resized as nnx_resized

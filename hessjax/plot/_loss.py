@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 
-from hessjax._core._messages import check_flags, checked_instance, checked_sequence
+from hessjax._core._messages import check_flags, checked_instance, checked_sequence, shown
 from hessjax.analysis._landscape import Landscape
 from hessjax.plot._style import BLUE, GREY, ORANGE, STYLE, axes_of, dot, number, short, wrapped
 
@@ -102,6 +102,8 @@ def landscape_surface(
         'loss'
     """
     losses = _finite(result, log, labels)
+    if ax is not None and not hasattr(ax, "plot_surface"):
+        raise TypeError(f'`ax` must be axes with `projection="3d"`, or None, got {shown(ax)}.')
     if losses.ndim != 2:
         raise ValueError("`result` must be of two directions, got one: `plot.landscape` draws its curve.")
     along = [f"distance along {label}" for label in short(labels, 26)]

@@ -11,7 +11,7 @@ from hessjax._core import _tree
 from hessjax._core._messages import check_flags, checked_instance, checked_number
 from hessjax._core._types import Eigenpairs, Params
 from hessjax.estimators._density import SpectralDensity
-from hessjax.estimators._hutchinson import TraceByLeaf
+from hessjax.estimators._trace import TraceByLeaf
 from hessjax.plot._style import (
     BLUE,
     GREEN,

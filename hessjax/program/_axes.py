@@ -9,7 +9,7 @@ be kept. What nothing needs goes.
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -30,6 +30,18 @@ Flags: TypeAlias = Bool[np.ndarray, "..."]
 """What holds of every entry of an array; length 1 along the axes where all entries are alike."""
 
 
+Cause: TypeAlias = Literal["constant", "argument", "where", "array", "counted", "width", "index", "unread"]
+"""Why an index stays that no weight needs.
+
+`"constant"`: it is the same for every input, and constants may not go. `"argument"`: it meets an argument,
+whose shape is fixed. `"where"`: its leaf may not shrink. `"array"`: it meets an array that the model makes
+itself, of a width that the code names. `"counted"`: a mean, a maximum or a normalisation runs over its axis.
+`"width"`: data are multiplied with data along its axis, as queries with keys, and modules scale by its width.
+`"index"`: its axis is taken apart by number, as layers by a loop. `"unread"`: an operation on it is not
+understood.
+"""
+
+
 class Axes(NamedTuple):
     """What is known of one array, whatever the values of the inputs that are not params.
 
@@ -38,11 +50,13 @@ class Axes(NamedTuple):
         nonzero: bools that broadcast against the array (most axes have length 1): False where it is exactly
             0.0 for every input.
         varies: the same, in the same shape: False where it does not depend on the input.
+        chosen: whether it is made of weights alone, and depends on the input only in which of them it takes.
     """
 
     nodes: tuple[Nodes, ...]
     nonzero: Flags
     varies: Flags
+    chosen: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -61,11 +75,6 @@ def unknown(shape: Iterable[int]) -> Axes:
     return axes_of(nodes, np.ones((1,) * len(nodes), bool), np.ones((), bool))
 
 
-def constant(value: Any) -> Axes:
-    """A constant of the program: a rebuilt model may make another, so that nothing of it goes."""
-    return axes_of(staying(*np.shape(value)), nonzero_of(value), np.zeros((), bool))
-
-
 def nonzero_of(value: Any) -> Flags:
     """Where an array is not exactly zero; everywhere, if it is no array of numbers."""
     if jax.dtypes.issubdtype(getattr(value, "dtype", np.float32), jax.dtypes.extended):
@@ -73,10 +82,13 @@ def nonzero_of(value: Any) -> Flags:
     return np.asarray(np.asarray(value) != 0)
 
 
-def axes_of(nodes: tuple[Nodes, ...], nonzero: Flags, varies: Flags) -> Axes:
+def axes_of(
+    nodes: tuple[Nodes, ...], nonzero: Flags | np.bool_, varies: Flags | np.bool_, *, chosen: bool = False
+) -> Axes:
     """An `Axes`, its flags brought to one shape: what is zero does not vary."""
-    nonzero, varies = np.broadcast_arrays(np.reshape(nonzero, nonzero.shape or (1,) * len(nodes)), varies)
-    return Axes(nodes, nonzero, np.asarray(varies & nonzero))
+    scalar = (1,) * len(nodes)
+    nonzero, varies = np.broadcast_arrays(np.reshape(nonzero, np.shape(nonzero) or scalar), varies)
+    return Axes(nodes, nonzero, np.asarray(varies & nonzero), chosen)
 
 
 @dataclass
@@ -85,21 +97,29 @@ class Constraints:
 
     Attributes:
         drop_constants: whether a term of a sum that does not depend on the input may go.
+        relaxed: causes that are left out of account, to find out what they hold.
+        causes: those that something stays for, each with the operations that brought it in.
         num_nodes: how many there are; node 0 stands for all that stays whatever happens.
         kept: nodes that stay.
         rules: what else stays once some do; each marks it in place.
         starts: the first node of every axis that got nodes of its own.
         stems: where each of these axes comes from.
         unread: the operations that no reading understands: nothing that they touch may go.
+        factors: what every axis that is several in one is made of, by its nodes.
+        merged: the other way round.
     """
 
     drop_constants: bool = False
+    relaxed: frozenset[Cause] = frozenset()
+    causes: dict[Cause, dict[str, None]] = field(default_factory=dict)
     num_nodes: int = 1
     kept: list[Nodes] = field(default_factory=list)
     rules: list[Callable[[Kept], None]] = field(default_factory=list)
     starts: list[int] = field(default_factory=lambda: [0])
     stems: list[Stems] = field(default_factory=lambda: [frozenset()])
     unread: list[Operation] = field(default_factory=list)
+    factors: dict[bytes, tuple[Nodes, ...]] = field(default_factory=dict)
+    merged: dict[tuple[bytes, ...], Nodes] = field(default_factory=dict)
 
     def fresh(self, length: int, stems: Stems = frozenset()) -> Nodes:
         """New nodes for an axis; an axis of length 1 stays, as it may stand for any number."""
@@ -117,18 +137,38 @@ class Constraints:
         runs = {int(run) for nodes in axes for run in np.searchsorted(self.starts, nodes, "right") - 1}
         return frozenset[tuple[int, int]]().union(*(self.stems[run] for run in runs))
 
-    def share(self, nodes: Nodes, other: Nodes) -> None:
-        """Two arrays meet entry by entry: their axes are one, and what stands for both stems from both."""
+    def share(self, nodes: Nodes, other: Nodes) -> Nodes:
+        """Two axes meet entry by entry: they are one, and what stands for both stems from both."""
         if np.array_equal(nodes, other):
-            return
+            return nodes
         self.tie(nodes, other)
-        if more := self.stems_of(other):
-            for run in {int(run) for run in np.searchsorted(self.starts, nodes, "right") - 1 if run}:
-                self.stems[run] |= more
+        if not (self.stems_of(other) - self.stems_of(nodes)):
+            return nodes
+        # New nodes: the axes before they met stem from what they did, and a part of one axis from its own.
+        runs = [np.searchsorted(self.starts, each, "right") for each in (nodes, other)]
+        ends = np.flatnonzero(np.any([np.diff(each) for each in runs], axis=0)) + 1
+        parts = zip(np.split(nodes, ends), np.split(other, ends), strict=True)
+        both = np.concatenate([self.fresh(len(a), self.stems_of(a, b)) for a, b in parts])
+        self.tie(nodes, both)
+        return both
 
-    def keep(self, *axes: Nodes) -> None:
+    def given(self, shape: Iterable[int], why: Cause, by: str = "") -> tuple[Nodes, ...]:
+        """Axes that the program finds as they are, of which every index stays for this cause."""
+        if any(n > 1 for n in shape):
+            self.causes.setdefault(why, {})[by] = None
+        return tuple(self.fresh(n) for n in shape) if why in self.relaxed else staying(*shape)
+
+    def array(self, value: Any) -> Axes:
+        """A constant of the program: a rebuilt model may make another, so that nothing of it goes."""
+        return axes_of(self.given(np.shape(value), "array"), nonzero_of(value), np.zeros((), bool))
+
+    def keep(self, *axes: Nodes, why: Cause | None = None, by: str = "") -> None:
         """Every index of these axes stays."""
-        self.kept += [nodes for nodes in axes if nodes.any()]
+        found = [nodes for nodes in axes if nodes.any()]
+        if found and why is not None:
+            self.causes.setdefault(why, {})[by] = None
+        if why is None or why not in self.relaxed:
+            self.kept += found
 
     def tie(self, a: Nodes, b: Nodes) -> None:
         """An index of one axis stays if it stays on the other."""
@@ -136,11 +176,35 @@ class Constraints:
             return
         self.rules.append(functools.partial(_tied, a, b))
 
-    def product(self, merged: Nodes, factors: tuple[Nodes, ...]) -> None:
-        """An axis that is several in one, the last running fastest: it stays where all of them stay."""
-        if not merged.any() and not any(nodes.any() for nodes in factors):
-            return
-        self.rules.append(functools.partial(_merged, merged, factors))
+    def parts(self, axes: Iterable[Nodes]) -> tuple[Nodes, ...]:
+        """These axes, the ones that are several in one taken apart again as far as they were put together."""
+        found = list[Nodes]()
+        for nodes in axes:
+            known = self.factors.get(nodes.tobytes())
+            found += self.parts(known) if known else [nodes]
+        return tuple(found)
+
+    def merge(self, factors: tuple[Nodes, ...]) -> Nodes:
+        """The axis that is these in one, the last running fastest: it stays where all of them stay."""
+        key = tuple(nodes.tobytes() for nodes in factors)
+        if key not in self.merged:
+            whole = self.fresh(int(np.prod([len(nodes) for nodes in factors])), self.stems_of(*factors))
+            self._product(whole, factors)
+        return self.merged[key]
+
+    def split(self, whole: Nodes, lengths: Iterable[int]) -> tuple[Nodes, ...]:
+        """The axes of these lengths that this one is, the last running fastest."""
+        known, stems, lengths = self.factors.get(whole.tobytes()), self.stems_of(whole), tuple(lengths)
+        if known and tuple(map(len, known)) == lengths:
+            return known
+        factors = tuple(self.fresh(n, stems) for n in lengths)
+        self._product(whole, factors)
+        return factors
+
+    def _product(self, whole: Nodes, factors: tuple[Nodes, ...]) -> None:
+        self.rules.append(functools.partial(_merged, whole, factors))
+        self.factors[whole.tobytes()] = factors
+        self.merged[tuple(nodes.tobytes() for nodes in factors)] = whole
 
     def solve(self, whole: Iterable[Nodes] = ()) -> Kept:
         """The least that can stay, at least one index of every axis in `whole`."""
@@ -168,6 +232,19 @@ class Constraints:
                 rule(kept)
 
 
+def unread(constraints: Constraints, operation: Operation, inputs: list[Axes]) -> list[Axes]:
+    """One that nothing is known of: nothing that it touches may go."""
+    constraints.unread.append(operation)
+    for x in inputs:
+        constraints.keep(*x.nodes, why="unread", by=operation.name)
+    # What takes nothing in, such as random numbers, is of a width that the code names.
+    why: Cause = "unread" if inputs else "array"
+    return [
+        unknown(v.shape)._replace(nodes=constraints.given(v.shape, why, operation.name))
+        for v in operation.outputs
+    ]
+
+
 def _tied(a: Nodes, b: Nodes, kept: Kept) -> None:
     kept[b[kept[a]]] = True
     kept[a[kept[b]]] = True
@@ -188,74 +265,3 @@ def mark(kept: Kept, needed: Flags, axes: tuple[Nodes, ...]) -> None:
     for axis, nodes in enumerate(axes):
         others = tuple(a for a in range(needed.ndim) if a != axis)
         kept[nodes[needed.any(axis=others)]] = True
-
-
-# -- entry by entry --------------------------------------------------------------------------------
-
-# fmt: off
-ZERO_AT_ZERO = frozenset((
-    "neg", "abs", "sign", "sqrt", "cbrt", "sin", "tan", "tanh", "asin", "atan", "sinh", "asinh",
-    "atanh", "expm1", "log1p", "floor", "ceil", "round", "erf", "erf_inv", "real", "imag", "conj",
-    "convert_element_type", "copy", "copy_p", "stop_gradient", "square", "reduce_precision",
-    "device_put", "sharding_constraint", "name", "optimization_barrier",
-))
-"""f(0) = 0."""
-ZERO_AT_ZEROS = frozenset(("add", "sub", "add_any", "max", "min", "select_n", "clamp"))
-"""f(0, 0, ...) = 0."""
-ELEMENTWISE = ZERO_AT_ZERO | ZERO_AT_ZEROS | frozenset((
-    "mul", "div", "pow", "integer_pow", "exp", "exp2", "log", "logistic", "rsqrt", "cos", "acos",
-    "cosh", "acosh", "lgamma", "digamma", "erfc", "rem", "atan2", "nextafter", "eq", "ne", "lt", "le",
-    "gt", "ge", "and", "or", "xor", "not", "is_finite",
-))
-# fmt: on
-
-
-def elementwise(constraints: Constraints, operation: Operation, inputs: list[Axes]) -> list[Axes]:
-    """Entry by entry."""
-    if len(operation.outputs) > 1:  # an optimization barrier
-        return inputs
-    nodes = tuple(
-        common_nodes(constraints, axis, n, inputs) for axis, n in enumerate(operation.outputs[0].shape)
-    )
-    nonzero = _can_be_nonzero(operation, inputs)
-    varies = _either([x.varies for x in inputs])
-    if operation.name == "mul":  # what is exactly zero makes the other factor harmless
-        a, b = inputs
-        varies = _either([a.varies & b.nonzero, a.nonzero & b.varies])
-    return [axes_of(nodes, nonzero, varies)]
-
-
-def common_nodes(constraints: Constraints, axis: int, length: int, inputs: list[Axes]) -> Nodes:
-    """The nodes of an axis that several arrays share; scalars and axes of length 1 fit any."""
-    shared = [x.nodes[axis] for x in inputs if len(x.nodes) > axis and len(x.nodes[axis]) == length]
-    # The first that has nodes of its own stands for all (a mask's have none), so that a leaf is recognised.
-    chosen = next((nodes for nodes in shared if nodes.any()), staying(length)[0])
-    for nodes in shared:
-        constraints.share(chosen, nodes)
-    return chosen
-
-
-def _can_be_nonzero(operation: Operation, inputs: list[Axes]) -> Flags:
-    """Where an elementwise operation can give anything but zero."""
-    name, first = operation.name, inputs[0].nonzero
-    numbers = [None if v.literal is None else np.asarray(v.literal) for v in operation.inputs]
-    if name == "mul":
-        return np.asarray(first & inputs[1].nonzero)
-    if name == "div" or (name == "integer_pow" and operation.params["y"] > 0) or name in ZERO_AT_ZERO:
-        return first
-    if name == "pow" and numbers[1] is not None and numbers[1] > 0:
-        return first
-    if name in ("max", "min"):
-        # max(x, c) with c ≤ 0 is zero at zero whatever c is: a leaky clip. The other way round for min.
-        harmless = (lambda c: c <= 0) if name == "max" else (lambda c: c >= 0)
-        inputs = [x for x, c in zip(inputs, numbers, strict=True) if c is None or not harmless(c)] or inputs
-    if name == "clamp" and None not in (numbers[0], numbers[2]) and numbers[0] <= 0 <= numbers[2]:  # type: ignore[operator]
-        return inputs[1].nonzero
-    if name in ZERO_AT_ZEROS:
-        cases = inputs[1:] if name == "select_n" else inputs  # what selects is no part of the result
-        return _either([x.nonzero for x in cases])
-    return _either([np.ones_like(x.nonzero) for x in inputs])
-
-
-def _either(flags: list[Flags | np.bool_]) -> Flags:
-    return np.asarray(functools.reduce(np.logical_or, flags))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from jaxtyping import Bool
 
-from hessjax.program._axes import Axes, Constraints, Flags, Kept, Nodes, mark, outer, staying, unknown
+from hessjax.program._axes import Axes, Constraints, Flags, Kept, Nodes, axes_of, mark, outer, staying, unread
 from hessjax.program._program import Body, Operation, Program, Value
 
 Stack: TypeAlias = Bool[np.ndarray, "_batch _free _summed"]
@@ -27,6 +27,7 @@ class Matrices(NamedTuple):
         summed: the nodes of the axes that the sum runs over.
         batch_shape: the lengths of the batch axes in `nonzero`.
         free_shape: the lengths of the free axes in `nonzero`.
+        chosen: as in `Axes`.
     """
 
     nonzero: Stack
@@ -36,58 +37,84 @@ class Matrices(NamedTuple):
     summed: tuple[Nodes, ...]
     batch_shape: tuple[int, ...]
     free_shape: tuple[int, ...]
+    chosen: bool
 
 
 def dot_general(constraints: Constraints, operation: Operation, inputs: list[Axes]) -> list[Axes]:
     """Σ over the contracted axes of left · right."""
     summed, batch = operation.params["dimension_numbers"]
-    left, right = (matrices(x, tuple(b), tuple(s)) for x, b, s in zip(inputs, batch, summed, strict=True))
+    pairs = zip(inputs, batch, summed, strict=True)
+    return [_dot(constraints, operation, *(matrices(x, tuple(b), tuple(s)) for x, b, s in pairs))]
+
+
+def _dot(constraints: Constraints, operation: Operation, left: Matrices, right: Matrices) -> Axes:
     for a, b in zip(left.batch + left.summed, right.batch + right.summed, strict=True):
         constraints.tie(a, b)
-    nonzero, varies = contract(constraints, left, right)
-    return [Axes((*left.batch, *left.free, *right.free), nonzero, varies)]
+    nonzero, varies = contract(constraints, operation, left, right)
+    return Axes((*left.batch, *left.free, *right.free), nonzero, varies)
+
+
+def ragged_dot_general(constraints: Constraints, operation: Operation, inputs: list[Axes]) -> list[Axes]:
+    """Rows in groups, each multiplied with the matrix of its group: an index goes if it may go in all."""
+    (left, right, *sizes), numbers = inputs, operation.params["ragged_dot_dimension_numbers"]
+    (summed, batch), rows = numbers.dot_dimension_numbers, tuple(numbers.lhs_ragged_dimensions)
+    groups = tuple(numbers.rhs_group_dimensions)
+    if not groups or {*summed[0], *batch[0]} & {*rows}:  # a sum, or a batch, in groups
+        return unread(constraints, operation, inputs)
+    axes = [left.nodes[a] for a in rows] + [right.nodes[a] for a in groups]
+    constraints.keep(*axes, *(n for x in sizes for n in x.nodes), why="index", by=operation.name)
+    right, rest = reduced(right, groups), [a for a in range(len(right.nodes)) if a not in groups]
+    nodes = tuple(right.nodes[a] for a in rest)
+    any_group = axes_of(nodes, right.nonzero.squeeze(groups), right.varies.squeeze(groups))
+    places = (tuple(rest.index(a) for a in part[1]) for part in (batch, summed))
+    matrix = matrices(any_group, *places)
+    return [_dot(constraints, operation, matrices(left, tuple(batch[0]), tuple(summed[0])), matrix)]
 
 
 def conv_general_dilated(constraints: Constraints, operation: Operation, inputs: list[Axes]) -> list[Axes]:
-    """A convolution: a product over the input channels at every offset; depthwise, one channel each."""
+    """A convolution: at every offset a product over the input channels, those of its own group each."""
     (x, kernel), layout = inputs, operation.params["dimension_numbers"]
     (batch, features, *space), (outs, ins, *offsets) = layout.lhs_spec, layout.rhs_spec
+    if operation.params["batch_group_count"] > 1:
+        return unread(constraints, operation, inputs)
     # Positions in space stay: padding and strides refer to them by number.
-    constraints.keep(*(x.nodes[a] for a in space), *(kernel.nodes[a] for a in offsets))
-    signal = matrices(reduced(x, (batch, *space)), (), (features,))
-    weights = matrices(reduced(kernel, tuple(offsets)), (), (ins,))
+    places = (*(x.nodes[a] for a in space), *(kernel.nodes[a] for a in offsets))
+    constraints.keep(*places, why="index", by=operation.name)
+    groups = operation.params["feature_group_count"]
     # Of an image only the channels differ in what is zero: one row stands for all places.
-    signal = signal._replace(free=(), free_shape=())
-    weights = weights._replace(free=(kernel.nodes[outs],), free_shape=weights.nonzero.shape[1:2])
-    groups, in_batches = operation.params["feature_group_count"], operation.params["batch_group_count"] > 1
-    if groups == 1 and not in_batches:
-        constraints.tie(x.nodes[features], kernel.nodes[ins])
-        found = contract(constraints, signal, weights)
-    elif len(kernel.nodes[ins]) == 1 and len(kernel.nodes[outs]) == groups and not in_batches:
-        constraints.tie(x.nodes[features], kernel.nodes[outs])
-        found = _channel_by_channel(signal, weights)
-    else:  # channels in groups, or a batch in groups: which index is whose follows from the widths
-        constraints.keep(x.nodes[batch], x.nodes[features], kernel.nodes[ins], kernel.nodes[outs])
-        return [unknown(operation.outputs[0].shape)]
-    nodes = list(staying(*operation.outputs[0].shape))
+    signal = _in_groups(constraints, x, (features,), groups)
+    weights = _in_groups(constraints, kernel, (outs, ins), groups)
+    both = matrices(signal, (0,), (1,)), matrices(weights, (0,), (2,))
+    made = full(_dot(constraints, operation, *both), (0, 1))
+    nodes, flat = list(staying(*operation.outputs[0].shape)), [1] * (2 + len(space))
     nodes[layout.out_spec[0]], nodes[layout.out_spec[1]] = x.nodes[batch], kernel.nodes[outs]
-    flat = [-1 if a == layout.out_spec[1] else 1 for a in range(len(nodes))]
-    return [Axes(tuple(nodes), *(flags.reshape(flat) for flags in found))]
+    flat[layout.out_spec[1]] = -1
+    return [Axes(tuple(nodes), made.nonzero.reshape(flat), made.varies.reshape(flat))]
 
 
-def _channel_by_channel(signal: Matrices, weights: Matrices) -> tuple[Flags, Flags]:
-    """Where a depthwise convolution is nonzero and where it varies: no channel reads another."""
-    (a, a_varies), (b, b_varies) = ((m.nonzero.ravel(), m.varies.ravel()) for m in (signal, weights))
-    return a & b, (a_varies & b) | (a & b_varies)
+def _in_groups(constraints: Constraints, x: Axes, axes: tuple[int, ...], groups: int) -> Axes:
+    """These axes of an array, the first cut into groups; of the others, whether anything there holds."""
+    nodes = tuple(x.nodes[a] for a in axes)
+    each = len(nodes[0]) // groups
+    # Without groups, or with one channel in each, there is nothing to cut.
+    cut = {1: (staying(1)[0], nodes[0]), len(nodes[0]): (nodes[0], staying(1)[0])}
+    first = cut.get(groups) or constraints.split(nodes[0], (groups, each))
+    wide = full(reduced(x, tuple(a for a in range(len(x.nodes)) if a not in axes)), axes)
+    shape = (groups, each, *(len(n) for n in nodes[1:]))
+    order = [*axes, *(a for a in range(len(x.nodes)) if a not in axes)]
+    nonzero, varies = (f.transpose(order).reshape(shape) for f in (wide.nonzero, wide.varies))
+    return Axes((*first, *nodes[1:]), nonzero, varies)
 
 
-def contract(constraints: Constraints, left: Matrices, right: Matrices) -> tuple[Flags, Flags]:
+def contract(
+    constraints: Constraints, operation: Operation, left: Matrices, right: Matrices
+) -> tuple[Flags, Flags]:
     """Where the product is nonzero and where it varies; the terms that stay enter the constraints."""
     terms = [(left.varies, right.nonzero), (left.nonzero, right.varies)]
     terms = [(a, b) for a, b in terms if a.any() and b.any()]
-    if left.varies.any() and right.varies.any():
+    if left.varies.any() and right.varies.any() and left.chosen == right.chosen:
         # Such as queries times keys: modules scale by the number of terms, a constant that nobody can see.
-        constraints.keep(*left.summed, *right.summed)
+        constraints.keep(*left.summed, *right.summed, why="width", by=operation.name)
     # A sum needs its terms that are not zero; its terms that vary, if constants may go.
     needed = terms if constraints.drop_constants and terms else [(left.nonzero, right.nonzero)]
     constraints.rules += [functools.partial(_terms, left, right, a, b) for a, b in needed]
@@ -111,7 +138,7 @@ def matrices(x: Axes, batch: tuple[int, ...], summed: tuple[int, ...]) -> Matric
     nonzero, varies = (f.transpose(order).reshape(sizes) for f in (wide.nonzero, wide.varies))
     ahead, between, last = (tuple(x.nodes[a] for a in part) for part in (batch, free, summed))
     lengths, others = shape[: len(batch)], shape[len(batch) : len(batch + free)]
-    return Matrices(nonzero, varies, ahead, between, last, tuple(lengths), tuple(others))
+    return Matrices(nonzero, varies, ahead, between, last, tuple(lengths), tuple(others), x.chosen)
 
 
 def full(x: Axes, axes: Collection[int]) -> Axes:

@@ -89,11 +89,13 @@ class Program:
         body: its inputs are the leaves of the params, then those of the args.
         num_params: how many of the inputs are leaves of the params.
         out_tree: the structure of what `fn` returns.
+        rules: the functions in it with derivatives of their own, which the operations do not know of.
     """
 
     body: Body
     num_params: int
     out_tree: Any
+    rules: tuple[str, ...] = ()
 
     @property
     def leaves(self) -> tuple[Value, ...]:

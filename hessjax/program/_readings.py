@@ -1,124 +1,54 @@
-"""Every operation, read: how its axes hang together, where its result is zero, and what every leaf enters."""
+"""Every operation, read: how its axes hang together, and where its result is zero or does not vary."""
 
-import itertools
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from hessjax.program._axes import (
-    ELEMENTWISE,
-    Axes,
-    Constraints,
-    Nodes,
-    common_nodes,
-    constant,
-    elementwise,
-    staying,
-    unknown,
-)
-from hessjax.program._products import conv_general_dilated, dot_general, full, reduced
-from hessjax.program._program import Body, Operation, Program, Use, Value
+from hessjax.program import _indexing, _shapes
+from hessjax.program._axes import Axes, Constraints, Nodes, axes_of, staying, unread
+from hessjax.program._entrywise import ELEMENTWISE, common_nodes, either, elementwise
+from hessjax.program._products import conv_general_dilated, dot_general, ragged_dot_general, reduced
+from hessjax.program._program import Body, Operation, Value
 
 Reading: TypeAlias = Callable[[Constraints, Operation, list[Axes]], list[Axes]]
 
 
 def follow(constraints: Constraints, body: Body, known: dict[Value, Axes]) -> None:
-    """Read a body in order, loops and branches as a whole.
+    """Read a body in order, with the bodies of its loops and branches.
 
     Args:
         constraints: what the operations ask of their inputs is added to it.
         body: the operations.
-        known: what is known of the inputs and constants; of every other value it is added.
+        known: what is known of the inputs; of every other value it is added, constants among them.
     """
+    known.update({v: constraints.array(value) for v, value in body.consts.items()})
     for operation in body.operations:
-        known.update({v: constant(v.literal) for v in operation.inputs if v.literal is not None})
-        reading = READINGS.get(operation.name, _any_operation)
-        outputs = reading(constraints, operation, [known[v] for v in operation.inputs])
-        known.update(zip(operation.outputs, outputs, strict=True))
+        if operation.bodies:
+            _look_up(constraints, operation, known)
+            LOOPS[operation.name](constraints, operation, known)
+        else:
+            read_operation(constraints, operation, known)
 
 
-def _any_operation(constraints: Constraints, operation: Operation, inputs: list[Axes]) -> list[Axes]:
-    """One that nothing is known of: nothing that it touches may go."""
-    # A gather or a sort takes indices for values, a loop mixes what it carries: no axis of theirs is safe.
-    constraints.unread.append(operation)
-    for x in inputs:
-        constraints.keep(*x.nodes)
-    return [unknown(v.shape) for v in operation.outputs]
+def read_operation(
+    constraints: Constraints, operation: Operation, known: dict[Value, Axes], reading: Reading | None = None
+) -> None:
+    """Add what is known of the results of one operation, that of its inputs being known."""
+    reading = reading or READINGS.get(operation.name, unread)
+    outputs = reading(constraints, operation, _look_up(constraints, operation, known))
+    known.update(zip(operation.outputs, outputs, strict=True))
 
 
-def _broadcast_in_dim(constraints: Constraints, operation: Operation, inputs: list[Axes]) -> list[Axes]:
-    x, shape, places = inputs[0], operation.params["shape"], operation.params["broadcast_dimensions"]
-    # A new axis may become as short as what it meets is: free nodes, tied by whoever reads them.
-    nodes, flat = [constraints.fresh(n) for n in shape], [1] * len(shape)
-    for axis, place in enumerate(places):
-        if len(x.nodes[axis]) == shape[place]:
-            nodes[place], flat[place] = x.nodes[axis], x.nonzero.shape[axis]
-    return [Axes(tuple(nodes), x.nonzero.reshape(flat), x.varies.reshape(flat))]
-
-
-def _transpose(constraints: Constraints, operation: Operation, inputs: list[Axes]) -> list[Axes]:
-    x, order = inputs[0], operation.params["permutation"]
-    return [Axes(tuple(x.nodes[a] for a in order), x.nonzero.transpose(order), x.varies.transpose(order))]
-
-
-def _squeeze(constraints: Constraints, operation: Operation, inputs: list[Axes]) -> list[Axes]:
-    x, gone = inputs[0], operation.params["dimensions"]
-    nodes = tuple(nodes for axis, nodes in enumerate(x.nodes) if axis not in gone)
-    return [Axes(nodes, x.nonzero.squeeze(gone), x.varies.squeeze(gone))]
-
-
-def _reshape(constraints: Constraints, operation: Operation, inputs: list[Axes]) -> list[Axes]:
-    """Axes merge and split in groups: (batch, height, width, channels) -> (batch, everything else)."""
-    x, shape = inputs[0], operation.params["new_sizes"]
-    if operation.params.get("dimensions") is not None or 0 in shape:
-        return _any_operation(constraints, operation, inputs)
-    nodes, flat, wide = list(staying(*shape)), [1] * len(shape), set[int]()
-    for olds, news in _groups(x.shape, shape):
-        factors = tuple(x.nodes[a] for a in olds)
-        for axis, new in zip(news, _regrouped(constraints, factors, [shape[a] for a in news]), strict=True):
-            nodes[axis] = new
-        if any(x.nonzero.shape[a] > 1 for a in olds):  # flags merge only where they are written out
-            wide |= set(olds)
-            for axis in news:
-                flat[axis] = shape[axis]
-    x = full(x, wide)
-    return [Axes(tuple(nodes), x.nonzero.reshape(flat), x.varies.reshape(flat))]
-
-
-def _groups(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
-    """Which axes of length above 1 turn into which: the smallest groups with equal products."""
-    groups: list[tuple[list[int], list[int]]] = []
-    olds, news = ([a for a, n in enumerate(shape) if n != 1][::-1] for shape in (old, new))
-    while olds:
-        left, right = [olds.pop()], [news.pop()]
-        while (size := np.prod([old[a] for a in left])) != (other := np.prod([new[a] for a in right])):
-            left.append(olds.pop()) if size < other else right.append(news.pop())
-        groups.append((left, right))
-    return groups
-
-
-def _regrouped(constraints: Constraints, factors: tuple[Nodes, ...], lengths: list[int]) -> list[Nodes]:
-    if len(factors) == len(lengths) == 1:
-        return [factors[0]]
-    if not any(nodes.any() for nodes in factors):  # nothing that could go: such as a batch of examples
-        return list(staying(*lengths))
-    # An axis cut up and merged anew goes through the one long axis that both are: (c, 4) -> 4c -> (2, 2c).
-    stems = constraints.stems_of(*factors)
-    merged = factors[0] if len(factors) == 1 else constraints.fresh(int(np.prod(lengths)), stems)
-    if len(factors) > 1:
-        constraints.product(merged, factors)
-    if len(lengths) == 1:
-        return [merged]
-    split = tuple(constraints.fresh(n, stems) for n in lengths)
-    constraints.product(merged, split)
-    return list(split)
+def _look_up(constraints: Constraints, operation: Operation, known: dict[Value, Axes]) -> list[Axes]:
+    known.update({v: constraints.array(v.literal) for v in operation.inputs if v.literal is not None})
+    return [known[v] for v in operation.inputs]
 
 
 def _reduction(constraints: Constraints, operation: Operation, inputs: list[Axes]) -> list[Axes]:
     """A sum or maximum over whole axes. They stay: a mean divides by their length, whatever else it is."""
     x, axes = inputs[0], tuple(map(int, operation.params["axes"]))
-    constraints.keep(*(x.nodes[a] for a in axes))
+    constraints.keep(*(x.nodes[a] for a in axes), why="counted", by=operation.name)
     x = reduced(x, axes)
     nodes = tuple(nodes for axis, nodes in enumerate(x.nodes) if axis not in axes)
     return [Axes(nodes, x.nonzero.squeeze(axes), x.varies.squeeze(axes))]
@@ -127,7 +57,7 @@ def _reduction(constraints: Constraints, operation: Operation, inputs: list[Axes
 def _along(constraints: Constraints, operation: Operation, inputs: list[Axes]) -> list[Axes]:
     """Something done along one axis: cumulative sums. The other axes pass."""
     x, axis = inputs[0], operation.params["axis"]
-    constraints.keep(x.nodes[axis])
+    constraints.keep(x.nodes[axis], why="counted", by=operation.name)
     return [reduced(x, (axis,))]
 
 
@@ -143,160 +73,182 @@ def _window(constraints: Constraints, operation: Operation, inputs: list[Axes]) 
     pooled = tuple(
         a for a, (n, stride, pad) in enumerate(windows) if (n, stride, tuple(pad)) != (1, 1, (0, 0))
     )
-    constraints.keep(*(x.nodes[a] for a in pooled))
+    constraints.keep(*(x.nodes[a] for a in pooled), why="counted", by=operation.name)
     nodes = (staying(n)[0] if a in pooled else x.nodes[a] for a, n in enumerate(shape))
     return [reduced(x, pooled)._replace(nodes=tuple(nodes))]
 
 
-def _concatenate(constraints: Constraints, operation: Operation, inputs: list[Axes]) -> list[Axes]:
-    axis, shape = operation.params["dimension"], operation.outputs[0].shape
-    nodes = [
-        np.concatenate([x.nodes[axis] for x in inputs])
-        if a == axis
-        else common_nodes(constraints, a, n, inputs)
-        for a, n in enumerate(shape)
-    ]
-    # Along the joined axis the parts differ; elsewhere flags are written out where any part has them so.
-    axes = {axis} | {a for x in inputs for a in range(len(shape)) if x.nonzero.shape[a] > 1}
-    wide = [full(x, axes) for x in inputs]
-    flags = (np.concatenate([getattr(x, kind) for x in wide], axis) for kind in ("nonzero", "varies"))
-    return [Axes(tuple(nodes), *flags)]
+# -- loops and branches ----------------------------------------------------------------------------
 
 
-def _pad(constraints: Constraints, operation: Operation, inputs: list[Axes]) -> list[Axes]:
-    (x, value), config = inputs, operation.params["padding_config"]
-    if any(low < 0 or high < 0 or inside for low, high, inside in config):
-        return _any_operation(constraints, operation, inputs)
-    widths = [(int(low), int(high)) for low, high, _ in config]
-    # Padded channels are free to go, as those of a residual stream that grows by zeros (He et al., option A).
-    nodes = tuple(
-        np.concatenate([constraints.fresh(low), n, constraints.fresh(high)])
-        for n, (low, high) in zip(x.nodes, widths, strict=True)
-    )
-    wide = full(x, {a for a, width in enumerate(widths) if any(width)})
-    around = (bool(value.nonzero.any()), bool(value.varies.any()))
-    flags = (np.pad(f, widths, constant_values=c) for f, c in zip(wide[1:], around, strict=True))
-    return [Axes(nodes, *flags)]
+def _scan(constraints: Constraints, operation: Operation, known: dict[Value, Axes]) -> None:
+    """What is scanned over loses its first axis inside: an index goes if it may go in every step."""
+    (body,), carried = operation.bodies, operation.carried
+    inputs = [known[v] for v in operation.inputs]
+    constraints.keep(*(x.nodes[0] for x in inputs[carried.stop :]), why="index", by="scan")
+    fixed = [*inputs[: carried.start], *(_any_step(x) for x in inputs[carried.stop :])]
+    values = [*body.inputs[: carried.start], *body.inputs[carried.stop :]]
+    known.update(zip(values, fixed, strict=True))
+    state = list(body.inputs[carried.start : carried.stop])
+    ends = list(body.outputs[: len(carried)])
+    start = [inputs[i] for i in carried]
+    results = _loop(constraints, _Step(body, state, ends), known, start)
+    stacked = [_every_step(known[v], operation.trips or 0) for v in body.outputs[len(carried) :]]
+    known.update(zip(operation.outputs, [*results, *stacked], strict=True))
 
 
-def _slice(constraints: Constraints, operation: Operation, inputs: list[Axes]) -> list[Axes]:
-    x, steps = inputs[0], operation.params["strides"] or (1,) * len(inputs[0].nodes)
-    cuts = tuple(map(slice, operation.params["start_indices"], operation.params["limit_indices"], steps))
-    return [_cut(constraints, x, cuts)]
+def _any_step(x: Axes) -> Axes:
+    x = reduced(x, (0,))
+    return Axes(x.nodes[1:], x.nonzero[0], x.varies[0])
 
 
-def _split(constraints: Constraints, operation: Operation, inputs: list[Axes]) -> list[Axes]:
-    ends = np.cumsum([0, *operation.params["sizes"]])
-    whole = (slice(None),) * operation.params["axis"]
-    return [_cut(constraints, inputs[0], (*whole, slice(a, b))) for a, b in itertools.pairwise(ends)]
+def _every_step(x: Axes, trips: int) -> Axes:
+    return Axes((staying(trips)[0], *x.nodes), x.nonzero[None], x.varies[None])
 
 
-def _rev(constraints: Constraints, operation: Operation, inputs: list[Axes]) -> list[Axes]:
-    x, axes = inputs[0], operation.params["dimensions"]
-    return [
-        _cut(constraints, x, tuple(slice(None, None, -1 if a in axes else 1) for a in range(len(x.nodes))))
-    ]
+def _while(constraints: Constraints, operation: Operation, known: dict[Value, Axes]) -> None:
+    """How often it runs is part of what comes out: everything varies if that does."""
+    (test, body), carried = operation.bodies, operation.carried
+    inputs = [known[v] for v in operation.inputs]
+    num_state = len(carried)
+    seen = len(test.inputs) - num_state
+    known.update(zip(test.inputs[:seen], inputs[:seen], strict=True))
+    known.update(zip(body.inputs, inputs[seen : carried.start], strict=False))
+    step = _Step(body, list(body.inputs[len(body.inputs) - num_state :]), list(body.outputs), test)
+    results = _loop(constraints, step, known, [inputs[i] for i in carried])
+    known.update(zip(operation.outputs, results, strict=True))
 
 
-def _cut(constraints: Constraints, x: Axes, cuts: tuple[slice, ...]) -> Axes:
-    cuts += (slice(None),) * (len(x.nodes) - len(cuts))
-    nodes = tuple(nodes[cut] for nodes, cut in zip(x.nodes, cuts, strict=True))
-    # One index of many stays: an axis of length 1 is squeezed, reshaped and broadcast away, and nothing else
-    # would remember that it is needed.
-    constraints.keep(*(n for n, whole in zip(nodes, x.nodes, strict=True) if len(n) == 1 < len(whole)))
-    inner = tuple(cut if n > 1 else slice(None) for cut, n in zip(cuts, x.nonzero.shape, strict=True))
-    return Axes(nodes, x.nonzero[inner], x.varies[inner])
+class _Step(NamedTuple):
+    """One round of a loop.
 
+    Attributes:
+        body: what it does.
+        state: the inputs that the loop carries.
+        ends: what they are afterwards.
+        test: what says whether there is a next round, if that is not known beforehand.
+    """
+
+    body: Body
+    state: list[Value]
+    ends: list[Value]
+    test: Body | None = None
+
+
+def _loop(constraints: Constraints, step: _Step, known: dict[Value, Axes], start: list[Axes]) -> list[Axes]:
+    """What a loop carries: its axes are those of the start and of every step's end at once."""
+    state = _settled(constraints, step, known, start)
+    nodes = [_carried(constraints, x) for x in start]
+    state = [x._replace(nodes=each) for x, each in zip(state, nodes, strict=True)]
+    for x, end in zip(state, _round(constraints, step, known, state), strict=True):
+        _tied(constraints, x, end)
+    return state
+
+
+def _carried(constraints: Constraints, start: Axes) -> tuple[Nodes, ...]:
+    nodes = tuple(constraints.fresh(len(n)) if n.any() else n for n in start.nodes)
+    _tied(constraints, start, start._replace(nodes=nodes))
+    return nodes
+
+
+def _tied(constraints: Constraints, x: Axes, other: Axes) -> None:
+    for a, b in zip(x.nodes, other.nodes, strict=True):
+        constraints.tie(a, b)
+
+
+def _settled(
+    constraints: Constraints, step: _Step, known: dict[Value, Axes], state: list[Axes]
+) -> list[Axes]:
+    """The state with everything in it marked that can be nonzero, or vary, after any number of rounds."""
+    for _ in range(_ROUNDS):
+        trial = Constraints(constraints.drop_constants, constraints.relaxed)
+        ends = _round(trial, step, dict(known), state)
+        more = [_joined(x, end) for x, end in zip(state, ends, strict=True)]
+        if all(_same(x, y) for x, y in zip(state, more, strict=True)):
+            return state
+        state = more
+    # Still spreading, index by index: all of it then counts as nonzero and as varying, which is safe.
+    return [axes_of(x.nodes, np.ones_like(x.nonzero), np.ones((), bool)) for x in state]
+
+
+_ROUNDS = 8
+"""Zeros of a state that are found are zeros for ever; most loops show which in two or three rounds."""
+
+
+def _round(constraints: Constraints, step: _Step, known: dict[Value, Axes], state: list[Axes]) -> list[Axes]:
+    known.update(zip(step.state, state, strict=True))
+    follow(constraints, step.body, known)
+    ends = [_known(constraints, known, v) for v in step.ends]
+    if step.test is None:
+        return ends
+    known.update(zip(step.test.inputs[len(step.test.inputs) - len(state) :], state, strict=True))
+    follow(constraints, step.test, known)
+    moves = bool(_known(constraints, known, step.test.outputs[0]).varies.any())
+    return [axes_of(x.nodes, x.nonzero, x.varies | moves) for x in ends]
+
+
+def _joined(x: Axes, other: Axes) -> Axes:
+    return axes_of(x.nodes, either([x.nonzero, other.nonzero]), either([x.varies, other.varies]))
+
+
+def _same(x: Axes, other: Axes) -> bool:
+    return bool((x.nonzero == other.nonzero).all() and (x.varies == other.varies).all())
+
+
+def _known(constraints: Constraints, known: dict[Value, Axes], value: Value) -> Axes:
+    return known[value] if value.literal is None else constraints.array(value.literal)
+
+
+def _cond(constraints: Constraints, operation: Operation, known: dict[Value, Axes]) -> None:
+    """Each result is one of the branches': what stays in one of them stays in all."""
+    index, *inputs = (known[v] for v in operation.inputs)
+    ends = []
+    for body in operation.bodies:
+        known.update(zip(body.inputs, inputs, strict=True))
+        follow(constraints, body, known)
+        ends.append([_known(constraints, known, v) for v in body.outputs])
+    for value, each in zip(operation.outputs, zip(*ends, strict=True), strict=True):
+        nodes = tuple(common_nodes(constraints, a, n, list(each)) for a, n in enumerate(value.shape))
+        nonzero = either([x.nonzero for x in each])
+        varies = either([nonzero & index.varies.any(), *(x.varies for x in each)])
+        known[value] = axes_of(nodes, nonzero, varies)
+
+
+LOOPS: dict[str, Callable[[Constraints, Operation, dict[Value, Axes]], None]] = {
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+}
 
 READINGS: dict[str, Reading] = {
     **dict.fromkeys(ELEMENTWISE, elementwise),
     **dict.fromkeys(["reduce_sum", "reduce_max", "reduce_min", "reduce_or", "reduce_and"], _reduction),
-    **dict.fromkeys(["cumsum", "cummax", "cummin"], _along),
+    **dict.fromkeys(["reduce_prod", "reduce_xor"], _reduction),
+    **dict.fromkeys(["cumsum", "cummax", "cummin", "cumprod"], _along),
     **dict.fromkeys(["reduce_window_max", "reduce_window_min", "reduce_window_sum"], _window),
-    "broadcast_in_dim": _broadcast_in_dim,
-    "concatenate": _concatenate,
+    **dict.fromkeys(["argmax", "argmin"], _indexing.argmax),
+    **dict.fromkeys(["scatter", "scatter-add", "scatter-sub", "scatter-mul"], _indexing.scatter),
+    **dict.fromkeys(["scatter-min", "scatter-max"], _indexing.scatter),
+    "broadcast_in_dim": _shapes.broadcast_in_dim,
+    "concatenate": _shapes.concatenate,
     "conv_general_dilated": conv_general_dilated,
     "dot_general": dot_general,
-    "pad": _pad,
-    "reshape": _reshape,
-    "rev": _rev,
-    "slice": _slice,
-    "split": _split,
-    "squeeze": _squeeze,
-    "transpose": _transpose,
+    "dynamic_slice": _indexing.dynamic_slice,
+    "dynamic_update_slice": _indexing.dynamic_update_slice,
+    "gather": _indexing.gather,
+    "iota": _indexing.iota,
+    "pad": _shapes.pad,
+    "ragged_dot_general": ragged_dot_general,
+    "reshape": _shapes.reshape,
+    "rev": _shapes.rev,
+    "slice": _shapes.strided,
+    "sort": _indexing.sort,
+    "split": _shapes.split,
+    "squeeze": _shapes.squeeze,
+    "stack": _shapes.stack,
+    "tile": _shapes.tile,
+    "top_k": _indexing.top_k,
+    "transpose": _shapes.transpose,
+    "unstack": _shapes.unstack,
 }
-
-
-# -- what every leaf takes part in -----------------------------------------------------------------
-
-
-def uses(program: Program) -> tuple[tuple[Use, ...], ...]:
-    """For every leaf of the params, the operations that it takes part in, and along which axes.
-
-    What was transposed, cast, cut, reshaped or masked on the way is followed axis by axis, into the steps of
-    loops and into branches.
-
-    Args:
-        program: what `read` made of a function.
-
-    Returns:
-        One tuple for each leaf, in the order of the program; empty for one that meets no data.
-    """
-    constraints, found = Constraints(), tuple(list[Use]() for _ in program.leaves)
-    known = {v: unknown(v.shape) for v in program.body.inputs}
-    known |= {leaf: _leaf(constraints, leaf, i) for i, leaf in enumerate(program.leaves)}
-    _follow_uses(constraints, program.body, known, set(), (), found)
-    return tuple(map(tuple, found))
-
-
-def _leaf(constraints: Constraints, value: Value, index: int) -> Axes:
-    nodes = (constraints.fresh(n, frozenset(((index, axis),))) for axis, n in enumerate(value.shape))
-    return unknown(value.shape)._replace(nodes=tuple(nodes))
-
-
-def _follow_uses(
-    constraints: Constraints,
-    body: Body,
-    known: dict[Value, Axes],
-    lost: set[Value],
-    loops: tuple[Operation, ...],
-    found: tuple[list[Use], ...],
-) -> None:
-    known.update({v: unknown(v.shape) for v in body.consts})
-    follow(constraints, body, known)
-    for operation in body.operations:
-        for inner in operation.bodies:
-            known.update(_enter(inner, known))
-            lost.update(v for v, source in zip(inner.inputs, inner.sources, strict=True) if source in lost)
-            _follow_uses(constraints, inner, known, lost, (*loops, operation), found)
-        if operation in constraints.unread or not lost.isdisjoint(operation.inputs):
-            lost.update(v for v in operation.outputs if v.leaves)  # a mask's iota loses nothing
-        for i, value in _meeting(operation):
-            for leaf in sorted(value.leaves or ()):
-                axes = None if value in lost else _axes_of_leaf(constraints, known[value], leaf)
-                found[leaf].append(Use(operation, i, axes, loops))
-
-
-def _meeting(operation: Operation) -> list[tuple[int, Value]]:
-    """The operands made of leaves that meet data here, not only further inside."""
-    if all(v.leaves is not None for v in operation.outputs):
-        return []
-    inputs = range(len(operation.inputs))
-    if operation.bodies:  # what a body sees meets data in there
-        inputs = range(1) if operation.name == "cond" else operation.carried
-    return [(i, operation.inputs[i]) for i in inputs if operation.inputs[i].leaves]
-
-
-def _axes_of_leaf(constraints: Constraints, axes: Axes, leaf: int) -> tuple[tuple[int, ...], ...]:
-    stems = (constraints.stems_of(nodes) for nodes in axes.nodes)
-    return tuple(tuple(sorted(axis for other, axis in each if other == leaf)) for each in stems)
-
-
-def _enter(body: Body, known: dict[Value, Axes]) -> dict[Value, Axes]:
-    """What is known of a body's inputs: all axes of what it sees, but the first of what it scans over."""
-    return {
-        v: unknown(v.shape)
-        if source is None or source.literal is not None
-        else unknown(v.shape)._replace(nodes=known[source].nodes[len(source.shape) - len(v.shape) :])
-        for v, source in zip(body.inputs, body.sources, strict=True)
-    }
+"""What is known of every operation but loops and branches; of any other, nothing is."""

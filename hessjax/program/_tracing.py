@@ -1,6 +1,7 @@
 """Jaxprs of every version of jax, read into programs: calls opened, loops and branches with their bodies."""
 
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +36,8 @@ def read(fn: Callable[..., Any], params: Any, *args: Any) -> Program:
     num_params = len(jax.tree.leaves(params))
     leaves = [frozenset((i,)) if i < num_params else None for i in range(len(closed.in_avals))]
     inputs = [Value(aval, made_of) for aval, made_of in zip(closed.in_avals, leaves, strict=True)]
-    return Program(_body(closed, inputs), num_params, jax.tree.structure(shapes))
+    rules = tuple(dict.fromkeys(_rules(closed)))
+    return Program(_body(closed, inputs), num_params, jax.tree.structure(shapes), rules)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +125,40 @@ def _call(frame: _Frame, eqn: Any, inputs: list[Value]) -> list[Value]:
     if inner is None or len(getattr(inner, "jaxpr", inner).invars) != len(inputs):
         return _operation(frame, eqn, inputs)
     return _open(frame, inner, inputs)
+
+
+def _custom_jvp(frame: _Frame, eqn: Any, inputs: list[Value]) -> list[Value]:
+    """Opened too, but for jax's own ReLU: of its inside, max(x, 0), the derivative at zero is a half."""
+    if _source(eqn).startswith(f"relu at {_JAX}"):
+        outputs = [Value(v.aval, _made_of(inputs)) for v in eqn.outvars]
+        _add(frame, eqn, "relu", inputs, outputs)
+        return outputs
+    return _call(frame, eqn, inputs)
+
+
+_JAX = os.path.dirname(jax.__file__)
+
+
+def _source(eqn: Any) -> str:
+    """The function that a call is of, and where it stands: `name at file:line`."""
+    inner = eqn.params.get("call_jaxpr") or eqn.params.get("fun_jaxpr")
+    info = getattr(getattr(inner, "jaxpr", inner), "debug_info", None)
+    return str(getattr(info, "func_src_info", None) or "")
+
+
+def _rules(closed: Any) -> Iterator[str]:
+    """The functions with derivative rules of their own that a jaxpr calls, but for those of jax."""
+    for eqn in getattr(closed, "jaxpr", closed).eqns:
+        if eqn.primitive.name.startswith(("custom_jvp", "custom_vjp")):
+            source = _source(eqn)
+            if f" at {_JAX}" not in source:
+                yield source.split(" at ")[0] or eqn.primitive.name
+        elif hasattr(eqn.params.get("_prim"), "drop_fwd_consts"):
+            yield str(eqn.params["_prim"])
+        values = (x for v in eqn.params.values() for x in (v if isinstance(v, (list, tuple)) else (v,)))
+        for value in values:
+            if hasattr(getattr(value, "jaxpr", value), "eqns"):
+                yield from _rules(value)
 
 
 def _scan(frame: _Frame, eqn: Any, inputs: list[Value]) -> list[Value]:
@@ -255,7 +291,8 @@ def _is_whole(frame: _Frame, inputs: list[Value], aval: Any) -> bool:
 
 _EQUATIONS: dict[str, Callable[[_Frame, Any, list[Value]], list[Value]]] = {
     **dict.fromkeys(["jit", "pjit", "closed_call", "core_call", "eval_jaxpr", "remat", "remat2"], _call),
-    **dict.fromkeys(["checkpoint", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"], _call),
+    **dict.fromkeys(["checkpoint", "custom_vjp_call", "custom_vjp_call_jaxpr"], _call),
+    "custom_jvp_call": _custom_jvp,
     **dict.fromkeys(["custom_vmap_call", "composite"], _call),
     "scan": _scan,
     "while": _while,

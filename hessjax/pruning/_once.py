@@ -10,14 +10,15 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from hessjax._core import _tree
-from hessjax._core._axes import is_matrix
+from hessjax._core import _numbers, _tree
+from hessjax._core._layout import kernels, selected
 from hessjax._core._messages import check_functions, checked_count, checked_number
 from hessjax._core._types import Block, Params, Scalar, Where
+from hessjax._core._words import AxisWords
 from hessjax._fisher._rows import row
 from hessjax.pruning._ranking import check_sparsity
 from hessjax.pruning.allocations._allocation import AllocationRule, allocated, global_threshold
-from hessjax.pruning.patterns._pattern import Patterns, unstructured
+from hessjax.pruning.patterns._pattern import Laid, Patterns, unstructured
 from hessjax.pruning.saliencies._saliency import Context, Saliency, checked_saliency, drop_others, is_hole
 
 
@@ -63,7 +64,8 @@ def prune_once(
     recomputes: int = 1,
     allocation: AllocationRule = global_threshold(),  # noqa: B008 (a value, never changed)
     pattern: Patterns = unstructured(),  # noqa: B008 (a value, never changed)
-    where: Where = is_matrix,
+    where: Where = kernels,
+    axes: AxisWords | None = None,
     loss_fn: Callable[[Params], Any] | None = None,
     max_ratio: float | int | None = None,
 ) -> Pruned:
@@ -84,6 +86,7 @@ def prune_once(
         allocation: how zeros are spread over the leaves, as in `prune`.
         pattern: which weights go together, as in `prune`.
         where: which leaves are pruned, as in `prune`.
+        axes: what the axes of leaves mean, where names and shapes do not tell, as in `prune`.
         loss_fn: `(params) -> scalar`, to hold the predicted increase against, and to choose by.
         max_ratio: the most that the realised increase of a step may be of its predicted one: a step beyond
             goes half as far (in the logarithm of the density), again and again, and the gradients are taken
@@ -124,19 +127,21 @@ def prune_once(
     _check_loss(rules, loss_fn, max_ratio)
     if grads_fn is None and any(rule.needs_grads for rule in rules):
         raise ValueError("`grads_fn` must be given for a saliency that needs gradients, got None.")
-    task = _Task(params, rules, grads_fn, allocation, pattern, loss_fn, max_ratio)
-    weights = _selected(params, where)
+    task = _Task(params, rules, grads_fn, allocation, Laid(pattern, params, axes), loss_fn, max_ratio)
+    weights = _selected(params, where, axes)
     active = jax.tree.map(lambda x: x != 0, weights)
     point, states = _Point(weights, active, task.loss_at(weights)), [rule.init(weights) for rule in rules]
     start, targets, steps = point.loss, _targets(active, sparsity, recomputes), list[PruneStep]()
     while targets:
         seen, states = task.look(point, states, len(steps) + 1)
         best = task.step(point, seen, states, targets)
-        steps.append(PruneStep(targets.pop(0), best.increase, best.loss - point.loss))
+        with _numbers.meant():  # NaN without a `loss_fn`
+            steps.append(PruneStep(targets.pop(0), best.increase, best.loss - point.loss))
         point = _Point(best.weights, jax.tree.map(jnp.logical_and, point.active, best.mask), best.loss)
     _check_finite(point.weights, weights)
     mask = jax.tree.map(lambda m: jnp.asarray(True) if is_hole(m) else m, point.active, is_leaf=is_hole)
-    predicted = jnp.sum(jnp.stack([step.predicted_increase for step in steps]))
+    with _numbers.meant():  # NaN without a prediction
+        predicted = jnp.sum(jnp.stack([step.predicted_increase for step in steps]))
     rise = None if loss_fn is None else point.loss - start
     return Pruned(_refilled(params, point.weights), mask, predicted, rise, tuple(steps))
 
@@ -166,7 +171,7 @@ class _Task:
     rules: tuple[Saliency, ...]
     grads_fn: Callable[[Params], Block] | None
     allocation: AllocationRule
-    pattern: Patterns
+    pattern: Laid
     loss_fn: Callable[[Params], Any] | None
     max_ratio: float | int | None
 
@@ -200,13 +205,12 @@ class _Task:
 
     def loss_at(self, weights: Params) -> Scalar:
         """The loss; NaN if there is no function for it."""
-        loss = jnp.nan if self.loss_fn is None else self.loss_fn(_refilled(self.params, weights))
+        loss = _numbers.unknown() if self.loss_fn is None else self.loss_fn(_refilled(self.params, weights))
         return jnp.asarray(checked_number("loss_fn(params)", loss))
 
     def _best(self, seen: Context, states: list[Any], target: Any) -> _Trial:
         """The step, of those of all rules, after which the loss is least."""
-        pairs = zip(self.rules, states, strict=True)
-        trials = [self._trial(seen, rule, state, target) for rule, state in pairs]
+        trials = [self._trial(seen, *pair, target) for pair in zip(self.rules, states, strict=True)]
         if len(trials) == 1:
             return trials[0]
         # On the device, so that it works inside `jit`; a loss that is NaN never wins.
@@ -221,7 +225,7 @@ class _Task:
         # What is zero already is ranked below everything, whatever a rule says of it: it stays zero.
         order = jax.tree.map(lambda s, a: jnp.where(a, s, -jnp.inf), scores, active)
         mask = rule.change.settle(allocated(self.allocation, order, target, self.pattern), scores, seen)
-        moved, increase = weights, jnp.asarray(jnp.nan)
+        moved, increase = weights, _numbers.unknown()
         if rule.compensates:
             moved, increase = rule.compensate(state, seen, mask)
         landed = jax.tree.map(lambda w, a, m: jnp.where(a & m, w, jnp.zeros_like(w)), moved, active, mask)
@@ -251,10 +255,9 @@ def _counts(point: _Point, trial: _Trial) -> tuple[int, int, int]:
     return before, after, sum(active.size for active, _ in pairs)
 
 
-def _selected(params: Params, where: Where) -> Params:
+def _selected(params: Params, where: Where, axes: AxisWords | None) -> Params:
     """The leaves that are pruned; holes in place of the others."""
-    _tree.check_leaves(params)
-    hits = _tree.match(params, where)
+    hits = selected(params, where, axes)
     found = jax.tree.map(lambda x, hit: jnp.asarray(x) if hit else optax.MaskedNode(), params, hits)
     _tree.check_floating(found, "params[where]")
     return found

@@ -9,9 +9,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt
 
 from hessjax._core import _numbers, _sharding, _tree
+from hessjax._core._axes import Axes, layers_of, stacked
 from hessjax._core._messages import checked_number
 from hessjax._core._types import Params
-from hessjax.pruning.patterns._pattern import Pattern, Patterns, patterns_of
+from hessjax.pruning.patterns._fitting import Fit, fits_of
+from hessjax.pruning.patterns._pattern import Kept, Pattern, Patterns
 
 Sparsity: TypeAlias = float | int | Float[Array, ""]
 """The fraction of zeros, in [0, 1): a number, checked, or a traced scalar, which cannot be."""
@@ -134,7 +136,7 @@ def _largest(count_below: Callable[[Array], Array], n: Array, bits: Any, dtype: 
 
     def body(i: Any, t: Array) -> Array:
         # A bit stays set while no more than n lie below: t ends as the largest such integer.
-        candidate = t | (jnp.ones((), dtype) << (bits - 1 - i).astype(dtype))
+        candidate = t | (jnp.ones((), dtype) << jnp.asarray(bits - 1 - i, dtype))
         return jnp.where(count_below(candidate) <= n, candidate, t)
 
     return lax.fori_loop(0, bits, body, jnp.zeros(n.shape, dtype))
@@ -168,8 +170,26 @@ def _places(keys: Sequence[Array]) -> list[Array]:
     return [_sharding.places(k, start) for k, start in zip(keys, starts, strict=True)]
 
 
+class Member(NamedTuple):
+    """One layer of a leaf, or a whole leaf that stacks none, as a ranking sees it.
+
+    Attributes:
+        place: which leaf of the tree it belongs to.
+        path: its own: `blocks/Dense_0/kernel[2]`.
+        axes: of the leaf.
+        pattern: of the layer.
+    """
+
+    place: int
+    path: str
+    axes: Axes
+    pattern: Pattern
+
+
 class Units(NamedTuple):
-    """Sets of units, one for every leaf, or for leaves that are tied.
+    """Sets of units, one for every layer of every leaf, or for those that are tied.
+
+    Layers that one leaf stacks are sets of their own, each as if it stood alone.
 
     Attributes:
         scores: one for every unit: the mean over those of its weights that are not gone already (-inf); a
@@ -177,10 +197,8 @@ class Units(NamedTuple):
         free: units that may go whatever the others do; None where all may.
         sizes: how many weights a unit has.
         most: how many units may go.
-        paths: the leaves of each set.
-        shapes: their shapes.
-        patterns: and their patterns.
-        places: and which leaves of the tree they are.
+        members: the layers of each set.
+        kept: by place, the shapes of the leaves that lose nothing whatever their scores.
         treedef: of the tree.
     """
 
@@ -188,11 +206,14 @@ class Units(NamedTuple):
     free: list[Bool[Array, "..."] | None]
     sizes: list[int]
     most: list[int]
-    paths: list[list[str]]
-    shapes: list[list[tuple[int, ...]]]
-    patterns: list[list[Pattern]]
-    places: list[list[int]]
+    members: list[list[Member]]
+    kept: dict[int, tuple[int, ...]]
     treedef: Any
+
+    @property
+    def paths(self) -> list[list[str]]:
+        """The paths of the layers of each set."""
+        return [[member.path for member in members] for members in self.members]
 
     @property
     def counts(self) -> list[int]:
@@ -212,13 +233,17 @@ class Units(NamedTuple):
 
     def spread(self, flags: Sequence[Shaped[Array, "..."]]) -> Params:
         """Flags (or other values) of all weights, as a tree, from those of the units."""
-        out: list[Any] = [None] * sum(map(len, self.places))
-        for units, patterns, shapes, places in zip(
-            flags, self.patterns, self.shapes, self.places, strict=True
-        ):
-            for pattern, shape, place in zip(patterns, shapes, places, strict=True):
-                out[place] = _spread(units, pattern, shape)
-        return jax.tree.unflatten(self.treedef, out)
+        layers: dict[int, list[Array]] = {}
+        axes: dict[int, Axes] = {}
+        # In the order of the layers, as sets are made of them in that order.
+        for units, members in zip(flags, self.members, strict=True):
+            for member in members:
+                layers.setdefault(member.place, []).append(_spread(units, member.pattern, member.axes.layer))
+                axes[member.place] = member.axes
+        dtype = flags[0].dtype
+        out = {place: jnp.ones(shape, dtype) for place, shape in self.kept.items()}
+        out |= {place: stacked(each, axes[place]) for place, each in layers.items()}
+        return jax.tree.unflatten(self.treedef, [out[place] for place in range(len(out))])
 
 
 def units_of(scores: Params, pattern: Patterns) -> Units:
@@ -226,14 +251,32 @@ def units_of(scores: Params, pattern: Patterns) -> Units:
     _tree.check_floating(scores, "scores")
     leaves, treedef = jax.tree.flatten(scores)
     _check_total(leaves)
-    patterns, paths = patterns_of(pattern, scores), _tree.leaf_paths(scores)
-    places = together(patterns)
-    grouped = [[patterns[i] for i in members] for members in places]
-    made = [_set([leaves[i] for i in members], same) for members, same in zip(places, grouped, strict=True)]
+    fits = fits_of(pattern, scores)
+    kept = {i: leaves[i].shape for i, fit in enumerate(fits) if isinstance(fit.pattern, Kept)}
+    if len(kept) == len(leaves):
+        raise ValueError(
+            "`pattern` must let something go, but every leaf that `where` selects stays as it is: "
+            f"{', '.join(fit.axes.path for fit in fits)}."
+        )
+    layers = [
+        _layers(i, leaf, fit) for i, (leaf, fit) in enumerate(zip(leaves, fits, strict=True)) if i not in kept
+    ]
+    singles = [single for leaf in layers for single in leaf]
+    # Heads are tied within a layer: the first of one leaf to the first of another.
+    ties = [(index, member.pattern.tie) for leaf in layers for index, (member, _) in enumerate(leaf)]
+    sets = _tied(ties)
+    made = [_set([singles[i][1] for i in same], [singles[i][0] for i in same]) for same in sets]
     unit_scores, free, sizes, most = (list(column) for column in zip(*made, strict=True))
-    set_paths = [[paths[i] for i in members] for members in places]
-    shapes = [[leaves[i].shape for i in members] for members in places]
-    return Units(unit_scores, free, sizes, most, set_paths, shapes, grouped, places, treedef)
+    return Units(
+        unit_scores, free, sizes, most, [[singles[i][0] for i in same] for same in sets], kept, treedef
+    )
+
+
+def _layers(place: int, leaf: Array, fit: Fit) -> list[tuple[Member, Array]]:
+    """The layers of a leaf."""
+    names = fit.axes.layer_names()
+    members = [Member(place, name, fit.axes, fit.pattern) for name in names]
+    return list(zip(members, layers_of(leaf, fit.axes), strict=True))
 
 
 def _check_total(leaves: list[Array]) -> None:
@@ -248,14 +291,20 @@ def _check_total(leaves: list[Array]) -> None:
 
 def together(patterns: Sequence[Pattern]) -> list[list[int]]:
     """Leaves by their tie, in the order of the tree."""
+    return _tied([(0, pattern.tie) for pattern in patterns])
+
+
+def _tied(ties: Sequence[tuple[int, str | None]]) -> list[list[int]]:
+    """The places of what is tied, in order; None is tied to nothing."""
     sets: dict[object, list[int]] = {}
-    for i, pattern in enumerate(patterns):
-        sets.setdefault(i if pattern.tie is None else pattern.tie, []).append(i)
+    for i, tie in enumerate(ties):
+        sets.setdefault(i if tie[1] is None else tie, []).append(i)
     return list(sets.values())
 
 
-def _set(leaves: list[Array], patterns: list[Pattern]) -> tuple[Array, Array | None, int, int]:
+def _set(leaves: list[Array], members: list[Member]) -> tuple[Array, Array | None, int, int]:
     """Scores, free, size and most of the units of one set."""
+    patterns = [member.pattern for member in members]
     pattern, leaf = patterns[0], leaves[0]
     if pattern.at_most is not None:
         # n of m: weights are ranked one by one, but only the lowest m − n of each group may go at all.
@@ -265,7 +314,8 @@ def _set(leaves: list[Array], patterns: list[Pattern]) -> tuple[Array, Array | N
     # Of the shapes alone: groups of a sharded leaf are not made where only their number is asked for.
     shapes = [_grouped(p, x).shape for p, x in zip(patterns, leaves, strict=True)]
     if len({rows for rows, _ in shapes}) > 1:
-        raise ValueError(f"Leaves tied as {pattern.tie} must have as many groups each, got {shapes}.")
+        groups = ", ".join(f"{m.path} has {rows}" for m, (rows, _) in zip(members, shapes, strict=True))
+        raise ValueError(f"Leaves tied as {pattern.tie} must have as many groups each, but {groups}.")
     size = sum(width for _, width in shapes)
     if size == 1:
         return leaf, None, 1, leaf.size

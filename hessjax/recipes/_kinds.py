@@ -11,8 +11,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 from hessjax._core._types import Relative
 from hessjax.pruning.allocations import _allocation, _densities
 from hessjax.pruning.patterns import _patterns
+from hessjax.pruning.patterns._heads import heads
 from hessjax.pruning.patterns._pattern import unstructured
-from hessjax.pruning.patterns._patterns import heads
 from hessjax.pruning.saliencies import _first_order, _obs
 from hessjax.pruning.saliencies._drop_and_grow import rigl, sparse_evolution
 from hessjax.pruning.saliencies._hard_concrete import hard_concrete
@@ -178,7 +178,7 @@ PATTERNS = {
     "channels": Kind(_patterns.channels, {"axis": Whole}),
     "filters": Kind(_patterns.filters),
     "rows": Kind(_patterns.rows),
-    "heads": Kind(heads, {"num_heads": Whole | None, "out": str}),
+    "heads": Kind(heads, {"num_heads": Whole | None, "num_kv_heads": Whole | None}),
 }
 
 KINDS = SCHEDULES | OPTIMIZERS | STARTS | SALIENCIES | ALLOCATIONS | PATTERNS

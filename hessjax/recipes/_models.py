@@ -39,6 +39,7 @@ class _Who(Strict):
     """What the arguments of every pruner may hold beside those of its saliency."""
 
     where: Annotated[str | list[str] | None, _Given] = None
+    axes: Annotated[dict[str, str] | None, _Given] = None
     initial_sparsity: _Fraction = 0.0
     final_sparsity: Annotated[_Fraction | None, _Given] = None
     initial_threshold: Real = 0.0

@@ -90,12 +90,14 @@ def load_recipe(path: str | os.PathLike[str], *, steps_per_epoch: int | None = N
     """Read who is pruned, how and when from a YAML file, and check all of it.
 
     The structure is Distiller's, the names are this library's: a `class` is a function of `hessjax`, its
-    `args` are the arguments of that function. Arguments of every pruner: `where` (one glob, or a list);
-    `final_sparsity`, and `initial_sparsity` (0); or `final_threshold`, `initial_threshold` (0) and `least`;
-    `power` (3); `allocation`, `pattern` (one, or by glob over paths), `regrow`, `straight_through`. Where a
-    function takes a key, the file gives a `seed`; a relative damping is `{relative: 0.01}`; optimizers
-    (`sgd`, `adam`, `adamw`) and schedules (`linear_schedule`, `polynomial_schedule`, `cosine_decay_schedule`)
-    are optax's.
+    `args` are the arguments of that function. Distiller's own classes and fields are understood where they
+    mean the same; what has no counterpart here is an error that names it.
+
+    Arguments of every pruner: `where` (one glob, or a list); `axes` (words by
+    glob); `final_sparsity`, and `initial_sparsity` (0); or `final_threshold`, `initial_threshold` (0) and `least`; `power` (3); `allocation`, `pattern` (one, or by
+    glob over paths), `regrow`, `straight_through`. Where a function takes a key, the file gives a `seed`; a
+    relative damping is `{relative: 0.01}`; optimizers (`sgd`, `adam`, `adamw`) and schedules
+    (`linear_schedule`, `polynomial_schedule`, `cosine_decay_schedule`) are optax's.
 
     A policy says when: from its start t₀ to its end, n later, the target rises as
 
@@ -214,7 +216,7 @@ def _rule(name: str, place: str, pruner: Any, policy: Any, steps_per_epoch: int 
     return rule
 
 
-_OPTIONS = ("where", "allocation", "pattern", "regrow", "straight_through")
+_OPTIONS = ("where", "axes", "allocation", "pattern", "regrow", "straight_through")
 
 
 @settings()

@@ -15,7 +15,7 @@ import numpy as np
 
 from hessjax._core import _tree
 from hessjax._core._types import Estimate, Params
-from hessjax.estimators._hutchinson import TraceByLeaf
+from hessjax.estimators._trace import TraceByLeaf
 
 
 def environment() -> dict[str, Any]:

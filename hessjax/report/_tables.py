@@ -9,7 +9,7 @@ import numpy as np
 from hessjax._core import _tree
 from hessjax._core._tables import Column, Row, Table, number, percent, shape_text
 from hessjax._core._types import Eigenpairs, Params
-from hessjax.estimators._hutchinson import TraceByLeaf
+from hessjax.estimators._trace import TraceByLeaf
 from hessjax.report._report import LayerRow, layer_row, layer_rows
 
 HINT = "A terminal of {width} columns shows all, `report.json` holds all."

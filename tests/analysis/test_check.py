@@ -291,7 +291,7 @@ NO_BATCH = {
     "unlike arrays": (lambda w, b: jnp.sum(w**2) * b[0].sum() * b[1].sum(), ([jnp.ones(2), jnp.ones(3)],)),
     "a fixed size": (lambda w, x: jnp.mean((x.reshape(4, 3) @ w) ** 2), (jnp.ones((4, 3)),)),
     "dropout": (
-        lambda w, x, key: jnp.mean((x * jax.random.bernoulli(key, 0.5, x.shape) @ w) ** 2),
+        lambda w, x, key: jnp.mean((jnp.where(jax.random.bernoulli(key, 0.5, x.shape), x, 0) @ w) ** 2),
         (jnp.arange(24.0).reshape(8, 3), jax.random.key(1)),
     ),
 }

@@ -73,3 +73,35 @@ def test_bad_input():
         hj.directions.line(jnp.ones(3), jnp.arange(3))
     with pytest.raises(ValueError, match=r"`other` must have the structure of `params`, but\n  b: missing"):
         hj.directions.line({"a": jnp.ones(3), "b": jnp.ones(1)}, {"a": jnp.ones(3)})
+
+
+def test_scanned_layers_have_directions_of_their_own(x64):
+    like = {"norm": {"scale": jnp.ones((3, 4))}, "dense": {"kernel": params()["conv"].reshape(3, 6, 4)}}
+    found = hj.directions.random(KEY, like)
+    assert not found["norm"]["scale"].any()
+    lengths = [jnp.linalg.norm(tree["dense"]["kernel"], axis=1) for tree in (found, like)]
+    np.testing.assert_allclose(*lengths, rtol=1e-12)
+    whole = hj.directions.random(KEY, like, filter_axis=None)
+    lengths = [jnp.linalg.norm(tree["dense"]["kernel"], axis=(1, 2)) for tree in (whole, like)]
+    np.testing.assert_allclose(*lengths, rtol=1e-12)
+    with pytest.raises(
+        ValueError, match="`filter_axis` must not count layers, as axis 0 does in dense/kernel"
+    ):
+        hj.directions.random(KEY, like, filter_axis=0)
+
+
+def test_directions_of_kernels_that_are_out_in_and_of_heads(x64):
+    like = {
+        "linear": {"weight": params()["dense"]},
+        "query": {"kernel": params()["conv"][0], "bias": jnp.ones((2, 4))},
+    }
+    found = hj.directions.random(KEY, like)
+    lengths = [jnp.linalg.norm(tree["linear"]["weight"], axis=1) for tree in (found, like)]
+    np.testing.assert_allclose(*lengths, rtol=1e-12)
+    lengths = [jnp.linalg.norm(tree["query"]["kernel"], axis=0) for tree in (found, like)]
+    np.testing.assert_allclose(*lengths, rtol=1e-12)
+    assert not found["query"]["bias"].any()
+    turned = hj.directions.random(KEY, {"kernel": params()["dense"]}, axes={"kernel": "out in"})
+    np.testing.assert_allclose(
+        jnp.linalg.norm(turned["kernel"], axis=1), jnp.linalg.norm(params()["dense"], axis=1), rtol=1e-12
+    )

@@ -277,13 +277,14 @@ OTHERS = {
 @pytest.mark.parametrize(("message", "change"), OTHERS.items(), ids=OTHERS)
 def test_a_table_of_other_params_or_settings_is_refused(tmp_path, message, change):
     file = tmp_path / "s.csv"
+    wide_loss = lambda p: loss_fn(jax.tree.map(lambda x: x.astype(jnp.float32), p))
     arguments = {"params": CENTRE, "diagonal": CURVATURE, "path": file}
-    whole = hj.sensitivity(loss_fn, levels=[0.5], **arguments)
+    whole = hj.sensitivity(wide_loss, levels=[0.5], **arguments)
     before = {p: p.read_bytes() for p in tmp_path.iterdir()}
     with pytest.raises(ValueError, match=rf"(?s)must be a file of these params and settings, but.*{message}"):
-        hj.sensitivity(loss_fn, levels=[0.5, 0.75], **{**arguments, **change})
+        hj.sensitivity(wide_loss, levels=[0.5, 0.75], **{**arguments, **change})
     assert before == {p: p.read_bytes() for p in tmp_path.iterdir()}
-    assert whole == hj.sensitivity(loss_fn, levels=[0.5], **arguments)
+    assert whole == hj.sensitivity(wide_loss, levels=[0.5], **arguments)
     file.unlink()  # deleting the table is enough
     fresh = {
         "saliency": hj.saliencies.magnitude(),
@@ -292,8 +293,8 @@ def test_a_table_of_other_params_or_settings_is_refused(tmp_path, message, chang
         **change,
     }
     del fresh["path"]
-    assert hj.sensitivity(loss_fn, levels=[0.5], path=file, **fresh) == hj.sensitivity(
-        loss_fn, levels=[0.5], **fresh
+    assert hj.sensitivity(wide_loss, levels=[0.5], path=file, **fresh) == hj.sensitivity(
+        wide_loss, levels=[0.5], **fresh
     )
 
 
@@ -432,7 +433,7 @@ def test_what_is_no_metric_and_no_level():
 
 
 def test_bad_levels_leaves_and_diagonals():
-    with pytest.raises(ValueError, match=r"`sparsity` must be in \[0, 1\).*got 90.*write 0.9"):
+    with pytest.raises(ValueError, match=r"`levels` must be in \[0, 1\).*got 90.*write 0.9"):
         hj.sensitivity(loss_fn, CENTRE, [0, 90])
     for levels in ([], [0.5, 0.5]):
         with pytest.raises(ValueError, match="`levels` must be one or more different sparsities"):

@@ -90,10 +90,11 @@ def count_zero_parts(kernel):
 def test_structures_are_counted_as_defined():
     rng = np.random.default_rng(0)
     params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in
-              {"dense": (6, 5), "line": (3, 4, 5), "plane": (3, 3, 4, 6), "scale": (7,)}.items()}  # fmt: skip
+              {"conv": (3, 4, 5), "dense": (6, 5), "plane": (3, 3, 4, 6),
+               "scale": (7,)}.items()}  # fmt: skip
     params["dense"][[0, 2]] = 0
     params["dense"][:, 1] = 0
-    params["line"][..., 1, :] = 0
+    params["conv"][..., 1, :] = 0
     params["plane"][..., 2] = 0
     params["plane"][..., :2, 3] = 0
     params["plane"][..., 0, 4] = 0
@@ -106,6 +107,37 @@ def test_structures_are_counted_as_defined():
     titles = str(result).splitlines()[0]
     assert "".join(titles.split()).startswith("NameShapeWeightsNonzeroCols%Rows%Ch%2D%3D%Zeros%")
     assert "%" not in str(hj.summary(jnp.ones((2, 2)))).splitlines()[0].replace("Zeros %", "")
+
+
+@pytest.mark.parametrize("counts", [(3,), (2, 2)])
+def test_scanned_layers_have_structures_of_their_own(counts):
+    kernel = np.random.default_rng(0).normal(size=(*counts, 4, 6)).astype(np.float32)
+    kernel[..., 1, :] = 0  # an input of every layer
+    kernel.reshape(-1, 4, 6)[0, :, 2] = 0  # an output of the first
+    params = {"norm": {"scale": jnp.ones((*counts, 4))}, "dense": {"kernel": jnp.asarray(kernel)}}
+    number, model = int(np.prod(counts)), lambda p, x: x @ p["dense"]["kernel"].reshape(-1, 4, 6)[0]
+    whole = hj.summary(params).rows[0]
+    np.testing.assert_allclose(whole[6:11], [1 / (6 * number), 1 / 4, 0, 0, 0])
+    rows = hj.summary(params, model, jnp.ones((1, 4)), by_layer=True).rows
+    assert [row.path for row in rows[:2]] == (["dense/kernel[0]", "dense/kernel[1]"] if number == 3 else
+                                              ["dense/kernel[0,0]", "dense/kernel[0,1]"])  # fmt: skip
+    layers = kernel.reshape(-1, 4, 6)
+    for row, layer in zip(rows[:number], layers, strict=True):
+        alone = hj.summary({"dense": {"kernel": jnp.asarray(layer)}}).rows[0]
+        assert row._replace(path=alone.path, multiply_adds=None, multiply_adds_left=None) == alone
+    assert len(rows) == 2 * number
+
+
+def test_structures_in_other_layouts():
+    kernel = np.random.default_rng(0).normal(size=(5, 6)).astype(np.float32)
+    kernel[2] = 0
+    plain = hj.summary({"kernel": jnp.asarray(kernel)}).rows[0]
+    for tree, axes in (({"weight": kernel.T}, None), ({"kernel": kernel.T}, {"kernel": "out in"})):
+        row = hj.summary(jax.tree.map(jnp.asarray, tree), axes=axes).rows[0]
+        np.testing.assert_allclose(row[6:11], plain[6:11])
+    query = hj.summary({"query": {"kernel": jnp.ones((4, 2, 3)), "bias": jnp.zeros((2, 3))}}).rows
+    assert query[0][6:11] == (0,) * 5
+    assert query[1][6:11] == (0,) * 5
 
 
 @pytest.mark.parametrize("scale", [2.0**-100, 2.0**-40, 1.0, 2.0**40, 2.0**100])

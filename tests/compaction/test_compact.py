@@ -365,11 +365,11 @@ def test_operations_pass_what_they_must(between, width):
         lambda h: jnp.sort(h, axis=1),
         lambda h: h[:, jnp.array([0, 2, 1, 3, 4, 5])],
         lambda h: jnp.cumsum(h, axis=1),
-        lambda h: jax.lax.scan(lambda c, _: (jnp.tanh(c), None), h, None, length=2)[0],
+        lambda h: jnp.fft.fft(h).real,
         lambda h: h * jnp.arange(6.0),
         lambda h: jax.lax.cond(h.sum() > 0, jnp.sin, jnp.cos, h),
     ],
-    ids=["mean", "norm", "softmax", "sort", "gather", "cumsum", "scan", "constants", "cond"],
+    ids=["mean", "norm", "softmax", "sort", "gather", "cumsum", "fft", "constants", "cond"],
 )
 def test_operations_that_count_or_are_not_understood_keep_all(between):
     params = {"in": images(3, 6), "out": images(6, 2).at[jnp.array([1, 4])].set(0)}
@@ -560,10 +560,8 @@ def test_bad_input(mlp):
     odd = jax.tree.map(lambda a: jnp.ones((2, *a.shape[1:], 3)), variables)
     with pytest.raises(ValueError, match=r"params/Dense_0/bias has \(2, 3\) where .* had \(8,\)"):
         small.shrink(odd)
-    with pytest.raises(
-        ValueError, match="`params` and `args` must be like the compact params and the example"
-    ):
-        small.model_fn(small.params, x[:2])
+    with pytest.raises(ValueError, match="`params` must be like the compact params"):
+        small.model_fn(variables, x)
     with pytest.raises(ValueError, match=r"must have the structure of `the compact model's outputs`"):
         small.check(lambda p, x: (x,), x)
 

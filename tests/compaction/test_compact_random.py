@@ -1,5 +1,7 @@
 """Random networks with random slices of zeros: whatever `compact` removes, the outputs stay."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,6 +43,14 @@ class Network:
                 self.outer,
                 self.attention,
                 self.cut,
+            ]
+            options += [
+                self.stack,
+                self.recurrent,
+                self.experts,
+                self.grouped,
+                self.rearranged,
+                self.branches,
             ]
             self.layers.append(options[self.rng.integers(len(options))](self.widths[-1]))
         out = self.weights(self.widths[-1], 2)
@@ -138,6 +148,73 @@ class Network:
 
         return self.add(4, layer)
 
+    def stack(self, n):
+        """Layers of a scan, with a residual stream."""
+        up, down = self.weights(2, n, 4), self.weights(2, 4, n)
+
+        def layer(p, xs):
+            def step(h, w):
+                return h + jnp.tanh(h @ w[0]) @ w[1], None
+
+            return jax.lax.scan(step, xs[-1], (p[up], p[down]))[0]
+
+        return self.add(n, layer)
+
+    def recurrent(self, n):
+        w, u, b = self.weights(n, 8), self.weights(4, 8), self.weights(8)
+
+        def layer(p, xs):
+            def step(h, x):
+                value, gate = jnp.split(x @ p[w] + h @ p[u] + p[b], 2, -1)
+                return (h := 0.5 * h + jnp.tanh(value) * jax.nn.sigmoid(gate)), h
+
+            x = xs[-1].swapaxes(0, 1)
+            return jax.lax.scan(step, jnp.zeros((x.shape[1], 4)), x)[1].swapaxes(0, 1)
+
+        return self.add(4, layer)
+
+    def experts(self, n):
+        router, up, down = self.weights(n, 3), self.weights(3, n, 4), self.weights(3, 4, 5)
+
+        def layer(p, xs):
+            x = xs[-1].reshape(-1, n)
+            chosen = jnp.argmax(x @ p[router], -1)
+            order, sizes = jnp.argsort(chosen), jnp.bincount(chosen, length=3)
+            hidden = jnp.tanh(jax.lax.ragged_dot(x[order], p[up], sizes))
+            hidden = jnp.einsum("th,thd->td", hidden, jnp.asarray(p[down])[chosen])
+            return jnp.zeros((len(x), 5)).at[order].add(hidden).reshape(*xs[-1].shape[:-1], 5)
+
+        return self.add(5, layer)
+
+    def grouped(self, n):
+        w, kernel, numbers = self.weights(n, 6), self.weights(1, 3, 4), ("NWC", "WIO", "NWC")
+        options = {"dimension_numbers": numbers, "feature_group_count": 2}
+        return self.add(
+            4,
+            lambda p, xs: jax.lax.conv_general_dilated(xs[-1] @ p[w], p[kernel], (1,), "SAME", **options),
+        )
+
+    def rearranged(self, n):
+        """What leaves channels alone, or copies them."""
+        kind = int(self.rng.integers(6))
+        ways = [
+            lambda x: jnp.tile(x, 2),
+            lambda x: jnp.stack([x, -x], -1).reshape(*x.shape[:-1], -1),
+            lambda x: jnp.sort(x, axis=1),
+            lambda x: jnp.stack(jnp.unstack(x, axis=1)[::-1], 1),
+            lambda x: x[:, jnp.array([1, 0, 3, 2])],
+            lambda x: x.at[:, jnp.array([2, 2])].add(x[:, :2]),
+        ]
+        return self.add(2 * n if kind < 2 else n, lambda p, xs: ways[kind](xs[-1]))
+
+    def branches(self, n):
+        w, v = self.weights(n, 4), self.weights(n, 4)
+
+        def layer(p, xs):
+            return jax.lax.cond(xs[0].sum() > 0, lambda x: x @ p[w], lambda x: jnp.tanh(x @ p[v]), xs[-1])
+
+        return self.add(4, layer)
+
 
 @pytest.mark.parametrize("seed", range(12))
 def test_the_outputs_stay(seed, x64):
@@ -145,3 +222,39 @@ def test_the_outputs_stay(seed, x64):
     small = hj.compact(network, network.params, np.random.default_rng(seed).normal(size=(2, 4, 3)))
     assert small.difference < 1e-10
     assert small.after.weights <= small.before.weights
+
+
+def alive(weights, biases):
+    """By hand: a unit stays if it is reached from an input or a bias, and reaches an output."""
+    ahead = [np.ones(len(weights[0]), bool)]
+    for w, b in zip(weights, biases, strict=True):
+        ahead.append((w[ahead[-1]] != 0).any(axis=0) | (b != 0))
+    behind = [np.ones(weights[-1].shape[1], bool)]
+    for w in reversed(weights):
+        behind.append((w[:, behind[-1]] != 0).any(axis=1))
+    both = [a & b for a, b in zip(ahead, reversed(behind), strict=True)]
+    return [units if units.any() else np.arange(len(units)) == 0 for units in both[1:-1]]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_all_that_can_go_goes(seed):
+    """Against paths through a perceptron found by hand, written as layers one by one and as a scan's step."""
+    rng = np.random.default_rng(seed)
+    widths = [3, *rng.integers(4, 9, size=3), 2]
+    weights = [rng.normal(size=shape) * (rng.random(shape) < 0.3) for shape in itertools.pairwise(widths)]
+    biases = [rng.normal(size=n) * (rng.random(n) < 0.2) for n in widths[1:]]
+
+    def layers(p, x):
+        for w, b in p[:-1]:
+            x = jnp.tanh(x @ w + b)
+        return x @ p[-1][0] + p[-1][1]
+
+    params = [(w.astype("f"), b.astype("f")) for w, b in zip(weights, biases, strict=True)]
+    models = [layers, lambda p, x: jax.lax.map(lambda row: layers(p, row), x)]
+    want = [np.flatnonzero(units).tolist() for units in alive(weights, biases)]
+    for model in models:
+        kept = hj.compact(model, params, rng.normal(size=(2, 3)).astype("f")).kept
+        everything = zip(want, widths[1:-1], range(3), strict=True)
+        for units, width, layer in everything:
+            got = kept.get(f"{layer}/0", {}).get(1, np.arange(width))
+            assert got.tolist() == units

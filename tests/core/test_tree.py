@@ -45,9 +45,3 @@ def test_complex_vectors_are_refused():
         like = jnp.zeros(np.shape(leaf))
         with pytest.raises(TypeError, match=r"`vector` must be real, got .*complex"):
             _tree.check_like(leaf, like, "vector", "params")
-
-
-def test_a_path_matches_itself_even_where_it_reads_otherwise_as_a_glob():
-    tree = {"w[a]": 1, "wa": 2}
-    assert _tree.match(tree, "w[a]") == {"w[a]": True, "wa": True}
-    assert _tree.match(tree, "w[[]a]") == {"w[a]": True, "wa": False}

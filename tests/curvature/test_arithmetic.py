@@ -120,6 +120,7 @@ def test_preconditioned_is_the_dense_one(x64, container):
     oracles.close(inside, hj.preconditioned(A, diagonal)(params), rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.promotes  # the matvec
 def test_short_vectors_are_scaled_in_float32():
     diagonal = jnp.array([1e-20, 1.0, 1e20])
     A = hj.preconditioned(jax.tree_util.Partial(jnp.multiply, diagonal), diagonal)
@@ -171,6 +172,7 @@ def trained(tx, steps=3):
     return params, updates, state
 
 
+@pytest.mark.promotes  # optax, in a loop of its own
 @pytest.mark.parametrize("nest", NESTS)
 def test_adam_divides_its_momentum_by_it(x64, nest):
     """update = −lr · m̂ / D, with the D that the state after the update gives."""
@@ -191,6 +193,7 @@ def test_adam_divides_its_momentum_by_it(x64, nest):
         oracles.close(updates, step, rtol=1e-6)  # with an injected rate of float32, not closer
 
 
+@pytest.mark.promotes  # optax, in a loop of its own
 def test_leaves_that_adam_does_not_train_are_left_out(x64):
     tx = optax.masked(optax.adam(0.1), {"a_bias": False, "b_empty": False, "c_scale": True, "d_kernel": True})
     params, _, state = trained(tx)
@@ -217,6 +220,7 @@ def test_above_its_threshold_adam_with_a_frozen_preconditioner_diverges(x64):
         assert (np.abs(w).max() > 1e3) == grows
 
 
+@pytest.mark.promotes  # optax, in a loop of its own
 def test_what_was_injected_is_what_counts(x64):
     """Hyperparameters that the state records are read; those that are given come first."""
     _, _, state = trained(NESTS["injected"]())
@@ -228,6 +232,7 @@ def test_what_was_injected_is_what_counts(x64):
     )
 
 
+@pytest.mark.promotes  # optax, in a loop of its own
 def test_a_state_from_a_train_state_or_a_checkpoint(x64):
     """As flax keeps it, and as it is read back without a target: in dicts."""
     params, _, state = trained(NESTS["adam"]())
@@ -249,3 +254,12 @@ def test_states_without_one_adam():
         hj.adam_preconditioner(two.init(params))
     with pytest.raises(ValueError, match="one after the first update, got one after 0 updates"):
         hj.adam_preconditioner(optax.adam(0.1).init(params))
+
+
+def test_adam_is_read_under_strict_promotion():
+    nu, count = {"a": jnp.float32(4.0), "b": jnp.bfloat16(1.0)}, jnp.int32(3)
+    state = optax.ScaleByAdamState(count, nu, nu)
+    D = hj.adam_preconditioner(state, b2=0.5, eps=1.0, eps_root=jnp.float32(0.5))
+    for name, value in (("a", 4.0), ("b", 1.0)):
+        assert D[name].dtype == jnp.float32
+        np.testing.assert_allclose(D[name], np.sqrt(value / (1 - 0.125) + 0.5) + 1, rtol=1e-6)

@@ -364,3 +364,34 @@ def test_wrong_weights_for_positions_and_batches():
         check_weights([1, 2, 3])
     with pytest.raises(ValueError, match="`weights` must come with `batches`"):
         hj.landscape(loss_fn, params(), batch, directions=params(), weights=mask)
+
+
+# -- what is built on rows -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["empirical", "ggn"])
+def test_inverse_fisher_and_obs_agree_with_the_dense_matrix(x64, kind):
+    """Of one padded batch, and of a stream of them with the sums of their masks."""
+    streamed = [batches()[0], batches()[2]]
+    together = join(*streamed)
+    p = params()
+    if kind == "empirical":
+        rows = lambda p, b: hj.empirical_fisher_roots(loss_fn, p, b, weights=mask)
+        F = oracles.matrix_of(hj.empirical_fisher(loss_fn, p, together, weights=mask), p)
+    else:
+        rows = lambda p, b: hj.ggn_roots(model_fn, p, b, weights=mask)
+        F = oracles.matrix_of(categorical(p, together, weights=mask), p)
+    inverse = np.linalg.inv(F + 0.01 * np.eye(len(F)))
+    one = hj.inverse_fisher(rows(p, together), 0.01)
+    many = hj.inverse_fisher((rows(p, b) for b in streamed), 0.01, weights=(total(b) for b in streamed))
+    for found in (one, many):
+        same(oracles.flat(found.diagonal()), np.diag(inverse), rtol=1e-8)
+    pruned = hj.prune_once(
+        p, hj.saliencies.obs("none", 0.01), 0.5, grads_fn=lambda p: rows(p, together), where="*"
+    )
+    w = oracles.flat(p)
+    scores = w**2 / np.diag(inverse)
+    kept = np.isin(np.arange(len(w)), np.argsort(scores)[len(w) // 2 :])
+    np.testing.assert_array_equal(oracles.flat(pruned.mask), kept)
+    gone = np.where(kept, 0, w)
+    same(pruned.predicted_increase, gone @ (F + 0.01 * np.eye(len(F))) @ gone / 2, rtol=1e-8)

@@ -147,3 +147,21 @@ def test_the_sampling_error_of_the_data(x64):
     np.testing.assert_allclose(errors.mean(axis=0), means.std(axis=0, ddof=1), rtol=0.35)
     alone = hj.hessian(oracles.loss_fn, params, oracles.batch())
     assert hj.trace(alone, KEY, params, 2).data_stderr is None
+
+
+def test_layers_have_traces_of_their_own(x64):
+    """Sums of the same samples: the layers of a leaf come to the leaf's."""
+    like = {"dense": {"kernel": jnp.zeros((2, 3, 2)), "bias": jnp.zeros((2, 2))}, "head": jnp.zeros((3, 2))}
+    weights = jax.tree.map(lambda x: jnp.arange(1.0, x.size + 1).reshape(x.shape), like)
+    matvec = jax.tree_util.Partial(lambda w, v: jax.tree.map(jnp.multiply, w, v), weights)
+    whole = hj.trace_by_leaf(matvec, KEY, like, 3).leaves
+    parts = hj.trace_by_leaf(matvec, KEY, like, 3, groups={"all": "*"}, by_layer=True)
+    names = [f"dense/{name}[{i}]" for name in ("bias", "kernel") for i in range(2)]
+    assert list(parts.leaves) == [*names, "head"]
+    np.testing.assert_allclose(parts.leaves["dense/kernel[1]"].mean, np.arange(7.0, 13).sum(), rtol=1e-12)
+    for name in ("dense/kernel", "dense/bias"):
+        both = parts.leaves[f"{name}[0]"].mean + parts.leaves[f"{name}[1]"].mean
+        np.testing.assert_allclose(both, whole[name].mean, rtol=1e-12)
+    np.testing.assert_allclose(parts.groups["all"].mean, parts.total.mean, rtol=1e-12)
+    named = hj.trace_by_leaf(matvec, KEY, like, 2, by_layer=True, axes={"head": "in layer"}).leaves
+    np.testing.assert_allclose([named["head[0]"].mean, named["head[1]"].mean], [9.0, 12.0], rtol=1e-12)

@@ -129,3 +129,15 @@ def test_bad_input_by_leaf():
     twice = {"a/b": jnp.zeros(2), "a": {"b": jnp.zeros(3)}}
     with pytest.raises(ValueError, match="a path of its own for every leaf, got a/b, a/b"):
         hj.spectral_density_by_leaf(lambda v: v, KEY, twice, 1, 2)
+
+
+def test_layers_have_densities_of_their_own(x64):
+    like = {"dense": {"kernel": jnp.zeros((2, 2, 2))}, "norm": {"scale": jnp.zeros((2, 2))}}
+    weights = jax.tree.map(lambda x: jnp.arange(1.0, x.size + 1).reshape(x.shape), like)
+    matvec = jax.tree_util.Partial(lambda w, v: jax.tree.map(jnp.multiply, w, v), weights)
+    found = hj.spectral_density_by_leaf(matvec, KEY, like, 1, 4, reorthogonalise=True, by_layer=True)
+    assert list(found) == ["dense/kernel[0]", "dense/kernel[1]", "norm/scale[0]", "norm/scale[1]"]
+    assert [float(density.dimension) for density in found.values()] == [4, 4, 2, 2]
+    for name, values in {"dense/kernel[1]": [5, 6, 7, 8], "norm/scale[0]": [1, 2]}.items():
+        heavy = np.asarray(found[name].nodes[0])[np.asarray(found[name].weights[0]) > 1e-6]
+        np.testing.assert_allclose(np.sort(heavy), values, rtol=1e-9)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from hessjax.program._program import evaluate, execute
-from hessjax.program._readings import uses
 from hessjax.program._tracing import read
+from hessjax.program._uses import uses
 
 
 def array(*shape):
@@ -79,6 +79,37 @@ W, X, Q = array(3, 5), array(2, 3), array(3, 2, 4)
 )  # fmt: skip
 def test_a_leaf_is_followed_into_the_operation_that_it_enters(fn, w, want):
     assert used(fn, w, X)[""] == [want]
+
+
+def test_no_axis_is_named_that_does_not_run_there():
+    """An axis that meets another later stems from itself only; one merged and split again is what it was."""
+    square = array(3, 3)
+    assert used(lambda w, x: (x @ w, x @ (w + w.T)), square, X)[""] == [
+        ("dot_general", 1, ((0,), (1,)), 1),
+        ("dot_general", 1, ((0, 1), (0, 1)), 1),
+    ]
+    assert used(lambda w, x: jnp.einsum("bi,ihd->bhd", x, w.reshape(3, 8).reshape(3, 2, 4)), Q, X)[""] == [
+        ("dot_general", 1, ((0,), (1,), (2,)), 1)
+    ]
+    assert used(lambda w, x: x @ w.reshape(3, 2, 4).reshape(3, 8), array(3, 8), X)[""] == [
+        ("dot_general", 1, ((0,), (1,)), 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fn", "w", "axes"),
+    [
+        (lambda w, x: x @ w[x[0, 0].astype(int)], array(4, 3, 5), ((1,), (2,))),
+        (lambda w, x: x @ w[jnp.array([2, 0, 1])], array(4, 5), ((0,), (1,))),
+        (lambda w, x: x @ jnp.unstack(w)[1], array(2, 3, 5), ((1,), (2,))),
+        (lambda w, x: x @ jnp.tile(w, (3, 2)), array(1, 4), ((0,), (1,))),
+        (lambda w, x: x @ jnp.stack([w, w], 1).reshape(3, 8), array(3, 4), ((0,), (1,))),
+    ],
+    ids=["index", "gather", "unstack", "tile", "stack"],
+)
+def test_leaves_are_followed_through_indices_and_copies(fn, w, axes):
+    (use,) = used(fn, w, X)[""]
+    assert use[2] == (axes if use[0] == "dot_general" else ((0,), (1,), (2,)))
 
 
 def test_every_leaf_of_a_layer_with_bias_scale_and_mask():

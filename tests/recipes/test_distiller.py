@@ -140,7 +140,7 @@ def test_groups(load, group, pattern):
     fields = f"group_type: {group}\ndesired_sparsity: 0.5\nweights: [conv1.weight]"
     (rule,) = rules(load, f"class: L1RankedStructureParameterPruner\n{fields}")
     assert repr(rule.options["pattern"]) == pattern
-    assert repr(rule.options["allocation"]) == "Uniform()"
+    assert repr(rule.options["allocation"]) == "uniform()"
     assert float(rule.sparsity(8)) == 0.5
     jax.eval_shape(rule.prune(optax.sgd(0.1)).init, network())
 
@@ -169,7 +169,7 @@ def test_groups_of_the_first_version_and_by_threshold(load):
 )
 def test_random_filters(load, kind, fields):
     (rule,) = rules(load, f"class: {kind}\n{fields}\ngroup_type: Filters\nweights: [conv1.weight]")
-    assert repr(rule.saliency).startswith("Random(")
+    assert repr(rule.saliency).startswith("random(")
     assert float(rule.sparsity(20)) == 0.5
 
 

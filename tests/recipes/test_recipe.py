@@ -217,6 +217,7 @@ def with_args(more, name="magnitude"):
         ("", "line 1: must be a valid dictionary"),
     ],
 )
+@pytest.mark.usefixtures("untyped")
 def test_what_is_wrong_is_said_with_line_and_field(load, text, message):
     message = message.replace("@", "line 5, pruners.all.args").replace("$", "line 7, policies.0")
     with pytest.raises(ValueError, match=r"recipe.yaml` must be a recipe, but\n(?:.|\n)*" + message):

@@ -216,6 +216,22 @@ def test_not_finite_on_the_device():
     assert jnp.isnan(inside.mean)
 
 
+def test_an_error_about_a_product_names_the_causes_where_they_are():
+    like = {"v": jnp.zeros(3), "w": jnp.ones(2)}
+    A = hj.hessian(lambda p: jnp.linalg.norm(p["v"]) + jnp.sum(p["w"] ** 2), like)
+    with pytest.raises(hj.NonFiniteProductError) as error:
+        hj.trace(A, KEY, like, 3)
+    text = str(error.value)
+    assert "(first in leaf `v`): is the loss itself finite at these params?" in text
+    assert "branch of `where` (under `mode='forward-over-reverse'`; another may pass), or a norm or" in text
+    assert "float16" not in text
+    short = jnp.full(3, 100.0, jnp.float16)
+    with pytest.raises(
+        hj.NonFiniteProductError, match="float16 ends at 65504, or an untaken branch of `where`,"
+    ):
+        hj.trace(lambda v: v * jnp.float16(60000) * jnp.float16(2), KEY, short, 3)
+
+
 def test_bad_input_is_named_before_any_product():
     matvec, like = problem()
 
@@ -402,3 +418,26 @@ def test_another_tolerance_or_number_of_products_compiles_nothing_anew(compilati
         estimator = hj.estimators.lanczos(2, basis_size=8, tol=tol)
         hj.run(estimator, matvec, KEY, like, max_matvecs=most, tol=tol, on_device=on_device)
     assert not compilations
+
+
+AGREEING = {
+    "trace": lambda A, like, **k: hj.trace(A, KEY, like, 5, **k),
+    "xtrace": lambda A, like, **k: hj.trace(A, KEY, like, 6, estimator=hj.estimators.xtrace, **k),
+    "diagonal": lambda A, like, **k: hj.diagonal(A, KEY, like, 5, **k),
+    "eigenpairs": lambda A, like, **k: hj.eigenpairs(A, KEY, like, 1, max_matvecs=6, **k).values,
+    "solve": lambda A, like, **k: hj.solve(A, like, 1.0, max_matvecs=5, **k).x,
+}
+
+
+@pytest.mark.parametrize("method", AGREEING)
+def test_host_and_device_agree_to_ten_units_in_the_last_place(method):
+    like = {k: v for k, v in oracles.leaves(dtype=jnp.float32).items() if v.size}
+    batch = jax.tree.map(jnp.float32, oracles.batch())
+    A = hj.hessian(lambda p, b: oracles.loss_fn({"b_empty": jnp.zeros((0, 2)), **p}, b), like, batch)
+    pairs = zip(
+        *(jax.tree.leaves(AGREEING[method](A, like, on_device=d)) for d in (False, True)), strict=True
+    )
+    size = float(hj.frobenius_norm(A, KEY, like, 5).mean)  # what samples cancel from
+    for host, device in pairs:
+        unit = np.spacing(np.float32(max(size, np.max(np.abs(host)))))
+        assert np.all(np.abs(np.float64(host) - np.float64(device)) <= 10 * unit)

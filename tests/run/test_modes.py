@@ -67,7 +67,7 @@ CALLS = {
         ).params
     ),
     "landscape": lambda A: (
-        hj.landscape(loss_fn, W, BATCH, directions=W, distances=[jnp.linspace(-1, 1, 3)]).mean
+        hj.landscape(loss_fn, W, BATCH, directions=W, distances=[jnp.linspace(-1, 1, 3)]).losses
     ),
 }
 W_ABOVE_0 = jax.tree.map(lambda x: 1.0 + x**2, W)

@@ -11,11 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from hessjax._core import _tree
-from hessjax._core._axes import axes_of
+from hessjax._core._axes import Axes, stacked
 from hessjax._core._messages import checked_number, checked_schedule, shown
 from hessjax._core._types import Params, settings
-from hessjax.pruning._ranking import Schedule, Sparsity, Units, check_sparsity, num_zeros, smallest, units_of
+from hessjax.pruning._ranking import (
+    Member,
+    Schedule,
+    Sparsity,
+    Units,
+    check_sparsity,
+    num_zeros,
+    smallest,
+    units_of,
+)
 from hessjax.pruning.allocations._allocation import (
     Allocation,
     caps_of,
@@ -25,6 +33,7 @@ from hessjax.pruning.allocations._allocation import (
     rank_globally,
     smaller,
 )
+from hessjax.pruning.patterns._fitting import fits_of
 from hessjax.pruning.patterns._pattern import Patterns, unstructured
 
 _ALONE = unstructured()
@@ -70,11 +79,8 @@ class ErdosRenyi(Allocation):
 
 
 def _shares(units: Units) -> np.ndarray:
-    """(sum of the axes) / (product of the axes); of leaves that are tied, of both sums over all."""
-    fans = [
-        sum(sum(axes_of(path, shape).fan) for path, shape in zip(paths, shapes, strict=True))
-        for paths, shapes in zip(units.paths, units.shapes, strict=True)
-    ]
+    """(sum of the axes) / (product of the axes) of a layer; of what is tied, of both sums over all."""
+    fans = [sum(sum(member.axes.fan) for member in members) for members in units.members]
     return np.array([fan / max(number, 1) for fan, number in zip(fans, units.num_weights, strict=True)])
 
 
@@ -117,7 +123,8 @@ class Explicit(Allocation):
     leaf there is a ranking of its own.
 
     Args:
-        sparsities: by glob over paths, the first that matches; a leaf that none matches stays dense.
+        sparsities: by glob over paths, the first that matches; a leaf that none matches stays dense. A layer
+            that a leaf stacks has a path of its own, `blocks/Dense_0/kernel[2]`.
 
     Raises:
         ValueError: for a sparsity outside [0, 1), or if all of them are 0; by the ranking, for a `sparsity`
@@ -176,17 +183,22 @@ def _pairs(sparsities: Any) -> tuple[tuple[str, float | int], ...]:
 
 
 def _levels(sparsities: Mapping[str, float | int], units: Units) -> list[float]:
-    paths = [path for group in units.paths for path in group]
+    members = [member for group in units.members for member in group]
     for glob in sparsities:
-        if not any(fnmatch.fnmatchcase(path, glob) for path in paths):
+        if not any(_matches(member, glob) for member in members):
             raise ValueError(
                 f"`sparsities` must match leaves that are pruned, but `{glob}` matches none of: "
-                f"{', '.join(paths)}."
+                f"{', '.join(member.path for member in members)}."
             )
     return [
-        next((value for glob, value in sparsities.items() if fnmatch.fnmatchcase(group[0], glob)), 0.0)
-        for group in units.paths
+        next((value for glob, value in sparsities.items() if _matches(group[0], glob)), 0.0)
+        for group in units.members
     ]
+
+
+def _matches(member: Member, glob: str) -> bool:
+    """Whether a glob is of this leaf, or names this layer of it, `blocks/Dense_0/kernel[2]`."""
+    return glob == member.path or fnmatch.fnmatchcase(member.axes.path, glob)
 
 
 @settings(arrays=("curvature",))
@@ -199,7 +211,8 @@ class ByCurvature(Allocation):
     Args:
         curvature: for every leaf that is pruned, by its path, its mean curvature per weight, tr(H_l)/n_l, or
             its largest eigenvalue: `{path: part.mean / n}` from `trace_by_leaf`. A `trace_by_leaf` result's
-            `.leaves` holds `Estimate`s of whole traces: they are divided by the number of weights here.
+            `.leaves` holds `Estimate`s of whole traces: they are divided by the number of weights here. For a
+            leaf that stacks layers, one of its own for each will do: `blocks/Dense_0/kernel[0]`, ...
         floor: as in `global_threshold`.
 
     Raises:
@@ -234,11 +247,19 @@ class ByCurvature(Allocation):
     def __call__(self, scores: Params, sparsity: Sparsity, pattern: Patterns = _ALONE) -> Params:
         """The mask of one ranking."""
         leaves, treedef = jax.tree.flatten(scores)
-        named = zip(_tree.leaf_paths(scores), leaves, strict=True)
+        axes = [fit.axes for fit in fits_of(pattern, scores)]
         # The root, as magnitudes are squared in the quadratic model ½ h w².
-        factors = [_root(self.curvature, path, x.size) for path, x in named]
+        factors = [self._factor(found) for found in axes]
         scaled = [x * jnp.asarray(f, x.dtype) for x, f in zip(leaves, factors, strict=True)]
         return rank_globally(units_of(jax.tree.unflatten(treedef, scaled), pattern), sparsity, self.floor)
+
+    def _factor(self, axes: Axes) -> Any:
+        """What the scores of a leaf are multiplied by; those of each layer that it stacks, if given."""
+        names, number = axes.layer_names(), math.prod(axes.layer)
+        if axes.path in self.curvature or not any(name in self.curvature for name in names):
+            return _root(self.curvature, axes.path, math.prod(axes.shape))
+        roots = [jnp.asarray(_root(self.curvature, name, number)) for name in names]
+        return stacked([jnp.broadcast_to(root, axes.layer) for root in roots], axes)
 
 
 def _root(curvature: Mapping[str, Any], path: str, size: int) -> Any:

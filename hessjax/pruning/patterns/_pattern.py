@@ -1,23 +1,24 @@
-"""What a pattern is, the one that is none, and which pattern every leaf has."""
+"""What a pattern is, and the ones that leave weights alone: each by itself, and all as they are."""
 
-import fnmatch
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
-from hessjax._core import _tree
+from hessjax._core._axes import Axes
+from hessjax._core._layout import tree_axes
 from hessjax._core._messages import shown, uncalled
 from hessjax._core._types import Params, settings
+from hessjax._core._words import AxisWords
 
 
 class Pattern:
     """A way to cut a leaf into groups of equal size, and what may happen to a group.
 
     A pattern of your own is a frozen dataclass, whose fields are its settings, that inherits from this class
-    and has `group` and `ungroup`.
+    and has `group` and `ungroup`. Of a leaf that stacks layers it sees one layer at a time.
     """
 
     @property
@@ -35,8 +36,12 @@ class Pattern:
         """What messages call it."""
         return repr(self)
 
-    def __call__(self, path: str, leaf: Any) -> "Pattern":
-        """The pattern of one leaf: this one, unless the axes that it is about depend on the leaf."""
+    def along(self, axes: Axes) -> "Pattern":
+        """The pattern of one leaf: this one, unless the axes that it is about depend on the leaf.
+
+        Raises:
+            ValueError: if the leaf has no such axes.
+        """
         return self
 
     def group(self, leaf: Shaped[Array, "..."]) -> Shaped[Array, "groups size"]:
@@ -54,7 +59,26 @@ class Pattern:
 PatternRule: TypeAlias = Callable[[str, Any], Pattern]
 """`(path, leaf) -> pattern`: one that depends on the leaf."""
 
-Patterns: TypeAlias = Pattern | Mapping[str, Any] | PatternRule
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Laid:
+    """One or several patterns, and the tree that says what the axes of all leaves mean.
+
+    A ranking sees only the leaves that are pruned, of which a bias beside a kernel is none: what their axes
+    mean is decided by the whole tree, and handed down with the pattern.
+    """
+
+    pattern: Any
+    params: Params
+    words: AxisWords | None = None
+
+    @functools.cached_property
+    def axes(self) -> dict[str, Axes]:
+        """Those of every leaf, by path."""
+        return {found.path: found for found in tree_axes(self.params, self.words)}
+
+
+Patterns: TypeAlias = Pattern | Mapping[str, Any] | PatternRule | Laid
 """A pattern for all leaves; by glob over paths, the first that matches; or by a function of path and leaf."""
 
 
@@ -85,7 +109,7 @@ def check_pattern(pattern: Any, argument: str = "pattern") -> None:
     if isinstance(pattern, Mapping):
         for glob, found in pattern.items():
             check_pattern(found, f"{argument}[{glob!r}]")
-    elif not callable(pattern) or isinstance(pattern, type):
+    elif not isinstance(pattern, Pattern) and (not callable(pattern) or isinstance(pattern, type)):
         hint = uncalled(pattern)
         if isinstance(pattern, str):
             numbers = pattern.split(":")
@@ -96,51 +120,22 @@ def check_pattern(pattern: Any, argument: str = "pattern") -> None:
         )
 
 
-def patterns_of(pattern: Patterns, tree: Params) -> list[Pattern]:
-    """The pattern of every leaf, each fitting it.
+@settings()
+class Kept(Pattern):
+    """Every weight stays: of a leaf that has none of what goes, such as the bias of an attention's output."""
 
-    Raises:
-        ValueError: if a glob matches no leaf, a leaf matches none, or a pattern does not fit its leaf.
-    """
-    named = [(_tree.path_name(path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree)]
-    check_pattern(pattern)
-    rule = _rule(pattern, [path for path, _ in named])
-    found = [rule(path, leaf) for path, leaf in named]
-    for (path, leaf), each in zip(named, found, strict=True):
-        if not isinstance(each, Pattern):
-            raise TypeError(f"`pattern` must give a `Pattern` for every leaf, got {shown(each)} for {path}.")
-        try:
-            # By shapes alone: what does not fit shows before anything is computed, inside `jit` too.
-            jax.eval_shape(each.group, leaf)
-        except ValueError as error:
-            raise ValueError(
-                f"`pattern` must fit every leaf that is pruned, but {each.name} does not fit {path} of shape "
-                f"{jnp.shape(leaf)}: {error}. Choose the leaves by `where`, or give one pattern per path: "
-                '`{"conv/*": filters(), "*": unstructured()}`.'
-            ) from None
-    return found
+    @property
+    def at_most(self) -> int:
+        """None."""
+        return 0
 
+    def group(self, leaf: Shaped[Array, "..."]) -> Shaped[Array, "size 1"]:
+        """Every weight in a row of its own."""
+        return leaf.reshape(-1, 1)
 
-def _rule(pattern: Patterns, paths: list[str]) -> PatternRule:
-    if not isinstance(pattern, Mapping):
-        return pattern
-    # A glob that matches nothing is a typo, and its leaves would go by another pattern in silence.
-    for glob in pattern:
-        if not any(fnmatch.fnmatchcase(path, glob) for path in paths):
-            raise ValueError(
-                f"`pattern` must match by every path, but `{glob}` matches none of: {', '.join(paths)}."
-            )
-
-    def look_up(path: str, leaf: Any) -> Pattern:
-        for glob, found in pattern.items():
-            # Not `fnmatch`, which folds case and turns slashes on Windows.
-            if fnmatch.fnmatchcase(path, glob):
-                return _rule(found, paths)(path, leaf)
-        raise ValueError(
-            f"`pattern` must have an entry for every leaf that is pruned, but none matches {path}."
-        )
-
-    return look_up
+    def ungroup(self, rows: Shaped[Array, "size 1"], shape: tuple[int, ...]) -> Shaped[Array, "..."]:
+        """As they were."""
+        return rows.reshape(shape)
 
 
 def place_of(axis: int, shape: tuple[int, ...]) -> int:

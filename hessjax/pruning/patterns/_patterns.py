@@ -1,6 +1,5 @@
-"""Patterns: n of m, blocks, whole channels, filters, rows and attention heads."""
+"""Patterns: n of m, blocks, whole channels, filters and rows."""
 
-import fnmatch
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -10,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped
 
-from hessjax._core._axes import axes_of, heads_axis
-from hessjax._core._messages import checked_count, checked_int
+from hessjax._core._axes import Axes
+from hessjax._core._layout import tree_axes
+from hessjax._core._messages import checked_int
 from hessjax._core._types import assign, settings
 from hessjax.pruning.patterns._pattern import Pattern, check_divides, place_of
 
@@ -21,15 +21,19 @@ def _axis(axis: Any) -> int | None:
 
 
 class _ByAxis(Pattern):
-    """A pattern whose axis depends on the leaf: alone, it takes the leaf for one of Flax's layout."""
+    """A pattern whose axes depend on the leaf: alone, it takes the leaf for the kernel of one layer."""
 
     def group(self, leaf: Shaped[Array, "..."]) -> Shaped[Array, "groups size"]:
-        """As for a leaf without a path."""
-        return self("", leaf).group(leaf)
+        """As for a kernel that is all there is."""
+        return self.along(_alone(leaf.shape)).group(leaf)
 
     def ungroup(self, rows: Shaped[Array, "groups size"], shape: tuple[int, ...]) -> Shaped[Array, "..."]:
-        """As for a leaf without a path."""
-        return self("", jax.ShapeDtypeStruct(shape, rows.dtype)).ungroup(rows, shape)
+        """As for a kernel that is all there is."""
+        return self.along(_alone(shape)).ungroup(rows, shape)
+
+
+def _alone(shape: tuple[int, ...]) -> Axes:
+    return tree_axes({"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)})[0]
 
 
 @settings()
@@ -42,13 +46,14 @@ class NOfM(_ByAxis):
     Args:
         n: how many stay.
         m: the size of a group.
-        axis: along which they lie. None: the axis that is summed over, as hardware wants it, which is 0 for
-            a Dense kernel.
+        axis: along which they lie, an axis of the leaf that does not count layers. None: the axis that a
+            product sums over, as hardware wants it: the inputs of a Dense kernel, the input channels of a
+            convolution, in the output of an attention the entries of a head.
 
     Raises:
         TypeError: if a number is not an integer.
         ValueError: unless 0 < n < m; by `prune`, if m does not divide the axis, or if the sparsity is above
-            1 − n/m.
+            1 − n/m, and for a depthwise convolution, which sums over one input channel.
 
     References:
         Mishra et al., Accelerating sparse deep neural networks (2021), arXiv 2104.08378: 2:4.
@@ -80,9 +85,18 @@ class NOfM(_ByAxis):
         """M − n."""
         return self.m - self.n
 
-    def __call__(self, path: str, leaf: Any) -> Pattern:
+    def along(self, axes: Axes) -> Pattern:
         """Along the axis that is summed over, if none is given."""
-        return self if self.axis is not None else NOfM(self.n, self.m, axes_of(path, jnp.shape(leaf)).summed)
+        if self.axis is not None:
+            return NOfM(self.n, self.m, axes.in_layer(self.axis))
+        depthwise = "depthwise" in "/".join(axes.path.split("/")[-2:]).lower()
+        if axes.spatial and (depthwise or axes.layer[axes.input[-1]] == 1):
+            raise ValueError(
+                "it has one input channel for each output, as depthwise convolutions have, and nothing to "
+                "sum over in groups"
+            )
+        # A vector has one axis at most, which is then the one meant.
+        return NOfM(self.n, self.m, (axes.input or axes.output or (0,))[-1])
 
     def group(self, leaf: Shaped[Array, "..."]) -> Shaped[Array, "groups m"]:
         """Consecutive weights along the axis in a row."""
@@ -162,44 +176,43 @@ class Blocks(Pattern):
 
 @settings()
 class Along(Pattern):
-    """All weights with the same index along one axis go as a whole.
+    """All weights with the same index along one axis, or along several together, go as a whole.
 
     Args:
-        axis: from either end.
+        axis: from either end; several: of which each combination of indices is a group.
         called: its name in messages.
         tie: as in `Pattern`.
-        parts: into how many equal runs of indices the axis is cut; None: every index on its own.
     """
 
-    axis: int
+    axis: int | tuple[int, ...]
     called: str
     tie: str | None = None
-    parts: int | None = None
 
     def __repr__(self) -> str:
         return self.called
 
     def group(self, leaf: Shaped[Array, "..."]) -> Shaped[Array, "groups size"]:
-        """The weights of each index, or run of indices, in a row."""
-        place = place_of(self.axis, leaf.shape)
-        first = jnp.moveaxis(leaf.reshape(self._split(leaf.shape)), place, 0)
+        """The weights of each index in a row."""
+        places = self._places(leaf.shape)
+        first = jnp.moveaxis(leaf, places, range(len(places)))
         # Not by −1, which is undefined for a leaf without entries.
-        return first.reshape(first.shape[0], math.prod(first.shape[1:]))
+        return first.reshape(*(math.prod(part) for part in _cut(first.shape, len(places))))
 
     def ungroup(self, rows: Shaped[Array, "groups size"], shape: tuple[int, ...]) -> Shaped[Array, "..."]:
-        """Back along the axis."""
-        place, split = place_of(self.axis, shape), self._split(shape)
-        # The runs of indices stand at the axis' own place once it is cut in two.
-        rest = (*split[:place], *split[place + 1 :])
-        return jnp.moveaxis(rows.reshape(split[place], *rest), 0, place).reshape(shape)
+        """Back along the axes."""
+        places = self._places(shape)
+        rest = [n for axis, n in enumerate(shape) if axis not in places]
+        first = rows.reshape(*(shape[axis] for axis in places), *rest)
+        return jnp.moveaxis(first, range(len(places)), places)
 
-    def _split(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape with runs of indices on an axis of their own."""
-        if self.parts is None:
-            return shape
-        place = place_of(self.axis, shape)
-        check_divides(self.parts, shape[place], f"axis {self.axis}")
-        return (*shape[:place], self.parts, shape[place] // self.parts, *shape[place + 1 :])
+    def _places(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(
+            place_of(axis, shape) for axis in (self.axis if isinstance(self.axis, tuple) else (self.axis,))
+        )
+
+
+def _cut(shape: tuple[int, ...], at: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return shape[:at], shape[at:]
 
 
 @settings()
@@ -207,8 +220,8 @@ class Channels(_ByAxis):
     """All weights with the same index along an axis go as a whole.
 
     Args:
-        axis: None for the input channels, which are -2 for a Flax kernel; -1 for the output channels
-            (`filters()`).
+        axis: of the leaf, one that does not count layers. None for the input channels, which are -2 for a
+            Flax kernel; -1 for its output channels (`filters()`).
 
     Raises:
         TypeError: if `axis` is not an integer.
@@ -234,10 +247,13 @@ class Channels(_ByAxis):
     def __repr__(self) -> str:
         return f"channels({'' if self.axis is None else self.axis})"
 
-    def __call__(self, path: str, leaf: Any) -> Pattern:
+    def along(self, axes: Axes) -> Pattern:
         """Along the input channels, if no axis is given."""
-        axis = axes_of(path, jnp.shape(leaf)).input if self.axis is None else self.axis
-        return Along(axis, f"channels({axis})")
+        if self.axis is not None:
+            return Along(axes.in_layer(self.axis), repr(self))
+        if not axes.input:
+            raise ValueError("it has no inputs")
+        return Along(axes.input, repr(self))
 
 
 @settings()
@@ -247,67 +263,27 @@ class Filters(_ByAxis):
     def __repr__(self) -> str:
         return "filters()"
 
-    def __call__(self, path: str, leaf: Any) -> Pattern:
+    def along(self, axes: Axes) -> Pattern:
         """Along the output channels."""
-        return Along(axes_of(path, jnp.shape(leaf)).output, "filters()")
+        return Along(axes.output, "filters()")
 
 
 @settings()
 class Rows(_ByAxis):
-    """The rows of a matrix, its first axis, go as a whole: `channels(0)`."""
+    """The rows of a matrix, the weights of one input, go as a whole: `channels(0)` for Flax's.
+
+    Raises:
+        ValueError: by `prune`, for the kernel of a convolution, which has channels.
+    """
 
     def __repr__(self) -> str:
         return "rows()"
 
-    def __call__(self, path: str, leaf: Any) -> Pattern:
-        """Along the first axis."""
-        return Along(axes_of(path, jnp.shape(leaf)).rows, "rows()")
+    def along(self, axes: Axes) -> Pattern:
+        """Along the inputs."""
+        if axes.spatial:
+            raise ValueError("a convolution has no rows, but input channels: `channels()`")
+        return Along(axes.input or axes.output, "rows()")
 
 
-@settings()
-class Heads:
-    """Attention heads go as a whole: the same ones from query, key, value and output.
-
-    Leaves with the same parent's parent belong to one attention: `layer_0/attention/{query,key,value,out}
-    /kernel`. Restrict `where` to them.
-
-    Args:
-        num_heads: None for kernels with an axis of heads, as Flax's attention has them: second to last, and
-            the first of the output's. A number, for kernels that have heads and their entries in one axis:
-            the last, and the output's first.
-        out: a glob over paths, for the output projection.
-
-    Raises:
-        TypeError: if `num_heads` is not an integer.
-        ValueError: if `num_heads` is below 1; by `prune`, for a leaf that has no such heads.
-
-    References:
-        Michel et al., Are sixteen heads really better than one? (2019), arXiv 1905.10650.
-
-    Example:
-        >>> import jax.numpy as jnp, hessjax as hj
-        >>> rule = hj.patterns.heads()
-        >>> rule("attention/query/kernel", jnp.ones((8, 4, 2))).group(jnp.ones((8, 4, 2))).shape
-        (4, 16)
-        >>> rule("attention/out/kernel", jnp.ones((4, 2, 8))).tie
-        'attention'
-    """
-
-    num_heads: int | None = None
-    out: str = "*out*"
-
-    def __post_init__(self) -> None:
-        if self.num_heads is not None:
-            assign(self, num_heads=checked_count("num_heads", self.num_heads))
-
-    def __repr__(self) -> str:
-        return f"heads({'' if self.num_heads is None else self.num_heads})"
-
-    def __call__(self, path: str, leaf: Any) -> Pattern:
-        """The heads of one leaf, tied to those of its attention."""
-        axis = heads_axis(path, fnmatch.fnmatchcase(path, self.out), fused=self.num_heads is not None)
-        # "" for an attention at the root, and a tie all the same: None alone is none.
-        return Along(axis, repr(self), tie="/".join(path.split("/")[:-2]), parts=self.num_heads)
-
-
-n_of_m, blocks, channels, filters, rows, heads = NOfM, Blocks, Channels, Filters, Rows, Heads
+n_of_m, blocks, channels, filters, rows = NOfM, Blocks, Channels, Filters, Rows

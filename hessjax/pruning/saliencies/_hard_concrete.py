@@ -14,7 +14,7 @@ from hessjax._core import _tree
 from hessjax._core._messages import checked_count, checked_key, checked_number
 from hessjax._core._types import Params, settings
 from hessjax.pruning._ranking import cond_now
-from hessjax.pruning.saliencies._movement import check_optimizer, check_penalty
+from hessjax.pruning.saliencies._movement import check_optimizer, check_penalty, named
 from hessjax.pruning.saliencies._saliency import Context, Saliency, stepped
 
 BETA, LOW, HIGH = 2 / 3, -0.1, 1.1
@@ -24,7 +24,7 @@ BETA, LOW, HIGH = 2 / 3, -0.1, 1.1
 _SHIFT = BETA * math.log(-LOW / HIGH)
 """P(z > 0) = σ(log α − this)."""
 
-_ADAM = optax.adam(1e-1)
+_ADAM = named(optax.adam(1e-1), "optax.adam(0.1)")
 
 
 class Gates(NamedTuple):

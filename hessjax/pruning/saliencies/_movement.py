@@ -15,12 +15,13 @@ from hessjax._core._types import Params, settings
 from hessjax.pruning.saliencies._saliency import Context, Saliency, stepped
 
 
-class _DefaultAdam(optax.GradientTransformationExtraArgs):
-    def __repr__(self) -> str:
-        return "optax.adam(0.01)"
+def named(optimizer: optax.GradientTransformation, text: str) -> optax.GradientTransformationExtraArgs:
+    """The optimizer, printed as it is written: a default that `help` and a rule can show."""
+    made = {"__repr__": lambda _: text, "__slots__": ()}
+    return type("NamedOptimizer", (optax.GradientTransformationExtraArgs,), made)(*optimizer)
 
 
-_ADAM = _DefaultAdam(*optax.adam(1e-2))  # one object, so that rules with the default optimizer are equal
+_ADAM = named(optax.adam(1e-2), "optax.adam(0.01)")  # one object, so that rules with the default are equal
 
 
 def check_optimizer(optimizer: Any, argument: str = "optimizer") -> None:
@@ -146,9 +147,8 @@ def from_magnitudes(weights: Float[Array, "..."]) -> Float[Array, "..."]:
         >>> hj.saliencies.from_magnitudes(jnp.array([-1.0, 3.0]))
         Array([0.5, 1.5], dtype=float32)
     """
-    if not _tree.is_array(weights):
-        raise TypeError(f"`weights` must be one array, those of one leaf, got {shown(weights)}.")
-    _tree.check_floating(weights, "weights")
+    if not _tree.is_array(weights) or not jnp.issubdtype(jnp.result_type(weights), jnp.floating):
+        raise TypeError(f"`weights` must be one floating-point array, those of a leaf, got {shown(weights)}.")
     spread = jnp.std(weights)
     return jnp.abs(weights) / jnp.where(spread > 0, spread, jnp.ones_like(spread))
 

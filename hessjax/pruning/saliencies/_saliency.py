@@ -27,7 +27,8 @@ class Context(NamedTuple):
         grads: the gradient at the masked weights, itself not masked; None before the first.
         per_example_grads: gradients of single examples, or of small batches, along a leading axis, where the
             training loop passes them on.
-        pattern: which weights go together; they are ranked by the mean of their scores.
+        pattern: which weights go together, to pass on to an allocation; they are ranked by the mean of their
+            scores.
     """
 
     weights: Params

@@ -9,13 +9,14 @@ import optax
 from jaxtyping import Array, Int
 
 from hessjax._core import _tree
-from hessjax._core._axes import is_matrix
+from hessjax._core._layout import kernels, selected
 from hessjax._core._messages import check_flags
 from hessjax._core._types import Block, Params, Where
+from hessjax._core._words import AxisWords
 from hessjax.pruning._ranking import Schedule, cond_now
 from hessjax.pruning.allocations._allocation import AllocationRule, global_threshold
 from hessjax.pruning.allocations._densities import Threshold
-from hessjax.pruning.patterns._pattern import Patterns, unstructured
+from hessjax.pruning.patterns._pattern import Laid, Patterns, unstructured
 from hessjax.pruning.saliencies._saliency import (
     Context,
     Nested,
@@ -62,7 +63,8 @@ def prune(
     *,
     allocation: AllocationRule = global_threshold(),  # noqa: B008 (a value, never changed)
     pattern: Patterns = unstructured(),  # noqa: B008 (a value, never changed)
-    where: Where = is_matrix,
+    where: Where = kernels,
+    axes: AxisWords | None = None,
     every: int = 100,
     start: int = 0,
     stop: int | None = None,
@@ -105,8 +107,12 @@ def prune(
         pattern: which weights go together: `unstructured()`, `n_of_m(2, 4)`, `blocks((32, 32))`,
             `channels()`, `filters()`, `rows()`, `heads()`; or several by glob over paths,
             `{"conv/*": filters(), "*": unstructured()}`, the first that matches counting.
-        where: which leaves are pruned: a glob over their paths, several, or `(path, leaf) -> bool`. By
-            default all with two or more axes that are not called `bias`.
+        where: which leaves are pruned: a glob over their paths, several, `(path, leaf) -> bool`, or a tree of
+            booleans, as `optax.masked` takes. By default all kernels: no biases, scales or embeddings.
+        axes: what the axes of leaves mean, where names and shapes do not tell: `{"*/weight": "out in"}`,
+            `{"blocks/*": "layer ..."}`, by glob, with the words `layer`, `in`, `out`, `head`, `entry`,
+            `heads` (and entries in one axis), `vocab`, and `h`, `w`, `d`, `t`, `window` of convolutions.
+            Layers that a leaf stacks, as under `nn.scan`, are pruned each as if it stood alone.
         every: updates between two mask steps.
         start: the first mask step; until then nothing is pruned.
         stop: the last mask step; afterwards the mask rests. None: never.
@@ -165,6 +171,7 @@ def prune(
         inner=checked_inner(inner),
         saliency=checked_saliency("saliency", saliency),
         where=where,
+        axes=axes,
         regrow=regrow,
         straight_through=straight_through,
         dense_dtype=checked_dtype(dense_dtype),
@@ -181,6 +188,7 @@ class _Pruning:
     inner: optax.GradientTransformationExtraArgs
     saliency: Saliency
     where: Where
+    axes: AxisWords | None
     regrow: bool
     straight_through: bool
     dense_dtype: Any
@@ -198,9 +206,10 @@ class _Pruning:
 
     def init(self, params: Params) -> PruneState:
         """The state at T = 0; under `start=0` with the mask that the first update imposes."""
-        dense, count = copy_selected(params, self.where, self.dense_dtype), jnp.zeros((), jnp.int32)
+        hits, count = selected(params, self.where, self.axes), jnp.zeros((), jnp.int32)
+        dense, pattern = copy_selected(params, hits, self.dense_dtype), self._laid(params)
         check_wide_enough(dense, params)
-        self.budget.check(dense, self.steps)
+        self.budget.check(dense, self.steps, pattern)
         scorer, compensates = self.saliency.init(dense), self.saliency.compensates
         if compensates or self.saliency.needs_grads:
             self.budget.check_first(self.steps.start, compensates)
@@ -210,7 +219,7 @@ class _Pruning:
         none = jnp.zeros((), jnp.int32)
         choice = Choice(full, jnp.zeros((), jnp.float32), none, jnp.copy(none), None, increase)
         if self.steps.start == 0 and not compensates:
-            seen = Context(dense, full, count, pattern=self.budget.pattern)
+            seen = Context(dense, full, count, pattern=pattern)
             choice = self._choose(scorer, seen)
             warn_uninformed(self.saliency, scorer, seen, choice.mask, self.budget)
         inner = self.inner.init(params if self.dense_dtype is None else on_selected(second, params, dense))
@@ -285,7 +294,11 @@ class _Pruning:
     ) -> Context:
         """What the saliency gets to see of it: the leaves that are pruned."""
         rows = None if block is None else rows_of(block, mask)
-        return Context(weights, mask, count, drop_others(grads, mask), rows, self.budget.pattern)
+        return Context(weights, mask, count, drop_others(grads, mask), rows, self._laid(grads))
+
+    def _laid(self, whole: Params) -> Laid:
+        """The pattern, with the whole tree, or what is like it, that says what axes mean."""
+        return Laid(self.budget.pattern, whole, self.axes)
 
     def _choose(self, scorer: Any, seen: Context) -> Choice:
         """A mask step."""
@@ -293,7 +306,7 @@ class _Pruning:
         bad = num_nan(order)  # before those of weights that never come back are overwritten
         if not self.regrow:
             order = NESTED.order(order, seen)
-        mask, asked = self.budget.mask(order, seen.step)
+        mask, asked = self.budget.mask(order, seen.step, seen.pattern)
         mask = self.saliency.change.settle(mask, order, seen)
         if not self.regrow:
             mask = NESTED.settle(mask, order, seen)

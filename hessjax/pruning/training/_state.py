@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hessjax._core import _numbers, _tree
 from hessjax._core._messages import checked_count, checked_instance, checked_schedule
-from hessjax._core._types import Params, Where
+from hessjax._core._types import Params
 from hessjax.pruning._ranking import Schedule, check_sparsity
 from hessjax.pruning.allocations._allocation import (
     AllocationRule,
@@ -25,10 +25,8 @@ from hessjax.pruning.patterns._pattern import Patterns, check_pattern
 from hessjax.pruning.saliencies._saliency import is_hole
 
 
-def copy_selected(params: Params, where: Where, dtype: Any = None) -> Params:
+def copy_selected(params: Params, hits: Params, dtype: Any = None) -> Params:
     """Copies of the selected leaves: the loop may donate params and state to one jitted step."""
-    _tree.check_leaves(params)
-    hits = _tree.match(params, where)
     selected = jax.tree.map(lambda x, hit: x if hit else optax.MaskedNode(), params, hits)
     _tree.check_floating(selected, "params[where]")
     return jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), selected)
@@ -208,28 +206,28 @@ class Budget:
         one_ranking = isinstance(self.allocation, GlobalThreshold | ByCurvature)
         return one_ranking or isinstance(self.sparsity, Threshold)
 
-    def mask(self, order: Params, step: Int[Array, ""]) -> tuple[Params, Any]:
+    def mask(self, order: Params, step: Int[Array, ""], pattern: Patterns) -> tuple[Params, Any]:
         """The mask at T = `step`, and the sparsity that was asked for or came of a threshold."""
         if isinstance(self.sparsity, Threshold):
-            mask, share = self.sparsity.mask(order, step, self.pattern)
+            mask, share = self.sparsity.mask(order, step, pattern)
             if not isinstance(share, jax.core.Tracer) and jnp.isnan(share):
                 raise ValueError(f"`level` must give numbers, got NaN from the schedule at step {step}.")
             return mask, share
         asked = self.sparsity(step) if callable(self.sparsity) else self.sparsity
         if not isinstance(asked, jax.core.Tracer):
             check_sparsity(asked, f" at step {step}")
-        return allocated(self.allocation, order, asked, self.pattern), asked
+        return allocated(self.allocation, order, asked, pattern), asked
 
-    def check(self, weights: Params, steps: MaskSteps) -> None:
+    def check(self, weights: Params, steps: MaskSteps, pattern: Patterns) -> None:
         """Raise now what a mask step inside `jit` could not."""
         if isinstance(self.sparsity, Threshold):
             _check_levels(self.sparsity.level, steps)
-            jax.eval_shape(lambda scores: self.mask(scores, jnp.zeros((), jnp.int32)), weights)
+            jax.eval_shape(lambda scores: self.mask(scores, jnp.zeros((), jnp.int32), pattern), weights)
             return
         # The most zeros are the hardest to place: whatever allows them allows fewer.
         most = max(self._scheduled(steps)) if callable(self.sparsity) else self.sparsity
         # Traced and not run: only its errors are wanted.
-        jax.eval_shape(lambda scores: allocated(self.allocation, scores, most, self.pattern), weights)
+        jax.eval_shape(lambda scores: allocated(self.allocation, scores, most, pattern), weights)
 
     def check_first(self, start: int, compensates: bool) -> None:
         """Raise a ValueError if zeros are asked for before any gradient has been seen."""

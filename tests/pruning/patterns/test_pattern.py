@@ -9,7 +9,8 @@ import pytest
 
 import hessjax as hj
 from hessjax.pruning._ranking import units_of
-from hessjax.pruning.patterns._pattern import patterns_of
+from hessjax.pruning.patterns._fitting import patterns_of
+from hessjax.pruning.patterns._heads import HeadGroups
 from hessjax.pruning.patterns._patterns import Along
 
 SHAPES = {
@@ -22,8 +23,9 @@ SHAPES = {
     "2:4, axis 0": (hj.patterns.n_of_m(2, 4), (8, 3)),
     "2:4, axis 0, as many rows as columns": (hj.patterns.n_of_m(2, 4), (4, 4)),
     "1:3, last axis": (hj.patterns.n_of_m(1, 3, axis=-1), (2, 5, 6)),
-    "heads": (hj.patterns.heads(2)("q/kernel", None), (5, 6)),
-    "heads of the output": (hj.patterns.heads(2)("out/kernel", None), (6, 5)),
+    "heads": (HeadGroups(1, 2, (2,), "heads(2)", "attention", 2, 3), (5, 6)),
+    "heads of the output": (HeadGroups(0, 2, (2,), "heads(2)", "attention", 2, 3), (6, 5)),
+    "heads of queries, keys and values": (HeadGroups(1, 2, (4, 2, 2), "heads(4)", "a", 4, 3), (5, 24)),
 }
 
 
@@ -43,8 +45,8 @@ def test_groups_and_back(name):
         (hj.patterns.filters(), np.arange(6) * np.ones((4, 1), int)),
         (hj.patterns.channels(-2), np.arange(4)[:, None] * np.ones(6, int)),
         (hj.patterns.blocks((2, 3)), np.array([[0, 0, 0, 1, 1, 1]] * 2 + [[2, 2, 2, 3, 3, 3]] * 2)),
-        (hj.patterns.heads(3)("k/kernel", None), np.array([[0, 0, 1, 1, 2, 2]] * 4)),
-        (hj.patterns.heads(2)("out/kernel", None), np.array([[0] * 6] * 2 + [[1] * 6] * 2)),
+        (HeadGroups(1, 3, (3,), "heads(3)", "a", 3, 2), np.array([[0, 0, 1, 1, 2, 2]] * 4)),
+        (HeadGroups(0, 2, (2,), "heads(2)", "a", 2, 2), np.array([[0] * 6] * 2 + [[1] * 6] * 2)),
     ],
 )
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.8])
@@ -233,7 +235,7 @@ PARAMS = {"dense": {"kernel": jnp.ones((6, 4))}}
         ),
         (hj.patterns.blocks((1, 1, 1)), "it needs 3 axes, and there are 2"),
         (hj.patterns.channels(-3), "there is no axis -3"),
-        (hj.patterns.heads(5), "5 does not divide axis -1"),
+        (hj.patterns.heads(5), "dense/kernel.* belongs to no attention that is known by name"),
         ({"conv/*": hj.patterns.filters()}, "`conv/\\*` matches none of: dense/kernel"),
         ({"dense/*": {"conv": hj.patterns.rows()}}, "`conv` matches none of"),
     ],

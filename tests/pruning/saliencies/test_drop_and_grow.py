@@ -257,7 +257,7 @@ def test_drop_and_grow_by_any_score(make):
     for t, grads, before, after, _ in train(tx, params, 8):
         if t % 2 == 0:
             worth = flat(after.saliency.scores)
-            fresh = np.abs(flat(grads)) if "Rigl" in repr(make(score)) else chances(t, 30)
+            fresh = np.abs(flat(grads)) if "rigl" in repr(make(score)) else chances(t, 30)
             np.testing.assert_array_equal(masks(after), oracle(masks(before), worth, fresh, leaf, 0.4, 15))
     assert (worth < 0).any()
 

@@ -447,7 +447,8 @@ def test_a_saliency_sees_what_it_should():
     assert then.grads["w"].tolist() == params["w"].tolist()
     assert then.weights["w"].tolist() == [[0.0, 3.0, 0.0, 1.0]]
     assert then.per_example_grads is None
-    assert (first.pattern, then.pattern) == (pattern, pattern)
+    # With the whole tree beside it, which says what the axes of the leaves mean.
+    assert (first.pattern.pattern, then.pattern.pattern) == (pattern, pattern)
     for tree in (then.weights, then.mask, then.grads):
         assert tree["b"] == optax.MaskedNode()
 
