@@ -209,13 +209,11 @@ class Budget:
     def mask(self, order: Params, step: Int[Array, ""], pattern: Patterns) -> tuple[Params, Any]:
         """The mask at T = `step`, and the sparsity that was asked for or came of a threshold."""
         if isinstance(self.sparsity, Threshold):
-            mask, share = self.sparsity.mask(order, step, self.pattern)
+            mask, share = self.sparsity.mask(order, step, pattern)
             if not isinstance(share, jax.core.Tracer) and jnp.isnan(share):
                 raise ValueError(f"`level` must give numbers, got NaN from the schedule at step {step}.")
             return mask, share
         asked = self.sparsity(step) if callable(self.sparsity) else self.sparsity
-        if isinstance(asked, Threshold):
-            return asked.mask(order, step, pattern)
         if not isinstance(asked, jax.core.Tracer):
             check_sparsity(asked, f" at step {step}")
         return allocated(self.allocation, order, asked, pattern), asked
