@@ -33,6 +33,11 @@ def laid_out(x: Array, sharding: NamedSharding | None) -> Array:
     return x if sharding is None else jax.sharding.reshard(x, sharding)
 
 
+def gathered(x: Array) -> Array:
+    """`x`, whole on every device of its explicit mesh: before a reshape that no layout follows."""
+    return laid_out(x, everywhere(x))
+
+
 def laid_out_like(x: Array, like: Any) -> Array:
     """`x` in the explicit layout of `like`, if it has one."""
     sharding = explicit(like)

@@ -199,6 +199,7 @@ class Units(NamedTuple):
         most: how many units may go.
         members: the layers of each set.
         kept: by place, the shapes of the leaves that lose nothing whatever their scores.
+        layouts: of the leaves that are sharded on an explicit mesh; None for all others.
         treedef: of the tree.
     """
 
@@ -208,6 +209,7 @@ class Units(NamedTuple):
     most: list[int]
     members: list[list[Member]]
     kept: dict[int, tuple[int, ...]]
+    layouts: list[Any]
     treedef: Any
 
     @property
@@ -243,7 +245,8 @@ class Units(NamedTuple):
         dtype = flags[0].dtype
         out = {place: jnp.ones(shape, dtype) for place, shape in self.kept.items()}
         out |= {place: stacked(each, axes[place]) for place, each in layers.items()}
-        return jax.tree.unflatten(self.treedef, [out[place] for place in range(len(out))])
+        laid = [_sharding.laid_out(out[place], layout) for place, layout in enumerate(self.layouts)]
+        return jax.tree.unflatten(self.treedef, laid)
 
 
 def units_of(scores: Params, pattern: Patterns) -> Units:
@@ -267,9 +270,9 @@ def units_of(scores: Params, pattern: Patterns) -> Units:
     sets = _tied(ties)
     made = [_set([singles[i][1] for i in same], [singles[i][0] for i in same]) for same in sets]
     unit_scores, free, sizes, most = (list(column) for column in zip(*made, strict=True))
-    return Units(
-        unit_scores, free, sizes, most, [[singles[i][0] for i in same] for same in sets], kept, treedef
-    )
+    members = [[singles[i][0] for i in same] for same in sets]
+    layouts = list(map(_sharding.explicit, leaves))
+    return Units(unit_scores, free, sizes, most, members, kept, layouts, treedef)
 
 
 def _layers(place: int, leaf: Array, fit: Fit) -> list[tuple[Member, Array]]:
@@ -308,7 +311,7 @@ def _set(leaves: list[Array], members: list[Member]) -> tuple[Array, Array | Non
     pattern, leaf = patterns[0], leaves[0]
     if pattern.at_most is not None:
         # n of m: weights are ranked one by one, but only the lowest m − n of each group may go at all.
-        rows = pattern.group(leaf)
+        rows = pattern.group(_sharding.gathered(leaf))
         free = pattern.ungroup(_lowest(rows, pattern.at_most), leaf.shape)
         return leaf, free, 1, rows.shape[0] * pattern.at_most
     # Of the shapes alone: groups of a sharded leaf are not made where only their number is asked for.
@@ -319,7 +322,7 @@ def _set(leaves: list[Array], members: list[Member]) -> tuple[Array, Array | Non
     size = sum(width for _, width in shapes)
     if size == 1:
         return leaf, None, 1, leaf.size
-    grouped = [p.group(x) for p, x in zip(patterns, leaves, strict=True)]
+    grouped = [p.group(_sharding.gathered(x)) for p, x in zip(patterns, leaves, strict=True)]
     # A group by the mean of what is left of it: weights that are gone already do not drag it along.
     gone = [jnp.isneginf(rows) for rows in grouped]
     total = sum(jnp.sum(jnp.where(g, 0, rows), axis=1) for g, rows in zip(gone, grouped, strict=True))
