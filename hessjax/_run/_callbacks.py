@@ -129,8 +129,7 @@ class _Checkpoint:
         saved = _checkpoint_files.Saved(jax.tree.leaves(progress.state), gathered, count)
         try:
             _checkpoint_files.write(self._store, self._identity, saved)
-        except Exception as error:  # a full disk is another error to each of Orbax's parts
-            self._store.clear_left_overs()
+        except OSError as error:
             before = self._saved
             kept = f"the one after {before} products is still good" if before else "there is none before it"
             raise OSError(

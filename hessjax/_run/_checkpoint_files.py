@@ -25,6 +25,7 @@ FOLDER = "hessjax-checkpoints"
 """Within the folder that is given: here Orbax deletes what it takes for its own."""
 
 LOCK = "lock"
+_PRODUCTS = "num_matvecs"
 _FORMAT = 1
 _STEP = re.compile(r"[1-9][0-9]*")
 
@@ -77,56 +78,66 @@ class Store:
 
         self.path, self._ocp = path, ocp
         self.clear_left_overs()
-        # Not asynchronous: the state's memory is re-used by the next step.
-        options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager(path, options=options)
+        # Not asynchronous: the state's memory is re-used by the next step. Not Orbax's manager: what it reads
+        # of every step as it begins may be damaged.
+        self._checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
 
     def close(self) -> None:
         """Let go of Orbax's threads."""
-        self._manager.close()
+        self._checkpointer.close()
 
     def clear_left_overs(self) -> None:
-        """Remove what was half written: Orbax's own clean-up goes on in the background, past the lock."""
+        """Remove what was half written."""
         for entry in self.path.iterdir():
             if entry.is_dir() and self._ocp.utils.is_tmp_checkpoint(entry):
                 shutil.rmtree(entry)
 
     def steps(self) -> list[int]:
-        """The latest first; Orbax would pass over some of those that are damaged."""
-        names = [entry.name for entry in self.path.iterdir() if _STEP.fullmatch(entry.name)]
-        return sorted(map(int, names), reverse=True)
+        """The latest first."""
+        found = [entry for entry in self.path.iterdir() if _STEP.fullmatch(entry.name) and entry.is_dir()]
+        return sorted((int(entry.name) for entry in found), reverse=True)
 
     def save(self, step: int, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-        """A checkpoint beside the others, and only then the oldest deleted."""
+        """A checkpoint beside the others, and only then the oldest deleted.
+
+        Raises:
+            OSError: it could not be written; the others are as they were.
+        """
         args, text = self._ocp.args, json.dumps(header)
         items = args.Composite(
             # Without those of no entries, which Orbax refuses.
             state=args.StandardSave({name: x for name, x in arrays.items() if x.size}),
             about=args.JsonSave({"header": text, "checksum": zlib.crc32(text.encode())}),
         )
-        # By force: when to save is for `every` to say, and not for the manager's own interval.
-        self._manager.save(step, args=items, force=True)
+        try:
+            self._checkpointer.save(self.path / str(step), args=items)
+        except Exception as error:  # a full disk is another error in each of Orbax's parts
+            self.clear_left_overs()
+            raise OSError(str(error)) from error
         # Orbax leaves some of it to the system: a power cut may not cost both checkpoints.
         _sync(self.path / str(step))
+        for old in self.steps()[KEPT:]:
+            shutil.rmtree(self.path / str(old))
 
     def header(self, step: int) -> dict[str, Any]:
         """The JSON of a checkpoint, whole."""
-        args = self._ocp.args
-        about = self._manager.restore(step, args=args.Composite(about=args.JsonRestore())).about
+        about = self._read(step, about=self._ocp.args.JsonRestore()).about
         if zlib.crc32(about["header"].encode()) != about["checksum"]:
             raise ValueError("the checksum of its header does not agree")
         return json.loads(about["header"])
 
     def arrays(self, step: int, header: dict[str, Any]) -> dict[str, np.ndarray]:
         """The arrays of a checkpoint, every bit of them compared with what was written."""
-        args = self._ocp.args
         like = {name: _like_saved(dtype, shape) for name, (dtype, shape, _) in header["arrays"].items()}
-        items = args.Composite(state=args.StandardRestore({name: x for name, x in like.items() if x.size}))
-        found = like | self._manager.restore(step, args=items).state
+        wanted = self._ocp.args.StandardRestore({name: x for name, x in like.items() if x.size})
+        found = like | self._read(step, state=wanted).state
         arrays = {name: np.asarray(found[name]) for name in like}
         if wrong := [name for name, x in arrays.items() if checksum(x) != header["arrays"][name][2]]:
             raise ValueError(f"the checksums of arrays {', '.join(wrong)} do not agree")
         return arrays
+
+    def _read(self, step: int, **items: Any) -> Any:
+        return self._checkpointer.restore(self.path / str(step), args=self._ocp.args.Composite(**items))
 
     def put_aside(self, step: int) -> Path:
         """Rename a checkpoint, so that it does not count; nothing is overwritten."""
@@ -134,7 +145,6 @@ class Store:
         while aside.exists():
             number, aside = number + 1, aside.with_suffix(f".unreadable-{number + 1}")
         (self.path / str(step)).rename(aside)
-        self._manager.reload()
         return aside
 
 
@@ -163,6 +173,7 @@ def _sync(folder: Path) -> None:
 def write(store: Store, run: Identity, saved: Saved) -> None:
     """A checkpoint of a run."""
     numbers = jax.device_get({f"state.{i}": as_numbers(x) for i, x in enumerate(saved.leaves)})
+    numbers[_PRODUCTS] = saved.num_matvecs
     gathered = {f"gathered.{name}": x for name, x in saved.gathered.items()}
     arrays = {name: _archive.native(np.asarray(x)) for name, x in (numbers | gathered).items()}
     kinds = {name: [x.dtype.name, x.shape, checksum(x)] for name, x in arrays.items()}
@@ -200,7 +211,12 @@ def read(store: Store, run: Identity, fresh: list[Any]) -> Saved | None:
 def _whole(store: Store, step: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     try:
         header = store.header(step)
-        return header, store.arrays(step, header) if header["format"] == _FORMAT else {}
+        if header["format"] != _FORMAT:
+            return header, {}
+        arrays = store.arrays(step, header)
+        if arrays[_PRODUCTS] != step:
+            raise ValueError(f"it is of {arrays[_PRODUCTS]} products")
+        return header, arrays
     except MemoryError:
         raise
     except Exception as error:  # of what is damaged, Orbax says so by errors of every kind

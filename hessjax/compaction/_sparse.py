@@ -134,7 +134,7 @@ def save_npz(path: str | os.PathLike[str], params: Params) -> Saved:
     for i, value in enumerate(values):
         entries |= _encoded(str(i), value)
     # As an open file: to a name without it numpy appends `.npz`.
-    _files.write_whole(target, lambda file: _archive.write_archive(file, header, entries, compressed=True))
+    _files.write_whole(target, lambda file: _archive.write_archive(file, header, entries))
     return Saved(sum(x.nbytes for x in values), target.stat().st_size)
 
 
