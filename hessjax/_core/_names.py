@@ -15,6 +15,8 @@ _MATRICES = re.compile(
     r"dense(?!_?general)|linear(?!_?general)|^fc_?\d*$|^mlp|_proj$|^(up|down|gate)$", re.IGNORECASE
 )
 _WEIGHTS = ("kernel", "weight", "weights", "w", "W")
+_PLAIN = re.compile(r"(dense|linear)_?\d*", re.IGNORECASE)
+_OUT_IN = re.compile(r"(^|_)weight(_|$)")
 
 
 class Leaf(NamedTuple):
@@ -102,6 +104,9 @@ def is_matrix(leaf: Leaf) -> bool:
     """Whether a kernel of that name is a matrix, so that further axes stack several."""
     if is_convolution(leaf):
         return False
+    # Nobody keeps a window in an expert without saying so: three axes are (experts, in, out).
+    if "expert" in leaf.parent.lower() and leaf.name in _WEIGHTS and len(leaf.shape) == 3:
+        return True
     # A projection of four axes is as well a convolution, as of patches; one called dense is not.
     named = bool(_MATRICES.search(leaf.module)) and leaf.name in _WEIGHTS
     if named and (len(leaf.shape) == 3 or "dense" in leaf.module.lower()):
@@ -111,5 +116,15 @@ def is_matrix(leaf: Leaf) -> bool:
 
 
 def outputs_first(leaf: Leaf) -> bool:
-    """Whether its name is that of a kernel (out, in), as in Equinox and PyTorch."""
-    return leaf.name.endswith("weight")
+    """Whether its name is that of a kernel (out, in), as in Equinox and PyTorch: `weight`, `weight_ih_l0`."""
+    return bool(_OUT_IN.search(leaf.name)) or leaf.name.endswith("weight")
+
+
+def is_plain(leaf: Leaf) -> bool:
+    """Whether its module has the name that Flax gives a Dense or Linear, whose outputs are one axis."""
+    return bool(_PLAIN.fullmatch(leaf.module))
+
+
+def is_transposed(leaf: Leaf) -> bool:
+    """Whether it says that it is a transposed convolution of Haiku, which keeps (window, out, in)."""
+    return leaf.name == "w" and "transpose" in leaf.module.lower()
