@@ -254,9 +254,8 @@ def _nearest(module: str, below: Mapping[str, _Below]) -> tuple[int, ...]:
     for place in _above(module):
         known = below.get(place)
         if known is not None and known.stacks:
-            stack = _common(sorted(known.stacks))
             # All leaves of a stacked module are: what only happens to begin alike has others beside it.
-            return stack if known.common[: len(stack)] == stack else ()
+            return _common([*sorted(known.stacks), known.common])
     return ()
 
 

@@ -121,6 +121,9 @@ def test_a_scanned_block_beside_what_is_not(wrap, bias):
         ({"conv1": (4, 8, 8)}, 0),
         ({"conv": {"kernel": (4, 8, 8)}, "norm": {"scale": (8,)}}, 0),
         ({"experts": {"wi": {"kernel": (4, 8, 16)}, "wo": {"kernel": (4, 16, 8)}}}, 1),
+        ({"0": {"weight": (4, 8), "bias": (4, 8)}, "1": {"weight": (4, 6, 8)}}, 1),  # PyTorch's Sequential
+        (each(("base_layer", "lora_A"), {"weight": (4, 8, 8)}), 1),
+        ({"norm": {"weight": (4, 8)}, "normal_head": {"weight": (4, 8, 8)}}, 1),
         ({"w": (3, 3, 8, 8)}, 0),
         (each(("q", "k", "v", "o"), {"kernel": (4, 8, 8)}), 1),
         ({**each(("query", "key", "value"), {"kernel": (8, 4, 8)}), "out": {"kernel": (4, 8, 8)}}, 0),
@@ -153,6 +156,15 @@ def test_a_module_that_says_what_its_shape_does_not(module, name, axes):
     (path,) = module
     found = read(shapes(module))[f"{path}/{name}"]
     assert (found.spatial, found.input, found.output) == axes
+
+
+def test_a_router_beside_stacked_experts():
+    """It shares the stack of the layers, not that of the experts."""
+    tree = {"router": {"kernel": (6, 8, 4)}, "up": {"kernel": (6, 4, 8, 16), "bias": (6, 4, 16)}}
+    for name in ("router", "choose"):
+        found = read(shapes({"moe": {name: tree["router"], "up": tree["up"]}}))
+        assert found[f"moe/{name}/kernel"].stack == (0,)
+        assert found["moe/up/kernel"].stack == (0, 1)
 
 
 def test_keys_and_values_in_one():
@@ -308,8 +320,10 @@ def test_three_projections_in_one(flip, bias):
 
 def test_other_modules_are_no_attentions():
     mamba = {"mixer": {"in_proj": {"kernel": (8, 32)}, "out_proj": {"kernel": (16, 8)}}}
+    pattern = {"pattern_block": {"in_proj": {"kernel": (8, 32)}, "out_proj": {"kernel": (16, 8)}}}
     lstm = {"cell": {"i": {"kernel": (8, 8)}, "o": {"kernel": (8, 8)}, "q": {"kernel": (8, 8)}}}
     assert not by_role(mamba)
+    assert not by_role(pattern)
     assert not by_role(lstm)
 
 
@@ -325,6 +339,7 @@ def test_other_modules_are_no_attentions():
          {"patch_embeddings/projection/kernel"}),
         ({"bn": {"scale": (1, 8), "offset": (1, 8)}, "linear": {"w": (8, 8)}}, {"linear/w"}),
         ({"a": (4, 4), "b": (4, 4)}, {"a", "b"}),
+        ({"normal_head": {"weight": (8, 8)}, "norm": {"weight": (8,)}}, {"normal_head/weight"}),
         ({"w1": (4, 4), "b1": (4,), "relative_attention_bias": {"embedding": (32, 4)}}, {"w1"}),
     ],
     ids=lambda value: str(sorted(value)),
