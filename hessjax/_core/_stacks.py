@@ -58,8 +58,9 @@ def fronts_of(leaves: Sequence[Leaf], modules: Mapping[str, Siblings], roots: se
         blocks = _blocks(leaf, leaves)
         axes = [axis for axis in (0, 1, -1) if blocks and _agree_at(axis, blocks[0], modules)]
         if axes and axes[0]:
-            agree = itertools.takewhile(lambda block, axis=axes[0]: _agree_at(axis, block, modules), blocks)
-            found |= {other.path: axes[0] % len(other.shape) for other in list(agree)[-1]}
+            # What a block agrees about, all blocks inside it do.
+            widest = [block for block in blocks if _agree_at(axes[0], block, modules)][-1]
+            found |= {other.path: axes[0] % len(other.shape) for other in widest}
     return found
 
 
