@@ -35,17 +35,24 @@ class Compiled:
 
     def __call__(self, *args: Any) -> Any:
         """What the function returns."""
-        functions: list[Any] = []
-        # Out of the arguments: jax has caches of their structures that are nobody's to clear.
-        emptied = _emptied(args, functions)
-        return self._for(tuple(functions))(*emptied) if functions else self._lasting(*args)
+        jitted, args = self._ready(args)
+        return jitted(*args)
 
     def eval_shape(self, *args: Any) -> Any:
         """What the function returns, in shapes and dtypes."""
+        jitted, args = self._ready(args)
+        return jitted.eval_shape(*args)
+
+    def lower(self, *args: Any) -> Any:
+        """The program, before it is compiled."""
+        jitted, args = self._ready(args)
+        return jitted.lower(*args)
+
+    def _ready(self, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
         functions: list[Any] = []
+        # Out of the arguments: jax has caches of their structures that are nobody's to clear.
         emptied = _emptied(args, functions)
-        jitted = self._for(tuple(functions)) if functions else self._lasting
-        return jitted.eval_shape(*emptied)
+        return (self._for(tuple(functions)), emptied) if functions else (self._lasting, args)
 
     def _for(self, functions: tuple[Any, ...]) -> Any:
         jitted = self._passing.pop(functions, None)

@@ -159,10 +159,12 @@ def _meant(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-@compiled(keep_unused=True)  # `like` tells jit which mesh it is on
+@compiled()
 def state_of(estimator: Estimator, key: Key, like: Params) -> Any:
     """`estimator.init(key, like)`."""
-    return estimator.init(key, like)
+    # `like` tells jit which mesh it is on, so is not dropped. Not by jit's `keep_unused`: with it jax 0.12
+    # never lets go of what functions close over.
+    return jax.lax.optimization_barrier((estimator.init(key, like), like))[0]
 
 
 init = _meant(state_of)

@@ -49,7 +49,9 @@ CALLS = {
         per_example_grads=lambda w: hj.per_example_grads(f, w, jnp.ones((2, 1))),
     ),
     "prune by a schedule": lambda f: pruned(hj.saliencies.magnitude(), lambda step: 0 * f(W) + 0.5),
-    "prune_once": lambda f: hj.prune_once(W, hj.saliencies.gradient(), 0.5, grads_fn=lambda w: jax.grad(f)(w)[None], where=ALL),
+    "prune_once": lambda f: hj.prune_once(
+        W, hj.saliencies.gradient(), 0.5, grads_fn=lambda w: jax.grad(f)(w)[None], where=ALL
+    ),
 }  # fmt: skip
 
 
@@ -67,7 +69,8 @@ def test_functions_made_anew_go(call):
     seen = []
     for number in range(1, NEW + 1):
         held = Held(float(number))
-        seen.append(weakref.ref(held))
+        # The array itself: a program may keep it without the function that closed over it.
+        seen.append(weakref.ref(held.array))
         jax.block_until_ready(CALLS[call](quadratic(held)))
         del held
     gc.collect()
