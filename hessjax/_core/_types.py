@@ -46,6 +46,9 @@ Where: TypeAlias = (
 Class = TypeVar("Class")
 
 
+_SETTINGS: set[type] = set()
+
+
 @dataclass_transform(frozen_default=True)
 def settings(*, arrays: tuple[str, ...] = ()) -> Callable[[type[Class]], type[Class]]:
     """Make a class a settings object: a frozen dataclass that is a pytree.
@@ -94,9 +97,15 @@ def settings(*, arrays: tuple[str, ...] = ()) -> Callable[[type[Class]], type[Cl
             made.__repr__ = settings_as_text
         # Both forms, since every call of a compiled step flattens, and does it faster without keys.
         jax.tree_util.register_pytree_with_keys(made, flatten_with_keys, unflatten, flatten)
+        _SETTINGS.add(made)
         return made
 
     return decorate
+
+
+def is_settings(x: Any) -> bool:
+    """Whether `settings` made its class, or one that it inherits from."""
+    return not isinstance(x, type) and any(cls in _SETTINGS for cls in type(x).__mro__)
 
 
 def assign(made: Any, **checked: Any) -> None:

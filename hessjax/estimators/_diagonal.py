@@ -50,6 +50,7 @@ class HutchinsonDiagonal(Sampling):
     (Av)_i = a_ii·v_i + noise from the row's other entries, so this is the slope of a regression through the
     origin, and its standard error is √(Σ (Av − slope⊙v)² / ((n − 1)·Σ v⊙v)). With signs v⊙v = 1: a mean
     and its standard error, and the variance of one sample of entry i is Σ_{j≠i} a_ij².
+    Few samples of few parameters are often all equal, with an error of 0: see `hutchinson`.
 
     Args:
         probe: `(key, like) -> vector` with independent entries of mean 0 and variance 1.
@@ -198,6 +199,7 @@ class HutchinsonFrobenius(Sampling):
 
     The standard error of the norm is that of the square over twice the norm (the delta method). The root of
     a mean is low by about stderr²/(2·norm), far less than the standard error.
+    Few samples of few parameters are often all equal, with an error of 0: see `hutchinson`.
 
     Args:
         probe: `(key, like) -> vector` with independent entries of mean 0 and variance 1.
