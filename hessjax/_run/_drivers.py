@@ -298,7 +298,7 @@ def _satisfied(estimator: Estimator, tol: Amount, state: Any) -> Bool[Array, ""]
 def _apply_block(matvec: Matvec, block: Block) -> Block:
     if jax.tree.leaves(block)[0].shape[0] > 1:
         products = jax.vmap(matvec)(block)
-        _tree.check_like(products, block, "matvec(block)", "like")
+        _tree.check_vector(products, block, "matvec(block)", "like")
         return products
     product = matvec(_tree.row(block, 0))
     _check_products((product,), _tree.row(block, 0))
@@ -307,4 +307,4 @@ def _apply_block(matvec: Matvec, block: Block) -> Block:
 
 def _check_products(products: Sequence[Vector], like: Params) -> None:
     for product in products:
-        _tree.check_like(product, like, "matvec(vector)", "like")
+        _tree.check_vector(product, like, "matvec(vector)", "like")

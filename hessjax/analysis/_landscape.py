@@ -17,7 +17,14 @@ from hessjax._core._messages import check_flags, checked_count, shown
 from hessjax._core._types import Block, LossFn, Params, Scalar, Vector
 from hessjax._run._bar import columns
 from hessjax.curvature._batches import check_batches
-from hessjax.curvature._product import as_pytree, at_precision, check_call, check_precision, scalar
+from hessjax.curvature._product import (
+    as_pytree,
+    at_precision,
+    check_call,
+    check_precision,
+    explained,
+    scalar,
+)
 from hessjax.curvature._weights import Weights, batch_weight, check_total, check_weights
 from hessjax.estimators._samples import sampling_error
 
@@ -241,6 +248,7 @@ def _evaluated(
     return np.array(weights), np.array(losses)
 
 
+@explained("loss_fn")
 @compiled(static_argnums=0)
 def _losses(
     precision: str | None,

@@ -94,7 +94,13 @@ def trace(
             "`functools.partial(hj.estimators.hutchpp, probe=hj.probes.gaussian)`."
         )
     method = hutchinson(probe) if estimator is None else _made(estimator, num_probes)
-    return run(method, matvec, key, like, max_matvecs=num_probes, tol=tol, **checked)[0]
+    result = run(method, matvec, key, like, max_matvecs=num_probes, tol=tol, **checked)[0]
+    if not isinstance(result, Estimate):
+        raise TypeError(
+            "`estimator(num_probes)` must be one of traces, whose result is an `Estimate`, such as "
+            f"`hessjax.estimators.xtrace`, got one with {type(result).__name__}."
+        )
+    return result
 
 
 def _made(estimator: Any, num_probes: int) -> Estimator:

@@ -233,3 +233,5 @@ def test_bad_input_is_named():
     refused("must be an iterable of batches, got dict", TypeError, batches={"x": jnp.ones(2)})
     with pytest.raises(TypeError, match="`loss_fn` must return one real number"):
         hj.landscape(lambda w: w, jnp.ones(2), directions=jnp.ones(2))
+    with pytest.raises(TypeError, match="`loss_fn` must not look at values"):
+        hj.landscape(lambda w: jnp.sum(w) * w[0].item(), jnp.ones(2), directions=jnp.ones(2))

@@ -185,3 +185,8 @@ def test_mutable_arrays_are_read_whole_or_named():
     assert [o.name for o in check(whole).body.operations] == ["dot_general", "add"]
     with pytest.raises(NotImplementedError, match=r"mutable arrays whole, .* got `swap` on Ref"):
         read(part, W, X)
+
+
+def test_a_model_without_outputs_is_named():
+    with pytest.raises(TypeError, match="`model_fn` must return arrays, got none"):
+        hj.compact(lambda p, x: None, {"w": jnp.ones((2, 2))}, jnp.ones(2))
