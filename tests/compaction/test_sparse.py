@@ -182,7 +182,7 @@ def test_any_name_comes_back(name, tmp_path):
         np.array([object()]), np.array(["text"]), np.array([b"x"]), np.array(["2026-01-01"], "datetime64[D]"),
         np.zeros(2, [("a", "f4")]), np.zeros(2, np.longdouble), 10**30, "text", object(), jax.random.key(0),
     ],
-    ids=str,
+    ids=lambda leaf: str(getattr(leaf, "dtype", type(leaf).__name__)),
 )  # fmt: skip
 def test_what_could_not_be_loaded_is_not_saved(leaf, tmp_path):
     (tmp_path / "x").write_text("before")

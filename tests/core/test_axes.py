@@ -248,7 +248,7 @@ def test_other_modules_are_no_attentions():
         ({"a": (4, 4), "b": (4, 4)}, {"a", "b"}),
         ({"w1": (4, 4), "b1": (4,), "relative_attention_bias": {"embedding": (32, 4)}}, {"w1"}),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value)),
 )  # fmt: skip
 def test_what_is_pruned_by_default(tree, kernels):
     tree = shapes(tree)
