@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from hessjax._core import _numbers, _tree
-from hessjax._core._types import Estimate, Scalar
+from hessjax._core._results import Estimate
+from hessjax._core._types import Scalar
 from hessjax.estimators._quadrature import bulk, bumps, ends, quadrature_bounds, sphere_deviation
 
 Grid: TypeAlias = Float[Array, " n"] | Float[np.ndarray, " n"]

@@ -8,7 +8,8 @@ from jaxtyping import Array, Float, Int
 
 from hessjax._core import _numbers, _tree
 from hessjax._core._messages import checked_count
-from hessjax._core._types import Block, Estimate, Key, Matvec, Params, Scalar, Tolerance, settings
+from hessjax._core._results import Estimate
+from hessjax._core._types import Block, Key, Matvec, Params, Scalar, Tolerance, readable_defaults, settings
 from hessjax._run._drivers import run
 from hessjax._run._estimator import RunOptions, checked_options
 from hessjax.estimators._samples import (
@@ -132,6 +133,7 @@ def _slope_error(
 hutchinson_diagonal = HutchinsonDiagonal
 
 
+@readable_defaults
 def diagonal(
     matvec: Matvec,
     key: Key,
@@ -260,6 +262,7 @@ def _in(unit: Scalar, number: Scalar) -> Scalar:
     return jnp.where(jnp.isfinite(number), unit * number, number)
 
 
+@readable_defaults
 def frobenius_norm(
     matvec: Matvec,
     key: Key,

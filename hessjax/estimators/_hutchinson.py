@@ -8,14 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from hessjax._core import _numbers, _tree
-from hessjax._core._types import (
-    Block,
-    Estimate,
-    Key,
-    Params,
-    Scalar,
-    settings,
-)
+from hessjax._core._results import Estimate
+from hessjax._core._types import Block, Key, Params, Scalar, settings
 from hessjax.estimators import _samples
 from hessjax.estimators._samples import Moments, Sampling
 

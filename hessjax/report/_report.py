@@ -14,7 +14,8 @@ import jax
 import numpy as np
 
 from hessjax._core import _files, _tree
-from hessjax._core._types import Estimate, Params
+from hessjax._core._results import Estimate
+from hessjax._core._types import Params
 from hessjax.estimators._trace import TraceByLeaf
 
 
