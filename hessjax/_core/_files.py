@@ -49,6 +49,10 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     A link stays one, and what it points to is replaced; a file that was there keeps its mode.
     """
     target = path.resolve()
+    if not target.parent.is_dir():
+        raise FileNotFoundError(
+            f"`path` must be in a folder that exists, got `{target}`: make the folder first."
+        )
     if target.exists() and not target.is_file():
         with target.open("wb") as file:  # a pipe or a device cannot be replaced; a folder is an error
             write(file)

@@ -41,6 +41,7 @@ def unique_paths(tree: Any, argument: str) -> list[str]:
 
 def check_floating(params: Params, argument: str = "params") -> None:
     """Raise a TypeError naming every leaf that is not a real floating-point array."""
+    _check_bare(params, argument)
     found = jax.tree_util.tree_leaves_with_path(params)
     bad = {path_name(path): leaf for path, leaf in found if not _is_floating(leaf)}
     if bad:
@@ -55,7 +56,24 @@ def check_leaves(tree: Any, argument: str = "params") -> None:
     """Raise a ValueError for a tree without leaves, a TypeError for one with leaves that are no arrays."""
     if not jax.tree.leaves(tree):
         raise ValueError(f"`{argument}` must hold at least one array, got a tree without any.")
+    _check_bare(tree, argument)
     check_arrays(tree, argument)
+
+
+def _check_bare(tree: Any, argument: str) -> None:
+    """Raise a TypeError for a function or a state, which are trees of arrays too, in the place of params."""
+    got = "a function with arrays bound to it" if isinstance(tree, jax.tree_util.Partial) else ""
+    if hasattr(tree, "opt_state") and hasattr(tree, "params"):
+        got = f"a {type(tree).__name__}, with its counters and moments: take its `.params`"
+    for node in filter(_is_state, jax.tree.leaves(tree, is_leaf=_is_state)):
+        got = f"the state of an optimizer, {type(node).__name__}"
+    if got:
+        raise TypeError(f"`{argument}` must be a tree of arrays, got {got}.")
+
+
+def _is_state(node: Any) -> bool:
+    # `optax.MaskedNode` stands in trees of params too, and holds nothing.
+    return type(node).__module__.partition(".")[0] == "optax" and bool(jax.tree.leaves(node))
 
 
 def _listed(leaves: dict[str, Any]) -> str:
@@ -125,9 +143,18 @@ def check_like(tree: Any, like: Any, argument: str, reference: str) -> None:
     )
 
 
+def check_vector(vector: Any, like: Any, argument: str = "vector", reference: str = "params") -> None:
+    """`check_like`, and a TypeError for integers: a result in their dtype would be cut to whole numbers."""
+    check_like(vector, like, argument, reference)
+    kinds = {describe(x) for x in jax.tree.leaves(vector) if not _is_floating(x)}
+    if kinds:
+        raise TypeError(f"`{argument}` must be floating point, got {', '.join(sorted(kinds))}.")
+
+
 def _is_floating(leaf: Any) -> bool:
     is_number = isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic, float))
-    return is_number and bool(jnp.issubdtype(jnp.result_type(leaf), jnp.floating))
+    # Arrays of NumPy may hold strings, dates or objects, which have no dtype in jax.
+    return is_number and is_array(leaf) and bool(jnp.issubdtype(jnp.result_type(leaf), jnp.floating))
 
 
 def _is_complex(leaf: Any) -> bool:

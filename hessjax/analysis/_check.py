@@ -28,7 +28,7 @@ from hessjax.analysis._examples import example_rows
 from hessjax.analysis._finite import cheapest_mode, finite_products, not_finite, untested
 from hessjax.curvature._batches import check_reiterable
 from hessjax.curvature._hessian import hessian
-from hessjax.curvature._product import at_precision, check_call, scalar
+from hessjax.curvature._product import at_precision, check_call, explained, scalar
 from hessjax.curvature._weights import Weights, check_weights
 from hessjax.estimators.probes import gaussian
 
@@ -133,7 +133,8 @@ def _finite(loss_fn: LossFn, params: Params, args: tuple[Any, ...]) -> list[Chec
     rows = [CheckRow("finite params", not at_fault, sum(counts), 0, detail)]
     if at_fault:
         return rows
-    value = float(_fresh(loss_fn)(params, args))
+    with explained("loss_fn"):  # the first to call it
+        value = float(_fresh(loss_fn)(params, args))
     finite = math.isfinite(value)
     return [*rows, CheckRow("finite loss", finite, float(not finite), 0, f"the loss is {value:.6g}")]
 
@@ -147,7 +148,8 @@ def _derivatives(
     key: Key,
 ) -> Iterator[CheckRow]:
     loss, keys = Partial(loss_fn), jax.random.split(key, 4)
-    value, grads = loss_and_gradient(loss, params, args)
+    with explained("loss_fn"):
+        value, grads = loss_and_gradient(loss, params, args)
     # The coarsest dtype decides what can agree: with one bfloat16 leaf everything is known to 2⁻⁸ at best.
     eps = max(float(jnp.finfo(jnp.result_type(leaf)).eps) for leaf in [*jax.tree.leaves(params), value])
     own = hessian(loss_fn, params, *args, mode=cheapest_mode(loss_fn, params, args))

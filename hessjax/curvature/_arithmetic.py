@@ -90,6 +90,7 @@ def _check_matvecs(matvecs: Any) -> None:
 def _sum(
     matvecs: tuple[Matvec, ...], weights: Float[Array, " k"], shift: Float[Array, ""], vector: Vector
 ) -> Vector:
+    _tree.check_floating(vector, "vector")
     # A loop on the host over small compiled steps, not one jit: a part may stream its data from the host.
     total = _shifted(shift, vector)
     for index, matvec in enumerate(matvecs):
@@ -105,7 +106,7 @@ def _shifted(shift: Float[Array, ""], vector: Vector) -> Vector:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _accumulate(total: Vector, weights: Float[Array, " k"], index: Int[Array, ""], product: Vector) -> Vector:
-    _tree.check_like(product, total, "matvec(vector)", "vector")
+    _tree.check_vector(product, total, "matvec(vector)", "vector")
     return _tree.add_scaled(total, weights[index], product)
 
 
@@ -157,15 +158,16 @@ def preconditioned(matvec: Matvec, diagonal: Params) -> Matvec:
 
 def _scaled_product(matvec: Matvec, diagonal: Params, vector: Vector) -> Vector:
     # Half of D on either side, not D⁻¹A: similar to it, and symmetric, which Lanczos and CG rely on.
+    _tree.check_arrays(vector, "vector")
     product = matvec(_over_root(diagonal, vector))
-    _tree.check_like(product, diagonal, "matvec(vector)", "diagonal")
+    _tree.check_vector(product, diagonal, "matvec(vector)", "diagonal")
     return _over_root(diagonal, product, vector)
 
 
 @jax.jit
 def _over_root(diagonal: Params, vector: Vector, like: Vector | None = None) -> Vector:
     """D^-½ v, in the dtypes of `like`, or of `vector`."""
-    _tree.check_like(vector, diagonal, "vector", "diagonal")
+    _tree.check_vector(vector, diagonal, "vector", "diagonal")
     scaled = jax.tree.map(
         lambda d, x: jnp.divide(*_numbers.promoted(x, jnp.sqrt(d))), *map(_tree.wide, (diagonal, vector))
     )
@@ -237,12 +239,21 @@ def adam_preconditioner(
     for name, number in given.items():
         if number is not None:
             checked_finite(name, number)
+            _check_range(name, number)
     adam = _the_adam(opt_state)
     if not isinstance(adam.count, jax.core.Tracer) and adam.count < 1:
         raise ValueError("`opt_state` must be one after the first update, got one after 0 updates.")
     known = {"b2": 0.999, "eps": 1e-8, "eps_root": 0.0} | adam.hyperparams
     chosen = {name: known[name] if value is None else value for name, value in given.items()}
     return _denominator(adam.nu, adam.count, **chosen)
+
+
+def _check_range(name: str, number: Any) -> None:
+    if isinstance(number, jax.core.Tracer):
+        return
+    if number < 0 or (name == "b2" and number >= 1):
+        least = "in [0, 1)" if name == "b2" else "at least 0"
+        raise ValueError(f"`{name}` must be {least}, as the optimizer was given it, got {number}.")
 
 
 class _Adam(NamedTuple):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from hessjax._core import _tree
-from hessjax._core._messages import checked_function
+from hessjax._core._messages import checked_function, shown
 from hessjax._core._types import Forms, Matvec, Vector
 from hessjax.curvature._weights import Weights, batch_weight, check_total, check_weights
 
@@ -91,6 +91,7 @@ class _BatchMean:
     weights: Weights | None
 
     def __call__(self, vector: Vector) -> Vector:
+        _tree.check_floating(vector, "vector")
         total, count = zero(vector), 0.0
         for weight, product in self._products(vector):
             # Weights enter as floats: traced, so that a batch of another size compiles nothing here.
@@ -118,8 +119,18 @@ class _BatchMean:
             if weight := batch_weight(self.weights, batch, index):
                 total += weight
                 # A matvec for every batch and product: it is a pytree, its code is compiled once per shape.
-                yield weight, self.make_matvec(batch)(vector)
+                yield weight, _made(self.make_matvec, batch)(vector)
         check_total(total, index)
+
+
+def _made(make_matvec: Callable[[Any], Matvec], batch: Any) -> Matvec:
+    matvec = make_matvec(batch)
+    if not callable(matvec):
+        raise TypeError(
+            "`make_matvec` must return a matvec, such as `hessjax.hessian(loss_fn, params, batch)`, got "
+            f"{shown(matvec)}."
+        )
+    return matvec
 
 
 @jax.jit

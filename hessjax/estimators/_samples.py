@@ -12,8 +12,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from hessjax._core import _numbers, _sharding, _tree
-from hessjax._core._messages import checked_function
-from hessjax._core._types import BatchMatvec, Block, Estimate, Forms, Key, Params, Scalar, Vector, settings
+from hessjax._core._messages import checked_function, shown
+from hessjax._core._results import Estimate
+from hessjax._core._types import BatchMatvec, Block, Forms, Key, Params, Scalar, Vector, settings
 from hessjax._run._estimator import Estimator
 from hessjax.estimators.probes import Probe, rademacher
 
@@ -41,7 +42,12 @@ class Sampling(Estimator):
 
 
 def check_probe(probe: Any) -> None:
-    """Raise a TypeError unless it can be called."""
+    """Raise a TypeError unless it can be called, as jax's own samplers cannot."""
+    if getattr(probe, "__module__", "").startswith("jax."):
+        raise TypeError(
+            f"`probe` must be a function `(key, like) -> vector`, such as `hessjax.probes.rademacher`, got "
+            f"{shown(probe)} of jax, which takes a shape."
+        )
     checked_function("probe", probe, "(key, like) -> vector")
 
 

@@ -151,7 +151,7 @@ def nnx_model(model: Any, *, inputs: Inputs = 0, mode: Mode = "eval", **call_kwa
 
 def check_model(model: Any) -> None:
     """Raise a TypeError for what is no nnx model, such as the class of one."""
-    if isinstance(model, type) or not callable(model):
+    if isinstance(model, type) or not isinstance(model, nnx.Module) or not callable(model):
         raise TypeError(f"`model` must be an `nnx.Module`, made with its `rngs`, got {shown(model)}.")
 
 

@@ -33,6 +33,8 @@ def read(fn: Callable[..., Any], params: Any, *args: Any) -> Program:
         One trace.
     """
     closed, shapes = jax.make_jaxpr(fn, return_shape=True)(params, *args)
+    if not closed.out_avals:
+        raise TypeError("`model_fn` must return arrays, got none.")
     num_params = len(jax.tree.leaves(params))
     leaves = [frozenset((i,)) if i < num_params else None for i in range(len(closed.in_avals))]
     inputs = [Value(aval, made_of) for aval, made_of in zip(closed.in_avals, leaves, strict=True)]

@@ -335,6 +335,8 @@ def test_bad_input():
         hj.check(jnp.sum, jnp.arange(3))
     with pytest.raises(TypeError, match="`loss_fn` must return one real number"):
         hj.check(lambda w: w, jnp.ones(3))
+    with pytest.raises(TypeError, match="`loss_fn` must not look at values"):
+        hj.check(lambda w: jnp.sum(w) if w[0] > 0 else 0.0, jnp.ones(3))
     with pytest.raises(ValueError, match="`batches` must hold at least one batch"):
         hj.check(mean_loss, jnp.ones(3), batches=[])
 

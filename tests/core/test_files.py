@@ -48,7 +48,7 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
     long = tmp_path / ("n" * 255)
     _files.write_whole(long, writer(b"long"))
     assert long.read_bytes() == b"long"
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="`path` must be in a folder that exists, got `.*none/x`"):
         _files.write_whole(tmp_path / "none" / "x", writer(b""))
 
 

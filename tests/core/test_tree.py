@@ -1,5 +1,9 @@
+from typing import NamedTuple
+
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import oracles
 import pytest
 
@@ -45,3 +49,47 @@ def test_complex_vectors_are_refused():
         like = jnp.zeros(np.shape(leaf))
         with pytest.raises(TypeError, match=r"`vector` must be real, got .*complex"):
             _tree.check_like(leaf, like, "vector", "params")
+
+
+class Trained(NamedTuple):
+    """As flax's `TrainState` is made."""
+
+    params: dict
+    opt_state: tuple
+
+
+STATES = {
+    "a function": jax.tree_util.Partial(jnp.multiply, jnp.ones(2)),
+    "take its `.params`": Trained({"w": jnp.ones(2)}, ()),
+    "ScaleByAdamState": (optax.scale_by_adam().init(jnp.ones(2)), optax.EmptyState()),
+    "TraceState": {"a": optax.trace(0.9).init({"w": jnp.ones(2)})},
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+@pytest.mark.parametrize("check", [_tree.check_floating, _tree.check_leaves])
+def test_functions_and_states_are_no_params(check, name):
+    with pytest.raises(TypeError, match=f"`params` must be a tree of arrays, got .*{name}"):
+        check(STATES[name])
+
+
+def test_params_under_a_mask_of_optax_are_params():
+    _tree.check_floating({"a": optax.MaskedNode(), "b": jnp.ones(2)})
+
+
+NO_NUMBERS = [np.array(["a"]), np.array([1.0, "a"], object), np.array(["2020"], "datetime64[Y]"),
+              np.zeros(2, [("x", float)])]  # fmt: skip
+
+
+@pytest.mark.parametrize("leaf", NO_NUMBERS, ids=lambda leaf: leaf.dtype.kind)
+@pytest.mark.parametrize("check", [_tree.check_floating, _tree.check_leaves])
+def test_numpy_arrays_that_jax_has_no_dtype_for_are_named(check, leaf):
+    with pytest.raises(TypeError, match=r"`params` must .*\n  a/0: "):
+        check({"a": [leaf], "b": jnp.ones(2)})
+
+
+@pytest.mark.parametrize("leaf", [jnp.ones(2, int), np.ones(2, bool), [1, 2]], ids=["jax", "bool", "list"])
+def test_vectors_of_integers_are_refused(leaf):
+    like = jax.tree.map(lambda x: jnp.ones(jnp.shape(x)), leaf)
+    with pytest.raises(TypeError, match="`vector` must be floating point, got"):
+        _tree.check_vector(leaf, like)

@@ -254,6 +254,10 @@ def test_states_without_one_adam():
         hj.adam_preconditioner(two.init(params))
     with pytest.raises(ValueError, match="one after the first update, got one after 0 updates"):
         hj.adam_preconditioner(optax.adam(0.1).init(params))
+    state = optax.ScaleByAdamState(jnp.ones((), int), params, params)
+    for wrong in ({"b2": 1.0}, {"b2": -0.1}, {"eps": -1e-8}, {"eps_root": -1.0}):  # NaN in silence
+        with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` must be "):
+            hj.adam_preconditioner(state, **wrong)
 
 
 def test_adam_is_read_under_strict_promotion():

@@ -110,6 +110,32 @@ def test_data_that_cannot_be_used():
         hj.over_batches(make, [{"x": x, "y": y[:3]}])(oracles.leaves())
     with pytest.raises(ValueError, match="no array with an axis"):
         hj.over_batches(make, [{"x": 1.0}])(oracles.leaves())
+    loss_at = lambda b: oracles.loss_fn(oracles.leaves(), b)
+    with pytest.raises(TypeError, match="`make_matvec` must return a matvec, .* got "):
+        hj.over_batches(loss_at, [oracles.batch()])(oracles.leaves())
+
+
+# Their sums, in the vector's dtype, would be cut to whole numbers.
+@pytest.mark.parametrize("combine", [
+    lambda A: hj.over_batches(lambda _: A, [jnp.ones(2)]),
+    lambda A: hj.weighted_sum([A], [0.5]),
+    lambda A: hj.preconditioned(A, jnp.ones(2)),
+])  # fmt: skip
+def test_vectors_and_products_of_integers_are_refused(combine):
+    half = jax.tree_util.Partial(lambda v: 0.5 * v)
+    for wrong in (jnp.array([1, 0]), "v", np.array([1.0, "a"], object)):
+        with pytest.raises(TypeError, match="`vector` must "):
+            combine(half)(wrong)
+
+
+def test_products_of_integers_are_refused():
+    whole = jax.tree_util.Partial(lambda v: v.astype(int))
+    for call in (hj.weighted_sum([whole]), hj.preconditioned(whole, jnp.ones(2))):
+        with pytest.raises(TypeError, match=r"`matvec\(vector\)` must be floating point, got int32\[2\]"):
+            call(jnp.ones(2))
+    for on_device in (False, True):
+        with pytest.raises(TypeError, match=r"`matvec\(vector\)` must be floating point, got int32\[2\]"):
+            hj.trace(whole, jax.random.key(0), jnp.ones(2), 2, on_device=on_device)
 
 
 def test_it_says_that_it_cannot_be_traced():

@@ -165,3 +165,14 @@ def test_layers_have_traces_of_their_own(x64):
     np.testing.assert_allclose(parts.groups["all"].mean, parts.total.mean, rtol=1e-12)
     named = hj.trace_by_leaf(matvec, KEY, like, 2, by_layer=True, axes={"head": "in layer"}).leaves
     np.testing.assert_allclose([named["head[0]"].mean, named["head[1]"].mean], [9.0, 12.0], rtol=1e-12)
+
+
+def test_what_is_no_probe_or_no_estimator_of_a_trace():
+    matvec, like, _ = problem()
+    for sampler in (jax.random.rademacher, jax.random.normal):  # they take a shape
+        with pytest.raises(
+            TypeError, match=r"`probe` must be .* such as `hessjax.probes.rademacher`, got the f"
+        ):
+            hj.trace(matvec, KEY, like, 2, probe=sampler)
+    with pytest.raises(TypeError, match=r"`estimator\(num_probes\)` must .* `Estimate`"):
+        hj.trace(matvec, KEY, like, 8, estimator=lambda n: hj.estimators.lanczos(1))

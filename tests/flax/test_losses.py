@@ -389,6 +389,9 @@ def test_nnx_bad_arguments_are_named():
         nnx_loss(nnx.Dropout(0.5), cross_entropy)
     with pytest.raises(ValueError, match="`mode` must be one of 'eval', 'train', got 'test'"):
         nnx_loss(Nnx(0), cross_entropy, mode="test")
+    for wrong in (nn.Dense(2), jnp.tanh, nnx.Linear, nnx.state(Nnx(0))):
+        with pytest.raises(TypeError, match="`model` must be an `nnx.Module`, made with its `rngs`, got "):
+            nnx_loss(wrong, cross_entropy)
 
 
 # -- models for Gauss-Newton products --------------------------------------------------------------

@@ -109,7 +109,7 @@ def check_pattern(pattern: Any, argument: str = "pattern") -> None:
     if isinstance(pattern, Mapping):
         for glob, found in pattern.items():
             check_pattern(found, f"{argument}[{glob!r}]")
-    elif not isinstance(pattern, Pattern) and (not callable(pattern) or isinstance(pattern, type)):
+    elif not isinstance(pattern, Pattern) and (not callable(pattern) or _is_another_setting(pattern)):
         hint = uncalled(pattern)
         if isinstance(pattern, str):
             numbers = pattern.split(":")
@@ -118,6 +118,11 @@ def check_pattern(pattern: Any, argument: str = "pattern") -> None:
             f"`{argument}` must be a `Pattern`, such as `n_of_m(2, 4)`, a mapping `glob -> pattern` or a "
             f"function `(path, leaf) -> pattern`, got {shown(pattern)}{hint}."
         )
+
+
+def _is_another_setting(value: Any) -> bool:
+    """A class, or an allocation, which can be called too."""
+    return isinstance(value, type) or type(value).__module__.startswith("hessjax.")
 
 
 @settings()

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import hessjax as hj
@@ -321,3 +322,9 @@ def test_a_group_is_ranked_by_what_is_left_of_it():
     scores = {"w": jnp.array([[-1.0, -1.0], [-jnp.inf, -3.0], [5.0, 5.0]])}
     mask = hj.allocations.global_threshold(floor=0.0)(scores, 1 / 3, hj.patterns.rows())["w"]
     np.testing.assert_array_equal(mask.all(axis=1), [True, False, True])
+
+
+def test_an_allocation_is_no_pattern_though_it_can_be_called():
+    for wrong in (hj.allocations.uniform(), hj.patterns.filters):
+        with pytest.raises(TypeError, match="`pattern` must be a `Pattern`"):
+            hj.prune(optax.sgd(0.1), hj.saliencies.magnitude(), 0.5, pattern=wrong)
