@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from hessjax._core import _numbers, _tree
+from hessjax._core import _numbers, _sharding, _tree
 from hessjax._core._messages import checked_number
 from hessjax._core._packing import Packing
 from hessjax._core._types import Amount, Block, Params, Relative, Scalar, Vector
@@ -148,7 +148,7 @@ class Blocking:
 
 
 def _blocks(leaf: Array, width: int) -> Array:
-    flat = leaf.reshape(-1)
+    flat = _sharding.gathered(leaf).reshape(-1)
     # A place without a weight is zero in all gradients: κ on the diagonal of A + κI, coupled to nothing.
     return jnp.pad(flat, (0, -flat.size % width)).reshape(-1, width)
 
@@ -221,7 +221,9 @@ def read(
         count: how many they are, if rows of zeros beside them do not count, or how much by weight.
     """
     # b enters here, and once: with √b in the rows all that is made of them is of F, and knows no b.
-    rows = tuple(jnp.sqrt(scale).astype(x.dtype) * x for x in jax.vmap(blocking.cut)(grads))
+    rows = tuple(
+        jnp.sqrt(scale).astype(x.dtype) * _sharding.gathered(x) for x in jax.vmap(blocking.cut)(grads)
+    )
     num_weights: Any = blocking.packing.size
     if mask is not None:
         there = blocking.cut(mask)
