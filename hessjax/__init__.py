@@ -4,8 +4,8 @@ import importlib as _importlib
 from typing import Any as _Any
 
 from hessjax import estimators as estimators
-from hessjax._core._types import Eigenpairs as Eigenpairs
-from hessjax._core._types import Estimate as Estimate
+from hessjax._core._results import Eigenpairs as Eigenpairs
+from hessjax._core._results import Estimate as Estimate
 from hessjax._core._types import relative as relative
 from hessjax._fisher._inverse_fisher import InverseFisher as InverseFisher
 from hessjax._fisher._inverse_fisher import inverse_fisher as inverse_fisher

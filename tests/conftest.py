@@ -48,21 +48,7 @@ def _few_programs():
         jax.clear_caches()
 
 
-PROMOTING = frozenset(
-    [
-        "analysis",
-        "benchmarks",
-        "cli",
-        "compaction",
-        "docs",
-        "flax",
-        "plot",
-        "program",
-        "recipes",
-        "report",
-        "test_readme.py",
-    ]
-)
+PROMOTING = frozenset(["benchmarks", "docs", "flax", "test_readme.py"])
 """Where tests run networks of others, or other libraries, that promote dtypes or ranks themselves."""
 
 

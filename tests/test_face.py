@@ -2,6 +2,7 @@
 
 import inspect
 import pathlib
+import pydoc
 import re
 import subprocess
 import sys
@@ -128,3 +129,23 @@ def test_defaults_can_be_read(name):
     defaults = [p.default for p in inspect.signature(CALLED[name]).parameters.values()]
     settings = [repr(x) for x in defaults if not (inspect.isclass(x) or inspect.isfunction(x))]
     assert not [text for text in settings if re.search(r" at 0x|\bobject\b", text) or len(text) > 60]
+
+
+def test_help_shows_defaults_by_name():
+    shown = {name: pydoc.plain(pydoc.render_doc(thing)) for name, thing in callables().items()}
+    assert [name for name, text in shown.items() if " at 0x" in text.split("\n |  Methods")[0]] == []
+    assert "probe: " in shown["trace"]
+    assert "= rademacher" in shown["trace"]
+    # What reads signatures still gets the functions themselves.
+    assert inspect.signature(hj.trace).parameters["probe"].default is hj.probes.rademacher
+
+
+def callables():
+    """Everything public that can be called, by name."""
+    spaces = {"": hj, **{f"{name}.": x for name, x in vars(hj).items() if inspect.ismodule(x)}}
+    return {
+        prefix + name: thing
+        for prefix, space in spaces.items()
+        for name, thing in vars(space).items()
+        if not name.startswith("_") and callable(thing)
+    }

@@ -28,10 +28,10 @@ _BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, struct.error, NotImplemente
 """What Python's readers raise for a zip that is damaged, beside ValueError."""
 
 
-def write_archive(file: BinaryIO, header: Any, entries: dict[str, np.ndarray], *, compressed: bool) -> None:
+def write_archive(file: BinaryIO, header: Any, entries: dict[str, np.ndarray]) -> None:
     """JSON, and arrays as bytes, by name."""
     text = np.frombuffer(json.dumps(header).encode(), np.uint8)
-    save: Any = np.savez_compressed if compressed else np.savez
+    save: Any = np.savez_compressed
     save(file, **{HEADER: text}, **{name: as_bytes(x) for name, x in entries.items()})
 
 

@@ -50,7 +50,7 @@ def members_of(leaves: Iterable[Leaf]) -> dict[str, Member]:
     found: dict[str, Member] = {}
     for root, children in tree.items():
         # State space models have an `in_proj` too: it is attention's only where that is what the module is.
-        attends = "att" in root.lower()
+        attends = "att" in root.lower().replace("pattern", "")
         roles = {name: _ROLES[name] for name in children if name in _ROLES and (attends or name != "in_proj")}
         if _is_attention(set(roles.values())):
             output = _output(root, tree)

@@ -1,5 +1,6 @@
 """`jax.jit` for what is given functions: of those made anew, as closures are, only a few are remembered."""
 
+import copy
 import dataclasses
 import functools
 import inspect
@@ -11,12 +12,14 @@ from typing import Any
 import jax
 from jax.tree_util import Partial
 
+from hessjax._core._types import assign, is_settings
+
 KEPT = 8
 """How many functions made anew a step stays compiled for: each holds its arrays and up to a megabyte."""
 
 
 class Compiled:
-    """`jax.jit(function, **options)` for positional arguments, some of them functions within a `Partial`.
+    """`jax.jit(function, **options)` for positional arguments, with functions within `Partial`s and settings.
 
     jax remembers by function what it compiled, and for ever. That serves a loss which a module defines. One
     that is defined in a call, such as a lambda over a batch, is another function at every call: with its
@@ -32,10 +35,24 @@ class Compiled:
 
     def __call__(self, *args: Any) -> Any:
         """What the function returns."""
+        jitted, args = self._ready(args)
+        return jitted(*args)
+
+    def eval_shape(self, *args: Any) -> Any:
+        """What the function returns, in shapes and dtypes."""
+        jitted, args = self._ready(args)
+        return jitted.eval_shape(*args)
+
+    def lower(self, *args: Any) -> Any:
+        """The program, before it is compiled."""
+        jitted, args = self._ready(args)
+        return jitted.lower(*args)
+
+    def _ready(self, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
         functions: list[Any] = []
         # Out of the arguments: jax has caches of their structures that are nobody's to clear.
         emptied = _emptied(args, functions)
-        return self._for(tuple(functions))(*emptied) if functions else self._lasting(*args)
+        return (self._for(tuple(functions)), emptied) if functions else (self._lasting, args)
 
     def _for(self, functions: tuple[Any, ...]) -> Any:
         jitted = self._passing.pop(functions, None)
@@ -84,13 +101,23 @@ def _filled(x: Any, functions: tuple[Any, ...]) -> Any:
 
 
 def _replaced(x: Any, change: Callable[[Any], Any]) -> Any:
-    """With what all `Partial`s call changed; they may stand in tuples, and in each other."""
+    """With what `Partial`s call and settings hold changed; they may stand in tuples, and in each other."""
     if isinstance(x, Partial):
         inside = [_replaced(y, change) for y in x.args]
         return Partial(change(x.func), *inside, **x.keywords)
     if type(x) is tuple or type(x) is list:
         return type(x)(_replaced(y, change) for y in x)
-    return x
+    return _other_settings(x, change) if is_settings(x) else x
+
+
+def _other_settings(x: Any, change: Callable[[Any], Any]) -> Any:
+    held = {name: _replaced(change(value), change) for name, value in vars(x).items()}
+    if all(held[name] is value for name, value in vars(x).items()):
+        return x
+    # Not by the constructor, whose checks refuse slots.
+    other = copy.copy(x)
+    assign(other, **held)
+    return other
 
 
 def _is_made_anew(function: Any) -> bool:

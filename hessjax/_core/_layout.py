@@ -14,11 +14,12 @@ from hessjax._core._names import (
     bias_name,
     is_embedding,
     is_kernel,
+    is_transposed,
     is_vector,
     leaves_of,
     outputs_first,
 )
-from hessjax._core._stacks import Order, by_bias, depths_of, siblings_of
+from hessjax._core._stacks import Order, by_bias, depths_of, fronts_of, in_front, siblings_of
 from hessjax._core._types import Params, Where, settings
 from hessjax._core._where import match
 from hessjax._core._words import WINDOW, AxisWords, layer_places, words_by_path
@@ -39,15 +40,30 @@ def tree_axes(tree: Params, axes: AxisWords | None = None) -> tuple[Axes, ...]:
         ValueError: for a word there is none of, a glob that matches no leaf, or another number of words than
             the leaf has axes.
     """
-    leaves = leaves_of(tree)
-    said = words_by_path(axes, leaves)
-    modules, members = siblings_of(leaves), members_of(leaves)
+    there = leaves_of(tree)
+    said, members = words_by_path(axes, there), members_of(there)
+    roots = {member.root for member in members.values()}
+    # What users say of a leaf counts its axes as they are.
+    fronts = fronts_of([x for x in there if x.path not in said], siblings_of(there), roots)
+    leaves = [in_front(leaf, fronts) for leaf in there]
+    modules = siblings_of(leaves)
     places = {x.path: layer_places(said[x.path], len(x.shape)) for x in leaves if x.path in said}
     # A stack in front is evidence for the neighbours; anywhere else it is the leaf's alone.
     given = {path: len(stack) for path, stack in places.items() if stack == tuple(range(len(stack)))}
     depths = depths_of(leaves, modules, members, given)
+    depths |= {path: max(1, depths[path]) for path in fronts}
     tree_of = _Tree(modules, members, depths, _turned(leaves, depths, members, modules))
-    return _with_outputs([tree_of.axes(leaf, said.get(leaf.path)) for leaf in leaves])
+    found = [tree_of.axes(leaf, said.get(leaf.path)) for leaf in leaves]
+    return _with_outputs([_put_back(x, fronts.get(x.path, 0)) for x in found])
+
+
+def _put_back(found: Axes, front: int) -> Axes:
+    """The axes of a leaf whose stack was brought to the front, as they lie in it."""
+    if not front:
+        return found
+    order = (front, *(axis for axis in range(len(found.shape)) if axis != front))
+    shape = tuple(found.shape[order.index(axis)] for axis in range(len(order)))
+    return found._replace(shape=shape, stack=tuple(order[i] for i in found.stack))
 
 
 def _with_outputs(found: Sequence[Axes]) -> tuple[Axes, ...]:
@@ -133,7 +149,7 @@ class _Tree:
             spatial, inputs, outputs = _ordered(self._order(layer), n)
             return found._replace(kind="kernel", spatial=spatial, input=inputs, output=outputs)
         # With heads on an axis of their own: (features, heads, entries), (heads, entries, features).
-        is_split = n == 3 or (n == 4 and member.role == "query, key and value")
+        is_split = n == 3 or (n == 4 and member.role in ("query, key and value", "key and value"))
         is_output, order = member.role == "output", self._order(layer)
         if is_split:
             order = 1 if is_output else n - 1
@@ -152,6 +168,8 @@ class _Tree:
         found = None if bias is None else by_bias(layer, bias[self.depths[layer.path] :])
         if found is not None and found[0] == 0:
             return found[1]
+        if is_transposed(layer):
+            return "before last"
         return "first" if outputs_first(layer) else "last"
 
 
@@ -181,6 +199,8 @@ def _ordered(order: Order, n: int) -> tuple[tuple[int, ...], tuple[int, ...], tu
         return (), every[: n - order], every[n - order :]
     if order == "first":
         return every[2:], (1,), (0,)
+    if order == "second":
+        return every[2:], (0,), (1,)
     if order == "before last":
         return every[:-2], (n - 1,), (n - 2,)
     return every[:-2], (n - 2,), (n - 1,)

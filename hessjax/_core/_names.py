@@ -9,12 +9,15 @@ import jax.numpy as jnp
 
 from hessjax._core import _tree
 
-_NORM = re.compile(r"norm|(^|_)(ln|bn)(_|\d|f?$)")
+_NORM = re.compile(r"norm(?!al(?!i))|(^|_)(ln|bn)(_|\d|f?$)")  # not `normal`
 _EMBEDDING = re.compile(r"embed|^w[tp]e$|^emb$")
 _MATRICES = re.compile(
-    r"dense(?!_?general)|linear(?!_?general)|^fc_?\d*$|^mlp|_proj$|^(up|down|gate)$", re.IGNORECASE
+    r"dense(?!_?general)|linear(?!_?general)|^fc_?\d*$|^mlp|_proj$|^(up|down|gate|router)$", re.IGNORECASE
 )
 _WEIGHTS = ("kernel", "weight", "weights", "w", "W")
+_STACKED = re.compile(r"expert|lora|base_layer")
+_PLAIN = re.compile(r"(dense|linear)_?\d*", re.IGNORECASE)
+_OUT_IN = re.compile(r"(^|_)weight(_|$)")
 
 
 class Leaf(NamedTuple):
@@ -67,7 +70,9 @@ def is_norm(leaf: Leaf, siblings: Siblings) -> bool:
         return siblings["scale"] == leaf.shape
     # A projection may be called after the norm that it belongs to: then its bias is smaller than its kernel.
     same = siblings.get("bias", siblings.get("weight", leaf.shape)) == siblings.get("weight", leaf.shape)
-    return leaf.name in ("weight", "bias") and same and bool(_NORM.search(leaf.module.lower()))
+    # PyTorch numbers the layers of a `Sequential`: what has a weight of its bias's shape scales and shifts.
+    named = {"weight", "bias"} <= siblings.keys() or bool(_NORM.search(leaf.module.lower()))
+    return leaf.name in ("weight", "bias") and same and named
 
 
 def is_vector(leaf: Leaf, siblings: Siblings) -> bool:
@@ -102,6 +107,9 @@ def is_matrix(leaf: Leaf) -> bool:
     """Whether a kernel of that name is a matrix, so that further axes stack several."""
     if is_convolution(leaf):
         return False
+    # Nobody keeps a window in experts or adapters without saying so: three axes are (experts, in, out).
+    if _STACKED.search(leaf.parent.lower()) and leaf.name in _WEIGHTS and len(leaf.shape) == 3:
+        return True
     # A projection of four axes is as well a convolution, as of patches; one called dense is not.
     named = bool(_MATRICES.search(leaf.module)) and leaf.name in _WEIGHTS
     if named and (len(leaf.shape) == 3 or "dense" in leaf.module.lower()):
@@ -111,5 +119,15 @@ def is_matrix(leaf: Leaf) -> bool:
 
 
 def outputs_first(leaf: Leaf) -> bool:
-    """Whether its name is that of a kernel (out, in), as in Equinox and PyTorch."""
-    return leaf.name.endswith("weight")
+    """Whether its name is that of a kernel (out, in), as in Equinox and PyTorch: `weight`, `weight_ih_l0`."""
+    return bool(_OUT_IN.search(leaf.name)) or leaf.name.endswith("weight")
+
+
+def is_plain(leaf: Leaf) -> bool:
+    """Whether its module has the name that Flax gives a Dense or Linear, whose outputs are one axis."""
+    return bool(_PLAIN.fullmatch(leaf.module))
+
+
+def is_transposed(leaf: Leaf) -> bool:
+    """Whether it says that it is a transposed convolution of Haiku, which keeps (window, out, in)."""
+    return leaf.name == "w" and "transpose" in leaf.module.lower()

@@ -13,11 +13,13 @@ from hessjax._core._names import (
     is_kernel,
     is_matrix,
     is_norm,
+    is_plain,
+    is_transposed,
     is_vector,
     outputs_first,
 )
 
-Order: TypeAlias = Literal["last", "first", "before last"] | int
+Order: TypeAlias = Literal["last", "first", "second", "before last"] | int
 """Where a kernel has its outputs; a number: along so many last axes, as `DenseGeneral` does."""
 
 
@@ -34,6 +36,69 @@ def siblings_of(leaves: Sequence[Leaf]) -> dict[str, Siblings]:
     for leaf in leaves:
         found.setdefault(leaf.parent, {})[leaf.name] = leaf.shape
     return found  # type: ignore[return-value]
+
+
+def fronts_of(leaves: Sequence[Leaf], modules: Mapping[str, Siblings], roots: set[str]) -> dict[str, int]:
+    """By path, the axis that counts layers, for leaves where it is not the first.
+
+    `nn.scan` and `nnx.vmap` put it where they are told, the same place in every leaf. The scale of a norm has
+    one axis, and the bias of a Dense: with two there is a stack, and the block tells where, if all leaves
+    there agree about an axis.
+
+    Args:
+        leaves: of the tree.
+        modules: their shapes by module and name.
+        roots: the attentions, whose own norms may have an axis of heads.
+    """
+    found: dict[str, int] = {}
+    for leaf in leaves:
+        marks = len(leaf.shape) > 1 and _marks(leaf, modules[leaf.parent])
+        if not marks or leaf.path in found or not roots.isdisjoint(_above(leaf.parent)):
+            continue
+        blocks = _blocks(leaf, leaves)
+        axes = [axis for axis in (0, 1, -1) if blocks and _agree_at(axis, blocks[0], modules)]
+        if axes and axes[0]:
+            # What a block agrees about, all blocks inside it do.
+            widest = [block for block in blocks if _agree_at(axes[0], block, modules)][-1]
+            found |= {other.path: axes[0] % len(other.shape) for other in widest}
+    return found
+
+
+def _marks(leaf: Leaf, siblings: Siblings) -> bool:
+    """Whether a leaf of several axes shows that there is a stack: a norm's scale, the bias of a Dense."""
+    if is_norm(leaf, siblings):
+        return set(leaf.shape[:-1]) != {1}
+    return is_vector(leaf, siblings) and is_plain(leaf)
+
+
+def _blocks(leaf: Leaf, leaves: Sequence[Leaf]) -> list[list[Leaf]]:
+    """The leaves of the modules around one, from the smallest on that holds leaves of more axes too."""
+    inside = [
+        [x for x in leaves if not place or x.path.startswith(f"{place}/")] for place in _above(leaf.parent)
+    ]
+    return [block for block in inside if any(len(x.shape) > len(leaf.shape) for x in block)]
+
+
+def _agree_at(axis: int, block: Sequence[Leaf], modules: Mapping[str, Siblings]) -> bool:
+    """Whether the axis may count layers in all leaves of a block: as many, and biases fit their kernels."""
+    least = max(2, axis + 1)
+    if any(len(leaf.shape) < least for leaf in block) or len({leaf.shape[axis] for leaf in block}) != 1:
+        return False
+    for leaf in block:
+        siblings = {name: _first(shape, axis) for name, shape in modules[leaf.parent].items()}
+        if _evident(Leaf(leaf.path, _first(leaf.shape, axis)), siblings) == 0:
+            return False
+    return True
+
+
+def _first(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    place = axis % len(shape) if shape else 0
+    return (*shape[place : place + 1], *shape[:place], *shape[place + 1 :])
+
+
+def in_front(leaf: Leaf, fronts: Mapping[str, int]) -> Leaf:
+    """The leaf as if its layers lay along the first axis."""
+    return Leaf(leaf.path, _first(leaf.shape, fronts.get(leaf.path, 0)))
 
 
 def depths_of(
@@ -116,8 +181,15 @@ def _order(leaf: Leaf, kernel: tuple[int, ...], bias: tuple[int, ...]) -> Order 
         return None
     if outputs_first(leaf) and kernel[0] == bias[0]:
         return "first"
+    # PyTorch keeps transposed convolutions as (in, out, window).
+    if outputs_first(leaf) and len(kernel) > 3 and kernel[1] == bias[0]:
+        return "second"
+    if is_transposed(leaf) and kernel[-2] == bias[0]:
+        return "before last"
     if kernel[-1] == bias[0]:
         return "last"
+    if outputs_first(leaf) and len(kernel) > 2 and kernel[1] == bias[0]:
+        return "second"
     # The last but one are the outputs of a transposed kernel; the first, of one that is (out, in).
     if len(kernel) > 2 and kernel[-2] == bias[0]:
         return "before last"
@@ -183,9 +255,8 @@ def _nearest(module: str, below: Mapping[str, _Below]) -> tuple[int, ...]:
     for place in _above(module):
         known = below.get(place)
         if known is not None and known.stacks:
-            stack = _common(sorted(known.stacks))
             # All leaves of a stacked module are: what only happens to begin alike has others beside it.
-            return stack if known.common[: len(stack)] == stack else ()
+            return _common([*sorted(known.stacks), known.common])
     return ()
 
 

@@ -59,8 +59,7 @@ class Table:
 
     def to_text(self, width: int | None = None) -> str:
         """The lines, without style; the default width is that of the terminal, or 80."""
-        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        lines = _lines(_recoded(self, encoding), terminal_width() if width is None else width)
+        lines = _lines(_recoded(self, _encoding()), terminal_width() if width is None else width)
         return "\n".join(line for line, _ in lines)
 
     def to_html(self) -> str:
@@ -83,16 +82,31 @@ Class = TypeVar("Class")
 
 
 def printable(cls: type[Class]) -> type[Class]:
-    """Let a result with a method `_table` be shown as that table: by `print`, by rich, by a notebook."""
+    """Let a result with a method `_table` be shown as what it gives: by `print`, by rich, by a notebook.
+
+    It gives a table, or a line of text.
+    """
     shown: dict[str, Callable[[Any], Any]] = {
-        "__str__": lambda self: self._table().to_text(),
-        "__repr__": lambda self: self._table().to_text(),  # a notebook's last line shows the table
-        "__rich__": lambda self: self._table(),
-        "_repr_html_": lambda self: self._table().to_html(),
+        "__str__": lambda self: _as_text(self._table()),
+        "__repr__": lambda self: _as_text(self._table()),  # a notebook's last line shows the table
+        "__rich__": lambda self: _as_rich(self._table()),
+        "_repr_html_": lambda self: _as_html(self._table()),
     }
     for name, method in shown.items():
         setattr(cls, name, method)
     return cls
+
+
+def _as_text(shown: Table | str) -> str:
+    return written(shown, _encoding()) if isinstance(shown, str) else shown.to_text()
+
+
+def _as_rich(shown: Table | str) -> Table | Text:
+    return Text(shown) if isinstance(shown, str) else shown
+
+
+def _as_html(shown: Table | str) -> str:
+    return f"<p>{html.escape(shown)}</p>" if isinstance(shown, str) else shown.to_html()
 
 
 # -- cells ---------------------------------------------------------------------------------------
@@ -229,6 +243,11 @@ def _html_cells(cells: tuple[str, ...], columns: tuple[Column, ...]) -> str:
 
 
 # -- what a stream can show ------------------------------------------------------------------------
+
+
+def _encoding() -> str:
+    return getattr(sys.stdout, "encoding", None) or "utf-8"
+
 
 _ASCII = str.maketrans({"×": "x", "±": "+-", "λ": "lambda", "−": "-", "…": "...", "–": "-"})
 

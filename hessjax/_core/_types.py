@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, dataclass_tran
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from hessjax._core._messages import checked_number, is_key, public_name
 
@@ -44,6 +44,9 @@ Where: TypeAlias = (
 # -- settings --------------------------------------------------------------------------------------
 
 Class = TypeVar("Class")
+
+
+_SETTINGS: set[type] = set()
 
 
 @dataclass_transform(frozen_default=True)
@@ -90,13 +93,20 @@ def settings(*, arrays: tuple[str, ...] = ()) -> Callable[[type[Class]], type[Cl
 
         # Arrays do not hash: without them equal settings still hash alike.
         made.__eq__, made.__hash__ = _equal, lambda self: hash((made, flatten(self)[1]))
+        readable_defaults(made.__init__)
         if not own_repr:
             made.__repr__ = settings_as_text
         # Both forms, since every call of a compiled step flattens, and does it faster without keys.
         jax.tree_util.register_pytree_with_keys(made, flatten_with_keys, unflatten, flatten)
+        _SETTINGS.add(made)
         return made
 
     return decorate
+
+
+def is_settings(x: Any) -> bool:
+    """Whether `settings` made its class, or one that it inherits from."""
+    return not isinstance(x, type) and any(cls in _SETTINGS for cls in type(x).__mro__)
 
 
 def assign(made: Any, **checked: Any) -> None:
@@ -130,11 +140,11 @@ def _same(a: Any, b: Any) -> bool:
 
 def settings_as_text(self: Any) -> str:
     """What people would write for it, arrays by dtype and shape."""
-    fields = [f"{f.name}={_as_text(getattr(self, f.name))}" for f in dataclasses.fields(self)]
+    fields = [f"{f.name}={as_text(getattr(self, f.name))}" for f in dataclasses.fields(self)]
     return f"{public_name(type(self))}({', '.join(fields)})"
 
 
-def _as_text(value: Any) -> str:
+def as_text(value: Any) -> str:
     """Functions by name, arrays by dtype and shape."""
     if dataclasses.is_dataclass(value):
         return repr(value)
@@ -156,6 +166,33 @@ class _Text:
         if np.ndim(leaf) or is_key(leaf) or isinstance(leaf, jax.core.Tracer):
             return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
         return str(leaf)
+
+
+class _Readable(inspect.Signature):
+    """A signature that prints functions among its defaults by name."""
+
+    def __str__(self) -> str:
+        return str(self._named())
+
+    def format(self, **options: Any) -> str:
+        """As `help` asks for it."""
+        return self._named().format(**options)  # type: ignore[attr-defined]
+
+    def _named(self) -> inspect.Signature:
+        given = self.parameters.values()
+        shown = [p if p.default is p.empty else p.replace(default=_Text(p.default)) for p in given]
+        return inspect.Signature(shown, return_annotation=self.return_annotation)
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def readable_defaults(function: Function) -> Function:
+    """Let `help` show `rademacher` where it shows `<function rademacher at 0x7f…>`."""
+    found = inspect.signature(function)
+    parameters, returned = list(found.parameters.values()), found.return_annotation
+    function.__signature__ = _Readable(parameters, return_annotation=returned)  # type: ignore[attr-defined]
+    return function
 
 
 # -- tolerances and dampings ------------------------------------------------------------------------
@@ -256,50 +293,7 @@ Tolerance: TypeAlias = float | Relative
 """What arguments take: a number, or `relative(r)`. `Amount.of` checks it."""
 
 
-# -- results ----------------------------------------------------------------------------------------
-
-
-class Estimate(NamedTuple):
-    """The mean of independent samples, with its uncertainty.
-
-    Attributes:
-        mean: the estimate, in the units of what was estimated: a number, or a tree like the params.
-        stderr: its standard error; infinite where too few samples were taken to tell.
-        num_samples: how many samples entered.
-        data_stderr: where the matvec is a mean over batches of data: the standard error that comes from
-            the data being a sample, whatever the number of probes. None where it is not known.
-    """
-
-    mean: PyTree[Float[Array, "..."]]
-    stderr: PyTree[Float[Array, "..."]]
-    num_samples: Int[Array, ""]
-    data_stderr: Float[Array, "..."] | None = None
-
-
-class Eigenpairs(NamedTuple):
-    """Eigenvalues and eigenvectors of a symmetric matrix, with their uncertainty.
-
-    Attributes:
-        values: (k,) eigenvalues, largest first, in loss per squared parameter; NaN where too few products
-            were made to have one.
-        vectors: the eigenvectors of norm 1, as a block: the params' structure, leading axis k.
-        residuals: (k,) ‖Av − θv‖: some eigenvalue of A lies within this of each value.
-        converged: (k,) whether the residual is within the tolerance asked for.
-        num_matvecs: how many products it took, those for the residuals included.
-        data_stderr: (k,) where the matvec is a mean over batches of data: the standard error of the values
-            that comes from the data being a sample, to first order. None where it is not known.
-        asymmetry: by how much the products contradicted each other, the largest |uᵀAv − vᵀAu| seen among
-            vectors of norm 1: far above the rounding errors of the values, the matvec is not symmetric, and
-            nothing here holds (`check` says where). None where it was not looked at.
-    """
-
-    values: Float[Array, " k"]
-    vectors: Block
-    residuals: Float[Array, " k"]
-    converged: Bool[Array, " k"]
-    num_matvecs: Int[Array, ""]
-    data_stderr: Float[Array, " k"] | None = None
-    asymmetry: Scalar | None = None
+# -- means over batches ------------------------------------------------------------------------------
 
 
 class Forms(NamedTuple):

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hessjax._core import _tree
 from hessjax._core._messages import checked_count, checked_number
+from hessjax._core._tables import Table, printable
 from hessjax._core._types import Amount, Relative, Scalar, Vector
 from hessjax._fisher import _factors, _readout
 from hessjax._fisher._factors import Dual, Factor
@@ -20,8 +21,9 @@ from hessjax._fisher._rows import Blocking, Parts, Rows, Totals, checked_damping
 from hessjax._fisher._stream import Counted, gathered, stream
 
 
+@printable
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class InverseFisher:
     """F⁻¹ of F = b/m Σ gᵢgᵢᵀ + λI, block-diagonal or whole; a pytree, made by `inverse_fisher`.
 
@@ -68,11 +70,11 @@ class InverseFisher:
         """Whether every block is; those that are not hold NaN. Outside `jit` an error has said so."""
         return _readout.all_accurate(self.residuals)
 
-    def apply(self, vector: Vector) -> Vector:
-        """F⁻¹v, in at least float32.
+    def _table(self) -> Table | str:
+        return _readout.table(self)
 
-        Cost: 4·d·B operations (root), 4·m·d (dual).
-        """
+    def apply(self, vector: Vector) -> Vector:
+        """F⁻¹v, in at least float32. Cost: 4·d·B operations (root), 4·m·d (dual)."""
         _tree.check_like(vector, self.blocking.like, "vector", "grads")
         return _apply(self, vector)
 
@@ -255,10 +257,8 @@ def inverse_of(
 def _extended(grads: Counted, inverse: InverseFisher) -> InverseFisher:
     """With more gradients, and κ = mλ; not measured yet."""
     rows, totals, shift = _more(inverse, grads)
-    parts = tuple(
-        _factors.extended(part, more, inverse.shift, shift, inverse.chunk_size)
-        for part, more in zip(inverse.parts, inverse.blocking.coupled(rows), strict=True)
-    )
+    pairs, at = zip(inverse.parts, inverse.blocking.coupled(rows), strict=True), (inverse.shift, shift)
+    parts = tuple(_factors.extended(part, more, *at, inverse.chunk_size) for part, more in pairs)
     return dataclasses.replace(inverse, parts=parts, shift=shift, totals=totals)
 
 

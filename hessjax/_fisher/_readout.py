@@ -1,14 +1,17 @@
 """What factors say: diagonals and dense blocks, how far they are off, the error where that is too much."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from hessjax._core import _numbers, _tree
-from hessjax._core._types import Scalar
+from hessjax._core._results import is_known, is_single
+from hessjax._core._tables import Column, Row, Table, number
+from hessjax._core._types import Scalar, as_text
 from hessjax._fisher._factors import Dual, Factor
 from hessjax._fisher._rows import Blocking, Cut, Parts, ends, joined, signs
 
@@ -178,3 +181,16 @@ def sizes(
     # z has random signs, so that E‖Fz‖² = tr F² = ‖F‖²_F.
     images = [image for part, n in zip(factors, widths, strict=True) for image in part.images(n)]
     return tuple(_norms(image) / count.astype(image.dtype) for image in images)
+
+
+def table(inverse: Any) -> Table | str:
+    """What an `InverseFisher` shows of itself."""
+    totals, shift, residuals = inverse.totals, inverse.shift, inverse.residuals
+    if not (is_known(totals, shift, residuals) and is_single(shift)):
+        return f"InverseFisher(like={as_text(inverse.blocking.like)}, block_size={inverse.block_size})"
+    heads = Column("Weights"), Column("Blocks"), Column("Gradients"), Column("Damping"), Column("Residual")
+    counts = f"{int(totals.num_weights):,}", f"{sum(map(np.size, residuals)):,}"
+    worst = max((float(np.max(r, initial=0)) for r in residuals), default=0.0)
+    cells = *counts, f"{float(totals.num_grads):,.6g}", number(inverse.damping), f"{worst:.1e}"
+    notes = () if all_accurate(residuals) else ("Blocks that are too inaccurate hold NaN: a larger damping.",)
+    return Table(heads, (Row(cells),), notes=notes)

@@ -187,7 +187,8 @@ def _costs(
 def _of_set(a: Array, owner: Array, constant: Array) -> tuple[Array, Array]:
     """[F⁻¹]_QQ, and of what size the numbers are that its diagonal is a difference of."""
     same = owner[:, None] == owner[None, :]  # weights of different blocks do not couple
-    matrix = jnp.diag(constant) + jnp.where(same, jnp.sign(owner)[None] * dot(a.T, a), 0)
+    signs = jnp.sign(owner)[None].astype(a.dtype)  # owners are counted in float32
+    matrix = jnp.diag(constant) + jnp.where(same, signs * dot(a.T, a), 0)
     return matrix, jnp.maximum(constant, jnp.diagonal(matrix))
 
 

@@ -34,8 +34,8 @@ def checkpoint(path: str | os.PathLike[str], *, every: int = 10) -> "_Checkpoint
     of hessjax or jax, or another device, are warned of: the result may then differ in its last digits.
 
     Args:
-        path: a folder, made if it is not there; `~` is the home. It holds `hessjax-<products>.npz` and,
-            during a run, `hessjax.lock`; other files in it are not touched. Delete it to start anew.
+        path: a folder, made if it is not there; `~` is the home. All is written by Orbax to
+            `hessjax-checkpoints` in it; other files are not touched. Delete that to start anew.
         every: products between two checkpoints. `run` calls its callbacks every few products, so it may be
             a few more. The end of the run is saved always.
 
@@ -74,30 +74,33 @@ class _Checkpoint:
 
     def __init__(self, path: Path, every: int) -> None:
         self._path, self._every = path, every
+        self._store: Any = None
         self._identity: Identity = {}
         self._matvec: Any = None
         self._saved = 0
         self._held = contextlib.ExitStack()
 
     def __enter__(self) -> "_Checkpoint":
-        argument = "`path` of `checkpoint`"
-        try:
-            self._path.mkdir(parents=True, exist_ok=True)
-            # Not yet `self._held`: where this is busy, an outer run of the same callback may hold it.
-            held = contextlib.ExitStack()
-            held.enter_context(_files.locked(self._path / _checkpoint_files.LOCK, argument))
-        except BlockingIOError:
-            raise
-        except OSError as error:
-            raise OSError(f"{argument} must be a folder to write to, got `{self._path}`: {error}.") from error
-        self._held = held
-        _checkpoint_files.clear_left_overs(self._path)
+        argument, folder = "`path` of `checkpoint`", self._path / _checkpoint_files.FOLDER
+        # Not yet `self._held`: where this is busy, an outer run of the same callback may hold it.
+        with contextlib.ExitStack() as held:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(_files.locked(folder / _checkpoint_files.LOCK, argument))
+                store = held.enter_context(contextlib.closing(_checkpoint_files.Store(folder)))
+            except BlockingIOError:
+                raise
+            except OSError as error:
+                raise OSError(
+                    f"{argument} must be a folder to write to, got `{self._path}`: {error}."
+                ) from error
+            self._store, self._held = store, held.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
     ) -> None:
-        self._matvec = None  # or it would keep the params alive
+        self._matvec = self._store = None  # or they would be kept alive, the params among them
         self._held.close()
 
     def __repr__(self) -> str:
@@ -106,7 +109,7 @@ class _Checkpoint:
     def restore(self, beginning: Beginning) -> tuple[Any, int] | None:
         """The state on disk and its products, if there is one; it must be of the run that begins here."""
         self._identity, self._saved, self._matvec = identity(beginning), 0, beginning.matvec
-        found = _checkpoint_files.read(self._path, self._identity, jax.tree.leaves(beginning.state))
+        found = _checkpoint_files.read(self._store, self._identity, jax.tree.leaves(beginning.state))
         if found is None:
             return None
         if isinstance(self._matvec, Gathering):
@@ -125,7 +128,7 @@ class _Checkpoint:
         gathered = self._matvec.gathered(count) if isinstance(self._matvec, Gathering) else {}
         saved = _checkpoint_files.Saved(jax.tree.leaves(progress.state), gathered, count)
         try:
-            _checkpoint_files.write(self._path, self._identity, saved)
+            _checkpoint_files.write(self._store, self._identity, saved)
         except OSError as error:
             before = self._saved
             kept = f"the one after {before} products is still good" if before else "there is none before it"

@@ -125,12 +125,12 @@ def run(
     limit = None if tol is None else Amount.of(tol, instead=", or None")
     if state is not None:
         _tree.check_like(
-            state, jax.eval_shape(_estimator.init, estimator, key, like), "state", "estimator.init(key, like)"
+            state, _estimator.state_of.eval_shape(estimator, key, like), "state", "estimator.init(key, like)"
         )
     carry = _begin(estimator, key, like) if state is None else _resume(state)
     left = begun(estimator)
     if isinstance(limit, Relative):
-        jax.eval_shape(_estimator.scale_of, left, carry.state)  # raises an error where there is none
+        _estimator.scale_of.eval_shape(left, carry.state)  # raises an error where there is none
     width = _width(left, carry.state, like, "estimator.query" if state is None else "state")
     max_matvecs = checked_count("max_matvecs", max_matvecs, width, ", one step's need")
     loop = Loop(left, matvec, like, width, max_matvecs // width, limit, callbacks)
@@ -164,7 +164,7 @@ def refuse_tracers(tree: Any) -> None:
 def _width(estimator: Estimator, state: Any, like: Params, argument: str) -> int:
     """How many vectors a step multiplies, all of them like the params."""
     # By a function of the module: a bound method would be traced anew in every run.
-    block = jax.eval_shape(_estimator.block_of, estimator, state)
+    block = _estimator.block_of.eval_shape(estimator, state)
     row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), block)
     _tree.check_like(row, like, argument, "like")
     return jax.tree.leaves(block)[0].shape[0]

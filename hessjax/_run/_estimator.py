@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from hessjax._core import _numbers, _tree
+from hessjax._core._compiled import compiled
 from hessjax._core._messages import (
     checked_any_key,
     checked_flag,
@@ -113,11 +114,13 @@ def begun(estimator: Method) -> Method:
 
 
 # Functions of this module, since jax remembers traces by function, and a bound method is new at every access.
+@compiled()
 def block_of(estimator: Estimator, state: Any) -> Block:
     """`estimator.query(state)`."""
     return estimator.query(state)
 
 
+@compiled()
 def scale_of(estimator: Estimator, state: Any) -> Scalar:
     """`estimator.scale(state)`."""
     return estimator.scale(state)
@@ -145,30 +148,35 @@ class Carry(NamedTuple):
     failed_leaf: Int[Array, ""]
 
 
-def _meant(compiled: Callable[..., Any]) -> Callable[..., Any]:
+def _meant(function: Callable[..., Any]) -> Callable[..., Any]:
     """A compiled function whose NaN and infinity are meant, such as the error of a run that has no sample."""
 
-    @functools.wraps(compiled)
+    @functools.wraps(function)
     def call(*args: Any) -> Any:
         with _numbers.meant():
-            return compiled(*args)
+            return function(*args)
 
     return call
 
 
-@_meant
-@functools.partial(jax.jit, keep_unused=True)  # `like` tells jit which mesh it is on
-def init(estimator: Estimator, key: Key, like: Params) -> Any:
-    return estimator.init(key, like)
+@compiled()
+def state_of(estimator: Estimator, key: Key, like: Params) -> Any:
+    """`estimator.init(key, like)`."""
+    # `like` tells jit which mesh it is on, so is not dropped. Not by jit's `keep_unused`: with it jax 0.12
+    # never lets go of what functions close over.
+    return jax.lax.optimization_barrier((estimator.init(key, like), like))[0]
+
+
+init = _meant(state_of)
 
 
 @_meant
-@jax.jit
+@compiled()
 def read_result(estimator: Estimator, state: Any) -> Any:
     return estimator.result(state)
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@compiled(static_argnums=1)
 def query(estimator: Estimator, dtypes: tuple[Any, ...], state: Any) -> tuple[Vector, ...]:
     """The queried vectors, one by one, in the dtypes of the params."""
     # Taken apart in here: outside `jit` every vector of every leaf would be a dispatch of its own.
@@ -179,7 +187,7 @@ def query(estimator: Estimator, dtypes: tuple[Any, ...], state: Any) -> tuple[Ve
     return tuple(jax.tree.unflatten(structure, row) for row in rows)
 
 
-@functools.partial(jax.jit, donate_argnums=1)
+@compiled(donate_argnums=1)
 def absorb(estimator: Estimator, carry: Carry, products: tuple[Vector, ...]) -> Carry:
     return update(estimator, carry, jax.tree.map(lambda *xs: jnp.stack(xs), *products))
 
@@ -197,7 +205,7 @@ def update(estimator: Estimator, carry: Carry, products: Block) -> Carry:
 
 
 @_meant
-@jax.jit
+@compiled()
 def error(estimator: Estimator, tol: Amount | None, state: Any) -> tuple[Scalar, Scalar]:
     """The error, and the target it has to reach."""
     found = jnp.asarray(estimator.error(state), jnp.result_type(float))

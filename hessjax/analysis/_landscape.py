@@ -14,6 +14,8 @@ from rich.progress import Progress
 from hessjax._core import _tree
 from hessjax._core._compiled import compiled
 from hessjax._core._messages import check_flags, checked_count, shown
+from hessjax._core._results import by_shapes, counted, is_known, with_error
+from hessjax._core._tables import Column, Row, Table, number, printable
 from hessjax._core._types import Block, LossFn, Params, Scalar, Vector
 from hessjax._run._bar import columns
 from hessjax.curvature._batches import check_batches
@@ -29,6 +31,7 @@ from hessjax.curvature._weights import Weights, batch_weight, check_total, check
 from hessjax.estimators._samples import sampling_error
 
 
+@printable
 class Landscape(NamedTuple):
     """The loss on a grid around the params, with its standard error.
 
@@ -48,6 +51,25 @@ class Landscape(NamedTuple):
     stderr: Float[Array, "..."]
     norms: Float[Array, " k"]
     num_batches: int
+
+    def _table(self) -> Table | str:
+        if not is_known(self) or np.ndim(self.norms) != 1:
+            return by_shapes(self)
+        heads = Column("Direction"), Column("Points"), Column("From"), Column("To"), Column("Length")
+        axes = enumerate(zip(self.distances, self.norms, strict=True), 1)
+        rows = [(str(i), str(len(t)), f"{t[0]:.4g}", f"{t[-1]:.4g}", number(norm)) for i, (t, norm) in axes]
+        return Table(heads, tuple(map(Row, rows)), notes=self._least())
+
+    def _least(self) -> tuple[str, ...]:
+        losses, batches = np.asarray(self.losses), counted(self.num_batches, "batch").replace("chs", "ches")
+        if not np.isfinite(losses).any():
+            return (f"No loss is finite, of {batches}.",)
+        place = np.unravel_index(np.nanargmin(losses), losses.shape)
+        at = ", ".join(f"{float(t[i]):.4g}" for t, i in zip(self.distances, place, strict=True))
+        return (
+            f"Least loss {with_error(losses[place], self.stderr[place])} at {at}; "
+            f"largest {np.nanmax(losses):.5g}; {batches}.",
+        )
 
 
 def landscape(

@@ -7,31 +7,24 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float
-
 from hessjax._core import _files, _tree
-from hessjax._core._layout import kernels, selected, tree_axes
-from hessjax._core._messages import check_functions, checked_number, shown
+from hessjax._core._layout import kernels
+from hessjax._core._messages import check_functions, checked_flag, checked_number, shown
 from hessjax._core._tables import Column, Row, Table, printable
-from hessjax._core._types import Block, Params, Scalar, Where
+from hessjax._core._types import Block, Params, Where
 from hessjax._core._words import AxisWords
 from hessjax._run import _drivers
 from hessjax._run._estimator import check_callbacks
-from hessjax._run._identity import Identity, describe, fingerprint
 from hessjax.analysis import _metrics, _sensitivity_csv, _sensitivity_file
 from hessjax.analysis._sensitivity_csv import SensitivityRow, level_name
-from hessjax.pruning._once import prune_once
+from hessjax.analysis._sensitivity_parts import Network, parts_of, pruned, record_of
 from hessjax.pruning._ranking import check_sparsity
-from hessjax.pruning.allocations._allocation import uniform
-from hessjax.pruning.patterns._fitting import chosen_patterns, fitted
-from hessjax.pruning.patterns._pattern import Pattern, Patterns, unstructured
+from hessjax.pruning.patterns._pattern import Patterns, unstructured
 from hessjax.pruning.saliencies._first_order import magnitude
 from hessjax.pruning.saliencies._saliency import Saliency, checked_saliency
 
 _Question: TypeAlias = tuple[str, str]
-"""A leaf, and a level as the file has it."""
+"""A leaf or what goes together, by name, and a level as the file has it."""
 
 
 @printable
@@ -85,10 +78,13 @@ def sensitivity(
     pattern: Patterns = unstructured(),  # noqa: B008 (a value, never changed)
     where: Where = kernels,
     axes: AxisWords | None = None,
+    by_layer: bool = False,
     path: str | os.PathLike[str] | None = None,
     callbacks: Sequence[_drivers.Callback] = (),
 ) -> Sensitivity:
     """Prune one leaf at a time to every level, the others left as they are, and see what it does to a metric.
+
+    Leaves that a pattern ties to each other, as `heads` does those of an attention, are pruned together.
 
     Beside the measured metric stands what a quadratic model of the loss predicts, which takes no evaluation:
     the increase that the saliency itself expects (`obs`, `wood_taylor`, `obd`), or with `diagonal` h
@@ -102,15 +98,19 @@ def sensitivity(
         metric: `(params) -> scalar`, or a dict of scalars by name, over a whole data set as you like; called
             for every leaf and level, once for all leaves at level 0. None: only predict.
         params: pytree of real floating-point arrays, trained.
-        levels: sparsities in [0, 1), each a fraction of the zeros of one leaf.
+        levels: sparsities in [0, 1), each the fraction of zeros in one leaf, or in the leaves that are tied.
         saliency: what a weight is worth. One that moves the kept weights does so within the leaf.
         grads_fn: `(params) -> block` of gradients, as for `prune_once`; called once.
         diagonal: like `params`: the diagonal of the Hessian in loss per squared parameter,
             `hj.diagonal(matvec, key, params, ...).mean`. It takes precedence over the saliency's own
             prediction.
-        pattern: which weights go together, as in `prune`: `filters()` for whole filters.
+        pattern: which weights go together, as in `prune`: `filters()` for whole filters, `heads()` for those
+            of whole attentions, whose rows are called by what the paths of their leaves have in common,
+            `blocks/0/attn`.
         where: which leaves, as in `prune`: by default all kernels; empty ones are left out.
         axes: as in `prune`. Every layer that a leaf stacks is pruned to the level, as if it stood alone.
+        by_layer: rows for every layer that a leaf stacks, `blocks/Dense_0/kernel[0]`, ..., of which one at a
+            time is pruned, in place of all of them at once.
         path: a CSV file to which every row is added as soon as it is measured. Rows that are in it already
             are not measured again; of a line that a kill cut off, nothing is kept. Beside it, `<path>.json`
             records the params, the saliency, the diagonal and the patterns, and a table of others is
@@ -126,14 +126,16 @@ def sensitivity(
     Raises:
         ValueError: a level outside [0, 1) or twice; no metric and nothing to predict from; a metric whose
             names change, or are names of other columns; if `where` matches no leaf, or only empty
-            ones; if `path` holds something else (it names the line), or a table of other params.
+            ones, or ones that stay whole; with `by_layer`, for a saliency that compensates, as `obs` does; if
+            `path` holds something else (it names the line), or a table of other params.
         BlockingIOError: if another process adds to `path`.
         TypeError: a metric that is not a scalar.
         FloatingPointError: if a metric or a prediction is NaN: it names leaf and level. Rows before it stay
             in the file.
 
     Cost:
-        For every leaf and level one evaluation of the metric, one scoring of the leaf and a ranking.
+        For every leaf and level one evaluation of the metric, one scoring of the leaf and a ranking. With
+        `by_layer`, for every layer and level.
 
     References:
         Li et al., Pruning filters for efficient convnets (2016), arXiv 1608.08710: sensitivity by layer.
@@ -156,22 +158,22 @@ def sensitivity(
     checked_saliency("saliency", saliency)
     check_functions(metric=metric, grads_fn=grads_fn)
     check_callbacks(callbacks)
-    patterns, chosen = _patterns_by_leaf(params, where, pattern, axes), _checked_levels(levels)
+    _check_by_layer(by_layer, saliency)
+    parts, chosen = parts_of(params, where, pattern, axes, by_layer), _checked_levels(levels)
     has_model = diagonal is not None or saliency.compensates
     _check_question(metric, params, diagonal, has_model)
-    questions = [(name, level_name(level)) for name in patterns for level in chosen]
+    network = Network(params, saliency, parts, axes, None, diagonal, has_model)
+    questions = [(name, level_name(level)) for name in parts for level in chosen]
     with contextlib.ExitStack() as stack:
         file, rows = None, []
         if path is not None:
             file = _files.local_path("path", path)
-            record = _record(params, saliency, patterns, axes, diagonal)
-            rows = stack.enter_context(
-                _sensitivity_file.opened(file, record, _tree.leaf_paths(params), has_model)
-            )
+            record, names = record_of(network), _tree.leaf_paths(params)
+            rows = stack.enter_context(_sensitivity_file.opened(file, record, names, has_model))
         known = {(row.parameter, level_name(row.sparsity)): row for row in rows}
         # Gradients are what is expensive: none are taken when the file has all the answers.
-        grads = None if grads_fn is None or known.keys() >= set(questions) else grads_fn(params)
-        network = _Network(params, saliency, patterns, axes, grads, diagonal, has_model)
+        if grads_fn is not None and not known.keys() >= set(questions):
+            network = network._replace(grads=grads_fn(params))
         stack.enter_context(_drivers.entered(callbacks))
         for number, question in enumerate(questions, start=1):
             if question not in known:
@@ -182,37 +184,14 @@ def sensitivity(
     return result
 
 
-def _record(
-    params: Params, saliency: Saliency, patterns: dict[str, Pattern], axes: AxisWords | None, diagonal: Any
-) -> Identity:
-    """What the numbers depend on, as far as it can be told apart."""
-    found: Identity = {"saliency": describe(saliency)}
-    for name, tree in {"saliency": saliency, "params": params, "diagonal": diagonal}.items():
-        found |= fingerprint(tree, name)
-    found |= {f"pattern {name}": repr(pattern) for name, pattern in patterns.items()}
-    return found | {f"axes {glob}": words for glob, words in (axes or {}).items()}
-
-
-class _Network(NamedTuple):
-    """What is asked about, and what its loss is predicted from."""
-
-    params: Params
-    saliency: Saliency
-    patterns: dict[str, Pattern]
-    axes: AxisWords | None
-    grads: Block | None
-    diagonal: Params | None
-    has_model: bool
-
-
 def _answer(
     metric: Callable[[Params], Any] | None,
-    network: _Network,
+    network: Network,
     question: _Question,
     earlier: Sequence[SensitivityRow],
     file: Path | None,
 ) -> SensitivityRow:
-    params, predicted = _pruned(network, question)
+    params, predicted = pruned(network, network.parts[question[0]], float(question[1]))
     metrics: dict[str, float] = {}
     if metric is not None:
         # The network at level 0 is the same whichever leaf is asked about: evaluated once.
@@ -228,52 +207,20 @@ def _answer(
     return row
 
 
-def _pruned(network: _Network, question: _Question) -> tuple[Params, float | None]:
-    """The params with one leaf pruned, and the rise of the loss that is expected of it."""
-    name, level = question[0], float(question[1])
-    if level == 0:  # even for a saliency that would move the weights without pruning any
-        return network.params, 0.0 if network.has_model else None
-    pruned = prune_once(
-        network.params,
-        network.saliency,
-        level,
-        grads_fn=None if network.grads is None else lambda _: network.grads,
-        allocation=uniform(),
-        pattern=network.patterns[name],
-        where=lambda path, _: path == name,
-        axes=network.axes,
-    )
-    if not network.has_model:
-        return pruned.params, None
-    return pruned.params, _increase(network, name, pruned.params, pruned.predicted_increase)
-
-
-def _increase(network: _Network, name: str, pruned: Params, own: Scalar | float) -> float:
-    """By the diagonal where there is one, else what the saliency itself predicts."""
-    if network.diagonal is None:
-        return float(own)
-    # Compared with the weights as they came out: a saliency may have moved the kept ones too.
-    return float(_diagonal_increase(*(_leaf(x, name) for x in (network.diagonal, network.params, pruned))))
-
-
-def _leaf(tree: Params, name: str) -> Array:
-    return jax.tree.leaves(tree)[_tree.leaf_paths(tree).index(name)]
-
-
-@jax.jit
-def _diagonal_increase(
-    diagonal: Float[ArrayLike, "*n"], before: Float[ArrayLike, "*n"], after: Float[ArrayLike, "*n"]
-) -> Scalar:
-    """½ Σ hᵢ δᵢ² of the one leaf that changes."""
-    return jnp.sum(_tree.wide(diagonal) * (_tree.wide(after) - _tree.wide(before)) ** 2) / 2
-
-
 def _tell(callbacks: Sequence[_drivers.Callback], number: int, total: int) -> None:
     for callback in callbacks:
         callback(_drivers.Progress(number, total, math.inf, -math.inf, None, number == total))
 
 
 # -- checks --------------------------------------------------------------------------------------
+
+
+def _check_by_layer(by_layer: bool, saliency: Saliency) -> None:
+    if checked_flag("by_layer", by_layer) and saliency.compensates:
+        raise ValueError(
+            "`by_layer=True` must go with a saliency that moves no weights and predicts nothing, such as "
+            f"`magnitude()`, got {saliency}, which sees a leaf as a whole: predict by a `diagonal`."
+        )
 
 
 def _check_question(metric: Any, params: Params, diagonal: Params | None, has_model: bool) -> None:
@@ -283,24 +230,6 @@ def _check_question(metric: Any, params: Params, diagonal: Params | None, has_mo
         )
     if diagonal is not None:
         _tree.check_like(diagonal, params, "diagonal", "params")
-
-
-def _patterns_by_leaf(
-    params: Params, where: Where, pattern: Patterns, axes: AxisWords | None
-) -> dict[str, Pattern]:
-    """The leaves that are asked about, each with its pattern, in the order of the tree."""
-    paths = _tree.unique_paths(params, "params")
-    hits, leaves = jax.tree.leaves(selected(params, where, axes)), jax.tree.leaves(params)
-    chosen = {path: x for path, hit, x in zip(paths, hits, leaves, strict=True) if hit and jnp.size(x)}
-    if not chosen:
-        empty = ", ".join(path for path, hit in zip(paths, hits, strict=True) if hit)
-        raise ValueError(f"`where` must match at least one leaf with weights, got only empty ones: {empty}.")
-    _tree.check_floating(chosen, "params[where]")
-    found = chosen_patterns(pattern, list(chosen.items()))
-    for meaning in tree_axes(params, axes):
-        if meaning.path in chosen:
-            fitted(found[meaning.path], meaning, chosen[meaning.path].dtype)
-    return found
 
 
 def _checked_levels(levels: Iterable[float | int]) -> list[float]:

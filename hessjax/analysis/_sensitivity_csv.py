@@ -18,10 +18,11 @@ _FORMULA = tuple("=+-@\t\r'")
 
 
 class SensitivityRow(NamedTuple):
-    """One leaf pruned to one sparsity, everything else as it was.
+    """One leaf pruned to one sparsity, or what goes together, everything else as it was.
 
     Attributes:
-        parameter: the path of the leaf.
+        parameter: the path of the leaf; `blocks/Dense_0/kernel[0]` for one layer of it; of leaves that are
+            pruned together, what their paths have in common: `blocks/0/attn`, or `.` for the root.
         sparsity: the fraction of its weights at zero, as asked for.
         metrics: what was measured, by name; empty where nothing was.
         predicted: by how much the quadratic model expects the loss to rise; None without a model.

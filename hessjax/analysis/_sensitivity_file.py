@@ -57,13 +57,15 @@ def _rows(path: Path, record: Identity, parameters: list[str], has_model: bool) 
         shown = content[:60].decode(errors="replace")
         wanted = ",".join(_sensitivity_csv.FIRST)
         raise _sensitivity_csv.refusal(path, 1, f"the columns must be `{wanted},<metrics>`, got `{shown}`")
-    rows = _sensitivity_csv.read(path, content[:end], set(parameters), has_model)
+    # What went together in this run, or in one before.
+    together = {name.removeprefix(_BY_LEAF) for name in (saved or {}) | record if name.startswith(_BY_LEAF)}
+    rows = _sensitivity_csv.read(path, content[:end], {*parameters, *together}, has_model)
     if content:
         _check_record(path, saved, record)
         _repair(path, content, end, rows)
-    together = json.dumps((saved or {}) | record, indent=1)
-    if together != json.dumps(saved, indent=1):
-        _files.write_whole(_beside(path), lambda file: file.write(together.encode()))
+    both = json.dumps((saved or {}) | record, indent=1)
+    if both != json.dumps(saved, indent=1):
+        _files.write_whole(_beside(path), lambda file: file.write(both.encode()))
     return rows
 
 

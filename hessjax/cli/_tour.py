@@ -17,8 +17,9 @@ from rich.progress import track
 
 import hessjax as hj
 from hessjax import plot, report
+from hessjax._core._results import Eigenpairs
 from hessjax._core._tables import written
-from hessjax._core._types import Eigenpairs, Key, Params
+from hessjax._core._types import Key, Params
 from hessjax.cli import _digits
 from hessjax.cli._digits import NETWORK, Digits, Quality, loss_fn, quality
 from hessjax.estimators._density import SpectralDensity

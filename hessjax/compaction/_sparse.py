@@ -11,7 +11,7 @@ import numpy as np
 
 from hessjax._core import _archive, _files, _tree
 from hessjax._core._messages import checked_number
-from hessjax._core._types import Params, Where
+from hessjax._core._types import Params, Where, readable_defaults
 from hessjax._core._where import match
 
 
@@ -32,6 +32,7 @@ def has_two_axes(path: str, leaf: Any) -> bool:
     return jnp.ndim(leaf) == 2
 
 
+@readable_defaults
 def to_sparse(params: Params, *, where: Where = has_two_axes, least_sparsity: float | int = 0.7) -> Params:
     """The params with their sparse matrices as `BCOO`, which `@` and `jax.experimental.sparse` understand.
 
@@ -134,7 +135,7 @@ def save_npz(path: str | os.PathLike[str], params: Params) -> Saved:
     for i, value in enumerate(values):
         entries |= _encoded(str(i), value)
     # As an open file: to a name without it numpy appends `.npz`.
-    _files.write_whole(target, lambda file: _archive.write_archive(file, header, entries, compressed=True))
+    _files.write_whole(target, lambda file: _archive.write_archive(file, header, entries))
     return Saved(sum(x.nbytes for x in values), target.stat().st_size)
 
 

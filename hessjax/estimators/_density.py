@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from hessjax._core import _numbers, _tree
-from hessjax._core._types import Estimate, Scalar
+from hessjax._core._results import Estimate
+from hessjax._core._types import Scalar
 from hessjax.estimators._quadrature import bulk, bumps, ends, quadrature_bounds, sphere_deviation
 
 Grid: TypeAlias = Float[Array, " n"] | Float[np.ndarray, " n"]
@@ -108,7 +109,8 @@ class SpectralDensity(NamedTuple):
         small an error where few eigenvalues make up the sum, for it may miss them and their variance together
         (87 % with ten of them, 75 % with one): take ten probes there. With signs it is on average not below
         the truth, but for a factor 1 − 2/d. The error of the quadrature is not in it; it is gone when
-        `num_matvecs` resolves f.
+        `num_matvecs` resolves f. A probe of one step has one node, which tells no variance: the standard
+        error is infinite then.
 
         Args:
             function: f, elementwise on an array of eigenvalues.
@@ -139,8 +141,9 @@ class SpectralDensity(NamedTuple):
         took_place = self._took_place()[:, None]
         spread = _tree.norm(jnp.where(took_place, deviations, 0))
         stderr = jnp.sqrt(2 * self._size) * spread / jnp.maximum(self.num_probes, 1).astype(spread.dtype)
-        stderr = jnp.where(self.num_probes > 0, stderr, jnp.inf)
-        return Estimate(self._size * self._mean(means), stderr, self.num_probes)
+        return Estimate(
+            self._size * self._mean(means), jnp.where(self._varies(), stderr, jnp.inf), self.num_probes
+        )
 
     def log_determinant(self, damping: Number = 0.0) -> Estimate:
         """log|det(A + λI)| of the damped matrix: Σ log|θ + λ|.
@@ -187,7 +190,9 @@ class SpectralDensity(NamedTuple):
         unit = jnp.where(top > 0, top, 1)
         total = self.trace_of(lambda x: (jnp.abs(x) / unit) ** p)
         slope = jnp.where(total.mean > 0, jnp.where(total.mean > 0, total.mean, 1) ** (1 / p - 1) / p, 0)
-        return total._replace(mean=unit * total.mean ** (1 / p), stderr=unit * slope * total.stderr)
+        # 0 times infinity is no number: what is not known of the sum is not known of its root.
+        stderr = jnp.where(jnp.isfinite(total.stderr), unit * slope * total.stderr, total.stderr)
+        return total._replace(mean=unit * total.mean ** (1 / p), stderr=stderr)
 
     def effective_dimension(self, damping: Number) -> Estimate:
         """How many directions the data determine against a damping λ: Σ θ/(θ + λ).
@@ -283,6 +288,11 @@ class SpectralDensity(NamedTuple):
 
     def _took_place(self) -> Bool[Array, " probes"]:
         return jnp.arange(len(self.weights), dtype=jnp.int32) < self.num_probes
+
+    def _varies(self) -> Bool[Array, ""]:
+        """Whether the nodes of a probe tell its variance: from two steps on, or where there is none."""
+        two_steps = (self.nodes.shape[1] > 1) & (self.num_matvecs >= 2 * self.num_probes)
+        return (self.num_probes > 0) & (two_steps | (self._size <= 1))
 
     def _mean(self, values: Float[Array, "probes ..."]) -> Float[Array, "..."]:
         """The mean over the probes that took place; NaN if none did."""

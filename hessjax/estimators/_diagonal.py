@@ -8,7 +8,8 @@ from jaxtyping import Array, Float, Int
 
 from hessjax._core import _numbers, _tree
 from hessjax._core._messages import checked_count
-from hessjax._core._types import Block, Estimate, Key, Matvec, Params, Scalar, Tolerance, settings
+from hessjax._core._results import Estimate
+from hessjax._core._types import Block, Key, Matvec, Params, Scalar, Tolerance, readable_defaults, settings
 from hessjax._run._drivers import run
 from hessjax._run._estimator import RunOptions, checked_options
 from hessjax.estimators._samples import (
@@ -50,6 +51,7 @@ class HutchinsonDiagonal(Sampling):
     (Av)_i = a_ii·v_i + noise from the row's other entries, so this is the slope of a regression through the
     origin, and its standard error is √(Σ (Av − slope⊙v)² / ((n − 1)·Σ v⊙v)). With signs v⊙v = 1: a mean
     and its standard error, and the variance of one sample of entry i is Σ_{j≠i} a_ij².
+    Few samples of few parameters are often all equal, with an error of 0: see `hutchinson`.
 
     Args:
         probe: `(key, like) -> vector` with independent entries of mean 0 and variance 1.
@@ -131,6 +133,7 @@ def _slope_error(
 hutchinson_diagonal = HutchinsonDiagonal
 
 
+@readable_defaults
 def diagonal(
     matvec: Matvec,
     key: Key,
@@ -198,6 +201,7 @@ class HutchinsonFrobenius(Sampling):
 
     The standard error of the norm is that of the square over twice the norm (the delta method). The root of
     a mean is low by about stderr²/(2·norm), far less than the standard error.
+    Few samples of few parameters are often all equal, with an error of 0: see `hutchinson`.
 
     Args:
         probe: `(key, like) -> vector` with independent entries of mean 0 and variance 1.
@@ -258,6 +262,7 @@ def _in(unit: Scalar, number: Scalar) -> Scalar:
     return jnp.where(jnp.isfinite(number), unit * number, number)
 
 
+@readable_defaults
 def frobenius_norm(
     matvec: Matvec,
     key: Key,

@@ -8,11 +8,11 @@ from jaxtyping import Array, Float
 
 from hessjax._core import _numbers, _tree
 from hessjax._core._compiled import compiled
+from hessjax._core._results import Eigenpairs
 from hessjax._core._types import (
     Amount,
     BatchMatvec,
     Block,
-    Eigenpairs,
     Forms,
     Key,
     Matvec,

@@ -8,14 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from hessjax._core import _numbers, _tree
-from hessjax._core._types import (
-    Block,
-    Estimate,
-    Key,
-    Params,
-    Scalar,
-    settings,
-)
+from hessjax._core._results import Estimate
+from hessjax._core._types import Block, Key, Params, Scalar, settings
 from hessjax.estimators import _samples
 from hessjax.estimators._samples import Moments, Sampling
 
@@ -43,6 +37,12 @@ class Hutchinson(Sampling):
     probes with errors of 6 to 37 %.) A run does not stop on it before 20 samples, so that ±2 standard
     errors hold the truth in 93 % of the runs that it stopped, as they do in runs of a fixed length. Samples
     are skewed where one eigenvalue makes up most of the trace; then it is 86 to 93 %.
+
+    Fewer samples say less: of 4 samples ±4 standard errors hold the truth in 97 % of runs where samples are
+    normal, in 86 % where A has rank 1 and probes are Gaussian. Of d parameters signs make at most 2^(d−1)
+    different samples: where d is 2 or 3 a few samples are often all equal, and then the standard error is 0
+    though the mean is not exact (for the 3×3 matrix of ones in 32 % of runs of 4 samples, 18 % of 6, 0.3 %
+    of 20). So few parameters are better multiplied one by one, as `hutchpp` does.
 
     Args:
         probe: `(key, like) -> vector` with independent entries of mean 0 and variance 1.

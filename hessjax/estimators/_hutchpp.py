@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Int
 from hessjax._core import _numbers, _tree
 from hessjax._core._messages import checked_count
 from hessjax._core._packing import Packed, Packing
-from hessjax._core._types import Block, Estimate, Key, Params, Scalar, assign, settings
+from hessjax._core._results import Estimate
+from hessjax._core._types import Block, Key, Params, Scalar, assign, settings
 from hessjax._run._estimator import Estimator
 from hessjax.estimators import _krylov
 from hessjax.estimators._samples import (

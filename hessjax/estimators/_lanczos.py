@@ -12,11 +12,11 @@ from jaxtyping import Array, Bool, Float, Int
 from hessjax._core import _numbers, _tree
 from hessjax._core._messages import checked_choice, checked_count
 from hessjax._core._packing import Packing
+from hessjax._core._results import Eigenpairs
 from hessjax._core._types import (
     CONVERGENCE,
     Amount,
     Block,
-    Eigenpairs,
     Key,
     Params,
     Relative,

@@ -13,7 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hessjax._core import _numbers, _sharding, _tree
 from hessjax._core._messages import checked_function, shown
-from hessjax._core._types import BatchMatvec, Block, Estimate, Forms, Key, Params, Scalar, Vector, settings
+from hessjax._core._results import Estimate
+from hessjax._core._types import BatchMatvec, Block, Forms, Key, Params, Scalar, Vector, settings
 from hessjax._run._estimator import Estimator
 from hessjax.estimators.probes import Probe, rademacher
 

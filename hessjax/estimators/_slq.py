@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from hessjax._core import _tree
 from hessjax._core._messages import check_flags, checked_count
 from hessjax._core._packing import Packing
-from hessjax._core._types import Block, Key, Matvec, Params, Scalar, assign, settings
+from hessjax._core._types import Block, Key, Matvec, Params, Scalar, assign, readable_defaults, settings
 from hessjax._run._drivers import run
 from hessjax._run._estimator import Estimator, RunOptions, checked_options
 from hessjax.estimators._density import SpectralDensity
@@ -238,6 +238,7 @@ def _store(state: SlqState, first: Any, quadrature: Quadrature) -> SlqState:
     )
 
 
+@readable_defaults
 def spectral_density(
     matvec: Matvec,
     key: Key,

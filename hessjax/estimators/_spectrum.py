@@ -6,12 +6,23 @@ from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from hessjax._core import _tree
 from hessjax._core._layout import tree_axes
 from hessjax._core._messages import checked_any_key, checked_count, checked_flag
-from hessjax._core._types import Amount, Eigenpairs, Estimate, Key, Matvec, Params, Relative, Tolerance
+from hessjax._core._results import (
+    Eigenpairs,
+    Estimate,
+    by_shapes,
+    counted,
+    eigenvalue_table,
+    is_known,
+    with_error,
+)
+from hessjax._core._tables import Table, printable
+from hessjax._core._types import Amount, Key, Matvec, Params, Relative, Tolerance, readable_defaults
 from hessjax._core._words import AxisWords
 from hessjax._run._drivers import run
 from hessjax._run._estimator import RunOptions, checked_options, limit_of
@@ -23,6 +34,7 @@ from hessjax.estimators._slq import slq
 from hessjax.estimators.probes import Probe, gaussian
 
 
+@readable_defaults
 def spectral_density_by_leaf(
     matvec: Matvec,
     key: Key,
@@ -111,6 +123,7 @@ def spectral_density_by_leaf(
     }
 
 
+@printable
 class Spectrum(NamedTuple):
     """What one Lanczos run says of a matrix.
 
@@ -123,6 +136,16 @@ class Spectrum(NamedTuple):
     eigenpairs: Eigenpairs
     density: SpectralDensity
     trace: Estimate
+
+    def _table(self) -> Table | str:
+        pairs, trace = self.eigenpairs._replace(vectors=None), self.trace
+        if not is_known(pairs, trace) or np.ndim(pairs.values) != 1:
+            return by_shapes(self)
+        notes = (
+            f"Trace {with_error(trace.mean, trace.stderr)}.",
+            f"{counted(pairs.num_matvecs, 'product')}.",
+        )
+        return eigenvalue_table(pairs, notes=notes)
 
 
 def spectrum(

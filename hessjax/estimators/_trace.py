@@ -9,7 +9,9 @@ from hessjax._core import _tree
 from hessjax._core._axes import Axes
 from hessjax._core._layout import tree_axes
 from hessjax._core._messages import checked_count, checked_flag, checked_function, checked_instance, shown
-from hessjax._core._types import BatchMatvec, Estimate, Key, Matvec, Params, Tolerance, Where
+from hessjax._core._results import Estimate, by_shapes, counted, is_known, is_single
+from hessjax._core._tables import Column, Row, Table, number, printable
+from hessjax._core._types import BatchMatvec, Key, Matvec, Params, Tolerance, Where, readable_defaults
 from hessjax._core._where import match
 from hessjax._core._words import AxisWords
 from hessjax._run._drivers import run
@@ -19,6 +21,7 @@ from hessjax.estimators._hutchinson import hutchinson, hutchinson_by_leaf
 from hessjax.estimators.probes import Probe, rademacher
 
 
+@printable
 class TraceByLeaf(NamedTuple):
     """The trace and its parts.
 
@@ -33,7 +36,25 @@ class TraceByLeaf(NamedTuple):
     leaves: dict[str, Estimate]
     groups: dict[str, Estimate] = {}  # noqa: RUF012 - never written to
 
+    def _table(self) -> Table | str:
+        if not (is_known(self) and is_single(self.total.num_samples)):
+            return by_shapes(self)
+        traces = {**self.leaves, **self.groups, "total": self.total}
+        whole, has_data = float(self.total.mean), self.total.data_stderr is not None
+        heads = [Column("Leaf", "name"), Column("Trace"), Column("± probes")]
+        heads += [Column("± data", rank=2)] * has_data + [Column("Share %", rank=1)]
+        rows = [Row((name, *_cells(x, whole, has_data))) for name, x in traces.items()]
+        note = f"{counted(self.total.num_samples, 'sample')}."
+        return Table(tuple(heads), (*rows[:-1], rows[-1]._replace(style="bold")), notes=(note,))
 
+
+def _cells(trace: Estimate, whole: float, has_data: bool) -> tuple[str, ...]:
+    share = f"{100 * float(trace.mean) / whole:.1f}" if whole else ""
+    data = [number(trace.data_stderr, 2)] * has_data
+    return f"{float(trace.mean):.5g}", number(trace.stderr, 2), *data, share
+
+
+@readable_defaults
 def trace(
     matvec: Matvec,
     key: Key,
@@ -108,6 +129,7 @@ def _made(estimator: Any, num_probes: int) -> Estimator:
     return checked_instance("estimator(num_probes)", estimator(num_probes), Estimator, "xtrace(100)")
 
 
+@readable_defaults
 def trace_by_leaf(
     matvec: Matvec,
     key: Key,

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -11,6 +11,8 @@ import numpy as np
 from flax import errors, linen, nnx
 
 from hessjax._core import _tree
+from hessjax._core._messages import shown
+from hessjax.flax._linen import check_module
 
 
 class Width(NamedTuple):
@@ -72,6 +74,7 @@ def linen_resized(module: Any, variables: Any, *args: Any, **kwargs: Any) -> Lin
         `linen_recalibrate`; and `widths`, which tells what to change in the module's code instead.
 
     Raises:
+        TypeError: if `module` is no linen module, or `variables` no mapping of collections.
         ValueError: if a layer's params are of another shape than its code allows: it is named.
 
     Cost:
@@ -92,10 +95,20 @@ def linen_resized(module: Any, variables: Any, *args: Any, **kwargs: Any) -> Lin
         >>> narrow.apply(small.params, jnp.ones((8, 3))).shape
         (8, 1)
     """
+    check_module(module)
+    _check_variables(variables)
     found: list[Width] = []
     with _refusals(), linen.intercept_methods(functools.partial(_resize, found)):
         jax.eval_shape(functools.partial(module.apply, **kwargs), variables, *args)
     return LinenResized(module, tuple(dict.fromkeys(found)))
+
+
+def _check_variables(variables: Any) -> None:
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        raise TypeError(
+            '`variables` must be a mapping of collections, `{"params": small.params}` or, of variables that '
+            f"were made smaller as a whole, `small.params`, got {shown(variables)}."
+        )
 
 
 def _resize(found: list[Width], call: Any, args: Any, kwargs: Any, context: Any) -> Any:

@@ -9,7 +9,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentF
 
 from hessjax._core import _tree
 from hessjax._core._messages import check_flags, checked_instance, checked_number
-from hessjax._core._types import Eigenpairs, Params
+from hessjax._core._results import Eigenpairs
+from hessjax._core._types import Params
 from hessjax.estimators._density import SpectralDensity
 from hessjax.estimators._trace import TraceByLeaf
 from hessjax.plot._style import (

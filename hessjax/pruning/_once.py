@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
 
 from hessjax._core import _numbers, _tree
 from hessjax._core._layout import kernels, selected
@@ -16,43 +15,11 @@ from hessjax._core._messages import check_functions, checked_count, checked_numb
 from hessjax._core._types import Block, Params, Scalar, Where
 from hessjax._core._words import AxisWords
 from hessjax._fisher._rows import row
+from hessjax.pruning._pruned import Pruned, PruneStep
 from hessjax.pruning._ranking import check_sparsity
 from hessjax.pruning.allocations._allocation import AllocationRule, allocated, global_threshold
 from hessjax.pruning.patterns._pattern import Laid, Patterns, unstructured
 from hessjax.pruning.saliencies._saliency import Context, Saliency, checked_saliency, drop_others, is_hole
-
-
-class PruneStep(NamedTuple):
-    """One step of `prune_once`.
-
-    Attributes:
-        sparsity: after it.
-        predicted_increase: how much the saliency expects it to raise the loss; NaN for one that does not say.
-        realised_increase: how much `loss_fn` rose; NaN without it.
-    """
-
-    sparsity: Any
-    predicted_increase: Float[Array, ""]
-    realised_increase: Float[Array, ""]
-
-
-class Pruned(NamedTuple):
-    """A pruned network.
-
-    Attributes:
-        params: the params, exactly zero where `mask` is False.
-        mask: as `mask_of` gives it: booleans, True = kept, and a scalar True for leaves that are not pruned.
-        predicted_increase: how much the saliency expects the loss to rise, summed over the steps; NaN for a
-            saliency that does not say.
-        realised_increase: how much `loss_fn` rose; None without it.
-        steps: the steps it took, more than `recomputes` where `max_ratio` cut some in two.
-    """
-
-    params: Params
-    mask: Params
-    predicted_increase: Float[Array, ""]
-    realised_increase: Float[Array, ""] | None = None
-    steps: tuple[PruneStep, ...] = ()
 
 
 def prune_once(

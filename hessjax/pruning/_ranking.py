@@ -264,7 +264,7 @@ def units_of(scores: Params, pattern: Patterns) -> Units:
     singles = [single for leaf in layers for single in leaf]
     # Heads are tied within a layer: the first of one leaf to the first of another.
     ties = [(index, member.pattern.tie) for leaf in layers for index, (member, _) in enumerate(leaf)]
-    sets = _tied(ties)
+    sets = tied(ties)
     made = [_set([singles[i][1] for i in same], [singles[i][0] for i in same]) for same in sets]
     unit_scores, free, sizes, most = (list(column) for column in zip(*made, strict=True))
     return Units(
@@ -291,10 +291,10 @@ def _check_total(leaves: list[Array]) -> None:
 
 def together(patterns: Sequence[Pattern]) -> list[list[int]]:
     """Leaves by their tie, in the order of the tree."""
-    return _tied([(0, pattern.tie) for pattern in patterns])
+    return tied([(0, pattern.tie) for pattern in patterns])
 
 
-def _tied(ties: Sequence[tuple[int, str | None]]) -> list[list[int]]:
+def tied(ties: Sequence[tuple[int, str | None]]) -> list[list[int]]:
     """The places of what is tied, in order; None is tied to nothing."""
     sets: dict[object, list[int]] = {}
     for i, tie in enumerate(ties):

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hessjax._core import _tree
-from hessjax._core._types import Estimate, Params
+from hessjax._core import _files, _tree
+from hessjax._core._results import Estimate
+from hessjax._core._types import Params
 from hessjax.estimators._trace import TraceByLeaf
 
 
@@ -106,17 +107,7 @@ def write_json(path: Path, record: Any) -> None:
         ['{', '"a":', '[', '1,', '2', ']', '}']
     """
     text = json.dumps(to_json(record), indent=1, ensure_ascii=False, allow_nan=False)
-    # Beside `path`: only within one file system a rename is atomic.
-    file = tempfile.NamedTemporaryFile("w", dir=path.parent, encoding="utf-8", delete=False)  # noqa: SIM115
-    try:
-        with file:
-            file.write(text + "\n")
-        # A temporary file is for its owner alone.
-        Path(file.name).chmod(0o644)
-        os.replace(file.name, path)
-    except OSError:
-        Path(file.name).unlink(missing_ok=True)
-        raise
+    _files.write_whole(Path(path), lambda file: file.write(f"{text}\n".encode()))
 
 
 class LayerRow(NamedTuple):

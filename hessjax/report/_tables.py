@@ -1,14 +1,12 @@
 """The tables of a report: eigenvalues, curvature by layer, accuracies."""
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
-import jax
-import numpy as np
-
-from hessjax._core import _tree
+from hessjax._core import _results, _tree
+from hessjax._core._results import Eigenpairs
 from hessjax._core._tables import Column, Row, Table, number, percent, shape_text
-from hessjax._core._types import Eigenpairs, Params
+from hessjax._core._types import Params
 from hessjax.estimators._trace import TraceByLeaf
 from hessjax.report._report import LayerRow, layer_row, layer_rows
 
@@ -26,26 +24,7 @@ def eigenvalue_table(pairs: Eigenpairs) -> Table:
         >>> len(eigenvalue_table(hj.eigenpairs(A, jax.random.key(0), jnp.zeros(50), k=2)).rows)
         4
     """
-    heads = [Column(""), Column("Eigenvalue"), Column("Residual"), Column("Converged", "word")]
-    heads += [Column("± data", rank=1)] if pairs.data_stderr is not None else []
-    data = [None] * len(pairs.values) if pairs.data_stderr is None else pairs.data_stderr
-    columns = zip(pairs.values, pairs.residuals, pairs.converged, data, strict=True)
-    found = enumerate(jax.device_get(list(columns)), 1)
-    rows = tuple(_eigenvalue(rank, *entries) for rank, entries in found)
-    return Table(tuple(heads), rows, "Eigenvalues", _asymmetry(pairs), HINT)
-
-
-def _eigenvalue(rank: int, value: Any, residual: Any, converged: Any, of_data: Any) -> Row:
-    cells = [str(rank), f"{value:.5g}", f"{residual:.1e}", "yes" if converged else "no"]
-    cells += [] if of_data is None else [number(of_data, 2)]
-    return Row(tuple(cells), "" if converged else "bold red")
-
-
-def _asymmetry(pairs: Eigenpairs) -> tuple[str, ...]:
-    # A thousandth of the largest value: float32 products of a symmetric matrix are far below it.
-    if pairs.asymmetry is None or not pairs.asymmetry > 1e-3 * np.max(np.abs(pairs.values), initial=0):
-        return ()
-    return (f"The matvec is not symmetric (by {float(pairs.asymmetry):.1e}): see hj.check.",)
+    return replace(_results.eigenvalue_table(pairs, "Eigenvalues"), hint=HINT)
 
 
 def layer_table(traces: TraceByLeaf, params: Params) -> Table:

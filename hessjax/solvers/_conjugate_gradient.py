@@ -12,7 +12,18 @@ from hessjax._core import _numbers, _tree
 from hessjax._core._compiled import compiled
 from hessjax._core._messages import checked_function, checked_instance
 from hessjax._core._packing import Packed, Packing
-from hessjax._core._types import Block, Key, Matvec, Params, Relative, Scalar, Tolerance, Vector, settings
+from hessjax._core._types import (
+    Block,
+    Key,
+    Matvec,
+    Params,
+    Relative,
+    Scalar,
+    Tolerance,
+    Vector,
+    readable_defaults,
+    settings,
+)
 from hessjax._run._drivers import as_partial, run
 from hessjax._run._estimator import Estimator, RunOptions, checked_options
 from hessjax.solvers._system import BELOW_ZERO, Solution, System, checked_vector
@@ -210,6 +221,7 @@ def _over(a: Any, b: Float[Array, ""]) -> Float[Array, ""]:
     return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
 
 
+@readable_defaults
 def solve(
     matvec: Matvec,
     rhs: Vector,

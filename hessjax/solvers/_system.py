@@ -10,9 +10,12 @@ from jaxtyping import Array, Bool, Float, Int
 from hessjax._core import _tree
 from hessjax._core._messages import checked_number
 from hessjax._core._packing import Packed, Packing
+from hessjax._core._results import by_shapes, is_known, is_single
+from hessjax._core._tables import Column, Row, Table, number, printable
 from hessjax._core._types import CONVERGENCE, Amount, Relative, Scalar, Tolerance, Vector, assign, settings
 
 
+@printable
 class Solution(NamedTuple):
     """The solution of (A + λI)x = b, with its residual.
 
@@ -38,6 +41,19 @@ class Solution(NamedTuple):
     curvature: Float[Array, ""]
     num_matvecs: Int[Array, ""]
     singular: Bool[Array, ""]
+
+    def _table(self) -> Table | str:
+        if not (is_known(self._replace(x=None)) and is_single(self.residual)):
+            return by_shapes(self)
+        heads = Column("Residual"), Column("Converged", "word"), Column("Products"), Column("Least curvature")
+        converged = "yes" if self.converged else "no"
+        cells = number(self.residual), converged, f"{int(self.num_matvecs):,}", number(self.curvature)
+        notes = {
+            "A + λI is not positive definite: a larger damping, or MINRES.": self.negative_curvature,
+            "A + λI is singular to rounding: a damping, or float64.": self.singular,
+        }
+        said = tuple(note for note, holds in notes.items() if holds)
+        return Table(heads, (Row(cells, "" if self.converged else "bold red"),), notes=said)
 
 
 BELOW_ZERO = 16

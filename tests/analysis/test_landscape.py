@@ -94,7 +94,7 @@ def test_error_bars_cover_the_truth():
 
 
 def test_arguments_after_the_batch_and_examples_counted_otherwise():
-    loss = lambda w, batch, scale: w * jnp.sum(batch) / jnp.sum(batch > 0) * scale
+    loss = lambda w, batch, scale: w * jnp.sum(batch) / jnp.sum(batch > 0, dtype=batch.dtype) * scale
     batches, count = [jnp.array([1.0, 2.0, 0.0]), jnp.array([3.0, 0.0])], lambda b: int(np.sum(b > 0))
     axes = {"directions": jnp.float32(1), "distances": [1.0]}
     result = hj.landscape(loss, jnp.float32(0), 3.0, batches=batches, weights=count, **axes)
@@ -140,7 +140,7 @@ def test_low_precision_params_and_float32_near_float64(x64):
     )
     assert seen.losses.tolist() == [1.0, 1.0 + 2.0**-6]
     mixed = {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(2)}
-    loss = lambda p: jnp.sum(p["a"].astype(jnp.float32)) + jnp.sum(p["b"])
+    loss = lambda p: jnp.sum(p["a"].astype(jnp.float64)) + jnp.sum(p["b"])
     assert hj.landscape(loss, mixed, directions=mixed, distances=[1.0]).losses.tolist() == [8.0]
 
 

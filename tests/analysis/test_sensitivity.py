@@ -1,6 +1,7 @@
 """One leaf at a time: against pruning by hand and the quadratic it predicts from, and its file."""
 
 import csv
+import dataclasses
 import io
 import re
 
@@ -141,6 +142,170 @@ def test_nothing_compiles_for_other_params(compilations):
     del compilations[:]
     hj.sensitivity(loss_fn, network(4), LEVELS, diagonal=CURVATURE)
     assert not compilations
+
+
+# -- leaves that go together -------------------------------------------------------------------------
+
+
+def attention(seed, heads=4, kv=4, stack=(), is_fused=False):
+    """Query, key, value and output, and the biases of value and output."""
+    rng = np.random.default_rng(seed)
+    shapes = {name: (8, n, 2) for name, n in {"query": heads, "key": kv, "value": kv}.items()}
+    shapes = {**shapes, "out": (heads, 2, 8)}
+    if is_fused:
+        shapes = {name: (8, s[1] * 2) if name != "out" else (heads * 2, 8) for name, s in shapes.items()}
+    found = {n: {"kernel": jnp.asarray(rng.normal(size=stack + s), "float32")} for n, s in shapes.items()}
+    for name, shape in (("value", shapes["value"][1:]), ("out", (8,))):
+        found[name]["bias"] = jnp.asarray(rng.normal(size=stack + shape), "float32")
+    return found
+
+
+ATTENTIONS = {
+    "split": (hj.patterns.heads(), {}),
+    "fused": (hj.patterns.heads(4), {"is_fused": True}),
+    "grouped": (hj.patterns.heads(4, num_kv_heads=2), {"kv": 2}),
+    "grouped and fused": (hj.patterns.heads(4, 2), {"kv": 2, "is_fused": True}),
+    "stacked": (hj.patterns.heads(), {"stack": (3,)}),
+}
+
+
+@pytest.mark.parametrize(("pattern", "options"), ATTENTIONS.values(), ids=ATTENTIONS)
+def test_heads_go_from_all_leaves_of_an_attention(pattern, options, tmp_path):
+    """One question for every attention, pruned as `prune_once` prunes it alone."""
+    params = {"blocks": [{"attn": attention(i, **options), "mlp": jnp.ones((2, 3))} for i in (0, 1)]}
+    diagonal = jax.tree.map(lambda x: x**2 + 0.1, params)
+    seen = []
+
+    def metric(p):
+        seen.append(p)
+        return {"zeros": sum(jnp.sum(x == 0) for x in jax.tree.leaves(p))}
+
+    call = lambda levels=(0.0, 0.5), where="*/attn/*": hj.sensitivity(
+        metric, params, levels, pattern=pattern, where=where, diagonal=diagonal, path=tmp_path / "s.csv"
+    )
+    result = call()
+    assert [row.parameter for row in result.rows] == ["blocks/0/attn"] * 2 + ["blocks/1/attn"] * 2
+    assert len(seen) == 3
+    by_hand = hj.prune_once(
+        params,
+        hj.saliencies.magnitude(),
+        0.5,
+        pattern=pattern,
+        where="blocks/0/attn/*",
+        allocation=hj.allocations.uniform(),
+    ).params
+    jax.tree.map(np.testing.assert_array_equal, seen[1], by_hand)
+    change = jax.tree.map(lambda h, a, b: jnp.sum(h * (a - b) ** 2) / 2, diagonal, params, by_hand)
+    np.testing.assert_allclose(result.rows[1].predicted, sum(jax.tree.leaves(change)), rtol=1e-5)
+    # The file goes on, with leaves of one attention only, and with other levels; of other leaves it does not.
+    assert call(where="blocks/1/attn/*").rows == result.rows[2:]
+    assert len(seen) == 3
+    assert len(call((0.25, 0.5)).rows) == 4
+    with pytest.raises(ValueError, match="pattern blocks/1/attn: saved heads.* of blocks/1/attn/key/kernel,"):
+        call(where="blocks/1/attn/*/kernel")
+    axes = hj.plot.sensitivity(result)
+    assert sorted(text.get_text() for text in axes.get_legend().get_texts()) == [
+        "blocks/0/attn",
+        "blocks/1/attn",
+    ]
+
+
+def test_an_attention_at_the_root_and_one_whose_output_is_outside():
+    ask = lambda params, **options: hj.sensitivity(
+        lambda p: p["x"].sum(), {**params, "x": jnp.ones(1)}, [0.5], pattern=hj.patterns.heads(), **options
+    )
+    leaves = {name: {"kernel": x["kernel"]} for name, x in attention(0).items()}
+    assert ask(leaves).rows[0].parameter == "."
+    bert = {"self": {n: leaves[n] for n in ("query", "key", "value")}, "output": {"dense": leaves["out"]}}
+    assert [row.parameter for row in ask({"attention": bert}).rows] == ["attention"]
+    # What is selected alone goes by its own name; what has no heads is not asked about.
+    assert [row.parameter for row in ask(leaves, where="query/*").rows] == ["query/kernel"]
+    with pytest.raises(ValueError, match="`pattern` must let something go, but out/bias stay"):
+        ask(attention(0), where="out/bias")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows(hj.patterns.Pattern):
+    """Rows that go together in leaves of one name."""
+
+    called: str
+
+    @property
+    def tie(self):
+        return self.called
+
+    def group(self, leaf):
+        return leaf
+
+    def ungroup(self, rows, shape):
+        return rows
+
+
+def test_two_ties_in_one_module_are_told_apart():
+    params = {
+        name: jnp.arange(1.0, 9.0).reshape(4, 2) + i for i, name in enumerate(("a", "b", "c", "d", "e"))
+    }
+    ties = {"[ac]": Rows("one"), "[bd]": Rows("two"), "e": hj.patterns.unstructured()}
+    zeros = lambda p: {name: jnp.sum(x == 0) for name, x in p.items()}
+    result = hj.sensitivity(zeros, params, [0.5], pattern=ties)
+    assert [(row.parameter, tuple(row.metrics.values())) for row in result.rows] == [
+        ("a + c", (4, 0, 4, 0, 0)),
+        ("b + d", (0, 4, 0, 4, 0)),
+        ("e", (0, 0, 0, 0, 4)),
+    ]
+
+
+# -- layers that one leaf stacks -----------------------------------------------------------------------
+
+
+def test_rows_by_layer_are_those_of_layers_alone():
+    rng = np.random.default_rng(0)
+    kernel, bias = (jnp.asarray(rng.normal(size=s), "float32") for s in ((3, 4, 6), (3, 6)))
+    params = {"blocks": {"kernel": kernel, "bias": bias}, "out": {"kernel": kernel[0], "bias": bias[0]}}
+    apart = {str(i): {"kernel": kernel[i], "bias": bias[i]} for i in range(3)}
+    size = lambda p: {"size": sum(jnp.sum(x**2) for x in jax.tree.leaves(p))}
+    ask = lambda params, **options: hj.sensitivity(
+        lambda p: size(p), params, [0.0, 0.5], diagonal=jax.tree.map(jnp.abs, params), **options
+    )
+    for pattern in (hj.patterns.unstructured(), hj.patterns.filters()):
+        result, alone = ask(params, by_layer=True, pattern=pattern), ask(apart, pattern=pattern)
+        assert [row.parameter for row in result.rows[::2]] == [
+            *(f"blocks/kernel[{i}]" for i in range(3)),
+            "out/kernel",
+        ]
+        for mine, other in zip(result.rows[:6], alone.rows, strict=True):
+            np.testing.assert_allclose(mine.predicted, other.predicted, rtol=1e-6)
+        loss = [row.metrics["size"] for row in result.rows]
+        want = [row.metrics["size"] for row in alone.rows]
+        np.testing.assert_allclose(np.diff(loss)[:6:2], np.diff(want)[::2], rtol=1e-4)
+    with pytest.raises(ValueError, match=r"`by_layer=True` must go with .* got obs\("):
+        hj.sensitivity(size, params, [0.5], hj.saliencies.obs(), by_layer=True)
+
+
+def test_rows_by_layer_of_heads():
+    params = {"attn": attention(0, stack=(2,))}
+    seen = []
+    result = hj.sensitivity(
+        lambda p: float(len(seen.append(p) or seen)),
+        params,
+        [0.5],
+        pattern=hj.patterns.heads(),
+        where="*/kernel",
+        by_layer=True,
+    )
+    assert [row.parameter for row in result.rows] == ["attn[0]", "attn[1]"]
+    both = hj.sensitivity(
+        lambda p: float(len(seen.append(p) or seen)),
+        params,
+        [0.5],
+        pattern=hj.patterns.heads(),
+        where="*/kernel",
+    )
+    assert [row.parameter for row in both.rows] == ["attn"]
+    for layer in (0, 1):
+        for after, whole, dense in zip(*map(jax.tree.leaves, (seen[layer], seen[2], params)), strict=True):
+            np.testing.assert_array_equal(after[layer], whole[layer])
+            np.testing.assert_array_equal(after[1 - layer], dense[1 - layer])
 
 
 # -- what one sees of it ---------------------------------------------------------------------------

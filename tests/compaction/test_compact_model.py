@@ -7,6 +7,9 @@ import pytest
 
 import hessjax as hj
 
+# A bias is added as people add it, without the axes of the batch.
+pytestmark = pytest.mark.promotes
+
 RNG = np.random.default_rng(0)
 PARAMS = {"a": RNG.normal(size=(4, 6)), "b": RNG.normal(size=(6, 3)), "c": np.zeros(6)}
 PARAMS = {name: x.astype("f") for name, x in PARAMS.items()}

@@ -88,7 +88,7 @@ def test_copies_of_a_channel_go_together(between, rows):
 
 STAYING = {
     "top k of the channels": lambda h: jnp.tile(jax.lax.top_k(h, 2)[0], 3),
-    "argmax": lambda h: h * jnp.argmax(h, -1, keepdims=True),
+    "argmax": lambda h: h * jnp.argmax(h, -1, keepdims=True).astype(h.dtype),
     "gathered by data": lambda h: jnp.take_along_axis(h, (h > 0).astype(int), -1),
     "unstack": lambda h: jnp.stack([i * c for i, c in enumerate(jnp.unstack(h, axis=-1))], -1),
     "loop until": lambda h: jax.lax.while_loop(lambda h: h.sum() < 9, lambda h: h + 1, h),
@@ -125,6 +125,7 @@ def unrolled(p, x):
 
 
 @pytest.mark.parametrize("model", [scanned, counted, unrolled])
+@pytest.mark.promotes
 def test_a_stack_shrinks_by_what_is_dead_in_all_layers(model):
     params = {"a": array(3, 4, 6), "b": array(3, 6, 4, zeros=[(1, [1, 5])]), "c": array(3, 6)}
     want = {"a": (3, 4, 4), "b": (3, 4, 4), "c": (3, 4)}
@@ -201,6 +202,7 @@ def grouped_query(p, tokens):
     return (h + jnp.einsum("bhqk,bkhd,hdo->bqo", weights, v, p["o"])) @ p["e"].T
 
 
+@pytest.mark.promotes
 def test_grouped_heads_and_a_tied_embedding():
     tokens = jnp.array([[1, 2, 3], [4, 5, 0]])
     params = {"e": array(7, 8), "q": array(8, 4, 4), "k": array(8, 2, 4), "v": array(8, 2, 4)}

@@ -217,6 +217,7 @@ class Network:
 
 
 @pytest.mark.parametrize("seed", range(12))
+@pytest.mark.promotes
 def test_the_outputs_stay(seed, x64):
     network = Network(seed)
     small = hj.compact(network, network.params, np.random.default_rng(seed).normal(size=(2, 4, 3)))
@@ -237,6 +238,7 @@ def alive(weights, biases):
 
 
 @pytest.mark.parametrize("seed", range(12))
+@pytest.mark.promotes
 def test_all_that_can_go_goes(seed):
     """Against paths through a perceptron found by hand, written as layers one by one and as a scan's step."""
     rng = np.random.default_rng(seed)

@@ -7,6 +7,9 @@ import pytest
 
 import hessjax as hj
 
+# A bias is added as people add it, without the axes of the batch.
+pytestmark = pytest.mark.promotes
+
 RNG = np.random.default_rng(0)
 X, OUT, BIAS = (RNG.normal(size=shape).astype("f") for shape in ((2, 5, 4), (6, 3), (6,)))
 IN = RNG.normal(size=(4, 6)).astype("f")

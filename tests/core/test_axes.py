@@ -58,6 +58,10 @@ def put(n, tree):
         ({"weight": (4, 6)}, "kernel", (), (1,), (0,)),  # Equinox, PyTorch
         ({"weight": (4, 6, 3, 3), "bias": (4, 1, 1)}, "kernel", (2, 3), (1,), (0,)),
         ({"weight": (6, 4), "bias": (4,)}, "kernel", (), (0,), (1,)),  # the bias says otherwise
+        ({"weight": (6, 4, 3, 3), "bias": (4,)}, "kernel", (2, 3), (0,), (1,)),  # PyTorch's ConvTranspose
+        ({"weight": (6, 4, 3), "bias": (4,)}, "kernel", (2,), (0,), (1,)),
+        ({"weight_ih": (12, 6), "bias_ih": (12,)}, "kernel", (), (1,), (0,)),  # cells
+        ({"weight_hh_l0_reverse": (12, 12), "bias_hh_l0_reverse": (12,)}, "kernel", (), (1,), (0,)),
         ({"w": (6, 4), "b": (4,)}, "kernel", (), (0,), (1,)),
         ({"embedding": (9, 4)}, "embedding", (), (0,), (1,)),
         ({"scale": (4,)}, "vector", (), (), (0,)),
@@ -116,6 +120,10 @@ def test_a_scanned_block_beside_what_is_not(wrap, bias):
         ({"kernel": (4, 8, 8)}, 0),  # a convolution of one dimension
         ({"conv1": (4, 8, 8)}, 0),
         ({"conv": {"kernel": (4, 8, 8)}, "norm": {"scale": (8,)}}, 0),
+        ({"experts": {"wi": {"kernel": (4, 8, 16)}, "wo": {"kernel": (4, 16, 8)}}}, 1),
+        ({"0": {"weight": (4, 8), "bias": (4, 8)}, "1": {"weight": (4, 6, 8)}}, 1),  # PyTorch's Sequential
+        (each(("base_layer", "lora_A"), {"weight": (4, 8, 8)}), 1),
+        ({"norm": {"weight": (4, 8)}, "normal_head": {"weight": (4, 8, 8)}}, 1),
         ({"w": (3, 3, 8, 8)}, 0),
         (each(("q", "k", "v", "o"), {"kernel": (4, 8, 8)}), 1),
         ({**each(("query", "key", "value"), {"kernel": (8, 4, 8)}), "out": {"kernel": (4, 8, 8)}}, 0),
@@ -134,6 +142,37 @@ def test_stacks_without_biases(tree, depth):
 
 def init(module, *inputs):
     return jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs))["params"]
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "axes"),
+    [
+        ({"conv2_d_transpose": {"w": (3, 3, 8, 8), "b": (8,)}}, "w", ((0, 1), (3,), (2,))),  # Haiku's
+        ({"conv2_d_transpose": {"w": (3, 3, 4, 8)}}, "w", ((0, 1), (3,), (2,))),
+        ({"conv2_d": {"w": (3, 3, 8, 8), "b": (8,)}}, "w", ((0, 1), (2,), (3,))),
+    ],
+)
+def test_a_module_that_says_what_its_shape_does_not(module, name, axes):
+    (path,) = module
+    found = read(shapes(module))[f"{path}/{name}"]
+    assert (found.spatial, found.input, found.output) == axes
+
+
+def test_a_router_beside_stacked_experts():
+    """It shares the stack of the layers, not that of the experts."""
+    tree = {"router": {"kernel": (6, 8, 4)}, "up": {"kernel": (6, 4, 8, 16), "bias": (6, 4, 16)}}
+    for name in ("router", "choose"):
+        found = read(shapes({"moe": {name: tree["router"], "up": tree["up"]}}))
+        assert found[f"moe/{name}/kernel"].stack == (0,)
+        assert found["moe/up/kernel"].stack == (0, 1)
+
+
+def test_keys_and_values_in_one():
+    tree = {
+        "attn": {"q": {"kernel": (8, 4, 3)}, "kv": {"kernel": (8, 2, 2, 3)}, "out": {"kernel": (4, 3, 8)}}
+    }
+    found = read(shapes(tree))["attn/kv/kernel"]
+    assert (found.input, found.output, found.attention.head) == ((0,), (1, 2, 3), 2)
 
 
 class Block(nn.Module):
@@ -160,6 +199,58 @@ def test_linen_scan():
         assert (again.stack, again.layer, again.kind) == ((0,), one.shape, one.kind)
         assert again[3:6] == one[3:6]
     assert not any(one.stack for path, one in found.items() if not path.startswith("Scan"))
+
+
+class Dressed(nn.Module):
+    """A block with all that a transformer has."""
+
+    bias: bool = True
+    has_norm: bool = True
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        normed = nn.LayerNorm()(x) if self.has_norm else x
+        x = x + nn.MultiHeadDotProductAttention(2, use_bias=self.bias, normalize_qk=self.bias)(normed)
+        x = nn.Conv(6, (3,), use_bias=self.bias)(x)
+        return x + nn.Dense(6, use_bias=self.bias)(nn.Dense(12, use_bias=self.bias)(x)), None
+
+
+class Framed(nn.Module):
+    """A stack of them along some axis, between what is not stacked."""
+
+    block: nn.Module
+    axis: int
+
+    @nn.compact
+    def __call__(self, x):
+        stack = {"variable_axes": {"params": self.axis}, "split_rngs": {"params": True}}
+        x = nn.Embed(9, 6)(x)
+        x, _ = nn.scan(nn.remat(type(self.block)), **stack, length=4)(
+            self.block.bias, self.block.has_norm, name="stack"
+        )(x, None)
+        return nn.Dense(6)(nn.LayerNorm()(x))
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+@pytest.mark.parametrize("block", [Dressed(), Dressed(bias=False), Dressed(has_norm=False)], ids=str)
+def test_a_stack_along_another_axis(axis, block):
+    """As `variable_axes={"params": 1}` makes it: each layer is read as it is alone."""
+    found = read(init(Framed(block, axis), jnp.zeros((1, 5), int)))
+    for path, alone in read(init(block, jnp.zeros((1, 5, 6)))).items():
+        again = found[f"stack/{path}"]
+        assert again.stack == (axis % len(again.shape),), path
+        assert (again.layer, again.kind) == (alone.shape, alone.kind)
+        assert again[3:6] == alone[3:6], path
+        if alone.attention is not None:
+            assert again.attention[1:] == alone.attention[1:]
+    assert not any(one.stack for path, one in found.items() if not path.startswith("stack"))
+
+
+def test_users_word_counts_where_the_stack_is_found_too():
+    tree = {"norm": {"scale": (8, 3)}, "fc": {"kernel": (8, 6, 3), "bias": (6, 3)}}
+    assert {found.stack for found in tree_axes(shapes(tree))} == {(1,), (2,)}
+    found = read(shapes(tree), axes={"fc/kernel": "in head entry"})
+    assert (found["fc/kernel"].stack, found["fc/kernel"].output) == ((), (1, 2))
 
 
 def test_nnx_vmap():
@@ -229,8 +320,10 @@ def test_three_projections_in_one(flip, bias):
 
 def test_other_modules_are_no_attentions():
     mamba = {"mixer": {"in_proj": {"kernel": (8, 32)}, "out_proj": {"kernel": (16, 8)}}}
+    pattern = {"pattern_block": {"in_proj": {"kernel": (8, 32)}, "out_proj": {"kernel": (16, 8)}}}
     lstm = {"cell": {"i": {"kernel": (8, 8)}, "o": {"kernel": (8, 8)}, "q": {"kernel": (8, 8)}}}
     assert not by_role(mamba)
+    assert not by_role(pattern)
     assert not by_role(lstm)
 
 
@@ -246,6 +339,7 @@ def test_other_modules_are_no_attentions():
          {"patch_embeddings/projection/kernel"}),
         ({"bn": {"scale": (1, 8), "offset": (1, 8)}, "linear": {"w": (8, 8)}}, {"linear/w"}),
         ({"a": (4, 4), "b": (4, 4)}, {"a", "b"}),
+        ({"normal_head": {"weight": (8, 8)}, "norm": {"weight": (8,)}}, {"normal_head/weight"}),
         ({"w1": (4, 4), "b1": (4,), "relative_attention_bias": {"embedding": (32, 4)}}, {"w1"}),
     ],
     ids=lambda value: str(sorted(value)),

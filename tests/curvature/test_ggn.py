@@ -14,8 +14,10 @@ KEY = jax.random.key(0)
 
 def model_fn(params, batch):
     """Three numbers an example, from params in any container."""
-    bias, empty, scale, kernel = jax.tree.leaves(params)
-    return scale * jnp.tanh(batch[0].astype(kernel.dtype) @ kernel + bias[None]) + jnp.sum(empty)
+    bias = jax.tree.leaves(params)[0]
+    bias, empty, scale, kernel = (leaf.astype(bias.dtype) for leaf in jax.tree.leaves(params))
+    x = batch[0].astype(bias.dtype)
+    return scale * jnp.tanh(x @ kernel + bias.reshape(*[1] * (x.ndim - 1), 3)) + jnp.sum(empty)
 
 
 def cross_entropy(logits, batch):

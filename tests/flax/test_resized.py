@@ -183,6 +183,20 @@ def test_a_linen_layer_of_fixed_width_is_named():
         linen_resized(Positions(), small.params, x)
 
 
+@pytest.mark.parametrize("wrong", ["module", "variables", "collections"])
+def test_what_is_no_module_or_no_variables_is_named(wrong):
+    net, x = nn.Dense(2), jnp.ones((1, 3))
+    variables = net.init(jax.random.key(0), x)
+    given = {
+        "module": (nn.Dense, variables, "`module` must be a"),
+        "variables": (net, hj.compact(net.apply, variables, x), "`variables` must be a mapping"),
+        "collections": (net, variables["params"], "`variables` must be a mapping"),
+    }
+    module, tree, message = given[wrong]
+    with pytest.raises(TypeError, match=message):
+        linen_resized(module, tree, x)
+
+
 # -- nnx ------------------------------------------------------------------------------------------
 
 

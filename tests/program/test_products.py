@@ -67,7 +67,7 @@ W, X = jnp.ones((3, 3)), jnp.ones((2, 3))
     [
         lambda w, x: x @ w,
         lambda w, x: (w.T @ x.T).T,
-        lambda w, x: x @ (w.astype(jnp.bfloat16) * jnp.eye(3, dtype=jnp.bfloat16)),
+        lambda w, x: x.astype(jnp.bfloat16) @ (w.astype(jnp.bfloat16) * jnp.eye(3, dtype=jnp.bfloat16)),
         lambda w, x: x @ (w / jnp.linalg.norm(w)),
         jax.jit(lambda w, x: x @ w),
         jax.checkpoint(lambda w, x: x @ w),

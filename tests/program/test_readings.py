@@ -32,14 +32,15 @@ W, X, Q = array(3, 5), array(2, 3), array(3, 2, 4)
     [
         (lambda w, x: x @ w, W, ("dot_general", 1, ((0,), (1,)), 1)),
         (lambda w, x: w.T @ x.T, W, ("dot_general", 0, ((1,), (0,)), 1)),
-        (lambda w, x: x @ (w.astype(jnp.bfloat16) * jnp.tri(3, 5)), W, ("dot_general", 1, ((0,), (1,)), 1)),
+        (lambda w, x: x @ (w.astype(jnp.bfloat16).astype("f") * jnp.tri(3, 5)), W,
+         ("dot_general", 1, ((0,), (1,)), 1)),
         (lambda w, x: x @ (jnp.tri(3, 5) * w / jnp.linalg.norm(w)), W, ("dot_general", 1, ((0,), (1,)), 1)),
         (lambda w, x: jnp.einsum("bi,ihd->bhd", x, w), Q, ("dot_general", 1, ((0,), (1,), (2,)), 1)),
         (lambda w, x: x @ w.reshape(3, 8), Q, ("dot_general", 1, ((0,), (1, 2)), 1)),
         (lambda w, x: x @ w.reshape(8, 3).T, array(24), ("dot_general", 1, ((0,), (0,)), 1)),
         (lambda w, x: x @ w[1:2].squeeze(0), array(4, 3, 5), ("dot_general", 1, ((1,), (2,)), 1)),
         (lambda w, x: x[:, :1] @ w, array(1, 5), ("dot_general", 1, ((0,), (1,)), 1)),
-        (lambda w, x: x + w, array(3), ("add", 1, ((), (0,)), 1)),
+        (lambda w, x: x + w[None], array(3), ("add", 1, ((), (0,)), 1)),
         (lambda w, x: w[x[:, 0].astype(int)], W, ("gather", 0, ((0,), (1,)), 1)),
         (lambda w, x: x @ jnp.sort(w, 0), W, ("dot_general", 1, None, 1)),
         (lambda w, x: jax.lax.map(lambda row: row @ w, x), W, ("dot_general", 1, ((0,), (1,)), 2)),
@@ -117,7 +118,7 @@ def test_every_leaf_of_a_layer_with_bias_scale_and_mask():
 
     def model(p, x):
         h = jnp.tanh(x @ (p["kernel"] * p["mask"]) + p["bias"][None])
-        return h / jnp.linalg.norm(h) * p["scale"]
+        return h / jnp.linalg.norm(h) * p["scale"][None]
 
     assert used(model, params, X) == {
         "kernel": [("dot_general", 1, ((0,), (1,)), 1)],

@@ -70,7 +70,7 @@ MODELS = {
     "scan, carried weights": lambda w, x: jax.lax.scan(lambda v, row: (v * 0.5, row @ v), w, x),
     "scan in scan": twice(lambda w, h: jax.lax.scan(lambda h, v: (h + v, None), h @ w, w[:, None])[0]),
     "map": lambda w, x: jax.lax.map(lambda row: row @ w, x),
-    "fori": lambda w, x: jax.lax.fori_loop(0, 3, lambda i, h: jnp.tanh(h @ w) + i, x),
+    "fori": lambda w, x: jax.lax.fori_loop(0, 3, lambda i, h: jnp.tanh(h @ w) + i.astype(h.dtype), x),
     "while": lambda w, x: jax.lax.while_loop(
         lambda c: (c[0] < 2) & (w[0, 0] < 9), lambda c: (c[0] + 1, c[1] @ w), (0, x)
     ),

@@ -137,7 +137,8 @@ GROUPS = {
 
 @pytest.mark.parametrize(("group", "pattern"), GROUPS.items(), ids=GROUPS.values())
 def test_groups(load, group, pattern):
-    fields = f"group_type: {group}\ndesired_sparsity: 0.5\nweights: [conv1.weight]"
+    leaf = "fc1" if group == "Rows" else "conv1"  # a convolution has no rows
+    fields = f"group_type: {group}\ndesired_sparsity: 0.5\nweights: [{leaf}.weight]"
     (rule,) = rules(load, f"class: L1RankedStructureParameterPruner\n{fields}")
     assert repr(rule.options["pattern"]) == pattern
     assert repr(rule.options["allocation"]) == "uniform()"

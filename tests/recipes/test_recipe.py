@@ -28,7 +28,7 @@ def network():
 def loss_fn(params, x):
     out = x
     for name in ("first", "hidden_1", "hidden_2"):
-        out = jnp.tanh(out @ params[name]["kernel"] + params[name]["bias"])
+        out = jnp.tanh(out @ params[name]["kernel"] + params[name]["bias"][None])
     return jnp.mean((out - x[:, :4]) ** 2)
 
 

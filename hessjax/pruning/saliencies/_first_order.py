@@ -168,7 +168,7 @@ class Static(Saliency):
     def change(self) -> MaskChange:  # type: ignore[override]
         """A new ranking of the same scores, and nothing back that a mask prunes."""
         leaves = zip(_tree.leaf_paths(self.given), jax.tree.leaves(self.given), strict=True)
-        return Ticket(tuple(path for path, x in leaves if jnp.issubdtype(jnp.result_type(x), jnp.bool_)))
+        return Ticket(tuple(path for path, x in leaves if _is_mask(x)))
 
     def init(self, weights: Params) -> Params:
         """The scores of the leaves that are pruned."""
@@ -183,6 +183,11 @@ class Static(Saliency):
     def scores(self, state: Params, seen: Context) -> Params:
         """Those given."""
         return _tree.wide(state)
+
+
+def _is_mask(leaf: Any) -> bool:
+    # What is not pruned may be anything: a name, a key.
+    return _tree.is_array(leaf) and jnp.issubdtype(jnp.result_type(leaf), jnp.bool_)
 
 
 magnitude, gradient, random = Magnitude, Gradient, Random

@@ -141,8 +141,10 @@ def rows_of(block: Block, mask: Params) -> Block:
 # -- zeros that are none -------------------------------------------------------------------------
 
 
-def num_undone(state: PruneState, params: Params) -> Int[Array, ""]:
-    """How many pruned weights are not 0 in the params; before the first update none has to be.
+def most_undone(state: PruneState, params: Params) -> Int[Array, ""]:
+    """The most weights there have been, these params included, that are pruned and yet not 0.
+
+    Before the first update none has to be 0.
 
     Raises:
         ValueError: outside `jit`, if there are any.
@@ -151,18 +153,17 @@ def num_undone(state: PruneState, params: Params) -> Int[Array, ""]:
     number = jnp.where(state.num_updates > 0, _total(wrong), 0)
     if not isinstance(number, jax.core.Tracer) and number > 0:
         raise ValueError(f"`params` must be 0 where they are pruned, but {_where(wrong)} not. {UNDONE}")
-    return number
+    return jnp.maximum(state.num_undone, number)
 
 
-def num_stuck(before: Params, mask: Params, weights: Params) -> Int[Array, ""]:
-    """How many weights the new mask prunes that are NaN or infinite: nothing added to one makes it 0.
+def num_stuck(mask: Params, params: Params) -> Int[Array, ""]:
+    """How many params the mask prunes that are NaN or infinite: nothing added to one makes it 0.
 
     Raises:
         FloatingPointError: outside `jit`, if there are any.
     """
-    wrong = jax.tree.map(
-        lambda old, new, w: jnp.asarray(old) & ~new & ~jnp.isfinite(w), before, mask, weights
-    )
+    # The mask before is not asked for: read after the new one is made, it would be copied at every update.
+    wrong = jax.tree.map(lambda m, p: jnp.logical_and(~m, ~jnp.isfinite(p)), mask, params)
     number = _total(wrong)
     if not isinstance(number, jax.core.Tracer) and number > 0:
         raise FloatingPointError(

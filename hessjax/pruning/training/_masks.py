@@ -39,6 +39,9 @@ def mask_of(opt_state: Any, params: Params | None = None) -> Params:
         UserWarning: if pruned weights were found not to be 0 (`PruneState.num_undone`), which inside `jit`
             cannot be an error.
 
+    Cost:
+        Reads what is there; outside `jit` one number comes to the host.
+
     Example:
         >>> import jax.numpy as jnp, optax, hessjax as hj
         >>> tx = optax.chain(optax.clip(1.0), hj.prune(optax.sgd(0.1), hj.saliencies.magnitude(),

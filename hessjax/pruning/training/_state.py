@@ -118,9 +118,10 @@ class PruneState(NamedTuple):
         sparsity: what was asked for at the last mask step, or came of a `threshold`; 0 before the first.
         num_nan: how many scores were NaN at the last mask step; anything but 0 means that the run has gone
             wrong.
-        num_undone: the most weights, at any one update, that were pruned and yet not 0 in the params given:
+        num_undone: the most weights, at any one count, that were pruned and yet not 0 in the params given:
             something after `prune` has changed its updates, or params were put in from elsewhere, or a pruned
-            weight was NaN or infinite. Anything but 0 means that the params were not sparse.
+            weight was NaN or infinite. Anything but 0 means that the params were not sparse. Counted at mask
+            steps, at the update after one, and at every 31st update.
         predicted_increase: of the loss, by a saliency that compensates, at the last mask step; None for the
             others.
     """
@@ -141,6 +142,9 @@ Target: TypeAlias = float | int | Schedule | Threshold
 
 FAR = 2**31 - 1
 """The last update there can be."""
+
+LOOK_EVERY = 31
+"""Updates between two counts of zeros while the mask rests: a pass over the weights, far from free."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +167,14 @@ class MaskSteps:
         due = (step >= self.start) & ((step - self.start) % self.every == 0) & (step < FAR)
         # `stop` itself, be it a multiple of `every` or not: there the schedule reaches its target.
         return due if self.stop is None else (due & (step <= self.stop)) | (step == self.stop)
+
+    def look_at(self, step: Int[Array, ""]) -> Bool[Array, ""]:
+        """Whether T = `step` counts what is pruned and not 0; outside `jit`, where it can raise, always."""
+        if not isinstance(step, jax.core.Tracer):
+            return jnp.asarray(True)
+        # What changes updates on their way shows after every mask, the first of which acts at T = 1; what
+        # acts now and then, as an average put in at every k-th update, meets a prime's multiples in time.
+        return self.are_at(step) | self.are_at(step - 1) | (step == 2) | (step % LOOK_EVERY == 0)
 
     def some(self) -> list[int]:
         """A sample of them that reaches far: the first, doubling gaps, the last."""

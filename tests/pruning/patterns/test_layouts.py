@@ -77,6 +77,19 @@ def test_a_stack_may_lie_anywhere(pattern):
         np.testing.assert_array_equal(jnp.moveaxis(found, 1, 0), first)
 
 
+@pytest.mark.parametrize("pattern", PATTERNS[:5], ids=NAMES[:5])
+@pytest.mark.parametrize("place", [1, -1])
+def test_a_stack_that_is_found_elsewhere(pattern, place):
+    """The norm of a block shows where its layers lie."""
+    up, down, scale = numbers(3, 4, 8), numbers(3, 8, 4, seed=1), jnp.ones((3, 4))
+    block = {"norm": {"scale": scale}, "fc1": {"kernel": up}, "fc2": {"kernel": down}}
+    moved = jax.tree.map(lambda x: jnp.moveaxis(x, 0, place), block)
+    first, found = masked(block, pattern), masked(moved, pattern)
+    for name in ("fc1", "fc2"):
+        again = jnp.moveaxis(found[name]["kernel"], place, 0)
+        np.testing.assert_array_equal(again, first[name]["kernel"])
+
+
 @pytest.mark.parametrize(
     "allocation", [hj.allocations.global_threshold(), hj.allocations.erdos_renyi()], ids=repr
 )

@@ -153,6 +153,29 @@ def test_what_undoes_zeros_is_told(name):
         hj.mask_of(state)
 
 
+@pytest.mark.parametrize("period", [2, 7])
+def test_what_undoes_zeros_now_and_then_is_told_inside_jit(period):
+    """Between mask steps, and after the last, when `prune` makes zeros again at the next update."""
+    tx, params = pruned(optax.sgd(0.1), stop=2, every=1), make_params()
+    state, update, dense = tx.init(params), jax.jit(tx.update), params
+    for t in range(31 * period):
+        updates, state = update(params, state, params)
+        params = optax.apply_updates(params, updates)
+        params = dense if t > 4 and t % period == 0 else params
+    assert int(state.num_undone) > 0
+
+
+def test_between_counts_no_weights_are_copied():
+    """XLA copies what is read out of order and then overwritten: of the arrays a loop donates, nothing."""
+    for regrow in (True, False):
+        tx, params = pruned(optax.sgd(0.1), regrow=regrow), make_params()
+        step = lambda p, s, g, tx=tx: tx.update(g, s, p)
+        whole = lambda *args, step=step: (optax.apply_updates(args[0], (found := step(*args))[0]), found[1])
+        compiled = jax.jit(whole, donate_argnums=(0, 1)).lower(params, tx.init(params), params).compile()
+        entry = compiled.as_text().split("ENTRY")[1]
+        assert not [line for line in entry.splitlines() if "5,6]" in line and " copy(" in line]
+
+
 def test_lookahead_is_told():
     """Its slow weights, which the fast ones are set to, know nothing of the mask."""
     tx = optax.lookahead(pruned(optax.sgd(0.1)), sync_period=2, slow_step_size=0.5)
