@@ -229,7 +229,7 @@ def one_by_one(estimate: Estimate) -> list[Estimate]:
     return [Estimate(mean, stderr, estimate.num_samples, of_data) for mean, stderr, of_data in columns]
 
 
-def hashed_signs(seed: Int[Array, ""], like: Params) -> Vector:
+def hashed_signs(seed: Int[Array, ""] | int, like: Params) -> Vector:
     """Signs from an integer hash (the finalizer of MurmurHash3): no statistics, just no structure.
 
     For directions that only have to be new. It compiles in a tenth of the time of a random generator.
@@ -237,7 +237,8 @@ def hashed_signs(seed: Int[Array, ""], like: Params) -> Vector:
     leaves, structure = jax.tree.flatten(like)
 
     def signs(index: int, leaf: Array) -> Array:
-        bits = _sharding.places(leaf) + (seed * 64 + index + 1).astype(jnp.uint32) * jnp.uint32(0x9E3779B9)
+        place = jnp.asarray(seed * 64 + index + 1, jnp.uint32)  # the seed of a loop without `jit` is an int
+        bits = _sharding.places(leaf) + place * jnp.uint32(0x9E3779B9)
         for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
             bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
         return jnp.where(bits & 1, 1, -1).astype(leaf.dtype)

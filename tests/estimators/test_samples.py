@@ -1,7 +1,9 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hessjax.estimators._samples import sampling_error
+import hessjax as hj
+from hessjax.estimators._samples import hashed_signs, sampling_error
 
 
 def test_equal_batches_give_the_textbook_error(x64):
@@ -23,3 +25,19 @@ def test_ragged_batches_estimate_the_error_of_the_mean_over_examples(x64):
 
 def test_one_batch_says_nothing():
     assert np.isinf(sampling_error(jnp.ones(1), jnp.ones(1)))
+
+
+def test_signs_are_the_same_without_jit():
+    like = {"a": jnp.ones((3, 4)), "b": jnp.ones(5)}
+    with jax.disable_jit():  # a loop then counts in Python's integers
+        eager = jax.lax.fori_loop(3, 4, lambda i, _: hashed_signs(i, like), like)
+    compiled = jax.lax.fori_loop(3, 4, lambda i, _: hashed_signs(i, like), like)
+    for x, y in zip(jax.tree.leaves(eager), jax.tree.leaves(compiled), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_eigenpairs_without_jit(untyped):
+    A = jax.tree_util.Partial(jnp.multiply, jnp.arange(1.0, 4.0))
+    with jax.disable_jit():
+        values = hj.eigenpairs(A, jax.random.key(0), jnp.ones(3), k=1, which="largest").values
+    np.testing.assert_allclose(values, [3.0], rtol=1e-5)
