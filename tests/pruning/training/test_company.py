@@ -156,12 +156,12 @@ def test_what_undoes_zeros_is_told(name):
 @pytest.mark.parametrize("period", [2, 7])
 def test_what_undoes_zeros_now_and_then_is_told_inside_jit(period):
     """Between mask steps, and after the last, when `prune` makes zeros again at the next update."""
-    tx, params = pruned(optax.sgd(0.1), stop=2, every=1), make_params()
+    tx, params = pruned(optax.sgd(0.1), every=1), make_params()
     state, update, dense = tx.init(params), jax.jit(tx.update), params
     for t in range(31 * period):
         updates, state = update(params, state, params)
         params = optax.apply_updates(params, updates)
-        params = dense if t > 4 and t % period == 0 else params
+        params = dense if t > 8 and t % period == 0 else params
     assert int(state.num_undone) > 0
 
 
