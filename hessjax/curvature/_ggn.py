@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -292,4 +293,4 @@ def _check_examples(outputs: Any) -> None:
 
 def _num_examples(outputs: Float[Array, "... c"]) -> int:
     # All axes but the last: tokens and pixels count as examples, as in a loss that is a mean over them.
-    return max(1, outputs[..., 0].size)
+    return max(1, math.prod(outputs.shape[:-1]))
