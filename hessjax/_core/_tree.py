@@ -245,24 +245,30 @@ def times(factor: Any, x: Array) -> Array:
 
 def block_inner(block: Block, vector: Vector) -> Float[Array, " k"]:
     """The k inner products of the block's rows with one vector."""
-    dtype = accumulator_dtype(vector)
-
-    def leaf(rows: Array, x: Array) -> Array:
-        return jnp.tensordot(
-            rows.astype(dtype),
-            x.astype(dtype),
-            axes=x.ndim,
-            precision="highest",
-            out_sharding=_sharding.everywhere(x),
-        )
-
-    parts: list[Array] = jax.tree.leaves(jax.tree.map(leaf, block, vector))
-    return sum(parts[1:], parts[0])
+    return _contracted(block, vector, 0)
 
 
 def gram(a: Block, b: Block) -> Float[Array, "j k"]:
     """All inner products of the rows of `a` (j) with the rows of `b` (k)."""
-    return jax.vmap(lambda row: block_inner(b, row))(a)
+    return _contracted(a, b, 1)
+
+
+def _contracted(a: Block, b: Any, num_leading: int) -> Array:
+    """Sums of products over all axes of the leaves but the first of `a`, and the leading ones of `b`."""
+    dtype = accumulator_dtype(b)
+
+    def leaf(x: Array, y: Array) -> Array:
+        axes = [*range(1, x.ndim)], [*range(num_leading, y.ndim)]
+        return jnp.tensordot(
+            x.astype(dtype),
+            y.astype(dtype),
+            axes=axes,
+            precision="highest",
+            out_sharding=_sharding.everywhere(y),
+        )
+
+    parts: list[Array] = jax.tree.leaves(jax.tree.map(leaf, a, b))
+    return sum(parts[1:], parts[0])
 
 
 def combine(coefficients: Float[Array, "... k"], block: Block) -> Any:
