@@ -15,7 +15,7 @@ from hessjax._core._types import Block, Params, Scalar, Where
 from hessjax._core._words import AxisWords
 from hessjax._run._identity import Identity, describe, fingerprint
 from hessjax.pruning._once import prune_once
-from hessjax.pruning._ranking import tied
+from hessjax.pruning._units import tied
 from hessjax.pruning.allocations._allocation import uniform
 from hessjax.pruning.patterns._fitting import Fit, chosen_patterns, fits_of
 from hessjax.pruning.patterns._pattern import Kept, Laid, Pattern, Patterns

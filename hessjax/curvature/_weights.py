@@ -7,6 +7,7 @@ and ℓₙ the example's own mean over them; or one number, Σ wₙ, all that a 
 
 import functools
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -51,6 +52,18 @@ def num_examples(args: tuple[Any, ...]) -> int:
     count = leading_axis(args[0], "What all examples share goes into the arguments after the batch.")
     if not count:
         raise ValueError("`args[0]` must hold at least one example, got 0.")
+    if (
+        len(args) > 1
+        and count > 1
+        and all(isinstance(x, jax.Array | np.ndarray) and x.shape[:1] == (count,) for x in args[:2])
+    ):
+        # It may be meant: class weights, say, of as many classes as there are examples.
+        warnings.warn(
+            f"`args[1]` is passed whole to each of the {count} examples that `args[0]` is cut into, but is "
+            "as long as they are many: if these are labels, put both into one batch, `(x, y)`.",
+            UserWarning,
+            stacklevel=4,
+        )
     return count
 
 

@@ -164,3 +164,13 @@ def test_data_that_cannot_be_cut():
         matvec = hj.empirical_fisher(oracles.loss_fn, params, (x, y), microbatch=microbatch)
         with pytest.raises(ValueError, match="`vector` must have the structure of `params`"):
             matvec({"w": jnp.ones(2)})
+
+
+def test_labels_beside_the_batch_are_warned_of():
+    """Every example would meet all labels: never what is meant."""
+    x, y = jnp.ones((4, 2)), jnp.ones(4)
+    loss = lambda w, x, y: jnp.mean((x @ w - y) ** 2)
+    with pytest.warns(UserWarning, match=r"labels, put both into one batch, `\(x, y\)`"):
+        hj.per_example_grads(loss, jnp.ones(2), x, y)
+    hj.per_example_grads(loss, jnp.ones(2), x, jnp.ones(1))
+    hj.per_example_grads(loss, jnp.ones(2), x[:1], y[:1])

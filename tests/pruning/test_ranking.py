@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import hessjax as hj
-from hessjax.pruning._ranking import ordered_keys, smallest, units_of
+from hessjax.pruning._ranking import ordered_keys, smallest
+from hessjax.pruning._units import units_of
 
 
 def reference(arrays, n):

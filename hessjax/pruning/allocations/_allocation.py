@@ -13,7 +13,8 @@ from jaxtyping import Array, Int
 from hessjax._core import _tree
 from hessjax._core._messages import checked_function, checked_number, shown, uncalled
 from hessjax._core._types import Params, settings
-from hessjax.pruning._ranking import Sparsity, Units, check_sparsity, num_zeros, smallest, units_of
+from hessjax.pruning._ranking import Sparsity, check_sparsity, num_zeros, smallest
+from hessjax.pruning._units import Units, units_of
 from hessjax.pruning.patterns._pattern import Pattern, Patterns, unstructured
 
 _ALONE = unstructured()

@@ -14,16 +14,8 @@ from jaxtyping import Array, Float, Int
 from hessjax._core._axes import Axes, stacked
 from hessjax._core._messages import checked_number, checked_schedule, shown
 from hessjax._core._types import Params, settings
-from hessjax.pruning._ranking import (
-    Member,
-    Schedule,
-    Sparsity,
-    Units,
-    check_sparsity,
-    num_zeros,
-    smallest,
-    units_of,
-)
+from hessjax.pruning._ranking import Schedule, Sparsity, check_sparsity, num_zeros, smallest
+from hessjax.pruning._units import Member, Units, units_of
 from hessjax.pruning.allocations._allocation import (
     Allocation,
     caps_of,

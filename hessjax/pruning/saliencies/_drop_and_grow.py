@@ -11,7 +11,8 @@ from jaxtyping import Array, Float
 from hessjax._core import _tree
 from hessjax._core._messages import checked_key, checked_schedule
 from hessjax._core._types import Params, settings
-from hessjax.pruning._ranking import Schedule, ordered_keys, smallest, units_of
+from hessjax.pruning._ranking import Schedule, ordered_keys, smallest
+from hessjax.pruning._units import units_of
 from hessjax.pruning.saliencies._first_order import Magnitude
 from hessjax.pruning.saliencies._saliency import Context, MaskChange, Saliency, checked_saliency
 

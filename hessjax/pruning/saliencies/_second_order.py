@@ -16,7 +16,7 @@ from hessjax._fisher import _model, _scores
 from hessjax._fisher._inverse_fisher import InverseFisher, verdict_of
 from hessjax._fisher._readout import INACCURATE, Verdict
 from hessjax._fisher._rows import Blocking, Parts, num_grads, row
-from hessjax.pruning._ranking import together
+from hessjax.pruning._units import together
 from hessjax.pruning.patterns._fitting import patterns_of
 from hessjax.pruning.patterns._pattern import Pattern, Patterns, unstructured
 from hessjax.pruning.saliencies._saliency import Context, Saliency, drop_others

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import hessjax as hj
-from hessjax.pruning._ranking import units_of
+from hessjax.pruning._units import units_of
 from hessjax.pruning.patterns._fitting import patterns_of
 from hessjax.pruning.patterns._heads import HeadGroups
 from hessjax.pruning.patterns._patterns import Along
