@@ -30,8 +30,6 @@ from hessjax.compaction._sparse import load_npz as load_npz
 from hessjax.compaction._sparse import save_npz as save_npz
 from hessjax.compaction._sparse import to_sparse as to_sparse
 from hessjax.curvature import likelihoods as likelihoods
-from hessjax.curvature._arithmetic import adam_preconditioner as adam_preconditioner
-from hessjax.curvature._arithmetic import preconditioned as preconditioned
 from hessjax.curvature._arithmetic import weighted_sum as weighted_sum
 from hessjax.curvature._batches import over_batches as over_batches
 from hessjax.curvature._ggn import fisher as fisher
@@ -40,6 +38,8 @@ from hessjax.curvature._gradients import empirical_fisher as empirical_fisher
 from hessjax.curvature._gradients import per_example_grads as per_example_grads
 from hessjax.curvature._hessian import hessian as hessian
 from hessjax.curvature._hessian import hvp as hvp
+from hessjax.curvature._preconditioner import adam_preconditioner as adam_preconditioner
+from hessjax.curvature._preconditioner import preconditioned as preconditioned
 from hessjax.curvature._roots import empirical_fisher_roots as empirical_fisher_roots
 from hessjax.curvature._roots import ggn_roots as ggn_roots
 from hessjax.curvature._roots import sampled_grads as sampled_grads

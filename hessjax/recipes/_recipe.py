@@ -14,7 +14,7 @@ from hessjax._core import _files, _tree
 from hessjax._core._messages import checked_count
 from hessjax._core._types import Params, settings
 from hessjax.pruning._ranking import Schedule
-from hessjax.pruning.allocations._densities import Threshold, threshold
+from hessjax.pruning.allocations._threshold import Threshold, threshold
 from hessjax.pruning.saliencies._saliency import Saliency
 from hessjax.pruning.training._prune import prune
 

@@ -10,7 +10,7 @@ from hessjax._core._types import Where
 from hessjax._core._words import AxisWords
 from hessjax.pruning._ranking import Schedule
 from hessjax.pruning.allocations._allocation import AllocationRule, global_threshold
-from hessjax.pruning.allocations._densities import Threshold
+from hessjax.pruning.allocations._threshold import Threshold
 from hessjax.pruning.patterns._pattern import Patterns, unstructured
 from hessjax.pruning.saliencies._saliency import Saliency, checked_saliency
 from hessjax.pruning.training._checks import checked_dtype, checked_inner

@@ -20,7 +20,8 @@ from hessjax.pruning.allocations._allocation import (
     allocated,
     check_allocation,
 )
-from hessjax.pruning.allocations._densities import ByCurvature, Threshold
+from hessjax.pruning.allocations._densities import ByCurvature
+from hessjax.pruning.allocations._threshold import Threshold
 from hessjax.pruning.patterns._pattern import Patterns, check_pattern
 from hessjax.pruning.saliencies._saliency import is_hole
 
