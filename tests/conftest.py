@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import sys
 import time
 
 # Compiling is nearly all that the suite does. What runs for milliseconds need not be optimised, and what one
@@ -50,6 +51,14 @@ def _few_programs():
 
 PROMOTING = frozenset(["benchmarks", "docs", "flax", "test_readme.py"])
 """Where tests run networks of others, or other libraries, that promote dtypes or ranks themselves."""
+
+
+@pytest.fixture(autouse=True)
+def _no_open_figures():
+    """pyplot keeps every figure until it is closed, and warns at the twenty-first."""
+    yield
+    if pyplot := sys.modules.get("matplotlib.pyplot"):
+        pyplot.close("all")
 
 
 @pytest.fixture(autouse=True)

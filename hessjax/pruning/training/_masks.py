@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hessjax._core import _tree
 from hessjax._core._types import Params
 from hessjax.pruning.saliencies._saliency import is_hole
 from hessjax.pruning.training._checks import RESTORE, UNDONE, check_mask
@@ -58,7 +59,9 @@ def mask_of(opt_state: Any, params: Params | None = None) -> Params:
     _warn_undone(found)
     mask = functools.reduce(_either, [state.mask for state in found])
     params = getattr(opt_state, "params", None) if params is None else params
-    mask = mask if params is None else _spread(mask, params)
+    if params is not None:
+        _tree.check_arrays(params, "params")
+        mask = _spread(mask, params)
     return jax.tree.map(lambda m: jnp.asarray(True) if is_hole(m) else m, mask, is_leaf=is_hole)
 
 
