@@ -12,7 +12,6 @@ from jax.sharding import PartitionSpec as P
 
 import hessjax as hj
 
-MESH = jax.make_mesh((2, 2), ("x", "y"), axis_types=(getattr(AxisType, sys.argv[1]),) * 2)
 KEY = jax.random.key(2)
 
 
@@ -124,12 +123,13 @@ def difference(ours, theirs):
 
 
 if __name__ == "__main__":
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(getattr(AxisType, sys.argv[1]),) * 2)
     placed = lambda tree, specs: jax.tree.map(
-        lambda x, spec: jax.device_put(x, NamedSharding(MESH, spec)), tree, specs
+        lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, specs
     )
     whole = {name: call(PARAMS, BATCH) for name, call in CALLS.items()}
     params, batch = placed(PARAMS, PARAM_SPECS), placed(BATCH, BATCH_SPECS)
-    with jax.set_mesh(MESH):
+    with jax.set_mesh(mesh):
         print(
             json.dumps({name: difference(whole[name], call(params, batch)) for name, call in CALLS.items()})
         )
