@@ -166,7 +166,7 @@ def _natural(table: Table) -> list[int]:
 def _fitted(table: Table, width: int) -> tuple[list[int], dict[int, int]]:
     """Which columns are shown, and how wide; a text that is left out of the widths goes below its row."""
     columns, natural = table.columns, _natural(table)
-    # Two fifths of the line are enough for a name that is broken; more, if there is room in the end.
+    # Two fifths of the line are enough for a name that is broken; more, if there is space in the end.
     most = max(20, 2 * width // 5)
     least = [min(n, most) if column.kind == "name" else n for column, n in zip(columns, natural, strict=True)]
     shown = [i for i, column in enumerate(columns) if column.kind != "text"]
@@ -176,9 +176,9 @@ def _fitted(table: Table, width: int) -> tuple[list[int], dict[int, int]]:
     for i in shown:
         widths[i] += max(0, min(natural[i] - widths[i], width - _total(widths.values())))
     for i, column in enumerate(columns):
-        room = width - _total([*widths.values(), 0])
-        if column.kind == "text" and room >= min(natural[i], PROSE):
-            widths[i] = min(room, natural[i])
+        space = width - _total([*widths.values(), 0])
+        if column.kind == "text" and space >= min(natural[i], PROSE):
+            widths[i] = min(space, natural[i])
     return shown, widths
 
 

@@ -80,8 +80,8 @@ class _ProgressBar:
         assert self._bar is not None
         total = progress.num_matvecs if progress.done else progress.max_matvecs
         numbers = f"{progress.num_matvecs}/{total}"
-        room = get_console().width - cell_len(numbers) - TIME - GAPS
-        description, text = _fitted(self._description, self._unit, progress, room)
+        space = get_console().width - cell_len(numbers) - TIME - GAPS
+        description, text = _fitted(self._description, self._unit, progress, space)
         task = self._running[-1]
         self._bar.update(
             task, completed=progress.num_matvecs, total=total, description=description, text=text
@@ -93,7 +93,7 @@ TIME, GAPS = 5, 4
 
 
 def columns() -> tuple[Any, ...]:
-    """Description, bar, numbers, text, time; where there is little room the bar is shortened, or goes."""
+    """Description, bar, numbers, text, time; where there is little space the bar is shortened, or goes."""
     whole = Column(no_wrap=True)
     bar = [BarColumn(bar_width=30)] if get_console().width >= 40 else []
     return (
@@ -105,16 +105,16 @@ def columns() -> tuple[Any, ...]:
     )
 
 
-def _fitted(description: str, unit: str, progress: Progress, room: int) -> tuple[str, str]:
+def _fitted(description: str, unit: str, progress: Progress, space: int) -> tuple[str, str]:
     """Description and text in so many cells: first the goal goes, then the error, the description's end."""
     encoding = get_console().encoding
     description, unit = written(description, encoding), written(unit, encoding)
     texts = [unit + _error(progress) + _goal(progress), unit + _error(progress), unit, ""]
-    fits = (text for text in texts if cell_len(text) + min(cell_len(description), 12) <= room)
+    fits = (text for text in texts if cell_len(text) + min(cell_len(description), 12) <= space)
     text = next(fits, "")
-    room = max(room - cell_len(text), 1)
-    if cell_len(description) > room:
-        description = set_cell_size(description, room).rstrip()
+    space = max(space - cell_len(text), 1)
+    if cell_len(description) > space:
+        description = set_cell_size(description, space).rstrip()
     return description, text
 
 
