@@ -12,6 +12,8 @@ os.environ["XLA_FLAGS"] = " ".join(
     [
         "--xla_backend_optimization_level=0",
         "--xla_cpu_parallel_codegen_split_count=1",
+        # Programs for one device run on the first as ever; tests of meshes find eight.
+        "--xla_force_host_platform_device_count=8",
         os.environ.get("XLA_FLAGS", ""),
     ]
 )
