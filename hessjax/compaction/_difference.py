@@ -14,8 +14,8 @@ from hessjax._core._types import ModelFn, Params
 from hessjax.program._program import Body
 
 PRECISION = "highest"
-"""Of products that are compared: in fast modes of accelerators (TF32) another order of sums changes far more than
-float32 rounds."""
+"""Of products that are compared: in fast modes of accelerators (TF32) another order of sums changes far more
+than float32 rounds."""
 
 
 class Gaps(NamedTuple):

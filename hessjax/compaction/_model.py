@@ -78,7 +78,7 @@ class CompactModel:
 def signature(args: Any) -> Hashable:
     """What a program depends on: its arguments, and how exactly products are asked for where it is traced."""
     leaves, structure = jax.tree.flatten(args)
-    precision = jax.config.jax_default_matmul_precision
+    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     return structure, precision, tuple((jnp.shape(x), str(getattr(x, "dtype", type(x)))) for x in leaves)
 
 
