@@ -11,6 +11,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 from hessjax._core import _tree
 from hessjax._core._messages import checked_function, shown
+from hessjax._core._sharding import UNKNOWN, Layouts
 from hessjax._core._types import Forms, Matvec, Vector
 from hessjax.curvature._weights import Weights, batch_weight, check_total, check_weights
 
@@ -92,18 +93,19 @@ class _BatchMean:
 
     def __call__(self, vector: Vector) -> Vector:
         _tree.check_floating(vector, "vector")
-        total, count = zero(vector), 0.0
+        total, count = None, 0.0
         for weight, product in self._products(vector):
             # Weights enter as floats: traced, so that a batch of another size compiles nothing here.
-            total, count = add(total, weight, product), count + weight
+            total = add(zero(product) if total is None else total, weight, product)
+            count += weight
         return divide(total, count, vector)
 
     def by_batch(self, vector: Vector) -> tuple[Vector, Forms]:
-        total, weights, parts = zero(vector), [], []
+        total, weights, parts = None, [], []
         for weight, product in self._products(vector):
             parts.append(_parts(vector, product))  # a few numbers of each product; the product itself goes
             weights.append(weight)
-            total = add(total, weight, product)
+            total = add(zero(product) if total is None else total, weight, product)
         forms = Forms(jnp.stack(parts), jnp.asarray(weights, parts[0].dtype))
         return divide(total, sum(weights), vector), forms
 
@@ -133,11 +135,18 @@ def _made(make_matvec: Callable[[Any], Matvec], batch: Any) -> Matvec:
     return matvec
 
 
-@jax.jit
 def zero(vector: Vector) -> Vector:
-    """A sum of no vectors, in float32 at least."""
+    """A sum of no vectors, in float32 at least, that lies like this one."""
+    return _zero(Layouts.of(vector), vector)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _zero(layouts: Layouts, vector: Vector) -> Vector:
     # bfloat16 has 8 bits: a sum of some hundred batches in it would stop growing.
-    return _tree.zeros_like(_tree.wide(vector))
+    zeros = _tree.zeros_like(_tree.wide(vector))
+    if layouts == UNKNOWN:
+        return zeros
+    return jax.lax.optimization_barrier((layouts.laid(zeros), vector))[0]  # the vector says on which mesh
 
 
 @functools.partial(jax.jit, donate_argnums=0)
