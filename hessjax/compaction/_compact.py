@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hessjax._core import _tree
+from hessjax._core import _processes, _tree
 from hessjax._core._messages import check_flags
 from hessjax._core._tables import Column, Row, Table, printable, shape_text
 from hessjax._core._types import ModelFn, Params, Where
@@ -87,8 +87,10 @@ class Compacted(NamedTuple):
             The same tree with smaller arrays.
 
         Raises:
-            ValueError: if no leaf lies at the path of one of the params, or one that does has another shape.
+            ValueError: if no leaf lies at the path of one of the params, one that does has another shape,
+                or a leaf spans processes.
         """
+        _processes.check_here(tree, "tree")
         prefix = f"{under}/" if under else ""
         shapes = {
             path.removeprefix(prefix): before
@@ -172,7 +174,7 @@ def compact(
         as a table.
 
     Raises:
-        ValueError: if `where` matches no leaf, or two leaves have the same path.
+        ValueError: if `where` matches no leaf, two leaves have the same path, or one spans processes.
         RuntimeError: if an output differs by more than rounding on the example (√ε of the coarsest dtype in
             the model, or what the network makes of a few ε in its weights), and no constants were to be
             dropped. It is named.
@@ -205,6 +207,8 @@ def compact(
     check_flags(drop_constants=drop_constants)
     _tree.check_leaves(params)
     check_call("model_fn", model_fn, args)
+    _processes.check_here(params, "params")
+    _processes.check_here(args, "args")
     paths, leaves = _tree.unique_paths(params, "params"), jax.tree.leaves(params)
     with jax.default_matmul_precision(PRECISION):
         program, known_as = read(model_fn, params, *args), signature(args)
