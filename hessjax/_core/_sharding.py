@@ -4,7 +4,9 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
-from collections.abc import Iterator
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -115,6 +117,41 @@ def gathered(x: Array) -> Array:
 def laid_out_like(x: Array, like: Any) -> Array:
     """`x` in the layout of `like`, if that is known."""
     return laid_out(x, layout(like))
+
+
+def split_axes(x: Array, parts: Sequence[tuple[int, ...]]) -> Array:
+    """`x` with each axis cut into parts of these lengths, most into one.
+
+    An axis that is sharded explicitly is so afterwards along its first part, and is gathered only if shards
+    would not hold whole ones of it.
+    """
+    shape, sharding = tuple(itertools.chain(*parts)), explicit(x)
+    if sharding is None or shape == x.shape:
+        return x.reshape(shape)
+    names = (*sharding.spec, *(None for _ in range(x.ndim - len(sharding.spec))))
+    sizes = [math.prod(sharding.mesh.shape[name] for name in _names(axis)) for axis in names]
+    kept = [name if part[0] % n == 0 else None for name, part, n in zip(names, parts, sizes, strict=True)]
+    x = laid_out(x, NamedSharding(sharding.mesh, PartitionSpec(*kept)))
+    spec = itertools.chain(
+        *((name, *(None for _ in part[1:])) for name, part in zip(kept, parts, strict=True))
+    )
+    return jax.lax.reshape(x, shape, out_sharding=NamedSharding(sharding.mesh, PartitionSpec(*spec)))
+
+
+def merge_axes(x: Array, parts: Sequence[tuple[int, ...]]) -> Array:
+    """The inverse of `split_axes`."""
+    shape, sharding = tuple(map(math.prod, parts)), explicit(x)
+    if sharding is None or shape == x.shape:
+        return x.reshape(shape)
+    names = (*sharding.spec, *(None for _ in range(x.ndim - len(sharding.spec))))
+    starts = [0, *itertools.accumulate(map(len, parts))]
+    spec = PartitionSpec(*(names[start] for start in starts[:-1]))
+    return jax.lax.reshape(x, shape, out_sharding=NamedSharding(sharding.mesh, spec))
+
+
+def _names(axis: Any) -> tuple[Any, ...]:
+    """The mesh axes that an axis is sharded along."""
+    return () if axis is None else axis if isinstance(axis, tuple) else (axis,)
 
 
 def longest_axis(x: Any, first: int = 0) -> int:
