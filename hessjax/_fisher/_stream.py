@@ -11,7 +11,8 @@ from jaxtyping import Array, Float
 from hessjax._core import _tree
 from hessjax._core._messages import shown
 from hessjax._core._types import Block, Scalar
-from hessjax._fisher._rows import num_grads, row
+from hessjax._fisher._blocking import row
+from hessjax._fisher._rows import num_grads
 
 
 class Counted(NamedTuple):
