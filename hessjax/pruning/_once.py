@@ -14,7 +14,7 @@ from hessjax._core._layout import kernels, selected
 from hessjax._core._messages import check_functions, checked_count, checked_number
 from hessjax._core._types import Block, Params, Scalar, Where
 from hessjax._core._words import AxisWords
-from hessjax._fisher._rows import row
+from hessjax._fisher._blocking import row
 from hessjax.pruning._pruned import Pruned, PruneStep
 from hessjax.pruning._ranking import check_sparsity
 from hessjax.pruning.allocations._allocation import AllocationRule, allocated, global_threshold
