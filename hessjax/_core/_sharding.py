@@ -49,6 +49,29 @@ def laid_out_like(x: Array, like: Any) -> Array:
     return laid_out(x, sharding)
 
 
+def born_like(x: Array, like: Any) -> Array:
+    """`x`, which depends on nothing, in the layout of `like`, also where only the compiler knows that."""
+    x = laid_out_like(x, like)
+    # In a program a constant lies anywhere; a choice lies where what it is made by does.
+    return jnp.where(like == like, x, x) if isinstance(like, jax.core.Tracer) else x
+
+
+def born_like_tree(state: Any, tree: Any) -> Any:
+    """What an optimizer holds for the leaves of a tree, each in the layout of its leaf."""
+    structure = jax.tree.structure(tree)
+
+    def is_like(node: Any) -> bool:
+        same: bool = jax.tree.structure(node) == structure  # type: ignore[operator]
+        return same
+
+    def leaf(x: Any, like: Any) -> Any:
+        return born_like(x, like) if jnp.shape(x) == jnp.shape(like) else x
+
+    return jax.tree.map(
+        lambda node: jax.tree.map(leaf, node, tree) if is_like(node) else node, state, is_leaf=is_like
+    )
+
+
 def split_axes(x: Array, parts: Sequence[tuple[int, ...]]) -> Array:
     """`x` with each axis cut into parts of these lengths, most into one.
 

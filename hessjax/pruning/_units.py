@@ -44,7 +44,7 @@ class Units(NamedTuple):
         sizes: how many weights a unit has.
         most: how many units may go.
         members: the layers of each set.
-        kept: by place, the shapes of the leaves that lose nothing whatever their scores.
+        kept: by place, the leaves that lose nothing whatever their scores.
         layouts: of the leaves that are sharded on an explicit mesh; None for all others.
         treedef: of the tree.
     """
@@ -54,7 +54,7 @@ class Units(NamedTuple):
     sizes: list[int]
     most: list[int]
     members: list[list[Member]]
-    kept: dict[int, tuple[int, ...]]
+    kept: dict[int, Array]
     layouts: list[Any]
     treedef: Any
 
@@ -89,7 +89,7 @@ class Units(NamedTuple):
                 layers.setdefault(member.place, []).append(_spread(units, member.pattern, member.axes.layer))
                 axes[member.place] = member.axes
         dtype = flags[0].dtype
-        out = {place: jnp.ones(shape, dtype) for place, shape in self.kept.items()}
+        out = {i: _sharding.born_like(jnp.ones(x.shape, dtype), x) for i, x in self.kept.items()}
         out |= {place: stacked(each, axes[place]) for place, each in layers.items()}
         laid = [_sharding.laid_out(out[place], layout) for place, layout in enumerate(self.layouts)]
         return jax.tree.unflatten(self.treedef, laid)
@@ -100,7 +100,7 @@ def units_of(scores: Params, pattern: Patterns) -> Units:
     _tree.check_floating(scores, "scores")
     leaves, treedef = jax.tree.flatten(scores)
     fits = fits_of(pattern, scores)
-    kept = {i: leaves[i].shape for i, fit in enumerate(fits) if isinstance(fit.pattern, Kept)}
+    kept = {i: leaves[i] for i, fit in enumerate(fits) if isinstance(fit.pattern, Kept)}
     if len(kept) == len(leaves):
         raise ValueError(
             "`pattern` must let something go, but every leaf that `where` selects stays as it is: "

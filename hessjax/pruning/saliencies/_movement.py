@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from hessjax._core import _tree
+from hessjax._core import _sharding, _tree
 from hessjax._core._messages import checked_function, checked_schedule, shown
 from hessjax._core._types import Params, settings
-from hessjax.pruning.saliencies._saliency import Context, Saliency, stepped
+from hessjax.pruning.saliencies._saliency import Context, Saliency, first_state, stepped
 
 
 def named(optimizer: optax.GradientTransformation, text: str) -> optax.GradientTransformationExtraArgs:
@@ -116,13 +116,13 @@ class Movement(Saliency):
     def _first(self, weights: Array) -> Array:
         scores = self.start(weights)
         _tree.check_like(scores, weights, "start(weights)", "weights")
-        return jnp.array(scores, copy=True)
+        return _sharding.born_like(jnp.array(scores, copy=True), weights)
 
     def init(self, weights: Params) -> Scores:
         """The first scores."""
         # A copy, as `start` may give back w itself, and the loop may donate params and state together.
         scores = jax.tree.map(self._first, _tree.wide(weights))
-        return Scores(scores, self.optimizer.init(scores), jnp.zeros((), jnp.int32))
+        return Scores(scores, first_state(self.optimizer, scores), jnp.zeros((), jnp.int32))
 
     def update(self, state: Scores, seen: Context) -> Scores:
         """One step of the optimizer along G⊙W."""
