@@ -45,7 +45,7 @@ class Units(NamedTuple):
         most: how many units may go.
         members: the layers of each set.
         kept: by place, the leaves that lose nothing whatever their scores.
-        layouts: of the leaves that are sharded on an explicit mesh; None for all others.
+        layouts: of the leaves over several devices, where they are known; None for all others.
         treedef: of the tree.
     """
 
@@ -117,7 +117,7 @@ def units_of(scores: Params, pattern: Patterns) -> Units:
     made = [_set([singles[i][1] for i in same], [singles[i][0] for i in same]) for same in sets]
     unit_scores, free, sizes, most = (list(column) for column in zip(*made, strict=True))
     members = [[singles[i][0] for i in same] for same in sets]
-    layouts = list(map(_sharding.explicit, leaves))
+    layouts = list(map(_sharding.layout, leaves))
     return Units(unit_scores, free, sizes, most, members, kept, layouts, treedef)
 
 

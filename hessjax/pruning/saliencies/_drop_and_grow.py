@@ -13,7 +13,13 @@ from hessjax._core._types import Params, settings
 from hessjax.pruning._ranking import Schedule, ordered_keys, smallest
 from hessjax.pruning._units import units_of
 from hessjax.pruning.saliencies._first_order import Magnitude
-from hessjax.pruning.saliencies._saliency import Context, MaskChange, Saliency, checked_saliency
+from hessjax.pruning.saliencies._saliency import (
+    Context,
+    MaskChange,
+    Saliency,
+    checked_saliency,
+    of_the_largest,
+)
 
 _MAGNITUDE = Magnitude()
 
@@ -52,7 +58,7 @@ class DropAndGrow(MaskChange):
         share = self.fraction(seen.step) if callable(self.fraction) else self.fraction
         worth, fresh = _from_zero(_tree.wide(scores)), self.growth(seen)
         bands = _bands(seen, worth, fresh, share)
-        shares = _relative(worth), _relative(fresh)
+        shares = of_the_largest(worth), of_the_largest(fresh)
         below = jax.tree.map(lambda b, w, f: b + jnp.where(b == GONE, w, f) / 2, bands, *shares)
         return jax.tree.map(lambda b, w, x: jnp.where(b == 0, w, x), bands, worth, below)
 
@@ -268,12 +274,6 @@ def _from_zero(tree: Params) -> Params:
     lows = [jnp.min(x, initial=0, where=jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
     low = jnp.min(jnp.stack(lows))
     return jax.tree.map(lambda x: x - low.astype(x.dtype), tree)
-
-
-def _relative(tree: Params) -> Params:
-    """By the largest number in the tree; NaN stays NaN."""
-    top = jnp.max(jnp.stack([jnp.nanmax(x, initial=0) for x in jax.tree.leaves(tree)]))
-    return jax.tree.map(lambda x: x / jnp.where(top > 0, top, 1).astype(x.dtype), tree)
 
 
 sparse_evolution, rigl = SparseEvolution, Rigl

@@ -229,6 +229,12 @@ class Compensated(Saliency):
 compensated = Compensated
 
 
+def of_the_largest(tree: Params) -> Params:
+    """By the largest number in the tree; NaN stays NaN."""
+    top = jnp.max(jnp.stack([jnp.nanmax(x, initial=0) for x in jax.tree.leaves(tree)]))
+    return jax.tree.map(lambda x: x / jnp.where(top > 0, top, 1).astype(x.dtype), tree)
+
+
 def promoting() -> AbstractContextManager[Any]:
     """Around what optax computes: its Adam raises a float to an int32, which strict promotion forbids."""
     return jax.numpy_dtype_promotion("standard")
