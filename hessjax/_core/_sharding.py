@@ -119,22 +119,49 @@ def laid_out_like(x: Array, like: Any) -> Array:
     return laid_out(x, layout(like))
 
 
+def born_like(x: Array, like: Any) -> Array:
+    """`x`, which depends on nothing, in the layout of `like`, also where only the compiler knows that."""
+    x = laid_out_like(x, like)
+    # In a program a constant lies anywhere; a choice lies where what it is made by does.
+    return jnp.where(like == like, x, x) if isinstance(like, jax.core.Tracer) else x
+
+
+def born_like_tree(state: Any, tree: Any) -> Any:
+    """What an optimizer holds for the leaves of a tree, each in the layout of its leaf."""
+    structure = jax.tree.structure(tree)
+
+    def is_like(node: Any) -> bool:
+        same: bool = jax.tree.structure(node) == structure  # type: ignore[operator]
+        return same
+
+    def leaf(x: Any, like: Any) -> Any:
+        return born_like(x, like) if jnp.shape(x) == jnp.shape(like) else x
+
+    return jax.tree.map(
+        lambda node: jax.tree.map(leaf, node, tree) if is_like(node) else node, state, is_leaf=is_like
+    )
+
+
 def split_axes(x: Array, parts: Sequence[tuple[int, ...]]) -> Array:
     """`x` with each axis cut into parts of these lengths, most into one.
 
-    An axis that is sharded explicitly is so afterwards along its first part, and is gathered only if shards
-    would not hold whole ones of it.
+    An axis that is sharded explicitly is so afterwards along its first part of more than 1, and is gathered
+    only if shards would not hold whole ones of it.
     """
     shape, sharding = tuple(itertools.chain(*parts)), explicit(x)
     if sharding is None or shape == x.shape:
         return x.reshape(shape)
     names = (*sharding.spec, *(None for _ in range(x.ndim - len(sharding.spec))))
     sizes = [math.prod(sharding.mesh.shape[name] for name in _names(axis)) for axis in names]
-    kept = [name if part[0] % n == 0 else None for name, part, n in zip(names, parts, sizes, strict=True)]
+    kept = [
+        None if part[_first(part)] % n else name for name, part, n in zip(names, parts, sizes, strict=True)
+    ]
     x = laid_out(x, NamedSharding(sharding.mesh, PartitionSpec(*kept)))
-    spec = itertools.chain(
-        *((name, *(None for _ in part[1:])) for name, part in zip(kept, parts, strict=True))
-    )
+    spec = [
+        name if i == _first(part) else None
+        for name, part in zip(kept, parts, strict=True)
+        for i in range(len(part))
+    ]
     return jax.lax.reshape(x, shape, out_sharding=NamedSharding(sharding.mesh, PartitionSpec(*spec)))
 
 
@@ -145,8 +172,15 @@ def merge_axes(x: Array, parts: Sequence[tuple[int, ...]]) -> Array:
         return x.reshape(shape)
     names = (*sharding.spec, *(None for _ in range(x.ndim - len(sharding.spec))))
     starts = [0, *itertools.accumulate(map(len, parts))]
-    spec = PartitionSpec(*(names[start] for start in starts[:-1]))
+    spec = PartitionSpec(
+        *(names[start + _first(part)] for start, part in zip(starts[:-1], parts, strict=True))
+    )
     return jax.lax.reshape(x, shape, out_sharding=NamedSharding(sharding.mesh, spec))
+
+
+def _first(part: tuple[int, ...]) -> int:
+    """Of the parts of an axis the first that is longer than 1, along which it can be sharded."""
+    return next((i for i, length in enumerate(part) if length > 1), 0)
 
 
 def _names(axis: Any) -> tuple[Any, ...]:

@@ -1,20 +1,25 @@
 """Masks of a constant size that move while the weights train: the least weights go, others come back."""
 
 import dataclasses
-import itertools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt
 
-from hessjax._core import _tree
+from hessjax._core import _sharding, _tree
 from hessjax._core._messages import checked_key, checked_schedule
 from hessjax._core._types import Params, settings
 from hessjax.pruning._ranking import Schedule, ordered_keys, smallest
 from hessjax.pruning._units import units_of
 from hessjax.pruning.saliencies._first_order import Magnitude
-from hessjax.pruning.saliencies._saliency import Context, MaskChange, Saliency, checked_saliency
+from hessjax.pruning.saliencies._saliency import (
+    Context,
+    MaskChange,
+    Saliency,
+    checked_saliency,
+    of_the_largest,
+)
 
 _MAGNITUDE = Magnitude()
 
@@ -53,7 +58,7 @@ class DropAndGrow(MaskChange):
         share = self.fraction(seen.step) if callable(self.fraction) else self.fraction
         worth, fresh = _from_zero(_tree.wide(scores)), self.growth(seen)
         bands = _bands(seen, worth, fresh, share)
-        shares = _relative(worth), _relative(fresh)
+        shares = of_the_largest(worth), of_the_largest(fresh)
         below = jax.tree.map(lambda b, w, f: b + jnp.where(b == GONE, w, f) / 2, bands, *shares)
         return jax.tree.map(lambda b, w, x: jnp.where(b == 0, w, x), bands, worth, below)
 
@@ -75,11 +80,11 @@ class RandomGrowth(DropAndGrow):
     def growth(self, seen: Context) -> Params:
         """Uniform in [0, 1)."""
         leaves, treedef = jax.tree.flatten(seen.weights)
-        now, ends = jax.random.fold_in(self.key, seen.step), itertools.accumulate(x.size for x in leaves)
-        # One draw for all leaves: every draw compiles slowly.
-        numbers = jax.random.uniform(now, (_tree.size(leaves),), jnp.float32)
-        parts = zip(jnp.split(numbers, list(ends)[:-1]), leaves, strict=True)
-        return jax.tree.unflatten(treedef, [part.reshape(x.shape) for part, x in parts])
+        now = jax.random.fold_in(self.key, seen.step)
+        # A draw for every leaf would compile slowly, and one for all be sent between devices: a hash of the
+        # places of the weights, with words of its own for every leaf, is neither.
+        words = jax.random.bits(now, (len(leaves), 2), jnp.uint32)
+        return jax.tree.unflatten(treedef, list(map(_hashed, leaves, words)))
 
 
 @settings()
@@ -88,7 +93,7 @@ class GradientGrowth(DropAndGrow):
 
     def growth(self, seen: Context) -> Params:
         """|G|; zeros before the first gradient, when nothing is pruned that could come back."""
-        grads = jax.tree.map(jnp.zeros_like, seen.weights) if seen.grads is None else seen.grads
+        grads = _tree.zeros_like(seen.weights) if seen.grads is None else seen.grads
         return _tree.wide(jax.tree.map(lambda g, w: jnp.abs(g).astype(w.dtype), grads, seen.weights))
 
 
@@ -236,6 +241,16 @@ class Rigl(_Rewired):
         return GradientGrowth(self.fraction)
 
 
+def _hashed(like: Array, words: UInt[Array, "2"]) -> Float[Array, "..."]:
+    """Numbers in [0, 1) by two rounds of the finalizer of MurmurHash3."""
+    bits = _sharding.places(like)
+    for word in words:
+        bits += word
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+            bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+    return (bits >> 8).astype(jnp.float32) * 2.0**-24
+
+
 def _bands(seen: Context, worth: Params, fresh: Params, share: Any) -> Params:
     """0 for weights that stay, and where the scores of the others begin."""
     units, masks = units_of(worth, seen.pattern), jax.tree.map(lambda m: m.astype(jnp.float32), seen.mask)
@@ -259,12 +274,6 @@ def _from_zero(tree: Params) -> Params:
     lows = [jnp.min(x, initial=0, where=jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
     low = jnp.min(jnp.stack(lows))
     return jax.tree.map(lambda x: x - low.astype(x.dtype), tree)
-
-
-def _relative(tree: Params) -> Params:
-    """By the largest number in the tree; NaN stays NaN."""
-    top = jnp.max(jnp.stack([jnp.nanmax(x, initial=0) for x in jax.tree.leaves(tree)]))
-    return jax.tree.map(lambda x: x / jnp.where(top > 0, top, 1).astype(x.dtype), tree)
 
 
 sparse_evolution, rigl = SparseEvolution, Rigl

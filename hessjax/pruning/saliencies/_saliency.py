@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from hessjax._core import _sharding
 from hessjax._core._messages import checked_instance
 from hessjax._core._types import Block, Params, settings
 from hessjax.pruning.patterns._pattern import Patterns, unstructured
@@ -228,9 +229,20 @@ class Compensated(Saliency):
 compensated = Compensated
 
 
+def of_the_largest(tree: Params) -> Params:
+    """By the largest number in the tree; NaN stays NaN."""
+    top = jnp.max(jnp.stack([jnp.nanmax(x, initial=0) for x in jax.tree.leaves(tree)]))
+    return jax.tree.map(lambda x: x / jnp.where(top > 0, top, 1).astype(x.dtype), tree)
+
+
 def promoting() -> AbstractContextManager[Any]:
     """Around what optax computes: its Adam raises a float to an int32, which strict promotion forbids."""
     return jax.numpy_dtype_promotion("standard")
+
+
+def first_state(optimizer: optax.GradientTransformation, scores: Params) -> Any:
+    """The first state of their optimizer, laid out over devices as they are."""
+    return _sharding.born_like_tree(optimizer.init(scores), scores)
 
 
 def stepped(
