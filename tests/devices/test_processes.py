@@ -22,7 +22,7 @@ import two_processes
 import hessjax as hj
 
 HERE = pathlib.Path(__file__).parent
-LIMIT = 240
+LIMIT = 500
 """Seconds for a start of two processes, on a machine that is busy."""
 
 
@@ -87,10 +87,10 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize("layout", ["Auto, spanning", "Explicit, spanning", "local"])
 def test_two_processes_give_the_numbers_of_one(runs, layout):
     params, batch = local_run()
-    for name, call in two_processes.CALLS.items():
-        wanted = call(params, batch)
+    for name in runs["first"][0][layout]:
+        wanted = jax.tree.leaves(two_processes.CALLS[name](params, batch))
         for found in runs["first"]:
-            pairs = zip(jax.tree.leaves(wanted), jax.tree.leaves(found[layout][name]), strict=True)
+            pairs = zip(wanted, jax.tree.leaves(found[layout][name]), strict=True)
             for want, got in pairs:
                 np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5, err_msg=name)
 
