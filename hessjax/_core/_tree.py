@@ -209,9 +209,11 @@ def inner_by_leaf(a: Vector, b: Vector) -> list[Scalar]:
 
 def _inner(x: Array, y: Array) -> Scalar:
     if _sharding.explicit(x) or _sharding.explicit(y):
-        return jnp.sum(x * y)  # `vdot` lays them flat, which a mesh with explicit axes refuses
+        return jnp.sum(x * y)
+    # Not `vdot`: it lays arrays flat, which gathers those that are divided along any axis but the first.
+    axes = tuple(range(x.ndim))
     # By default accelerators multiply float32 as TF32 or bfloat16, and orthogonality ends at about 1e-3.
-    return jnp.vdot(x, y, precision="highest")
+    return jax.lax.dot_general(x, y, ((axes, axes), ((), ())), precision="highest")
 
 
 def norm(a: Vector) -> Scalar:

@@ -11,7 +11,7 @@ from hessjax._core._messages import check_flags
 from hessjax._core._tables import Column, Row, Table, printable, shape_text
 from hessjax._core._types import ModelFn, Params, Where
 from hessjax._core._where import match
-from hessjax.compaction._difference import check_same, gaps
+from hessjax.compaction._difference import PRECISION, check_same, gaps
 from hessjax.compaction._leaves import shrink_leaf, take
 from hessjax.compaction._model import CompactModel, shapes_of, signature
 from hessjax.compaction._narrow import Asked, analyse
@@ -210,15 +210,15 @@ def compact(
     _processes.check_here(params, "params")
     _processes.check_here(args, "args")
     paths, leaves = _tree.unique_paths(params, "params"), jax.tree.leaves(params)
-    program = read(model_fn, params, *args)
+    with jax.default_matmul_precision(PRECISION):
+        program, known_as = read(model_fn, params, *args), signature(args)
     asked = Asked(jax.tree.leaves(match(params, where)), drop_constants)
     nonzero = [nonzero_of(leaf) for leaf in leaves]
     narrowing = analyse(program, nonzero, asked)
     chosen = narrowing.indices()
     small_leaves = [take(leaf, axes) for leaf, axes in zip(leaves, chosen, strict=True)]
     small = jax.tree.unflatten(jax.tree.structure(params), small_leaves)
-    known = {signature(args): narrowing}
-    small_fn = CompactModel(model_fn, shapes_of(params), nonzero, asked, chosen, known)
+    small_fn = CompactModel(model_fn, shapes_of(params), nonzero, asked, chosen, {known_as: narrowing})
     found = gaps(model_fn, small_fn, params, small, args)
     kept = {path: axes for path, axes in zip(paths, chosen, strict=True) if axes}
     work = multiply_adds(program)

@@ -1,15 +1,18 @@
 """Random vectors: what stochastic estimators multiply."""
 
+import functools
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
 from hessjax._core import _sharding, _tree
 from hessjax._core._messages import checked_any_key
-from hessjax._core._packing import Packing
+from hessjax._core._packing import POOLED, Packing
+from hessjax._core._sharding import Layouts
 from hessjax._core._types import Key, Params, Vector
 
 _PIECE = 2**18
@@ -61,13 +64,17 @@ def _sample(sampler: Callable[..., Array], key: Key, like: Params) -> Vector:
     """Drawn packed: every draw is a program to compile (a third of a second), and leaves are many."""
     _tree.check_floating(like, "like")
     key = checked_any_key(key)
-    # As if on one device: where a leaf lies must not change what is drawn for it.
-    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), like)
-    packing = Packing.of(plain)
-    arrays = jax.eval_shape(packing.pack, plain)
-    keys = jax.random.split(key, len(arrays))
-    draws = [_draw(sampler, k, x) for k, x in zip(keys, arrays, strict=True)]
+    packing = Packing.of(jax.tree.map(functools.partial(_plain, Layouts.of(like).whole), like))
+    keys = jax.random.split(key, len(packing.packed))
+    draws = [_draw(sampler, k, x) for k, x in zip(keys, packing.packed, strict=True)]
     return jax.tree.map(_sharding.laid_out_like, packing.unpack(tuple(draws)), like)
+
+
+def _plain(whole: NamedSharding | None, leaf: Any) -> jax.ShapeDtypeStruct:
+    """As if on one device: where a leaf lies must not change what is drawn for it."""
+    # Every device draws the pools, and takes its parts: divided, leaves would be put together from several.
+    layout = None if jnp.size(leaf) >= POOLED else whole
+    return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf), sharding=layout)
 
 
 def _draw(sampler: Callable[..., Array], key: Key, like: jax.ShapeDtypeStruct) -> Array:
