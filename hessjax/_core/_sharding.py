@@ -1,5 +1,6 @@
 """Arrays whose types carry a layout over devices, as on meshes of `AxisType.Explicit`."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -40,10 +41,19 @@ def gathered(x: Array) -> Array:
 
 def laid_out_like(x: Array, like: Any) -> Array:
     """`x` in the explicit layout of `like`, if it has one."""
+    return laid_out(x, _placement(like))
+
+
+def shape_of(like: Any, dtype: Any) -> jax.ShapeDtypeStruct:
+    """The shape and explicit layout of `like`, in this dtype."""
+    return jax.ShapeDtypeStruct(jnp.shape(like), dtype, sharding=_placement(like))
+
+
+def _placement(like: Any) -> NamedSharding | None:
     sharding = explicit(like)
     if sharding is not None and not isinstance(like, jax.core.Tracer):
         sharding = getattr(like, "sharding", sharding)  # outside `jit` with the devices themselves
-    return laid_out(x, sharding)
+    return sharding
 
 
 def longest_axis(x: Any, first: int = 0) -> int:
@@ -52,14 +62,16 @@ def longest_axis(x: Any, first: int = 0) -> int:
     return max(range(first, jnp.ndim(x)), key=lambda axis: (spec[axis] is None, jnp.shape(x)[axis]))
 
 
-def places(like: Any, start: int = 0) -> UInt[Array, "..."]:
-    """The position of every entry in row-major order, plus `start`, modulo 2³²."""
+def places(like: Any, start: int = 0, axes: Iterable[int] | None = None) -> UInt[Array, "..."]:
+    """The position of every entry in row-major order along these axes, or all, plus `start`, modulo 2³²."""
     # Not `arange(n).reshape(shape)`: reshapes of sharded axes gather them, and explicit meshes refuse them.
-    place, stride = jnp.full(jnp.shape(like), start, jnp.uint32), 1
-    for axis in reversed(range(jnp.ndim(like))):
-        place += jax.lax.broadcasted_iota(jnp.uint32, jnp.shape(like), axis) * jnp.uint32(stride % 2**32)
-        stride *= jnp.shape(like)[axis]
-    return laid_out_like(place, like)
+    shape, layout, stride = jnp.shape(like), _placement(like), 1
+    place = laid_out(jnp.full(shape, start, jnp.uint32), layout)
+    for axis in reversed(range(len(shape)) if axes is None else [*axes]):
+        # Born in its layout, as nothing of this size may be whole on one device.
+        number = jax.lax.broadcasted_iota(jnp.uint32, shape, axis, out_sharding=layout)
+        place, stride = place + number * jnp.uint32(stride % 2**32), stride * shape[axis]
+    return place
 
 
 def zero_rows(number: int, like: Any) -> Array:
