@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool
 
-from hessjax._core import _numbers, _tree
+from hessjax._core import _memory, _numbers, _tree
 from hessjax._core._compiled import compiled
 from hessjax._core._messages import causes_of_nan, checked_count
 from hessjax._core._types import Amount, Block, Key, Matvec, Params, Relative, Tolerance, Vector
@@ -97,6 +97,9 @@ def run(
     Returns:
         `(result, state)`.
 
+    Warns:
+        MemoryLimitWarning: the state alone needs more than is free on a device, as far as known.
+
     Raises:
         NonFiniteProductError: a product held NaN or infinity: says which, and keeps the result so far.
             (Traced code cannot raise: inside `jit` the run stops there, and fewer products are counted.)
@@ -127,6 +130,9 @@ def run(
         _tree.check_like(
             state, _estimator.state_of.eval_shape(estimator, key, like), "state", "estimator.init(key, like)"
         )
+    else:
+        shapes = functools.partial(_estimator.state_of.eval_shape, estimator, key, like)
+        _memory.warn_unless_it_fits(estimator, shapes, like)
     carry = _begin(estimator, key, like) if state is None else _resume(state)
     left = begun(estimator)
     if isinstance(limit, Relative):
@@ -259,7 +265,7 @@ def entered(callbacks: Sequence[Callback]) -> Iterator[None]:
 # -- on the device ---------------------------------------------------------------------------------
 
 
-@compiled()
+@compiled(donate_argnums=5)
 def loop_on_device(
     estimator: Estimator, matvec: Matvec, like: Params, max_steps: Any, tol: Amount | None, carry: Carry
 ) -> Carry:
