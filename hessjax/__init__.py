@@ -35,6 +35,8 @@ from hessjax.compaction._sparse import to_sparse as to_sparse
 from hessjax.curvature import likelihoods as likelihoods
 from hessjax.curvature._arithmetic import weighted_sum as weighted_sum
 from hessjax.curvature._batches import over_batches as over_batches
+from hessjax.curvature._data import Batches as Batches
+from hessjax.curvature._data import batches as batches
 from hessjax.curvature._ggn import fisher as fisher
 from hessjax.curvature._ggn import ggn as ggn
 from hessjax.curvature._gradients import empirical_fisher as empirical_fisher

@@ -21,7 +21,8 @@ import rst
 GROUPS: dict[str, list[str]] = {
     "Curvature of a loss": [
         "hessian", "hvp", "ggn", "fisher", "empirical_fisher", "per_example_grads",
-        "empirical_fisher_roots", "ggn_roots", "sampled_grads", "over_batches", "select Selection",
+        "empirical_fisher_roots", "ggn_roots", "sampled_grads", "over_batches", "batches Batches",
+        "select Selection",
         "weighted_sum", "preconditioned", "adam_preconditioner", "check Check",
     ],
     "Spectrum": [

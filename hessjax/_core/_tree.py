@@ -217,11 +217,12 @@ def inner_by_leaf(a: Vector, b: Vector) -> list[Scalar]:
 
 def _inner(x: Array, y: Array) -> Scalar:
     if _sharding.explicit(x) or _sharding.explicit(y) or x.size >= 2**31:
-        # `vdot` lays them flat: a mesh with explicit axes refuses that, and of more entries than an int32
-        # counts XLA's compiler for CPUs aborts the process.
+        # Of more entries than an int32 counts XLA's compiler for CPUs aborts the process in a dot product.
         return jnp.sum(x * y)
+    # Not `vdot`: it lays arrays flat, which gathers those that are divided along any axis but the first.
+    axes = tuple(range(x.ndim))
     # By default accelerators multiply float32 as TF32 or bfloat16, and orthogonality ends at about 1e-3.
-    return jnp.vdot(x, y, precision="highest")
+    return jax.lax.dot_general(x, y, ((axes, axes), ((), ())), precision="highest")
 
 
 def norm(a: Vector) -> Scalar:

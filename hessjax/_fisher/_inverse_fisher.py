@@ -158,9 +158,9 @@ def inverse_fisher(
     Args:
         grads: a block (a tree like the params, its leaves with a leading axis of m gradients), as
             `per_example_grads` returns; or a stream of blocks, any iterable that is not itself a tree of
-            arrays: an iterator, a generator, a data loader. (A list is a tree: pass `iter(blocks)`.) A stream
-            is read once, and no more of it kept than makes up B gradients (all, if `block_size=None`); inside
-            `jit` it is unrolled.
+            arrays: an iterator, a generator or the function that makes one, a data loader. (A list is a
+            tree: pass `iter(blocks)`.) A stream is read once, and no more of it kept than makes up B
+            gradients (all, if `block_size=None`); inside `jit` it is unrolled.
         damping: λ, in the units of F, or `relative(r)`: r times the mean of F's undamped diagonal over all
             parameters, of all leaves. λ, and whether the inverse is accurate, is a matter of a whole stream.
         block_size: the most weights in a block, B; a smaller leaf is one block. None: one block in all.

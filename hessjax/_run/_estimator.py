@@ -20,6 +20,7 @@ from hessjax._core._messages import (
     checked_sequence,
     shown,
 )
+from hessjax._core._sharding import Layouts
 from hessjax._core._types import Amount, Block, Key, Matvec, Params, Relative, Scalar, Vector
 
 
@@ -161,12 +162,14 @@ def _meant(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-@compiled()
-def state_of(estimator: Estimator, key: Key, like: Params) -> Any:
-    """`estimator.init(key, like)`."""
+@compiled(static_argnums=1)
+def state_of(estimator: Estimator, layouts: Layouts, key: Key, like: Params) -> Any:
+    """`estimator.init(key, like)`, where `like` is told to lie."""
+    with layouts.told(like):
+        state = estimator.init(key, like)
     # `like` tells jit which mesh it is on, so is not dropped. Not by jit's `keep_unused`: with it jax 0.12
     # never lets go of what functions close over.
-    return jax.lax.optimization_barrier((estimator.init(key, like), like))[0]
+    return jax.lax.optimization_barrier((state, like))[0]
 
 
 init = _meant(state_of)
@@ -178,32 +181,46 @@ def read_result(estimator: Estimator, state: Any) -> Any:
     return estimator.result(state)
 
 
-@compiled(static_argnums=1)
-def query(estimator: Estimator, dtypes: tuple[Any, ...], state: Any) -> tuple[Vector, ...]:
-    """The queried vectors, one by one, in the dtypes of the params."""
+@compiled(static_argnums=(1, 2))
+def query(estimator: Estimator, dtypes: tuple[Any, ...], layouts: Layouts, state: Any) -> tuple[Vector, ...]:
+    """The queried vectors, one by one, in the dtypes of the params, and lying as they do."""
     # Taken apart in here: outside `jit` every vector of every leaf would be a dispatch of its own.
     leaves, structure = jax.tree.flatten(estimator.query(state))
     rows = [
         [x.astype(dtype) for x, dtype in zip(xs, dtypes, strict=True)] for xs in zip(*leaves, strict=True)
     ]
-    return tuple(jax.tree.unflatten(structure, row) for row in rows)
+    return tuple(layouts.laid(jax.tree.unflatten(structure, row)) for row in rows)
 
 
-@compiled(donate_argnums=1)
-def absorb(estimator: Estimator, carry: Carry, products: tuple[Vector, ...]) -> Carry:
-    return update(estimator, carry, jax.tree.map(lambda *xs: jnp.stack(xs), *products))
+# Of what it changes only the state is donated: the host waits for an old count of steps.
+@compiled(static_argnums=1, donate_argnums=2)
+def absorb(
+    estimator: Estimator,
+    layouts: Layouts,
+    state: Any,
+    steps: Int[Array, ""],
+    failed_leaf: Int[Array, ""],
+    products: tuple[Vector, ...],
+) -> Carry:
+    """One update of a carry, whose state lies like this, in its memory."""
+    block = jax.tree.map(lambda *xs: jnp.stack(xs), *products)
+    return update(estimator, layouts, Carry(state, steps, failed_leaf), block)
 
 
-def update(estimator: Estimator, carry: Carry, products: Block) -> Carry:
+def update(estimator: Estimator, layouts: Layouts, carry: Carry, products: Block) -> Carry:
     """One update, unless this product or an earlier one is not finite: then the state stays as it was."""
     bad = jnp.stack([~jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(products)])
     failed = jnp.where(jnp.any(bad), jnp.argmax(bad), -1).astype(jnp.int32)
     # The first failure stays: the host looks every few products only, and by then has sent more.
     failed = jnp.where(carry.failed_leaf >= 0, carry.failed_leaf, failed)
-    state = jax.lax.cond(
-        failed < 0, estimator.update, lambda state, _: state, carry.state, _tree.wide(products)
-    )
-    return Carry(state, carry.steps + jnp.int32(failed < 0), failed)
+    updated = functools.partial(_updated, estimator, layouts)
+    state = jax.lax.cond(failed < 0, updated, lambda state, _: state, carry.state, _tree.wide(products))
+    return Carry(layouts.laid(state), carry.steps + jnp.int32(failed < 0), failed)
+
+
+def _updated(estimator: Estimator, layouts: Layouts, state: Any, products: Block) -> Any:
+    with layouts.told(state):  # in here, since a branch has arrays of its own
+        return layouts.laid(estimator.update(state, products))
 
 
 @_meant

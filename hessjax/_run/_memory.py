@@ -14,6 +14,7 @@ from hessjax._core import _tree
 from hessjax._core._compiled import Compiled, compiled
 from hessjax._core._memory import MemoryLimitWarning, limit_of, on_each, on_host, shown_bytes
 from hessjax._core._messages import checked_flag, checked_function, shown
+from hessjax._core._sharding import Layouts
 from hessjax._core._tables import Column, Row, Table, printable
 from hessjax._core._types import BatchMatvec, Params
 from hessjax._run import _drivers, _estimator
@@ -153,7 +154,7 @@ def _of_run(estimator: Estimator, matvec: Any, like: Params, on_device: bool) ->
     check_run(estimator, matvec, key, (), on_device)
     matvec = _drivers.as_partial(matvec)
     held, left = on_each((matvec, like)), begun(estimator)
-    start = Program.of(_estimator.state_of, estimator, key, like)
+    start = Program.of(_estimator.state_of, estimator, Layouts.of(like), key, like)
     state, host = start.result, on_host(start.result)
     size = on_each(state)
     rows = [MemoryRow("params and data", held, False), MemoryRow("state", size, False)]
@@ -175,19 +176,20 @@ def _advice(estimator: Estimator, rows: list[MemoryRow]) -> str:
 def _on_the_host(estimator: Estimator, matvec: Any, like: Params, state: Any) -> Iterator[tuple[str, int]]:
     """What steps take beyond what is held."""
     dtypes = tuple(jnp.result_type(leaf) for leaf in jax.tree.leaves(like))
-    query = Program.of(_estimator.query, estimator, dtypes, state)
+    query = Program.of(_estimator.query, estimator, dtypes, Layouts.of(like), state)
     product = Program.of(_applied, matvec, (query.result[0],), {})
     # All vectors of a block are there from the first product on, all products at the last.
     waiting = on_each(query.result) + on_each(product.result) * (len(query.result) - 1)
     yield "multiplying", max(query.beyond, waiting + product.beyond)
     products = (product.result,) * len(query.result)
-    absorb = Program.of(_estimator.absorb, estimator, _carry(state), products)
+    absorb = Program.of(_estimator.absorb, estimator, Layouts.of(state), *_carry(state), products)
     yield "absorbing", on_each(product.result) * len(products) + absorb.beyond
 
 
 def _on_device(estimator: Estimator, matvec: Any, like: Params, state: Any) -> Iterator[tuple[str, int]]:
     carry = _carry(state)
-    loop = Program.of(_drivers.loop_on_device, estimator, matvec, like, carry.steps, None, carry)
+    layouts = Layouts.of(like), Layouts.of(state)
+    loop = Program.of(_drivers.loop_on_device, estimator, layouts, matvec, like, carry.steps, None, carry)
     yield "the whole run", loop.beyond
 
 

@@ -10,6 +10,7 @@ from jax.tree_util import Partial
 from hessjax._core import _tree
 from hessjax._core._compiled import compiled
 from hessjax._core._messages import check_flags, checked_choice
+from hessjax._core._sharding import Layouts
 from hessjax._core._types import LossFn, Matvec, Params, Scalar, Vector
 from hessjax.curvature._product import (
     LinearProduct,
@@ -174,18 +175,23 @@ class _Product:
     def __call__(self, loss_fn: LossFn, params: Params, args: tuple[Any, ...], vector: Vector) -> Vector:
         _tree.check_arrays(vector, "vector")
         with explained("loss_fn", _way_out(self.mode)):
-            return _multiply(self, loss_fn, params, args, vector)
+            return _multiply(self, Layouts.of(params), loss_fn, params, args, vector)
 
 
-@compiled(static_argnums=0)
+@compiled(static_argnums=(0, 1))
 def _multiply(
-    settings: _Product, loss_fn: LossFn, params: Params, args: tuple[Any, ...], vector: Vector
+    settings: _Product,
+    layouts: Layouts,
+    loss_fn: LossFn,
+    params: Params,
+    args: tuple[Any, ...],
+    vector: Vector,
 ) -> Vector:
     _tree.check_like(vector, params, "vector", "params")
     # Around the trace, not the call: the precision is written into the program's operations.
     with at_precision(settings.precision):
         vector = _tree.cast_like(vector, params)
-        return _PRODUCTS[settings.mode](scalar(loss_fn, args), params, vector)
+        return layouts.laid(_PRODUCTS[settings.mode](scalar(loss_fn, args), params, vector))
 
 
 @compiled(static_argnums=(0, 1))

@@ -1,13 +1,14 @@
 """Hutch++: the large part of the trace from a sketch of the range, exactly; the rest by Hutchinson."""
 
 import dataclasses
+from itertools import accumulate
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from hessjax._core import _numbers, _tree
+from hessjax._core import _numbers, _sharding, _tree
 from hessjax._core._messages import checked_count
 from hessjax._core._packing import Packed, Packing
 from hessjax._core._results import Estimate
@@ -120,7 +121,7 @@ class Hutchpp(Estimator):
             return HutchppState(
                 key, _axis(vector, 0), (), zero, zero, no_samples(zero), jnp.int32(0), packing
             )
-        basis = _krylov.allocate(vector, self.rank)
+        basis = _krylov.allocate(vector, self.rank, packing.packed_layouts)
         return HutchppState(key, vector, basis, zero, zero, no_samples(zero), jnp.int32(0), packing)
 
     def _is_enough(self, packing: Packing) -> bool:
@@ -190,10 +191,10 @@ hutchpp = Hutchpp
 
 def _axis(like: Packed, index: Int[Array, ""] | int) -> Packed:
     """The unit vector of one parameter; zero from the last on."""
-    sizes = [x.size for x in like]
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    places = [jax.lax.iota(jnp.int32, size) + start for size, start in zip(sizes, starts, strict=True)]
-    return tuple((at == index).astype(x.dtype).reshape(x.shape) for at, x in zip(places, like, strict=True))
+    starts = accumulate((x.size for x in like), initial=0)
+    places = [_sharding.places(x, start) for x, start in zip(like, starts, strict=False)]
+    at = jnp.asarray(index, jnp.uint32)
+    return tuple((place == at).astype(x.dtype) for place, x in zip(places, like, strict=True))
 
 
 def _check_size(num_matvecs: int, dimension: int) -> None:

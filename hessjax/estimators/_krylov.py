@@ -6,9 +6,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from hessjax._core import _numbers, _sharding, _tree
+from hessjax._core._sharding import Shardings
 from hessjax._core._types import Block, Params, Scalar, Vector
 from hessjax.estimators._samples import hashed_signs
 
@@ -21,11 +23,12 @@ STRIP = 2**16
 Basis: TypeAlias = tuple[Block, ...]
 
 
-def allocate(like: Params, num_rows: int) -> Basis:
-    """A basis of `num_rows` zero rows like `like`, in at least float32."""
-    wide = jax.eval_shape(_tree.wide, like)
+def allocate(like: Params, num_rows: int, layouts: Shardings = ()) -> Basis:
+    """A basis of `num_rows` zero rows like `like`, in at least float32, where its leaves are said to lie."""
+    leaves, structure = jax.tree.flatten(jax.eval_shape(_tree.wide, like))
+    pairs = list(zip(leaves, layouts or [None] * len(leaves), strict=True))
     return tuple(
-        jax.tree.map(lambda x, n=stop - start: _sharding.zero_rows(n, x), wide)
+        jax.tree.unflatten(structure, [_sharding.zero_rows(stop - start, x, layout) for x, layout in pairs])
         for start, stop in _bounds(num_rows)
     )
 
@@ -164,7 +167,7 @@ def combine(basis: Basis, coefficients: Float[Array, "n rows"]) -> Block:
     return jax.lax.map(one, coefficients)
 
 
-def rotate(basis: Basis, coefficients: Float[Array, "n rows"]) -> Basis:
+def rotate(basis: Basis, coefficients: Float[Array, "n rows"], layouts: Shardings = ()) -> Basis:
     """The basis whose first n rows are these combinations of the old ones; the others are zero.
 
     In place, one strip of columns after the other: a basis is too large to have twice.
@@ -172,9 +175,23 @@ def rotate(basis: Basis, coefficients: Float[Array, "n rows"]) -> Basis:
     num_rows = _rows(basis)
     # One square matrix for all strips: rows of zeros clear what is dropped.
     square = jnp.pad(coefficients, ((0, num_rows - len(coefficients)), (0, 0)))
-    leaves = [_rotate_leaf(chunks, square) for chunks in zip(*map(jax.tree.leaves, basis), strict=True)]
+    columns = list(zip(*map(jax.tree.leaves, basis), strict=True))
+    leaves = list(map(_rotate_on_devices, columns, layouts or [None] * len(columns), [square] * len(columns)))
     structure = jax.tree.structure(basis[0])
     return tuple(jax.tree.unflatten(structure, chunk) for chunk in zip(*leaves, strict=True))
+
+
+def _rotate_on_devices(
+    chunks: tuple[Array, ...], layout: NamedSharding | None, square: Float[Array, "rows rows"]
+) -> tuple[Array, ...]:
+    """Every device rotates the columns that it holds: strips cut by none would be gathered."""
+    if layout is None or not _sharding.is_split(layout):
+        return _rotate_leaf(chunks, square)
+    spec = PartitionSpec(None, *layout.spec)
+    rotated = jax.shard_map(
+        _rotate_leaf, mesh=layout.mesh, in_specs=((spec,) * len(chunks), PartitionSpec()), out_specs=spec
+    )
+    return rotated(chunks, square)
 
 
 def _rotate_leaf(chunks: tuple[Array, ...], square: Float[Array, "rows rows"]) -> tuple[Array, ...]:
@@ -253,10 +270,10 @@ class Krylov(NamedTuple):
         return jax.lax.dynamic_slice_in_dim(self.projected, self.size, self.width)
 
 
-def start(block: Block, capacity: int) -> Krylov:
+def start(block: Block, capacity: int, layouts: Shardings = ()) -> Krylov:
     """The space to be grown from these vectors, of at most `capacity` rows besides the pending ones."""
     width = jax.tree.leaves(block)[0].shape[0]
-    basis = allocate(_tree.row(block, 0), capacity + width)
+    basis = allocate(_tree.row(block, 0), capacity + width, layouts)
     # The start is the first pending block: nothing is multiplied yet, so `size` is 0.
     for i, vector in enumerate(_tree.rows(orthonormal(block))):
         basis = write(basis, jnp.int32(i), vector)

@@ -101,7 +101,7 @@ class PowerIteration(Estimator):
         probes = jax.vmap(lambda key: packing.pack(gaussian(key, like)))(jax.random.split(key, k))
         # Orthonormal at every step: otherwise all columns turn into the first eigenvector.
         iterate = orthonormal(probes)
-        none = _tree.zeros_like(iterate)
+        none = _tree.block_of(*[packing.zeros()] * k)
         zeros = jnp.zeros(k, _tree.accumulator_dtype(like))
         unknown = _numbers.or_nan(False, zeros)
         return PowerState(iterate, none, unknown, zeros + jnp.inf, packing, jnp.int32(0))

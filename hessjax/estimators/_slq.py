@@ -139,7 +139,9 @@ class Slq(Estimator):
         dtype, leaf = _tree.accumulator_dtype(like), self.leaf
         dimension = jnp.asarray(sizes.sum() if leaf is None else jnp.asarray(sizes, dtype)[leaf], dtype)
         # With a leaf chosen all vectors are zero elsewhere, and A_ll is met without a program of its own.
-        space = self._recurrence.start(self._draw(key, packing, 0, like, leaf), self.num_matvecs)
+        space = self._recurrence.start(
+            self._draw(key, packing, 0, like, leaf), self.num_matvecs, packing.packed_layouts
+        )
         nothing = jnp.zeros((self.num_probes, self.num_matvecs), dtype)
         return SlqState(key, space, packing, nothing, nothing, jnp.int32(0), leaf, dimension)
 
@@ -169,10 +171,11 @@ class Slq(Estimator):
         count = state.num_matvecs + self.at_once
         state = state._replace(space=self._recurrence.extend(state.space, packed), num_matvecs=count)
         full = (count % (self.at_once * self.num_matvecs) == 0) & (group < self.num_probes // self.at_once)
-        return when(full, self._next_group, state, group, _tree.row(products, 0))
+        return when(full, self._next_group, state, group)
 
-    def _next_group(self, state: SlqState, group: Int[Array, ""], like: Params) -> SlqState:
+    def _next_group(self, state: SlqState, group: Int[Array, ""]) -> SlqState:
         state = _store(state, group * self.at_once, self._recurrence.quadrature(state.space))
+        like = state.packing.unpack(state.packing.zeros())
         vectors = self._draw(state.key, state.packing, group + 1, like, state.leaf)
         return state._replace(space=self._recurrence.restart(state.space, vectors))
 

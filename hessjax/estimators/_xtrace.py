@@ -108,7 +108,7 @@ class Xtrace(Estimator):
         packing = Packing.of(like)
         _check_size(self.num_matvecs, packing.size)
         vector = packing.pack(gaussian(jax.random.fold_in(key, 0), like))
-        tests, basis = (_krylov.allocate(vector, self.num_tests) for _ in range(2))
+        tests, basis = (_krylov.allocate(vector, self.num_tests, packing.packed_layouts) for _ in range(2))
         zeros = jnp.zeros(self.num_tests, _tree.accumulator_dtype(like))
         square = jnp.zeros((self.num_tests, self.num_tests), zeros.dtype)
         return XtraceState(

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -59,25 +59,40 @@ def _sample(sampler: Callable[..., Array], key: Key, like: Params) -> Vector:
     """Drawn packed: every draw is a program to compile (a tenth of a second), and leaves are many."""
     _tree.check_floating(like, "like")
     key = checked_any_key(key)
-    # As if on one device: where a leaf lies must not change what is drawn for it.
-    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), like)
-    packing = Packing.of(plain)
-    arrays = jax.eval_shape(packing.pack, plain)
-    keys = jax.random.split(key, len(arrays))
-    if any(map(_sharding.explicit, jax.tree.leaves(like))) or any(x.size > 2**32 for x in arrays):
-        return _leaf_by_leaf(sampler, keys, packing, like)
-    return packing.unpack(tuple(sampler(k, x) for k, x in zip(keys, arrays, strict=True)))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def _leaf_by_leaf(sampler: Callable[..., Array], keys: Array, packing: Packing, like: Params) -> Vector:
-    """The same numbers, each leaf's where it lies: none is ever whole on one device."""
     leaves, structure = jax.tree.flatten(like)
-    wide = [_sharding.shape_of(x, t) for x, t in zip(leaves, packing.dtypes, strict=True)]
-    places = zip(wide, packing.beginnings, strict=True)
-    drawn = jax.tree.unflatten(structure, [sampler(keys[i], x, start) for x, (i, start) in places])
-    # `like` tells jit which mesh it is on, so is not dropped.
-    return jax.lax.optimization_barrier((drawn, like))[0]
+    # As if on one device: where a leaf lies must not change what is drawn for it.
+    plain = [jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in leaves]
+    packing = Packing.of(jax.tree.unflatten(structure, plain))
+    keys = jax.random.split(key, len(packing.packed))
+    if any(_sharding.is_split(_sharding.layout(x)) for x in leaves) or _is_huge(packing):
+        wide = tuple(map(_sharding.shape_of, leaves, packing.dtypes))
+        drawn = _leaf_by_leaf(sampler, wide, packing.beginnings, keys, [x for x in leaves if _is_there(x)])
+    else:
+        drawn = jax.tree.leaves(packing.unpack(tuple(map(sampler, keys, packing.packed))))
+    return jax.tree.unflatten(structure, map(_sharding.laid_out_like, drawn, leaves))
+
+
+def _is_huge(packing: Packing) -> bool:
+    """Whether a pool has more entries than 32 bits count."""
+    return any(x.size > _random.LOWER for x in packing.packed)
+
+
+def _is_there(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _leaf_by_leaf(
+    sampler: Callable[..., Array],
+    leaves: tuple[jax.ShapeDtypeStruct, ...],
+    places: tuple[tuple[int, int], ...],
+    keys: Array,
+    arrays: list[Array],
+) -> list[Array]:
+    """The same numbers, each leaf's where it lies: none is ever whole on one device."""
+    drawn = [sampler(keys[i], x, start) for x, (i, start) in zip(leaves, places, strict=True)]
+    # The arrays tell jit which mesh it is on, so are not dropped.
+    return jax.lax.optimization_barrier((drawn, arrays))[0]
 
 
 def __dir__() -> list[str]:

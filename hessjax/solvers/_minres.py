@@ -119,7 +119,7 @@ class Minres(System, Estimator):
         _tree.check_like(self.rhs, like, "rhs", "like")
         packing = Packing.of(like)
         rhs, unit, limit = self.scaled(packing)
-        zero, nothing = jnp.zeros_like(unit), _tree.zeros_like(rhs)
+        zero, nothing = jnp.zeros_like(unit), packing.zeros()
         return MinresState(
             # From zero: the residual is then b, and its norm 1 in units of ‖b‖.
             x=nothing,

@@ -247,8 +247,8 @@ def _bands(seen: Context, worth: Params, fresh: Params, share: Any) -> Params:
     )
     low, high = ordered_keys(units.scores), ordered_keys(units_of(fresh, seen.pattern).scores)
     # The integer above all keys for those that are out of question, and below all once it is turned round.
-    gone = smallest([jnp.where(k, x, ~(x & 0)) for k, x in zip(kept, low, strict=True)], number)
-    back = smallest([~jnp.where(k, x & 0, x) for k, x in zip(kept, high, strict=True)], number)
+    gone, _ = smallest([jnp.where(k, x, ~(x & 0)) for k, x in zip(kept, low, strict=True)], number)
+    back, _ = smallest([~jnp.where(k, x & 0, x) for k, x in zip(kept, high, strict=True)], number)
     old, new = [jnp.where(g, GONE, 0.0) for g in gone], [jnp.where(b, BACK, AWAY) for b in back]
     return units.spread(list(map(jnp.where, kept, old, new)))
 
