@@ -181,7 +181,7 @@ class _Product:
 def _multiply(
     settings: _Product, loss_fn: LossFn, params: Params, args: tuple[Any, ...], vector: Vector
 ) -> Vector:
-    _tree.check_like(vector, params, "vector", "params")
+    _tree.check_vector(vector, params)
     # Around the trace, not the call: the precision is written into the program's operations.
     with at_precision(settings.precision):
         vector = _tree.cast_like(vector, params)

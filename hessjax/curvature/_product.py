@@ -166,7 +166,7 @@ class LinearProduct:
 @compiled()
 def _multiply_linear(linear: Callable[[Vector], Vector], params: Params, vector: Vector) -> Vector:
     # A linear map takes tangents in exactly the dtypes it was traced at, while vectors may come wider.
-    _tree.check_like(vector, params, "vector", "params")
+    _tree.check_vector(vector, params)
     return linear(_tree.cast_like(vector, params))
 
 
@@ -216,7 +216,7 @@ def _multiply(
     args: tuple[Any, ...],
     vector: Vector,
 ) -> Vector:
-    _tree.check_like(vector, params, "vector", "params")
+    _tree.check_vector(vector, params)
     return _linearize(precision, model_fn, curvature, params, args)(_tree.cast_like(vector, params))
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from hessjax._core._types import Params, settings
 from hessjax.pruning._ranking import Schedule, ordered_keys, smallest
 from hessjax.pruning._units import units_of
 from hessjax.pruning.saliencies._first_order import Magnitude
-from hessjax.pruning.saliencies._saliency import Context, MaskChange, Saliency, checked_saliency
+from hessjax.pruning.saliencies._saliency import Context, MaskChange, Saliency, checked_ranking
 
 _MAGNITUDE = Magnitude()
 
@@ -31,6 +31,7 @@ class DropAndGrow(MaskChange):
     """
 
     fraction: float | int | Schedule
+    grows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         checked_schedule("fraction", self.fraction)
@@ -179,7 +180,7 @@ class SparseEvolution(_Rewired):
 
     def __post_init__(self) -> None:
         _ = self.change  # which refuses what it cannot use
-        checked_saliency("score", self.score)
+        checked_ranking("score", self.score)
 
     @property
     def change(self) -> MaskChange:  # type: ignore[override]
@@ -228,7 +229,7 @@ class Rigl(_Rewired):
 
     def __post_init__(self) -> None:
         _ = self.change  # which refuses what it cannot use
-        checked_saliency("score", self.score)
+        checked_ranking("score", self.score)
 
     @property
     def change(self) -> MaskChange:  # type: ignore[override]

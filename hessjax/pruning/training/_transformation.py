@@ -26,6 +26,7 @@ from hessjax.pruning.training._checks import (
     rows_of,
     warn_uninformed,
 )
+from hessjax.pruning.training._masks import check_apart
 from hessjax.pruning.training._state import (
     Budget,
     Choice,
@@ -88,6 +89,7 @@ class Pruning:
             choice = self._choose(scorer, seen, params)
             warn_uninformed(self.saliency, scorer, seen, choice.mask, self.budget)
         inner = self.inner.init(params if self.dense_dtype is None else on_selected(second, params, dense))
+        check_apart(full, inner)
         return self._state(count, inner, dense, scorer, choice)
 
     def update(
