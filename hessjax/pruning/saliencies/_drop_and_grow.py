@@ -2,10 +2,11 @@
 
 import dataclasses
 import itertools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from hessjax._core import _random, _sharding, _tree
 from hessjax._core._messages import checked_key, checked_schedule
@@ -17,7 +18,7 @@ from hessjax.pruning.saliencies._saliency import (
     Context,
     MaskChange,
     Saliency,
-    checked_saliency,
+    checked_ranking,
     of_the_largest,
 )
 
@@ -36,6 +37,7 @@ class DropAndGrow(MaskChange):
     """
 
     fraction: float | int | Schedule
+    grows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         checked_schedule("fraction", self.fraction)
@@ -183,7 +185,7 @@ class SparseEvolution(_Rewired):
 
     def __post_init__(self) -> None:
         _ = self.change  # which refuses what it cannot use
-        checked_saliency("score", self.score)
+        checked_ranking("score", self.score)
 
     @property
     def change(self) -> MaskChange:  # type: ignore[override]
@@ -232,7 +234,7 @@ class Rigl(_Rewired):
 
     def __post_init__(self) -> None:
         _ = self.change  # which refuses what it cannot use
-        checked_saliency("score", self.score)
+        checked_ranking("score", self.score)
 
     @property
     def change(self) -> MaskChange:  # type: ignore[override]
