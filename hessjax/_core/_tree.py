@@ -48,7 +48,7 @@ def check_floating(params: Params, argument: str = "params") -> None:
         raise TypeError(
             f"`{argument}` must have real floating-point leaves only, got\n{_listed(bad)}\n{_way_out(bad)}"
         )
-    if not any(jnp.size(leaf) for leaf in jax.tree.leaves(params)):
+    if not any(np.size(leaf) for leaf in jax.tree.leaves(params)):
         raise ValueError(f"`{argument}` must hold at least one number, got a tree without any.")
 
 

@@ -1,10 +1,12 @@
 """The map of a network: what every leaf of its params takes part in, and which leaves nothing is known of."""
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hessjax._core import _tree
 from hessjax._core._tables import Column, Row, Table, printable, shape_text
@@ -73,7 +75,7 @@ class LeafCoverage(NamedTuple):
     @property
     def size(self) -> int:
         """How many weights it has."""
-        return int(jnp.prod(jnp.array(self.shape, int))) if self.shape else 1
+        return math.prod(self.shape)
 
 
 def coverage(fn: ModelFn, params: Params, *args: Any) -> Coverage:
@@ -104,6 +106,7 @@ def coverage(fn: ModelFn, params: Params, *args: Any) -> Coverage:
 
     Example:
         >>> import jax.numpy as jnp
+    import numpy as np
         >>> import hessjax as hj
         >>> def model_fn(params, x):
         ...     return jnp.tanh(x @ params["w"] + params["b"]) / params["temperature"]
@@ -119,17 +122,17 @@ def coverage(fn: ModelFn, params: Params, *args: Any) -> Coverage:
 def checked_uses(fn: Any, params: Any, args: tuple[Any, ...], argument: str = "fn") -> tuple[LeafUses, ...]:
     """The uses of every leaf, all arguments being what they must be."""
     _tree.check_floating(params)
-    if args:
+    if args:  # else `num_examples` says what is missing
         check_call(argument, fn, args)
-    num_examples(args)
-    example = jax.eval_shape(_first, args[0])
+    example = jax.eval_shape(_first, args)
     with explained(argument):
         return uses_of(program_of(fn, params, (example, *args[1:])))
 
 
-def _first(batch: Any) -> Any:
+def _first(args: tuple[Any, ...]) -> Any:
     """One example, as a batch of one."""
-    return jax.tree.map(lambda x: jnp.asarray(x)[:1] if jnp.ndim(x) else x, batch)
+    num_examples(args)
+    return jax.tree.map(lambda x: x[:1] if jnp.ndim(x) else x, args[0])
 
 
 def check_covered(params: Params, leaves: tuple[LeafUses, ...]) -> None:
@@ -148,16 +151,11 @@ def check_covered(params: Params, leaves: tuple[LeafUses, ...]) -> None:
 def _leaf(path: str, leaf: Any, found: LeafUses) -> LeafCoverage:
     words = tuple(use.words() for use in found.uses)
     loops = dict.fromkeys(_loop(loop.trips) for use in found.uses for loop in use.loops)
-    return LeafCoverage(
-        path, jnp.shape(leaf), words, sum(map(_trips, found.uses)), tuple(loops), found.reason
-    )
+    return LeafCoverage(path, np.shape(leaf), words, sum(map(_trips, found.uses)), tuple(loops), found.reason)
 
 
 def _trips(use: Use) -> int:
-    times = 1
-    for loop in use.loops:
-        times *= loop.trips or 0
-    return times
+    return math.prod(loop.trips or 0 for loop in use.loops)
 
 
 def _loop(trips: int | None) -> str:

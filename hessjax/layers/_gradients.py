@@ -51,7 +51,7 @@ class Gradients:
         keys = jax.random.split(key, self.num_samples)  # type: ignore[arg-type]
         # Scores of positions are independent: a row sums them, and the cross terms vanish on average.
         scores = jax.vmap(self.likelihood.score, in_axes=(0, None))(keys, shown)
-        return factors * scores / jnp.sqrt(self.num_samples)
+        return factors[None] * scores / self.num_samples**0.5
 
     def of(self, fn: Callable[..., Any]) -> Partial:
         """The function, as one that refuses outputs which cannot be pulled back from."""

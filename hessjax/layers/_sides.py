@@ -109,8 +109,8 @@ def _counts(
     if positions == "reduce":
         own, means = _within(weights)
         # The squared mean of one-hot vectors: at every position the weight of all positions of equal row.
-        equal = rows[:, :, None] == rows[:, None]
-        weights = own[:, None, None] * means[..., None] * jnp.einsum("npqs,nq->nps", equal * 1.0, means)
+        equal = (rows[:, :, None] == rows[:, None]).astype(means.dtype)
+        weights = own[:, None, None] * means[..., None] * jnp.einsum("npqs,nq->nps", equal, means)
     else:
         weights = jnp.broadcast_to(weights[..., None], rows.shape)
     stack = jnp.broadcast_to(jnp.arange(rows.shape[-1]), rows.shape)
@@ -143,7 +143,7 @@ def _nearest(lefts: Float[Array, "u ..."], rights: Float[Array, "u ..."]) -> Mom
     # With P and Q the columns vec L and vec R, PQᵀ has the singular vectors Px and Qy of σ, where
     # y = (PᵀP)x and σ²x = (QᵀQ)y: by the symmetric form, with c its leading vector, y = (PᵀP)^½ c.
     values, vectors = jnp.linalg.eigh(gram_left)
-    root = (vectors * jnp.sqrt(jnp.maximum(values, 0))) @ vectors.T
+    root = (vectors * jnp.sqrt(jnp.maximum(values, 0))[None]) @ vectors.T
     squares, leading = jnp.linalg.eigh(root @ gram_right @ root)
     y = jnp.abs(root @ leading[:, -1])  # of one sign (Perron), up to rounding
     x = gram_right @ y / jnp.where(squares[-1] > 0, squares[-1], 1)
@@ -164,9 +164,9 @@ def _balanced(lefts: Array, rights: Array) -> tuple[Array, Array, Array]:
 
 def _largest(x: Array) -> Array:
     """The largest entry of each, or 1 if there is none but zeros."""
-    top = jnp.max(jnp.abs(x), axis=range(1, x.ndim), keepdims=True)
+    top = jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim)), keepdims=True)
     return jnp.where(top > 0, top, 1)
 
 
 def _gram(x: Float[Array, "u ..."]) -> Float[Array, "u u"]:
-    return jnp.tensordot(x, x, axes=(range(1, x.ndim), range(1, x.ndim)))
+    return jnp.tensordot(x, x, axes=([*range(1, x.ndim)],) * 2)
