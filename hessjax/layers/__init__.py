@@ -9,3 +9,5 @@ from hessjax.layers._kfac import kfac as kfac
 from hessjax.layers._kronecker import Kronecker as Kronecker
 from hessjax.layers._moments import LayerMoments as LayerMoments
 from hessjax.layers._moments import moments as moments
+from hessjax.layers._quality import Quality as Quality
+from hessjax.layers._quality import quality as quality

@@ -106,7 +106,6 @@ def coverage(fn: ModelFn, params: Params, *args: Any) -> Coverage:
 
     Example:
         >>> import jax.numpy as jnp
-    import numpy as np
         >>> import hessjax as hj
         >>> def model_fn(params, x):
         ...     return jnp.tanh(x @ params["w"] + params["b"]) / params["temperature"]
