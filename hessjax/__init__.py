@@ -4,6 +4,7 @@ import importlib as _importlib
 from typing import Any as _Any
 
 from hessjax import estimators as estimators
+from hessjax import layers as layers
 from hessjax._core._memory import MemoryLimitWarning as MemoryLimitWarning
 from hessjax._core._results import Eigenpairs as Eigenpairs
 from hessjax._core._results import Estimate as Estimate
