@@ -15,9 +15,10 @@ from hessjax._core import _tree
 from hessjax._core._compiled import compiled
 from hessjax._core._messages import checked_any_key, checked_choice, checked_count, checked_function
 from hessjax._core._results import is_known
+from hessjax._core._sources import check_source
 from hessjax._core._tables import Column, Row, Table, number, printable
 from hessjax._core._types import Key, ModelFn, Params, settings
-from hessjax.curvature._batches import add, check_batches, zero
+from hessjax.curvature._batches import add, zero
 from hessjax.curvature._ggn import check_likelihood
 from hessjax.curvature._product import as_pytree, at_precision, check_precision, explained
 from hessjax.curvature._weights import Weights, batch_weight, check_total, check_weights, of_examples
@@ -335,7 +336,7 @@ def _checked(
 
 def check_listed(batches: Any) -> None:
     """Raise a TypeError for what is no iterable of batches, or most likely one batch."""
-    check_batches(batches)
+    check_source(batches)
     if isinstance(batches, jax.Array | np.ndarray) or (
         isinstance(batches, tuple) and all(isinstance(x, jax.Array | np.ndarray) for x in batches)
     ):
