@@ -207,6 +207,7 @@ INSTEAD = {
     "hj.mask_of": {"opt_state": (hj.prune(ADAM, MAGNITUDE, 0.5).init(PARAMS), "result")},
     "hj.prune": {"sparsity": (0.5, "schedule"), "start": (0, "count"), "stop": (None, "count?")},
     "hj.prune_once": {**PRUNED, "loss_fn": (size_of, "function?"), "max_ratio": (None, None)},
+    "hj.memory_estimate": {"what": (jax.nn.relu, "function")},
     "hj.select": PRUNED,
     "hj.sensitivity": {
         **PRUNED, "diagonal": (None, "vector?"), "path": (None, "path?"), "metric": (size_of, "function?"),

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -119,6 +119,11 @@ def laid_out_like(x: Array, like: Any) -> Array:
     return laid_out(x, layout(like))
 
 
+def shape_of(like: Any, dtype: Any) -> jax.ShapeDtypeStruct:
+    """The shape and layout of `like`, in this dtype."""
+    return jax.ShapeDtypeStruct(jnp.shape(like), dtype, sharding=layout(like))
+
+
 def split_axes(x: Array, parts: Sequence[tuple[int, ...]]) -> Array:
     """`x` with each axis cut into parts of these lengths, most into one.
 
@@ -160,14 +165,18 @@ def longest_axis(x: Any, first: int = 0) -> int:
     return max(range(first, jnp.ndim(x)), key=lambda axis: (spec[axis] is None, jnp.shape(x)[axis]))
 
 
-def places(like: Any, start: int = 0) -> UInt[Array, "..."]:
-    """The position of every entry in row-major order, plus `start`, modulo 2³²."""
+def places(like: Any, start: int = 0, axes: Iterable[int] | None = None) -> UInt[Array, "..."]:
+    """The position of every entry in row-major order along these axes, or all, plus `start`, modulo 2³²."""
     # Not `arange(n).reshape(shape)`: reshapes of sharded axes gather them, and explicit meshes refuse them.
-    place, stride = jnp.full(jnp.shape(like), start, jnp.uint32), 1
-    for axis in reversed(range(jnp.ndim(like))):
-        place += jax.lax.broadcasted_iota(jnp.uint32, jnp.shape(like), axis) * jnp.uint32(stride % 2**32)
-        stride *= jnp.shape(like)[axis]
-    return laid_out_like(place, like)
+    shape, sharding, stride = jnp.shape(like), layout(like), 1
+    is_explicit = sharding is not None and set(sharding.mesh.axis_types) == {AxisType.Explicit}
+    place = laid_out(jnp.full(shape, start, jnp.uint32), sharding)
+    for axis in reversed(range(len(shape)) if axes is None else [*axes]):
+        # Born in its layout, as nothing of this size may be whole on one device.
+        born = sharding if is_explicit else None
+        number = laid_out(jax.lax.broadcasted_iota(jnp.uint32, shape, axis, out_sharding=born), sharding)
+        place, stride = place + number * jnp.uint32(stride % 2**32), stride * shape[axis]
+    return laid_out(place, sharding)
 
 
 def zero_rows(number: int, like: Any, sharding: NamedSharding | None = None) -> Array:

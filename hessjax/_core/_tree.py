@@ -1,6 +1,7 @@
 """The pytree algebra that `optax.tree` lacks: paths, checks, inner products, blocks of vectors."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -48,7 +49,7 @@ def check_floating(params: Params, argument: str = "params") -> None:
         raise TypeError(
             f"`{argument}` must have real floating-point leaves only, got\n{_listed(bad)}\n{_way_out(bad)}"
         )
-    if not any(jnp.size(leaf) for leaf in jax.tree.leaves(params)):
+    if not any(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(params)):
         raise ValueError(f"`{argument}` must hold at least one number, got a tree without any.")
 
 
@@ -172,7 +173,7 @@ def describe(leaf: Any) -> str:
 
 def size(tree: Any) -> int:
     """The number of scalars in `tree`."""
-    return sum(jnp.size(leaf) for leaf in jax.tree.leaves(tree))
+    return sum(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(tree))
 
 
 def accumulator_dtype(tree: Any) -> jnp.dtype:
@@ -182,7 +183,14 @@ def accumulator_dtype(tree: Any) -> jnp.dtype:
 
 def wide(tree: Any) -> Any:
     """Every leaf in at least float32, so that long sums and orthogonality survive bfloat16 params."""
-    return jax.tree.map(lambda x: jnp.asarray(x, common_dtype(jnp.result_type(x), jnp.float32)), tree)
+    return jax.tree.map(_wide, tree)
+
+
+def _wide(x: Any) -> Any:
+    dtype = common_dtype(jnp.result_type(x), jnp.float32)
+    if isinstance(x, jax.ShapeDtypeStruct):  # of a run that is only asked about
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+    return jnp.asarray(x, dtype)
 
 
 def cast_like(tree: Any, like: Any) -> Any:
@@ -208,7 +216,8 @@ def inner_by_leaf(a: Vector, b: Vector) -> list[Scalar]:
 
 
 def _inner(x: Array, y: Array) -> Scalar:
-    if _sharding.explicit(x) or _sharding.explicit(y):
+    if _sharding.explicit(x) or _sharding.explicit(y) or x.size >= 2**31:
+        # Of more entries than an int32 counts XLA's compiler for CPUs aborts the process in a dot product.
         return jnp.sum(x * y)
     # Not `vdot`: it lays arrays flat, which gathers those that are divided along any axis but the first.
     axes = tuple(range(x.ndim))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from hessjax._core import _tree
+from hessjax._core import _random, _sharding, _tree
 from hessjax._core._messages import checked_key, checked_schedule
 from hessjax._core._types import Params, settings
 from hessjax.pruning._ranking import Schedule, ordered_keys, smallest
@@ -76,10 +76,9 @@ class RandomGrowth(DropAndGrow):
         """Uniform in [0, 1)."""
         leaves, treedef = jax.tree.flatten(seen.weights)
         now, ends = jax.random.fold_in(self.key, seen.step), itertools.accumulate(x.size for x in leaves)
-        # One draw for all leaves: every draw compiles slowly.
-        numbers = jax.random.uniform(now, (_tree.size(leaves),), jnp.float32)
-        parts = zip(jnp.split(numbers, list(ends)[:-1]), leaves, strict=True)
-        return jax.tree.unflatten(treedef, [part.reshape(x.shape) for part, x in parts])
+        shapes = [_sharding.shape_of(x, jnp.float32) for x in leaves]
+        parts = [_random.uniform(now, x, end - x.size) for x, end in zip(shapes, ends, strict=True)]
+        return jax.tree.unflatten(treedef, parts)
 
 
 @settings()
