@@ -12,7 +12,8 @@ from hessjax._core import _tree
 from hessjax._core._messages import shown
 from hessjax._core._sources import check_source, opened
 from hessjax._core._types import Block, Scalar
-from hessjax._fisher._rows import num_grads, row
+from hessjax._fisher._blocking import row
+from hessjax._fisher._rows import num_grads
 
 
 class Counted(NamedTuple):

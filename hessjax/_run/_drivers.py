@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool
 
-from hessjax._core import _numbers, _tree
+from hessjax._core import _memory, _numbers, _tree
 from hessjax._core._compiled import compiled
 from hessjax._core._messages import causes_of_nan, checked_count
 from hessjax._core._sharding import UNKNOWN, Layouts
@@ -104,6 +104,9 @@ def run(
     Returns:
         `(result, state)`.
 
+    Warns:
+        MemoryLimitWarning: the state alone needs more than is free on a device, as far as known.
+
     Raises:
         NonFiniteProductError: a product held NaN or infinity: says which, and keeps the result so far.
             (Traced code cannot raise: inside `jit` the run stops there, and fewer products are counted.)
@@ -138,6 +141,9 @@ def run(
             "state",
             "estimator.init(key, like)",
         )
+    else:
+        shapes = functools.partial(_estimator.state_of.eval_shape, estimator, layouts, key, like)
+        _memory.warn_unless_it_fits(estimator, shapes, like)
     carry = _begun(_estimator.init(estimator, layouts, key, like) if state is None else _copied(state))
     left = begun(estimator)
     if isinstance(limit, Relative):
@@ -281,7 +287,7 @@ def entered(callbacks: Sequence[Callback]) -> Iterator[None]:
 # -- on the device ---------------------------------------------------------------------------------
 
 
-@compiled(static_argnums=1)
+@compiled(static_argnums=1, donate_argnums=6)
 def loop_on_device(
     estimator: Estimator,
     layouts: tuple[Layouts, Layouts],

@@ -43,6 +43,7 @@ class Estimator(abc.ABC):
     Attributes:
         init_only: the names of fields that `init` alone reads (a right-hand side, vectors to start from):
             all else is compiled without them.
+        less_memory: settings that need less, in words.
 
     Example:
         >>> import dataclasses
@@ -67,6 +68,7 @@ class Estimator(abc.ABC):
     """
 
     init_only: ClassVar[tuple[str, ...]] = ()
+    less_memory: ClassVar[str] = ""
 
     @abc.abstractmethod
     def init(self, key: Key, like: Params) -> Any:

@@ -187,7 +187,7 @@ def _multiply(
     args: tuple[Any, ...],
     vector: Vector,
 ) -> Vector:
-    _tree.check_like(vector, params, "vector", "params")
+    _tree.check_vector(vector, params)
     # Around the trace, not the call: the precision is written into the program's operations.
     with at_precision(settings.precision):
         vector = _tree.cast_like(vector, params)

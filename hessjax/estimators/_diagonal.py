@@ -62,7 +62,7 @@ class HutchinsonDiagonal(Sampling):
         relative tolerance the 2-norm of `mean`.
 
     Cost:
-        One product a sample; memory 5·d: probe, product, and three numbers for every parameter.
+        One product a sample; memory 7·d: three numbers for every parameter, old and new, and the probe.
 
     References:
         Bekas, Kokiopoulou & Saad (2007), An estimator for the diagonal of a matrix.
@@ -164,7 +164,7 @@ def diagonal(
         NonFiniteProductError: see `run`.
 
     Cost:
-        At most `num_probes` products; memory 5·d.
+        At most `num_probes` products; memory 7·d.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -211,7 +211,7 @@ class HutchinsonFrobenius(Sampling):
         20 samples).
 
     Cost:
-        One product a sample; memory 2·d.
+        One product a sample; memory 3·d.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -294,7 +294,7 @@ def frobenius_norm(
         NonFiniteProductError: see `run`.
 
     Cost:
-        At most `num_probes` products; memory 2·d.
+        At most `num_probes` products; memory 3·d.
 
     Example:
         >>> import jax, jax.numpy as jnp

@@ -82,7 +82,7 @@ class Hutchpp(Estimator):
 
     Cost:
         One product a step; 4·j·d operations for the j-th row of the basis and 4·k·d for a sample; memory
-        (num_matvecs/3 + 2)·d.
+        (num_matvecs/3 + 5)·d.
 
     References:
         Meyer, Musco, Musco & Woodruff (2021), Hutch++: optimal stochastic trace estimation,

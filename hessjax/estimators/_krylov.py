@@ -158,8 +158,13 @@ def orthonormal(block: Block) -> Block:
 def combine(basis: Basis, coefficients: Float[Array, "n rows"]) -> Block:
     """The n linear combinations of the rows, as a block."""
     bounds = _bounds(_rows(basis))
-    parts = [_tree.combine(coefficients[:, i:j], c) for c, (i, j) in zip(basis, bounds, strict=True)]
-    return jax.tree.map(lambda *xs: sum(xs[1:], xs[0]), *parts)
+
+    def one(coefficients: Float[Array, " rows"]) -> Vector:
+        parts = [_tree.combine(coefficients[i:j], c) for c, (i, j) in zip(basis, bounds, strict=True)]
+        return jax.tree.map(lambda *xs: sum(xs[1:], xs[0]), *parts)
+
+    # One by one: all at once would have all their parts, by chunk, in memory beside themselves.
+    return jax.lax.map(one, coefficients)
 
 
 def rotate(basis: Basis, coefficients: Float[Array, "n rows"], layouts: Shardings = ()) -> Basis:

@@ -100,7 +100,8 @@ class Lanczos(Estimator):
 
     Cost:
         `block_size` products a step; 4·j·d operations for the j-th basis vector, twice that with blocks;
-        memory (basis_size + block_size + 4)·d, and three times the pairs' d while the result is read.
+        memory (basis_size + 3·block_size + 3)·d; (basis_size + block_size + pairs + 4)·d while the result is
+        read.
 
     References:
         Wu & Simon (2000), Thick-restart Lanczos method for large symmetric eigenvalue problems;
@@ -119,6 +120,7 @@ class Lanczos(Estimator):
     """
 
     init_only = ("basis_size", "start")
+    less_memory = "a smaller `basis_size`"
 
     k: int = 5
     which: Which = "both"

@@ -71,7 +71,7 @@ class PowerIteration(Estimator):
         ValueError: `k` below 1, or above the number of parameters; `tol` negative or None.
 
     Cost:
-        k products a step, (|λ_k+1| / |λ_k|) less error each; 6k²d operations; memory 3k·d.
+        k products a step, (|λ_k+1| / |λ_k|) less error each; 6k²d operations; memory 7k·d.
 
     References:
         Golub & Van Loan (2013), Matrix Computations, §8.2.4.

@@ -80,8 +80,8 @@ def spectral_density_by_leaf(
         NonFiniteProductError: see `run`.
 
     Cost:
-        `num_probes · num_matvecs` products of the whole matvec for every leaf; memory as `slq`: 2·d, or
-        (num_matvecs + 1)·d with reorthogonalisation.
+        `num_probes · num_matvecs` products of the whole matvec for every leaf; memory as `slq`: 6·d, or
+        (num_matvecs + 6)·d with reorthogonalisation.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -183,7 +183,7 @@ def spectrum(
 
     Cost:
         `num_matvecs` products, and one for each of the 2k pairs to measure its residual; memory
-        (num_matvecs + 6)·d, and three times the pairs' d at the end.
+        (num_matvecs + 6)·d, and the pairs' d at the end.
 
     References:
         Golub & Meurant (2010), Matrices, Moments and Quadrature.

@@ -92,7 +92,7 @@ def trace(
         NonFiniteProductError: see `run`.
 
     Cost:
-        At most `num_probes` products; memory 2·d, or the other estimator's.
+        At most `num_probes` products; memory 3·d, or the other estimator's.
 
     Example:
         >>> import jax, jax.numpy as jnp

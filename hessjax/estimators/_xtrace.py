@@ -77,7 +77,7 @@ class Xtrace(Estimator):
         ValueError: `num_matvecs` below 2, or, when it meets the params, above twice their number.
 
     Cost:
-        Two products a test vector; 10·j·d operations for the j-th; memory (num_matvecs + 2)·d.
+        Two products a test vector; 10·j·d operations for the j-th; memory (1.6·num_matvecs + 2)·d.
 
     References:
         Epperly, Tropp & Webber (2024), XTrace: making the most of every sample in stochastic trace

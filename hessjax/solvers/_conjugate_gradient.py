@@ -266,7 +266,7 @@ def solve(
         NonFiniteProductError: see `run`.
 
     Cost:
-        At most `max_matvecs` products and one more; memory 5·d (`minres` 7·d).
+        At most `max_matvecs` products and one more; memory 5·d (`minres` 10·d).
 
     Example:
         >>> import jax, jax.numpy as jnp

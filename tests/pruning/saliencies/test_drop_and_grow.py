@@ -53,8 +53,30 @@ def masks(state):
     return np.concatenate([np.asarray(m).ravel() for m in jax.tree.leaves(state.mask)])
 
 
-def chances(t, size):
-    return np.asarray(jax.random.uniform(jax.random.fold_in(KEY, t), (size,)), np.float64)
+def chances(t, sizes):
+    """Two rounds of MurmurHash3's finalizer on the places of the weights, with words drawn for every leaf."""
+    words = np.asarray(jax.random.bits(jax.random.fold_in(KEY, t), (len(sizes), 2), jnp.uint32), np.uint32)
+    numbers = []
+    for size, mine in zip(sizes, words, strict=True):
+        bits = np.arange(size, dtype=np.uint32)
+        for word in mine:
+            bits = bits + word
+            for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+                bits = (bits ^ (bits >> np.uint32(shift))) * np.uint32(factor)
+        numbers.append((bits >> np.uint32(8)) / 2**24)
+    return np.concatenate(numbers)
+
+
+def test_what_comes_back_is_drawn_evenly():
+    weights = {"a": jnp.ones((200, 100)), "b": jnp.ones((20_000,))}
+    rule = hj.saliencies.sparse_evolution(0.5, KEY).change
+    first, second = (rule.growth(seen(weights, None, step=t)) for t in (1, 2))
+    columns = np.stack([np.ravel(x) for draw in (first, second) for x in jax.tree.leaves(draw)])
+    counts = np.stack([np.histogram(x, 20, (0, 1))[0] for x in columns])
+    assert abs(counts - 1000).max() < 5 * 31  # five standard deviations of a bin
+    # No pair of leaves or steps, and no neighbours, go together.
+    pairs = np.corrcoef(np.concatenate([columns[:, :-1], columns[:1, 1:]]))
+    assert abs(pairs - np.eye(5)).max() < 0.04
 
 
 def oracle(mask, worth, fresh, leaf, fraction, zeros):
@@ -103,7 +125,7 @@ def test_every_mask_step_is_the_oracle(rule, allocation):
         if allocation == "uniform":
             zeros = [min(round(level * n), max(n - 1, 0)) for n in np.bincount(leaf, minlength=4)]
         worth, share = np.abs(flat(after.dense)), float(fraction(t))
-        fresh = np.abs(flat(grads)) if rule == "rigl" else chances(t, old.size)
+        fresh = np.abs(flat(grads)) if rule == "rigl" else chances(t, [30, 0, 1, 24])
         expected = oracle(old, worth, fresh, leaf, share, zeros)
         np.testing.assert_array_equal(new, expected)
         assert (~new).sum() == np.sum(zeros)
@@ -257,7 +279,7 @@ def test_drop_and_grow_by_any_score(make):
     for t, grads, before, after, _ in train(tx, params, 8):
         if t % 2 == 0:
             worth = flat(after.saliency.scores)
-            fresh = np.abs(flat(grads)) if "rigl" in repr(make(score)) else chances(t, 30)
+            fresh = np.abs(flat(grads)) if "rigl" in repr(make(score)) else chances(t, [30])
             np.testing.assert_array_equal(masks(after), oracle(masks(before), worth, fresh, leaf, 0.4, 15))
     assert (worth < 0).any()
 
