@@ -78,6 +78,38 @@ def _plain(sharding: NamedSharding) -> NamedSharding:
     return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
+def different_places(leaves: Sequence[Any]) -> list[str]:
+    """In words, where each leaf lies, if no program can take them all; nothing of those that can be moved."""
+    if jax.device_count() == 1:
+        return []
+    kept = [x.sharding if isinstance(x, jax.Array) and not _is_movable(x) else None for x in leaves]
+    found = [sharding for sharding in kept if sharding is not None]
+    if all(_is_same_place(sharding, found[0]) for sharding in found):
+        return []
+    return ["" if sharding is None else _described(sharding) for sharding in kept]
+
+
+def _is_movable(x: jax.Array) -> bool:
+    return isinstance(x, jax.core.Tracer) or not x.committed
+
+
+def _is_same_place(a: Any, b: Any) -> bool:
+    """The compiler chooses among the axes of any mesh of the same devices; types know one mesh only."""
+    ours, theirs = getattr(a, "mesh", None), getattr(b, "mesh", None)
+    if ours == theirs and ours is not None:
+        return True
+    explicit_axes = any(mesh is not None and AxisType.Explicit in mesh.axis_types for mesh in (ours, theirs))
+    return a.device_set == b.device_set and not (explicit_axes and ours is not None and theirs is not None)
+
+
+def _described(sharding: Any) -> str:
+    devices = sorted(device.id for device in sharding.device_set)
+    mesh = getattr(sharding, "mesh", None)
+    axes = "" if mesh is None else f"mesh {dict(mesh.shape)} of "
+    listed = ", ".join(map(str, devices[:8])) + " …" * (len(devices) > 8)
+    return f"{axes}device{'s' * (len(devices) > 1)} {listed}"
+
+
 # -- putting arrays there --------------------------------------------------------------------------
 
 
