@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -119,22 +119,54 @@ def laid_out_like(x: Array, like: Any) -> Array:
     return laid_out(x, layout(like))
 
 
+def born_like(x: Array, like: Any) -> Array:
+    """`x`, which depends on nothing, in the layout of `like`, also where only the compiler knows that."""
+    x = laid_out_like(x, like)
+    # In a program a constant lies anywhere; a choice lies where what it is made by does.
+    return jnp.where(like == like, x, x) if isinstance(like, jax.core.Tracer) else x
+
+
+def born_like_tree(state: Any, tree: Any) -> Any:
+    """What an optimizer holds for the leaves of a tree, each in the layout of its leaf."""
+    structure = jax.tree.structure(tree)
+
+    def is_like(node: Any) -> bool:
+        same: bool = jax.tree.structure(node) == structure  # type: ignore[operator]
+        return same
+
+    def leaf(x: Any, like: Any) -> Any:
+        return born_like(x, like) if jnp.shape(x) == jnp.shape(like) else x
+
+    return jax.tree.map(
+        lambda node: jax.tree.map(leaf, node, tree) if is_like(node) else node, state, is_leaf=is_like
+    )
+
+
+def shape_of(like: Any, dtype: Any) -> jax.ShapeDtypeStruct:
+    """The shape and layout of `like`, in this dtype."""
+    return jax.ShapeDtypeStruct(jnp.shape(like), dtype, sharding=layout(like))
+
+
 def split_axes(x: Array, parts: Sequence[tuple[int, ...]]) -> Array:
     """`x` with each axis cut into parts of these lengths, most into one.
 
-    An axis that is sharded explicitly is so afterwards along its first part, and is gathered only if shards
-    would not hold whole ones of it.
+    An axis that is sharded explicitly is so afterwards along its first part of more than 1, and is gathered
+    only if shards would not hold whole ones of it.
     """
     shape, sharding = tuple(itertools.chain(*parts)), explicit(x)
     if sharding is None or shape == x.shape:
         return x.reshape(shape)
     names = (*sharding.spec, *(None for _ in range(x.ndim - len(sharding.spec))))
     sizes = [math.prod(sharding.mesh.shape[name] for name in _names(axis)) for axis in names]
-    kept = [name if part[0] % n == 0 else None for name, part, n in zip(names, parts, sizes, strict=True)]
+    kept = [
+        None if part[_first(part)] % n else name for name, part, n in zip(names, parts, sizes, strict=True)
+    ]
     x = laid_out(x, NamedSharding(sharding.mesh, PartitionSpec(*kept)))
-    spec = itertools.chain(
-        *((name, *(None for _ in part[1:])) for name, part in zip(kept, parts, strict=True))
-    )
+    spec = [
+        name if i == _first(part) else None
+        for name, part in zip(kept, parts, strict=True)
+        for i in range(len(part))
+    ]
     return jax.lax.reshape(x, shape, out_sharding=NamedSharding(sharding.mesh, PartitionSpec(*spec)))
 
 
@@ -145,8 +177,15 @@ def merge_axes(x: Array, parts: Sequence[tuple[int, ...]]) -> Array:
         return x.reshape(shape)
     names = (*sharding.spec, *(None for _ in range(x.ndim - len(sharding.spec))))
     starts = [0, *itertools.accumulate(map(len, parts))]
-    spec = PartitionSpec(*(names[start] for start in starts[:-1]))
+    spec = PartitionSpec(
+        *(names[start + _first(part)] for start, part in zip(starts[:-1], parts, strict=True))
+    )
     return jax.lax.reshape(x, shape, out_sharding=NamedSharding(sharding.mesh, spec))
+
+
+def _first(part: tuple[int, ...]) -> int:
+    """Of the parts of an axis the first that is longer than 1, along which it can be sharded."""
+    return next((i for i, length in enumerate(part) if length > 1), 0)
 
 
 def _names(axis: Any) -> tuple[Any, ...]:
@@ -160,14 +199,18 @@ def longest_axis(x: Any, first: int = 0) -> int:
     return max(range(first, jnp.ndim(x)), key=lambda axis: (spec[axis] is None, jnp.shape(x)[axis]))
 
 
-def places(like: Any, start: int = 0) -> UInt[Array, "..."]:
-    """The position of every entry in row-major order, plus `start`, modulo 2³²."""
+def places(like: Any, start: int = 0, axes: Iterable[int] | None = None) -> UInt[Array, "..."]:
+    """The position of every entry in row-major order along these axes, or all, plus `start`, modulo 2³²."""
     # Not `arange(n).reshape(shape)`: reshapes of sharded axes gather them, and explicit meshes refuse them.
-    place, stride = jnp.full(jnp.shape(like), start, jnp.uint32), 1
-    for axis in reversed(range(jnp.ndim(like))):
-        place += jax.lax.broadcasted_iota(jnp.uint32, jnp.shape(like), axis) * jnp.uint32(stride % 2**32)
-        stride *= jnp.shape(like)[axis]
-    return laid_out_like(place, like)
+    shape, sharding, stride = jnp.shape(like), layout(like), 1
+    is_explicit = sharding is not None and set(sharding.mesh.axis_types) == {AxisType.Explicit}
+    place = laid_out(jnp.full(shape, start, jnp.uint32), sharding)
+    for axis in reversed(range(len(shape)) if axes is None else [*axes]):
+        # Born in its layout, as nothing of this size may be whole on one device.
+        born = sharding if is_explicit else None
+        number = laid_out(jax.lax.broadcasted_iota(jnp.uint32, shape, axis, out_sharding=born), sharding)
+        place, stride = place + number * jnp.uint32(stride % 2**32), stride * shape[axis]
+    return laid_out(place, sharding)
 
 
 def zero_rows(number: int, like: Any, sharding: NamedSharding | None = None) -> Array:

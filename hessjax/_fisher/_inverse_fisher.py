@@ -74,7 +74,7 @@ class InverseFisher:
 
     def apply(self, vector: Vector) -> Vector:
         """F⁻¹v, in at least float32. Cost: 4·d·B operations (root), 4·m·d (dual)."""
-        _tree.check_like(vector, self.blocking.like, "vector", "grads")
+        _tree.check_vector(vector, self.blocking.like, reference="grads")
         return _apply(self, vector)
 
     def diagonal(self) -> Vector:

@@ -210,7 +210,7 @@ def _ggn_roots(
         outputs, pullback = jax.vjp(lambda p: _checked(model_fn(p, batch, *rest)), params)
         shown, factors = _weighed(outputs, own, shares)
         positions = shown.reshape(-1, outputs.shape[-1])
-        roots = jax.vmap(lambda z: _root(information, z / temperature))(positions)
+        roots = jax.vmap(lambda z: information_root(information, z / temperature))(positions)
         if factors is not None:
             roots = factors.reshape(-1, 1, 1).astype(roots.dtype) * roots
         size = positions.shape[1]  # √c below: c vectors for each example, whose mean counts each as 1/c
@@ -261,7 +261,7 @@ def _weighed(outputs: Array, own: Array | None, shares: Array | None) -> tuple[A
     return present(own, outputs), jnp.sqrt(shares.shape[0] * own.size * own)
 
 
-def _root(information: Partial, outputs: Float[Array, " c"]) -> Float[Array, "c c"]:
+def information_root(information: Partial, outputs: Float[Array, " c"]) -> Float[Array, "c c"]:
     """S with SSᵀ the information of one position."""
     # By eigh, not Cholesky: softmax's information is singular (its rows sum to zero), and rounding may make
     # an eigenvalue of zero slightly negative.

@@ -28,7 +28,7 @@ from hessjax._core._types import (
     settings,
 )
 from hessjax._run._estimator import Estimator, limit_of
-from hessjax.estimators import _krylov
+from hessjax.estimators import _basis
 from hessjax.estimators._krylov import Krylov, extend, pending, ritz
 from hessjax.estimators._krylov import start as start_space
 from hessjax.estimators.probes import gaussian
@@ -100,7 +100,8 @@ class Lanczos(Estimator):
 
     Cost:
         `block_size` products a step; 4·j·d operations for the j-th basis vector, twice that with blocks;
-        memory (basis_size + block_size + 4)·d, and three times the pairs' d while the result is read.
+        memory (basis_size + 3·block_size + 3)·d; (basis_size + block_size + pairs + 4)·d while the result is
+        read.
 
     References:
         Wu & Simon (2000), Thick-restart Lanczos method for large symmetric eigenvalue problems;
@@ -119,6 +120,7 @@ class Lanczos(Estimator):
     """
 
     init_only = ("basis_size", "start")
+    less_memory = "a smaller `basis_size`"
 
     k: int = 5
     which: Which = "both"
@@ -206,7 +208,7 @@ class Lanczos(Estimator):
         limit = limit_of(self, Amount.of(self.tol), state)
         # The pending rows are in the basis too, but no part of a Ritz vector.
         coefficients = jnp.pad(coefficients, ((0, 0), (0, self.block_size)))
-        vectors = state.packing.unpack_block(_krylov.combine(state.space.basis, coefficients))
+        vectors = state.packing.unpack_block(_basis.combine(state.space.basis, coefficients))
         pairs = Eigenpairs(values, vectors, residuals, residuals <= limit, state.num_matvecs)
         return pairs._replace(asymmetry=state.space.asymmetry)
 
@@ -290,7 +292,7 @@ def _restart(space: Krylov, which: str, keep: int, layouts: Shardings) -> Krylov
     # In the basis of Ritz vectors T is diagonal, but for how each couples to the pending rows: an arrow.
     projected = jnp.zeros_like(space.projected).at[jnp.arange(keep), jnp.arange(keep)].set(values[best])
     projected = projected.at[keep : keep + width, :keep].set(_coupling_of(space, vectors[:, best]))
-    return Krylov(_krylov.rotate(space.basis, rotation, layouts), projected, jnp.int32(keep), space.asymmetry)
+    return Krylov(_basis.rotate(space.basis, rotation, layouts), projected, jnp.int32(keep), space.asymmetry)
 
 
 def _coupling_of(space: Krylov, vectors: Array) -> Array:
