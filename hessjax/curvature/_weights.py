@@ -232,3 +232,16 @@ def of_examples(weights: Weights | None, args: tuple[Any, ...]) -> tuple[tuple[A
     shares = shares_of(weights, args)
     check_count(shares, count)
     return without_absent(args, by_example(shares) > 0), shares, count
+
+
+def of_each(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """`function(args)` for every example, as a batch of one; results stacked."""
+    leaves, structure = jax.tree.flatten(args[0])
+    axes = tuple(0 if jnp.ndim(x) else None for x in leaves)
+
+    def one(*example: Any) -> Any:
+        # vmap takes the axis of examples away; as a batch of one the model gets it back.
+        cut = [x if axis is None else x[None] for x, axis in zip(example, axes, strict=True)]
+        return function((jax.tree.unflatten(structure, cut), *args[1:]))
+
+    return jax.vmap(one, in_axes=axes)(*leaves)
