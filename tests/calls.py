@@ -141,7 +141,7 @@ KINDS = {
     "vector": "vector start? diagonal directions other state?",
     "flag": """linearize on_device reorthogonalise drop_constants progress transient regrow straight_through
         linear log""",
-    "choice": "mode which update",
+    "choice": "mode which update basis_dtype?",
     "axis": "filter_axis?",
     "path": "path",
     "text": "description unit",
