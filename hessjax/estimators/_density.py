@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hessjax._core import _numbers, _tree
 from hessjax._core._results import Estimate, by_shapes, counted, is_known
-from hessjax._core._tables import printable
+from hessjax._core._tables import Column, Row, Table, printable
 from hessjax._core._types import Scalar
 from hessjax.estimators._quadrature import bulk, bumps, ends, quadrature_bounds, sphere_deviation
 
@@ -38,15 +38,14 @@ class SpectralDensity(NamedTuple):
     num_matvecs: Int[Array, ""]
     dimension: Float[Array, ""]
 
-    def _table(self) -> str:
+    def _table(self) -> Table | str:
         if not is_known(self) or np.ndim(self.num_probes) or not self.num_probes:
             return by_shapes(self)
         seen = self.nodes[self.weights > 0]
-        return (
-            f"Eigenvalues from {float(seen.min()):.5g} to {float(seen.max()):.5g}, mean "
-            f"{float(self.moment()):.5g}.\n{counted(self.dimension, 'parameter')}, "
-            f"{counted(self.num_probes, 'probe')}, {counted(self.num_matvecs, 'product')}."
-        )
+        cells = [f"{float(x):.5g}" for x in (seen.min(), self.moment(), seen.max())]
+        cells += [f"{int(count):,}" for count in (self.num_probes, self.num_matvecs)]
+        heads = map(Column, ("Smallest", "Mean", "Largest", "Probes", "Products"))
+        return Table(tuple(heads), (Row(tuple(cells)),), notes=(f"{counted(self.dimension, 'parameter')}.",))
 
     def moment(self, power: int = 1) -> Float[Array, ""]:
         """The mean of λ^power over the spectrum: tr(A^power)/d."""

@@ -28,7 +28,7 @@ from hessjax._core._types import (
     settings,
 )
 from hessjax._run._estimator import Estimator, limit_of
-from hessjax.estimators import _krylov
+from hessjax.estimators import _basis
 from hessjax.estimators._krylov import Krylov, extend, pending, ritz
 from hessjax.estimators._krylov import start as start_space
 from hessjax.estimators.probes import gaussian
@@ -208,7 +208,7 @@ class Lanczos(Estimator):
         limit = limit_of(self, Amount.of(self.tol), state)
         # The pending rows are in the basis too, but no part of a Ritz vector.
         coefficients = jnp.pad(coefficients, ((0, 0), (0, self.block_size)))
-        vectors = state.packing.unpack_block(_krylov.combine(state.space.basis, coefficients))
+        vectors = state.packing.unpack_block(_basis.combine(state.space.basis, coefficients))
         pairs = Eigenpairs(values, vectors, residuals, residuals <= limit, state.num_matvecs)
         return pairs._replace(asymmetry=state.space.asymmetry)
 
@@ -292,7 +292,7 @@ def _restart(space: Krylov, which: str, keep: int, layouts: Shardings) -> Krylov
     # In the basis of Ritz vectors T is diagonal, but for how each couples to the pending rows: an arrow.
     projected = jnp.zeros_like(space.projected).at[jnp.arange(keep), jnp.arange(keep)].set(values[best])
     projected = projected.at[keep : keep + width, :keep].set(_coupling_of(space, vectors[:, best]))
-    return Krylov(_krylov.rotate(space.basis, rotation, layouts), projected, jnp.int32(keep), space.asymmetry)
+    return Krylov(_basis.rotate(space.basis, rotation, layouts), projected, jnp.int32(keep), space.asymmetry)
 
 
 def _coupling_of(space: Krylov, vectors: Array) -> Array:

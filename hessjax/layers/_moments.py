@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -15,13 +15,14 @@ from hessjax._core import _tree
 from hessjax._core._compiled import compiled
 from hessjax._core._messages import checked_any_key, checked_choice, checked_count, checked_function
 from hessjax._core._results import is_known
-from hessjax._core._sources import check_source
+from hessjax._core._sources import Source, check_source
 from hessjax._core._tables import Column, Row, Table, number, printable
 from hessjax._core._types import Key, ModelFn, Params, settings
 from hessjax.curvature._batches import add, zero
+from hessjax.curvature._data import check_not_filled, weighed
 from hessjax.curvature._ggn import check_likelihood
 from hessjax.curvature._product import as_pytree, at_precision, check_precision, explained
-from hessjax.curvature._weights import Weights, batch_weight, check_total, check_weights, of_examples
+from hessjax.curvature._weights import Weights, check_weights, of_examples
 from hessjax.curvature.likelihoods import Likelihood
 from hessjax.layers._capture import Layout, check_rows, layouts_of, strays_of
 from hessjax.layers._coverage import check_covered, checked_uses
@@ -99,14 +100,12 @@ class Part(NamedTuple):
     keys: Key | None
 
 
-def parts_of(problem: Problem, batches: Iterable[Any]) -> Iterator[Part]:
+def parts_of(problem: Problem, batches: Source) -> Iterator[Part]:
     """The batches that count, one after the other, checked."""
-    index, total, known = -1, 0.0, dict[Any, Layouts]()
-    for index, batch in enumerate(batches):
-        weight = batch_weight(problem.weights, batch, index)
-        if not weight:
-            continue
-        total += weight
+    if problem.weights is None:
+        check_not_filled(batches)
+    known = dict[Any, Layouts]()
+    for index, (weight, batch) in enumerate(weighed(batches, problem.weights)):
         args, shares, count = of_examples(problem.weights, (batch, *problem.args))
         # Shapes decide what a program is: batches of equal ones are read once.
         shapes = jax.tree.structure(batch), tuple(np.shape(x)[1:] for x in jax.tree.leaves(batch))
@@ -117,7 +116,6 @@ def parts_of(problem: Problem, batches: Iterable[Any]) -> Iterator[Part]:
             None if problem.key is None else jax.random.split(jax.random.fold_in(problem.key, index), count)
         )
         yield Part(weight, known[shapes], args, shares, keys)
-    check_total(total, index)
 
 
 def _layouts(problem: Problem, args: tuple[Any, ...]) -> Layouts:
@@ -186,7 +184,7 @@ def _cells(side: Array) -> tuple[str, str]:
 def moments(
     fn: ModelFn,
     params: Params,
-    batches: Iterable[Any],
+    batches: Source,
     *args: Any,
     likelihood: Likelihood | None = None,
     key: Key | None = None,
@@ -208,7 +206,7 @@ def moments(
         fn: `model_fn(params, batch, *args) -> outputs` with a likelihood, `loss_fn(params, batch, *args) ->
             scalar` without.
         params: pytree of real floating-point arrays, all of them leaves that `coverage` covers.
-        batches: any iterable of batches, passed over once; one batch is put into a list.
+        batches: a source of data, as for `hj.over_batches`, passed over once; one batch is put into a list.
         *args: what `fn` takes besides, the same for all batches.
         likelihood: what the outputs mean, as in `fisher`; None: `fn` is the loss (the empirical Fisher).
         key: random key of the labels; None: none are drawn. Batch i draws by the key with i folded in.
@@ -337,9 +335,7 @@ def _checked(
 def check_listed(batches: Any) -> None:
     """Raise a TypeError for what is no iterable of batches, or most likely one batch."""
     check_source(batches)
-    if isinstance(batches, jax.Array | np.ndarray) or (
-        isinstance(batches, tuple) and all(isinstance(x, jax.Array | np.ndarray) for x in batches)
-    ):
+    if isinstance(batches, tuple) and all(isinstance(x, jax.Array | np.ndarray) for x in batches):
         raise TypeError(
             "`batches` must be an iterable of batches, got what looks like one batch, a "
             f"{type(batches).__name__}: put it into a list, `[batch]`."

@@ -24,7 +24,7 @@ RESULTS = {
     "Eigenpairs": (lambda: hj.eigenpairs(A, KEY, PARAMS, k=2, **RUN), "Eigenvalue  Residual  Converged"),
     "SpectralDensity": (
         lambda: hj.spectral_density(A, KEY, PARAMS, 2, 3, **RUN),
-        "\n9 parameters, 2 probes, 6 products.",
+        "2         6\n9 parameters.",
     ),
     "Spectrum": (lambda: hj.spectrum(A, KEY, PARAMS, 2, 5, **RUN), "\nTrace "),
     "Solution": (lambda: hj.solve(A, PARAMS, 0.5, **RUN), "Residual  Converged  Products"),
