@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from hessjax._core import _tree
+from hessjax._core import _digests, _tree
 from hessjax._core._compiled import compiled
 from hessjax._core._messages import check_flags, checked_count
 from hessjax._core._sharding import Layouts
@@ -196,6 +196,7 @@ def _checked(loss_fn: Any, params: Any, args: tuple[Any, ...], microbatch: Any, 
     _tree.check_floating(params)
     if args:  # else `num_examples` says what is missing
         check_call("loss_fn", loss_fn, args)
+        _digests.check_alike(params, args)
     check_precision(precision)
     return None if microbatch is None else checked_count("microbatch", microbatch)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
-from hessjax._core import _sharding, _tree
+from hessjax._core import _digests, _sharding, _tree
 from hessjax._core._compiled import compiled
 from hessjax._core._messages import checked_any_key, checked_count, checked_number
 from hessjax._core._sharding import Layouts
@@ -189,6 +189,7 @@ def _check(model_fn: Any, params: Any, args: tuple[Any, ...], likelihood: Any, p
     _tree.check_floating(params)
     if args:  # else `num_examples` says what is missing
         check_call("model_fn", model_fn, args)
+        _digests.check_alike(params, args)
     check_likelihood(likelihood)
     check_precision(precision)
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from hessjax._core import _tree
+from hessjax._core import _processes, _tree
 from hessjax._core._messages import checked_function
 from hessjax._core._types import Block
 
@@ -112,7 +112,7 @@ def _on_host(found: Any, place: str) -> np.ndarray:
     """The weights as numbers, checked."""
     if getattr(found, "dtype", None) is None and not isinstance(found, (int, float, list, tuple)):
         raise TypeError(f"`weights` must give an array, got a {type(found).__name__} for {place}.")
-    array = np.asarray(jax.device_get(found))
+    array = _processes.on_host(found)
     if not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool) or array.dtype.kind == "c":
         raise TypeError(f"`weights` must give real numbers, got {array.dtype} for {place}.")
     array = array.astype(float)
