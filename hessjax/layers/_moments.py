@@ -19,7 +19,7 @@ from hessjax._core._tables import Column, Row, Table, number, printable
 from hessjax._core._types import Key, ModelFn, Params, settings
 from hessjax.curvature._batches import add, check_batches, zero
 from hessjax.curvature._ggn import check_likelihood
-from hessjax.curvature._product import as_pytree, at_precision, check_precision, explained
+from hessjax.curvature._product import as_pytree, at_precision, check_call, check_precision, explained
 from hessjax.curvature._weights import Weights, batch_weight, check_total, check_weights, of_examples
 from hessjax.curvature.likelihoods import Likelihood
 from hessjax.layers._capture import Layout, check_rows, layouts_of, strays_of
@@ -106,6 +106,7 @@ def parts_of(problem: Problem, batches: Iterable[Any]) -> Iterator[Part]:
         if not weight:
             continue
         total += weight
+        check_call("fn", problem.fn, (batch, *problem.args))
         args, shares, count = of_examples(problem.weights, (batch, *problem.args))
         # Shapes decide what a program is: batches of equal ones are read once.
         shapes = jax.tree.structure(batch), tuple(np.shape(x)[1:] for x in jax.tree.leaves(batch))
