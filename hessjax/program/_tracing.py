@@ -131,9 +131,8 @@ def _add(
 def _call(frame: _Frame, eqn: Any, inputs: list[Value]) -> list[Value]:
     """One that merely calls a function; it stays an operation where it takes something else as well."""
     if frame.to_differentiate and eqn.primitive.name.startswith(("custom_jvp", "custom_vjp")):
-        # What only rearranges leaves has to be seen; what jax defines so, its inside has the derivatives of.
-        foreign = f" at {_JAX}" not in _source(eqn)
-        if foreign or not any(v.leaves for v in inputs):
+        # What only rearranges leaves has to be seen; of jax's own the inside has the same derivatives.
+        if f" at {_JAX}" not in _source(eqn) or not any(v.leaves for v in inputs):
             return _operation(frame, eqn, inputs)
     # jit and remat have a `jaxpr`, custom rules a `call_jaxpr` (a `fun_jaxpr` before), custom_vmap a `call`.
     names = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call")
