@@ -66,6 +66,11 @@ COUNTS = [*NUMBERS, 2.5, float("nan"), -1, jnp.float32(2)]
 TREES = [{"w": "x"}, UNFILTERED, Tensor(), {"w": Tensor()}, loss, "w", jnp.full(3, 1j)]
 RULES = [None, 1, X, {}, Thing(), dict]
 
+SOURCES = [
+    1, "x", {}, {"x": X}, len, Thing(), X, np.ones((2, 3)), Tensor(), (X, jnp.arange(2)), [X, jnp.ones(2)],
+    range(10**15), lambda: X,
+]  # fmt: skip
+
 WRONG = {
     "number": [*NUMBERS, float("nan")],
     "schedule": [x for x in [*NUMBERS, float("nan")] if x is not len],
@@ -75,7 +80,7 @@ WRONG = {
     "key": [None, 0, "0", 0.5, jax.random.split(KEY), X, {}, len],
     "typed key": [None, 0, "0", 0.5, jax.random.split(KEY), X, {}, len, jax.random.PRNGKey(0)],
     "params": [*TREES, None, {}, (), 3, jnp.arange(3), [None], jnp.ones((0,)), {"w": True}],
-    "vector": [*TREES, None, {}, 3, {"w": jnp.ones(3)}, jnp.ones(7)],
+    "vector": [*TREES, None, {}, 3, {"w": jnp.ones(3)}, jnp.ones(7), jnp.arange(3)],
     "tree": [x for x in [*TREES, None, {}, [None]] if not isinstance(x, jax.Array)],
     "flag": ["yes", "no", None, 2, 0.5, [], X, len],
     "choice": [None, "typo", 1, ["both"], X, len, {}],
@@ -104,8 +109,9 @@ WRONG = {
     ],
     "optimizer": [*RULES, "adam", optax.adam, len, (len, len)],
     "precision": ["typo", 1, [], X, len, True],
-    "batches": [1, "x", {}, {"x": X}, [], len, Thing()],
-    "batches again": [1, "x", {}, {"x": X}, [], len, Thing(), iter([X]), (X for _ in range(2))],
+    "batches": [*SOURCES, []],
+    "batches again": [*SOURCES, [], iter([X]), (X for _ in range(2))],
+    "source": SOURCES,
     "args": ["mean", Tensor(), len, Thing(), {"x": "y"}, [X, "mean"], np.array(["a"]), np.array([None, 1])],
     "one array": [*TREES, None, {}, 3, jnp.arange(3), {"w": W}],
     "weights": ["0.5", [None, 1], Thing(), len, ["a", "b"], jnp.ones(3), [-1.0, 1.0], {"w": 1}],
@@ -191,6 +197,10 @@ INSTEAD = {
     "hj.run": {"estimator": (hj.estimators.hutchinson(), "estimator")},
     "hj.check": {"batches": (None, "batches again?"), "matvec": (None, "function?"), "key": (None, "key?")},
     "hj.over_batches": {"batches": ([X], "batches again")},
+    "hj.batches": {
+        "source": ([X], "source"), "with_weights": (lambda batch, w: batch, "function?"),
+        "size": (2, "count?"), "sharding": (None, "result?"),
+    },
     "hj.weighted_sum": {"weights": (None, "numbers?")},
     "hj.landscape": {"batches": (None, "batches?")},
     "hj.sampled_grads": {"num_samples": (1, "count")},
@@ -199,6 +209,7 @@ INSTEAD = {
     "hj.mask_of": {"opt_state": (hj.prune(ADAM, MAGNITUDE, 0.5).init(PARAMS), "result")},
     "hj.prune": {"sparsity": (0.5, "schedule"), "start": (0, "count"), "stop": (None, "count?")},
     "hj.prune_once": {**PRUNED, "loss_fn": (size_of, "function?"), "max_ratio": (None, None)},
+    "hj.memory_estimate": {"what": (jax.nn.relu, "function")},
     "hj.select": PRUNED,
     "hj.sensitivity": {
         **PRUNED, "diagonal": (None, "vector?"), "path": (None, "path?"), "metric": (size_of, "function?"),
@@ -274,6 +285,8 @@ def use(name, made):
     last = name.split(".")[-1]
     if name.startswith("hj.estimators."):
         return hj.run(made, A, KEY, W, max_matvecs=6)
+    if last == "batches":
+        return list(made)
     if last in MATVECS:
         return made(W)
     if last == "select":

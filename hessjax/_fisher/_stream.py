@@ -10,8 +10,10 @@ from jaxtyping import Array, Float
 
 from hessjax._core import _tree
 from hessjax._core._messages import shown
+from hessjax._core._sources import check_source, opened
 from hessjax._core._types import Block, Scalar
-from hessjax._fisher._rows import num_grads, row
+from hessjax._fisher._blocking import row
+from hessjax._fisher._rows import num_grads
 
 
 class Counted(NamedTuple):
@@ -29,9 +31,11 @@ class Counted(NamedTuple):
 def stream(grads: Any, like: Any = None, weights: Any = None) -> Iterator[Counted]:
     """The blocks of gradients, each checked against the first, or against `like`."""
     # Arrays can be iterated over too, and a list or a dict is a tree: a block. A stream is for jax a leaf.
-    is_stream = isinstance(grads, Iterable) and not hasattr(grads, "shape")
+    is_stream = (callable(grads) or isinstance(grads, Iterable)) and not hasattr(grads, "shape")
     is_stream = is_stream and jax.tree_util.all_leaves([grads])
-    blocks, reference, empty = grads if is_stream else [grads], "the gradients before", True
+    if is_stream:
+        check_source(grads, "grads")
+    blocks, reference, empty = opened(grads, "grads") if is_stream else [grads], "the gradients before", True
     for index, (block, weight) in enumerate(_pairs(blocks, weights, is_stream)):
         place = f"[{index}]" if is_stream else ""
         count = num_grads(block, f"grads{place}")

@@ -292,7 +292,7 @@ class _ProductInParts:
         shares: Float[Array, " m"] | None,
         vector: Vector,
     ) -> Vector:
-        _tree.check_like(vector, params, "vector", "params")
+        _tree.check_vector(vector, params)
         count = num_examples(args)
         total = zero(params)  # float32 at least, narrowed once at the end
         for start, size in _cuts(count, self.microbatch):

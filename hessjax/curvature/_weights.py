@@ -81,15 +81,21 @@ def check_weights(weights: Any) -> None:
         checked_function("weights", weights, "(batch) -> array")
 
 
-def batch_weight(weights: Weights | None, batch: Any, index: int) -> float:
+def batch_weight(weights: Weights | None, batch: Any, index: int, count: int | None = None) -> float:
     """How much batch `index` of several counts in their mean: Σ w, by default its number of examples.
 
-    Zero for a batch that holds nothing but padding.
+    Zero for a batch that holds nothing but padding. Of one that is filled up `count` examples are there.
     """
     if weights is not None:
         # In float64 on the host: counts of tokens beyond 2²⁴ stay exact.
-        return float(_on_host(weights(batch), f"batch {index}").sum())
-    if (count := leading_axis(batch)) < 1:
+        found = _on_host(weights(batch), f"batch {index}")
+        if count is not None and found.ndim and found[count:].any():
+            raise ValueError(
+                f"`weights` must be 0 for the examples that batch {index} is filled up with: let it read "
+                "what `with_weights` has put there."
+            )
+        return float(found.sum())
+    if (count := leading_axis(batch) if count is None else count) < 1:
         raise ValueError(f"every batch must hold at least one example, but batch {index} has {count}.")
     return float(count)
 
@@ -97,7 +103,7 @@ def batch_weight(weights: Weights | None, batch: Any, index: int) -> float:
 def check_total(total: float, index: int) -> None:
     """Raise a ValueError unless batches up to `index` hold something that counts."""
     if index < 0:
-        raise ValueError("`batches` must hold at least one batch, got none.")
+        raise ValueError("`batches` must hold at least one batch, got none: an iterator that is used up?")
     if not total > 0:
         raise ValueError(f"`weights` must not be zero everywhere, but of all {index + 1} batches they are.")
 

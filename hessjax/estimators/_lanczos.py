@@ -11,8 +11,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hessjax._core import _numbers, _tree
 from hessjax._core._messages import checked_choice, checked_count
-from hessjax._core._packing import Packing
+from hessjax._core._packing import Packed, Packing
 from hessjax._core._results import Eigenpairs
+from hessjax._core._sharding import Shardings
 from hessjax._core._types import (
     CONVERGENCE,
     Amount,
@@ -27,7 +28,7 @@ from hessjax._core._types import (
     settings,
 )
 from hessjax._run._estimator import Estimator, limit_of
-from hessjax.estimators import _krylov
+from hessjax.estimators import _basis
 from hessjax.estimators._krylov import Krylov, extend, pending, ritz
 from hessjax.estimators._krylov import start as start_space
 from hessjax.estimators.probes import gaussian
@@ -99,7 +100,8 @@ class Lanczos(Estimator):
 
     Cost:
         `block_size` products a step; 4·j·d operations for the j-th basis vector, twice that with blocks;
-        memory (basis_size + block_size + 4)·d, and three times the pairs' d while the result is read.
+        memory (basis_size + 3·block_size + 3)·d; (basis_size + block_size + pairs + 4)·d while the result is
+        read.
 
     References:
         Wu & Simon (2000), Thick-restart Lanczos method for large symmetric eigenvalue problems;
@@ -118,6 +120,7 @@ class Lanczos(Estimator):
     """
 
     init_only = ("basis_size", "start")
+    less_memory = "a smaller `basis_size`"
 
     k: int = 5
     which: Which = "both"
@@ -152,7 +155,7 @@ class Lanczos(Estimator):
         block = jax.vmap(lambda key: packing.pack(gaussian(key, like)))(keys)
         if self.start is not None:
             block = jax.vmap(_near)(self._given(packing, like), block)
-        return LanczosState(start_space(block, capacity), packing, jnp.int32(0))
+        return LanczosState(start_space(block, capacity, packing.packed_layouts), packing, jnp.int32(0))
 
     def _given(self, packing: Packing, like: Params) -> Block:
         """The vectors to start near, as many as a block has."""
@@ -189,9 +192,7 @@ class Lanczos(Estimator):
     def update(self, state: LanczosState, products: Block) -> LanczosState:
         """A step of the recurrence for every product, and a restart where the basis is full."""
         products = jax.vmap(state.packing.pack)(products)
-        absorb = functools.partial(
-            _absorb, which=self.which, wanted=self.wanted, dimension=state.packing.size
-        )
+        absorb = functools.partial(_absorb, which=self.which, wanted=self.wanted, packing=state.packing)
         # One by one also where a block was multiplied: each new row is made orthogonal to the one before.
         if self.block_size == 1:
             space = absorb(state.space, _tree.row(products, 0))
@@ -207,7 +208,7 @@ class Lanczos(Estimator):
         limit = limit_of(self, Amount.of(self.tol), state)
         # The pending rows are in the basis too, but no part of a Ritz vector.
         coefficients = jnp.pad(coefficients, ((0, 0), (0, self.block_size)))
-        vectors = state.packing.unpack_block(_krylov.combine(state.space.basis, coefficients))
+        vectors = state.packing.unpack_block(_basis.combine(state.space.basis, coefficients))
         pairs = Eigenpairs(values, vectors, residuals, residuals <= limit, state.num_matvecs)
         return pairs._replace(asymmetry=state.space.asymmetry)
 
@@ -245,17 +246,17 @@ def _near(vector: Vector, noise: Vector) -> Vector:
     return _tree.add_scaled(unit, 0.02 / _tree.norm(noise), noise)
 
 
-def _absorb(space: Krylov, product: Vector, *, which: str, wanted: int, dimension: int) -> Krylov:
+def _absorb(space: Krylov, product: Packed, *, which: str, wanted: int, packing: Packing) -> Krylov:
     """One product more, and a restart where that fills the basis."""
-    if space.capacity == dimension:  # the basis can hold everything there is
-        return jax.lax.cond(space.size < dimension, extend, lambda space, _: space, space, product)
+    if space.capacity == packing.size:  # the basis can hold everything there is
+        return jax.lax.cond(space.size < packing.size, extend, lambda space, _: space, space, product)
     # Half of the other Ritz vectors stay too: with the wanted alone convergence slows down after a restart
     # (Wu & Simon 2000 keep more than are wanted for the same reason).
     keep = wanted + (space.capacity - wanted) // 2
     # A `cond` would copy the basis at every step, taken or not; a loop only when it is entered.
     return jax.lax.while_loop(
         lambda space: space.size == space.capacity,
-        functools.partial(_restart, which=which, keep=keep),
+        functools.partial(_restart, which=which, keep=keep, layouts=packing.packed_layouts),
         extend(space, product),
     )
 
@@ -279,7 +280,7 @@ def _wanted(
     )
 
 
-def _restart(space: Krylov, which: str, keep: int) -> Krylov:
+def _restart(space: Krylov, which: str, keep: int, layouts: Shardings) -> Krylov:
     """Compress a full basis to its `keep` best Ritz vectors; the pending rows couple to them all."""
     values, vectors = ritz(space)
     best = _ranked(values, space.size, which)[:keep]
@@ -291,7 +292,7 @@ def _restart(space: Krylov, which: str, keep: int) -> Krylov:
     # In the basis of Ritz vectors T is diagonal, but for how each couples to the pending rows: an arrow.
     projected = jnp.zeros_like(space.projected).at[jnp.arange(keep), jnp.arange(keep)].set(values[best])
     projected = projected.at[keep : keep + width, :keep].set(_coupling_of(space, vectors[:, best]))
-    return Krylov(_krylov.rotate(space.basis, rotation), projected, jnp.int32(keep), space.asymmetry)
+    return Krylov(_basis.rotate(space.basis, rotation, layouts), projected, jnp.int32(keep), space.asymmetry)
 
 
 def _coupling_of(space: Krylov, vectors: Array) -> Array:

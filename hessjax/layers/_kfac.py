@@ -1,7 +1,6 @@
 """K-FAC and EKFAC: from the moments of every layer to matrices with inverses."""
 
 import functools
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -11,13 +10,15 @@ from jaxtyping import Array, Float
 
 from hessjax._core._compiled import compiled
 from hessjax._core._messages import checked_instance
+from hessjax._core._sources import Source
 from hessjax._core._types import Key, Params
 from hessjax.curvature._batches import add, zero
 from hessjax.curvature._product import at_precision, explained
 from hessjax.layers._capture import Layout
 from hessjax.layers._gradients import tapped_batch
 from hessjax.layers._kronecker import Factors, Kronecker, Structure
-from hessjax.layers._moments import LayerMoments, Layouts, Rules, check_listed, mean, parts_of
+from hessjax.layers._moments import LayerMoments, mean
+from hessjax.layers._problem import Layouts, Rules, check_listed, parts_of
 from hessjax.layers._sides import Moments, combined
 from hessjax.layers._taps import Tapped
 
@@ -64,7 +65,7 @@ def kfac(moments: LayerMoments) -> Kronecker:
     return Kronecker(_structure(moments), _decomposed(moments.leaves))
 
 
-def ekfac(moments: LayerMoments, batches: Iterable[Any]) -> Kronecker:
+def ekfac(moments: LayerMoments, batches: Source) -> Kronecker:
     """EKFAC: K-FAC with the eigenvalues that its eigenvectors have in the Fisher itself.
 
     In the eigenvectors of `kfac` D = E[(U_Lᵀ G U_R)²], with G the gradient of an example with respect to a

@@ -2,31 +2,30 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float
 
 from hessjax._core import _tree
 from hessjax._core._compiled import compiled
-from hessjax._core._messages import checked_any_key, checked_choice, checked_count, checked_function
 from hessjax._core._results import is_known
+from hessjax._core._sources import Source
 from hessjax._core._tables import Column, Row, Table, number, printable
-from hessjax._core._types import Key, ModelFn, Params, settings
-from hessjax.curvature._batches import add, check_batches, zero
-from hessjax.curvature._ggn import check_likelihood
-from hessjax.curvature._product import as_pytree, at_precision, check_call, check_precision, explained
-from hessjax.curvature._weights import Weights, batch_weight, check_total, check_weights, of_examples
+from hessjax._core._types import Key, ModelFn, Params
+from hessjax.curvature._batches import add, zero
+from hessjax.curvature._product import at_precision, explained
+from hessjax.curvature._weights import Weights
 from hessjax.curvature.likelihoods import Likelihood
-from hessjax.layers._capture import Layout, check_rows, layouts_of, strays_of
-from hessjax.layers._coverage import check_covered, checked_uses
-from hessjax.layers._gradients import Gradients, tapped_batch
+from hessjax.layers._capture import Layout, check_rows, strays_of
+from hessjax.layers._gradients import tapped_batch
+from hessjax.layers._problem import Layouts, Part, Problem, Rules, checked_problem, parts_of
 from hessjax.layers._sides import Moments, Positions, diagonal_sides, use_moments
 from hessjax.layers._taps import Tapped
+
 
 @printable
 @functools.partial(
@@ -88,7 +87,7 @@ def _cells(side: Array) -> tuple[str, str]:
 def moments(
     fn: ModelFn,
     params: Params,
-    batches: Iterable[Any],
+    batches: Source,
     *args: Any,
     likelihood: Likelihood | None = None,
     key: Key | None = None,
@@ -110,7 +109,7 @@ def moments(
         fn: `model_fn(params, batch, *args) -> outputs` with a likelihood, `loss_fn(params, batch, *args) ->
             scalar` without.
         params: pytree of real floating-point arrays, all of them leaves that `coverage` covers.
-        batches: any iterable of batches, passed over once; one batch is put into a list.
+        batches: a source of data, as for `hj.over_batches`, passed over once; one batch is put into a list.
         *args: what `fn` takes besides, the same for all batches.
         likelihood: what the outputs mean, as in `fisher`; None: `fn` is the loss (the empirical Fisher).
         key: random key of the labels; None: none are drawn. Batch i draws by the key with i folded in.

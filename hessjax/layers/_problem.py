@@ -2,31 +2,27 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from hessjax._core import _tree
-from hessjax._core._compiled import compiled
 from hessjax._core._messages import checked_any_key, checked_choice, checked_count, checked_function
-from hessjax._core._results import is_known
-from hessjax._core._tables import Column, Row, Table, number, printable
-from hessjax._core._types import Key, ModelFn, Params, settings
-from hessjax.curvature._batches import add, check_batches, zero
+from hessjax._core._sources import Source, check_source
+from hessjax._core._types import Key, Params, settings
+from hessjax.curvature._data import check_not_filled, weighed
 from hessjax.curvature._ggn import check_likelihood
-from hessjax.curvature._product import as_pytree, at_precision, check_call, check_precision, explained
-from hessjax.curvature._weights import Weights, batch_weight, check_total, check_weights, of_examples
-from hessjax.curvature.likelihoods import Likelihood
-from hessjax.layers._capture import Layout, check_rows, layouts_of, strays_of
+from hessjax.curvature._product import as_pytree, check_call, check_precision
+from hessjax.curvature._weights import Weights, check_weights, of_examples
+from hessjax.layers._capture import Layout, layouts_of
 from hessjax.layers._coverage import check_covered, checked_uses
-from hessjax.layers._gradients import Gradients, tapped_batch
-from hessjax.layers._sides import Moments, Positions, diagonal_sides, use_moments
-from hessjax.layers._taps import Tapped
+from hessjax.layers._gradients import Gradients
+from hessjax.layers._sides import Positions
 
 Layouts: TypeAlias = tuple[tuple[Layout, ...], ...]
 """For every leaf those of its uses."""
@@ -98,14 +94,12 @@ class Part(NamedTuple):
     keys: Key | None
 
 
-def parts_of(problem: Problem, batches: Iterable[Any]) -> Iterator[Part]:
+def parts_of(problem: Problem, batches: Source) -> Iterator[Part]:
     """The batches that count, one after the other, checked."""
-    index, total, known = -1, 0.0, dict[Any, Layouts]()
-    for index, batch in enumerate(batches):
-        weight = batch_weight(problem.weights, batch, index)
-        if not weight:
-            continue
-        total += weight
+    if problem.weights is None:
+        check_not_filled(batches)
+    known = dict[Any, Layouts]()
+    for index, (weight, batch) in enumerate(weighed(batches, problem.weights)):
         check_call("fn", problem.fn, (batch, *problem.args))
         args, shares, count = of_examples(problem.weights, (batch, *problem.args))
         # Shapes decide what a program is: batches of equal ones are read once.
@@ -117,7 +111,6 @@ def parts_of(problem: Problem, batches: Iterable[Any]) -> Iterator[Part]:
             None if problem.key is None else jax.random.split(jax.random.fold_in(problem.key, index), count)
         )
         yield Part(weight, known[shapes], args, shares, keys)
-    check_total(total, index)
 
 
 def _layouts(problem: Problem, args: tuple[Any, ...]) -> Layouts:
@@ -142,6 +135,7 @@ def checked_problem(
     max_width: Any,
     precision: Any,
 ) -> Problem:
+    """The problem, all arguments of `moments` being what they must be."""
     _tree.check_floating(params)
     checked_function("fn", fn, "(params, *args)")
     check_listed(batches)
@@ -164,10 +158,8 @@ def checked_problem(
 
 def check_listed(batches: Any) -> None:
     """Raise a TypeError for what is no iterable of batches, or most likely one batch."""
-    check_batches(batches)
-    if isinstance(batches, jax.Array | np.ndarray) or (
-        isinstance(batches, tuple) and all(isinstance(x, jax.Array | np.ndarray) for x in batches)
-    ):
+    check_source(batches)
+    if isinstance(batches, tuple) and all(isinstance(x, jax.Array | np.ndarray) for x in batches):
         raise TypeError(
             "`batches` must be an iterable of batches, got what looks like one batch, a "
             f"{type(batches).__name__}: put it into a list, `[batch]`."

@@ -21,9 +21,8 @@ def read(fn: Callable[..., Any], params: Any, *args: Any, to_differentiate: bool
         fn: `fn(params, *args)`, any pytrees in and out.
         params: arrays or `jax.ShapeDtypeStruct`s.
         *args: the same.
-        to_differentiate: for what runs the program again, example by example, and differentiates it.
-            Functions with derivatives of their own then stay closed, all that no leaf enters and those that
-            are not jax's; and arrays that `fn` closes over, and rows looked up in a leaf, count as data.
+        to_differentiate: functions with derivatives of their own stay closed, all that no leaf enters and
+            those not of jax; arrays that `fn` closes over, and rows looked up in a leaf, count as data.
 
     Returns:
         The program.
@@ -42,9 +41,8 @@ def read(fn: Callable[..., Any], params: Any, *args: Any, to_differentiate: bool
     leaves = [frozenset((i,)) if i < num_params else None for i in range(len(closed.in_avals))]
     inputs = [Value(aval, made_of) for aval, made_of in zip(closed.in_avals, leaves, strict=True)]
     rules = tuple(dict.fromkeys(_rules(closed)))
-    return Program(
-        _body(_Frame(to_differentiate), closed, inputs), num_params, jax.tree.structure(shapes), rules
-    )
+    body = _body(_Frame(to_differentiate), closed, inputs)
+    return Program(body, num_params, jax.tree.structure(shapes), rules)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +109,7 @@ def _operation(frame: _Frame, eqn: Any, inputs: list[Value]) -> list[Value]:
     if eqn.primitive.name == "optimization_barrier":  # it has every operand as a result, and mixes none
         leaves = [v.leaves for v in inputs]
     if frame.to_differentiate and eqn.primitive.name == "gather":
-        leaves = [None]  # a lookup, even if the rows are always the same, such as positions
+        leaves = [None]  # a lookup, even where the rows are always the same, as those of positions
     outputs = [Value(v.aval, made_of) for v, made_of in zip(eqn.outvars, leaves, strict=True)]
     _add(frame, eqn, eqn.primitive.name, inputs, outputs)
     return outputs
@@ -130,10 +128,10 @@ def _add(
 
 def _call(frame: _Frame, eqn: Any, inputs: list[Value]) -> list[Value]:
     """One that merely calls a function; it stays an operation where it takes something else as well."""
-    if frame.to_differentiate and eqn.primitive.name.startswith(("custom_jvp", "custom_vjp")):
-        # What only rearranges leaves has to be seen; of jax's own the inside has the same derivatives.
-        if f" at {_JAX}" not in _source(eqn) or not any(v.leaves for v in inputs):
-            return _operation(frame, eqn, inputs)
+    # What only rearranges leaves has to be seen; of jax's own the inside has the same derivatives.
+    opened = f" at {_JAX}" in _source(eqn) and any(v.leaves for v in inputs)
+    if frame.to_differentiate and eqn.primitive.name.startswith(_RULED) and not opened:
+        return _operation(frame, eqn, inputs)
     # jit and remat have a `jaxpr`, custom rules a `call_jaxpr` (a `fun_jaxpr` before), custom_vmap a `call`.
     names = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call")
     inner = next((eqn.params[name] for name in names if eqn.params.get(name) is not None), None)
@@ -151,7 +149,7 @@ def _custom_jvp(frame: _Frame, eqn: Any, inputs: list[Value]) -> list[Value]:
     return _call(frame, eqn, inputs)
 
 
-_JAX = os.path.dirname(jax.__file__)
+_JAX, _RULED = os.path.dirname(jax.__file__), ("custom_jvp", "custom_vjp")
 
 
 def _source(eqn: Any) -> str:
@@ -164,7 +162,7 @@ def _source(eqn: Any) -> str:
 def _rules(closed: Any) -> Iterator[str]:
     """The functions with derivative rules of their own that a jaxpr calls, but for those of jax."""
     for eqn in getattr(closed, "jaxpr", closed).eqns:
-        if eqn.primitive.name.startswith(("custom_jvp", "custom_vjp")):
+        if eqn.primitive.name.startswith(_RULED):
             source = _source(eqn)
             if f" at {_JAX}" not in source:
                 yield source.split(" at ")[0] or eqn.primitive.name

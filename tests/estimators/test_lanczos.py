@@ -5,6 +5,7 @@ import oracles
 import pytest
 
 import hessjax as hj
+from hessjax._core._sharding import UNKNOWN
 from hessjax._run._estimator import Carry, absorb
 
 KEY = jax.random.key(0)
@@ -195,5 +196,5 @@ def test_a_step_needs_little_memory_beyond_its_state():
     estimator = hj.estimators.lanczos(5, basis_size=40)
     state = jax.eval_shape(estimator.init, KEY, like)
     carry = Carry(state, *(jax.ShapeDtypeStruct((), jnp.int32) for _ in range(2)))
-    program = absorb.lower(estimator, carry, (like,)).compile()
+    program = absorb.lower(estimator, UNKNOWN, *carry, (like,)).compile()
     assert program.memory_analysis().temp_size_in_bytes < 8 * like.nbytes

@@ -151,3 +151,13 @@ def test_leaves_that_are_not_covered_are_named_with_the_way_out(untyped):
     part = hj.select(params, "w")
     found = hj.layers.moments(part.restrict(loss_fn), part.part, [jnp.ones((4, 2))])
     assert found.of("w")[0].left.shape == (1, 2, 2)
+
+
+def test_batches_of_any_source_and_none_that_are_filled_up():
+    params, x = jnp.ones((2, 1)), jnp.array([[1.0, 0.0], [1.0, 2.0], [0.5, 1.0]])
+    model = lambda w, batch: batch @ w
+    made = lambda data: hj.layers.moments(model, params, data, likelihood=hj.likelihoods.gaussian)
+    want, got = made([x[:2], x[2:]]), made(lambda: iter([np.asarray(x[:2]), x[2:]]))
+    close(hj.layers.kfac(got).trace(), hj.layers.kfac(want).trace())
+    with pytest.raises(ValueError, match="`batches` must not be filled up"):
+        made(hj.batches([x[:2], x[2:]], with_weights=lambda batch, weights: batch))
