@@ -25,7 +25,7 @@ from hessjax._core._types import (
     settings,
 )
 from hessjax._run._estimator import Estimator, limit_of
-from hessjax.estimators._krylov import orthonormal
+from hessjax.estimators._basis import orthonormal
 from hessjax.estimators.probes import gaussian
 
 

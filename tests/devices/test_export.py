@@ -173,7 +173,7 @@ ON_THE_HOST = {
 """What reads numbers between its programs."""
 
 NOTHING_COMPUTED = """
-    relative progress_bar checkpoint mask_of load_recipe save_npz load_npz to_sparse compact
+    relative progress_bar checkpoint mask_of load_recipe save_npz load_npz to_sparse compact memory_estimate
     estimators.Estimator likelihoods.Likelihood likelihoods.categorical likelihoods.gaussian
     saliencies.Saliency patterns.Pattern allocations.Allocation allocations.threshold
 """

@@ -62,13 +62,20 @@ def local_run():
     return jax.tree.map(jnp.asarray, params), jax.tree.map(jnp.asarray, batch)
 
 
+def over_devices(kind, number):
+    mesh = programs.mesh_of(kind, (number,), ("data",))
+    params, batch = two_processes.numbers()
+    placed = programs.placed(params, mesh, two_processes.SPECS)
+    return placed, programs.placed(batch, mesh, jax.sharding.PartitionSpec("data"))
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """What two processes found before one of them was killed, and after both were started again."""
     folder = tmp_path_factory.mktemp("processes")
     (folder / "file").write_text("")
-    params, batch = local_run()
-    # A checkpoint by one process on one device, gone on from by two on four.
+    params, batch = over_devices("Auto", 2)
+    # A checkpoint by one process on two devices, gone on from by two on four.
     stop = lambda progress: (_ for _ in ()).throw(KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         two_processes.krylov(params, batch, hj.checkpoint(folder / "of-one", every=5), stop)
@@ -122,27 +129,37 @@ def test_both_started_again_end_with_the_result_of_a_run_that_nobody_killed(runs
         assert after[f"{name}, first heard"] == (5 if name == "krylov" else 12)
 
 
-@pytest.mark.parametrize("shape", [None, (4,), (8,)])
-def test_a_checkpoint_of_two_processes_goes_on_in_one(runs, tmp_path, shape):
+@pytest.mark.parametrize(("kind", "number"), [("Auto", 2), ("Explicit", 4)])
+def test_a_checkpoint_of_two_processes_goes_on_in_one(runs, tmp_path, kind, number):
     shutil.copytree(runs["folder"] / "copy", tmp_path / "copy")
-    params, batch = local_run()
-    wanted = two_processes.krylov(params, batch)[0].values
-    if shape is not None:
-        mesh = programs.mesh_of("Auto", shape, ("data",))
-        params = programs.placed(params, mesh, jax.sharding.PartitionSpec())
-        batch = programs.placed(batch, mesh, jax.sharding.PartitionSpec("data"))
-    heard = []
-    with pytest.warns(UserWarning, match="on other devices: device 4 × cpu cpu .2 processes; data 4., now"):
+    wanted = two_processes.krylov(*local_run())[0].values
+    heard, (params, batch) = [], over_devices(kind, number)
+    with (
+        jax.set_mesh(params["w"].sharding.mesh),
+        pytest.warns(UserWarning, match="on other devices: device 4 × cpu cpu .2 processes; data 4., now"),
+    ):
         found = two_processes.krylov(params, batch, hj.checkpoint(tmp_path / "copy"), heard.append)
     assert heard[0].num_matvecs == 5
     np.testing.assert_allclose(found[0].values, wanted, rtol=1e-4)
+
+
+def test_on_one_device_it_goes_on_or_says_why_not(runs, tmp_path):
+    folder, (params, batch) = runs["folder"], local_run()
+    shutil.copytree(folder / "trace", tmp_path / "trace")
+    with pytest.warns(UserWarning, match="on other devices: device 4 × .*, now cpu cpu"):
+        found = two_processes.run(params, batch, hj.checkpoint(tmp_path / "trace"))
+    np.testing.assert_allclose(found.mean, two_processes.run(params, batch).mean, rtol=1e-5)
+    with pytest.raises(
+        ValueError, match="(?s)must be of this run.*state .*divide the same leaves, over any num"
+    ):
+        two_processes.krylov(params, batch, hj.checkpoint(folder / "copy"))
 
 
 def test_a_checkpoint_of_one_process_goes_on_in_two(runs):
     wanted = two_processes.krylov(*local_run())[0].values
     for found, text in zip(runs["first"], runs["first texts"], strict=True):
         np.testing.assert_allclose(found["of one process"], wanted, rtol=1e-4)
-        assert "device cpu cpu, now 4 × cpu cpu (2 processes; data 4)" in text
+        assert "device 2 × cpu cpu (data 2), now 4 × cpu cpu (2 processes; data 4)" in text
 
 
 def test_files_bring_every_number_back(runs):
@@ -156,6 +173,7 @@ def test_what_cannot_be_done_is_refused_in_both(runs):
     words = {
         "to_sparse": "`params` must lie in one process, but v spans several",
         "compact": "`params` must lie in one process, but v spans several",
+        "args": "`args` must be the same in all processes, or span them as `params` do, but 0 differs",
         "busy": "`path` of `checkpoint` must be used by one run at a time",
         "keys": "must be of the same run in every process, but process 0's (`saved`) is not process 1's",
         "unseen": "`path` of `checkpoint` must be a folder that all 2 processes of the run see",
