@@ -20,7 +20,9 @@ _COUNTS: collections.Counter[tuple[int, ...]] = collections.Counter()
 
 def spans(leaf: Any) -> bool:
     """Whether parts of an array lie where this process cannot read them."""
-    return isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+    if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array):
+        return False  # of a traced array nobody knows yet
+    return not leaf.is_fully_addressable
 
 
 def on_host(leaf: Any) -> np.ndarray:
