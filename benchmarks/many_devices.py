@@ -23,12 +23,13 @@ LAYOUTS = {
     "tensor parallel": (P(None, "model"), P("data")),
 }
 SIZES = 10**5, 10**6, 10**7, 10**8
+PRODUCTS = 4
 
 
 def measure(quick: bool) -> table.Measured:
     figures, raw = [], {}
     for name, specs in LAYOUTS.items():
-        times = timing.interleave(products(*specs, quick), 3 if quick else 15)
+        times = timing.interleave(products(*specs, quick), 3 if quick else 7)
         raw[name] = times
         for ours in ("hessian", "hessian in a run"):
             ratio = timing.ratio(times, ours, "bare")
@@ -60,9 +61,11 @@ def products(of_params: P, of_batch: P, quick: bool) -> dict[str, timing.Call]:
     vector = jax.tree.map(jnp.sin, params)
     matvec = hj.hessian(loss_fn, params, batch)
     calls = {
-        "bare": lambda: [bare(params, vector, batch) for _ in range(10)],
-        "hessian": lambda: [matvec(vector) for _ in range(10)],
-        "hessian in a run": lambda: hj.run(hj.estimators.minres(vector), matvec, KEY, params, max_matvecs=10),
+        "bare": lambda: [bare(params, vector, batch) for _ in range(PRODUCTS)],
+        "hessian": lambda: [matvec(vector) for _ in range(PRODUCTS)],
+        "hessian in a run": lambda: hj.run(
+            hj.estimators.minres(vector), matvec, KEY, params, max_matvecs=PRODUCTS
+        ),
     }
     timing.first_calls(calls)
     return calls
