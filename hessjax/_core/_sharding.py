@@ -277,6 +277,15 @@ class Layouts:
         found = tuple(map(layout, jax.tree.leaves(tree)))
         return cls(found) if any(found) else UNKNOWN
 
+    @classmethod
+    def of_rows(cls, params: Any, batch: Any = None) -> "Layouts":
+        """Those of one gradient for each example: spread as the params are, and as the examples besides."""
+        leaves = [layout(x) for x in jax.tree.leaves(batch) if jnp.ndim(x)] if jax.device_count() > 1 else []
+        examples = next(filter(is_split, leaves), None)
+        mine = [layout(x) or whole(examples) for x in jax.tree.leaves(params)]
+        found = tuple(x and _rows(x, examples) for x in mine)
+        return cls(found) if any(map(is_split, found)) else UNKNOWN
+
     def __hash__(self) -> int:
         return self._hash
 
@@ -306,6 +315,14 @@ class Layouts:
     def whole(self) -> NamedSharding | None:
         """The layout of what every device of the leaves' mesh holds whole."""
         return whole(next(filter(None, self.shardings), None))
+
+
+def _rows(like: NamedSharding, examples: NamedSharding | None) -> NamedSharding:
+    used = {name for axis in like.spec for name in _names(axis)}
+    names = () if examples is None or examples.mesh != like.mesh else _names(examples.spec[0])
+    free = tuple(name for name in names if name not in used)
+    # As jax writes it: one name is itself.
+    return NamedSharding(like.mesh, PartitionSpec(free[0] if len(free) == 1 else free or None, *like.spec))
 
 
 UNKNOWN = Layouts()

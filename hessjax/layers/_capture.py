@@ -160,7 +160,7 @@ def capture(
         [[0.0, 0.0], [10.0, 15.0]]
     """
     check_precision(precision)
-    source = Gradients()
+    source = Gradients(argument="loss_fn")
     leaves = checked_uses(source.of(loss_fn) if callable(loss_fn) else loss_fn, params, args, "loss_fn")
     layouts, paths = layouts_of(leaves), tuple(_tree.leaf_paths(params))
     args, shares, count = of_examples(weights, args)

@@ -13,8 +13,8 @@ from hessjax._core._tables import Column, Row, Table, printable, shape_text
 from hessjax._core._types import ModelFn, Params
 from hessjax.curvature._product import check_call, explained
 from hessjax.curvature._weights import num_examples
-from hessjax.layers._taps import program_of
-from hessjax.layers._uses import LeafUses, Use, uses_of
+from hessjax.layers._taps import read_uses
+from hessjax.layers._uses import LeafUses, Use
 
 
 @printable
@@ -112,7 +112,7 @@ def coverage(fn: ModelFn, params: Params, *args: Any) -> Coverage:
         >>> params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2), "temperature": jnp.ones(())}
         >>> found = hj.layers.coverage(model_fn, params, jnp.ones((4, 3)))
         >>> found.covered, found.reasons["temperature"]
-        (('b', 'w'), 'enters `div`, where it is no factor, term or table')
+        (('b', 'w'), 'divides, which is not linear')
     """
     leaves = checked_uses(fn, params, args)
     return Coverage(tuple(map(_leaf, _tree.leaf_paths(params), jax.tree.leaves(params), leaves)))
@@ -125,7 +125,7 @@ def checked_uses(fn: Any, params: Any, args: tuple[Any, ...], argument: str = "f
         check_call(argument, fn, args)
     example = jax.eval_shape(_first, args)
     with explained(argument):
-        return uses_of(program_of(fn, params, (example, *args[1:])))
+        return read_uses(fn, params, (example, *args[1:]))[1]
 
 
 def _first(args: tuple[Any, ...]) -> Any:

@@ -26,10 +26,12 @@ class Gradients:
     Attributes:
         likelihood: what the outputs mean; None: they are the loss itself, at its own labels.
         num_samples: how many labels are drawn from the likelihood; None: none, its information is exact.
+        argument: what the function is called.
     """
 
     likelihood: Likelihood | None = None
     num_samples: int | None = None
+    argument: str = "fn"
 
     def cotangents(
         self, own: Float[Array, "1 ..."], key: Key | None, outputs: Array
@@ -60,12 +62,12 @@ class Gradients:
 
 def _outputs(gradients: Gradients, fn: Partial, params: Params, *args: Any) -> Array:
     if gradients.likelihood is None:
-        return scalar(fn, args, "fn")(params)
+        return scalar(fn, args, gradients.argument)(params)
     outputs = fn(params, *args)
     if not isinstance(outputs, jax.Array) or outputs.ndim < 2:
         raise TypeError(
-            "`fn` must return one array with a likelihood, examples first and the outputs of each last, got "
-            f"{described(outputs)}."
+            f"`{gradients.argument}` must return one array with a likelihood, examples first and the "
+            f"outputs of each last, got {described(outputs)}."
         )
     return outputs
 

@@ -17,7 +17,8 @@ from hessjax.curvature._product import at_precision, explained
 from hessjax.layers._capture import Layout
 from hessjax.layers._gradients import tapped_batch
 from hessjax.layers._kronecker import Factors, Kronecker, Structure
-from hessjax.layers._moments import LayerMoments, Layouts, Rules, check_listed, mean, parts_of
+from hessjax.layers._moments import LayerMoments, mean
+from hessjax.layers._problem import Layouts, Rules, check_listed, parts_of
 from hessjax.layers._sides import Moments, combined
 from hessjax.layers._taps import Tapped
 

@@ -90,6 +90,10 @@ class Kronecker(Partial):
     Made by `kfac` and `ekfac`. It is a pytree and goes through `jit` as an argument, as other matvecs do: so
     do its inverse, and the inverse's own trace and diagonal. Leaves that a `scan` or a `vmap` stacks have a
     matrix for each of the stack.
+
+    Attributes:
+        leaves: eigenvectors `left` and `right` and eigenvalues `values` of every leaf.
+        size: the number of parameters.
     """
 
     func: Structure
@@ -127,14 +131,9 @@ class Kronecker(Partial):
         if form == "factored" and any(leaf.sides is None for leaf in self.leaves):
             raise ValueError('`form` must be "exact" where eigenvalues are no products, as those of `ekfac`.')
         shift = _shift(damping, self.trace() / self.size)
-        damped = [_damped(leaf, shift, form) for leaf in self.leaves]
-        least = [_numbers_of(values) for values in damped]
+        inverted, least = _inverted(form, self.leaves, shift)
         self._check_regular(least, shift)
-        inverted = [
-            leaf._replace(values=jnp.where(low > 0, 1 / values, jnp.nan), sides=None)
-            for leaf, values, (low, _) in zip(self.leaves, damped, least, strict=True)
-        ]
-        return Kronecker(self.func, tuple(inverted))
+        return Kronecker(self.func, inverted)
 
     def log_determinant(self, damping: Any = 0.0) -> Scalar:
         """The logarithm of det(K + λI), in nats; −∞ where K + λI is singular.
@@ -183,6 +182,7 @@ jax.tree_util.register_pytree_node(
 )
 
 
+@jax.jit
 def _total(arrays: list[Array]) -> Scalar:
     dtype = _tree.accumulator_dtype(arrays)
     return sum((jnp.sum(x.astype(dtype)) for x in arrays), jnp.zeros((), dtype))
@@ -192,6 +192,20 @@ def _shift(damping: Any, mean: Scalar) -> Scalar:
     amount = Amount.of(damping, "damping")
     dtype = mean.dtype
     return jnp.asarray(amount.limit(mean), dtype)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _inverted(
+    form: Damping, leaves: tuple[Factors, ...], shift: Scalar
+) -> tuple[tuple[Factors, ...], list[tuple[Scalar, Scalar]]]:
+    """The inverses, NaN where there is none; and for every leaf what tells."""
+    damped = [_damped(leaf, shift, form) for leaf in leaves]
+    least = [_numbers_of(values) for values in damped]
+    inverted = [
+        leaf._replace(values=jnp.where(low > 0, 1 / values, jnp.nan), sides=None)
+        for leaf, values, (low, _) in zip(leaves, damped, least, strict=True)
+    ]
+    return tuple(inverted), least
 
 
 def _damped(leaf: Factors, shift: Scalar, form: Damping) -> Array:

@@ -3,125 +3,28 @@
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float
 
 from hessjax._core import _tree
 from hessjax._core._compiled import compiled
-from hessjax._core._messages import checked_any_key, checked_choice, checked_count, checked_function
 from hessjax._core._results import is_known
-from hessjax._core._sources import Source, check_source
+from hessjax._core._sources import Source
 from hessjax._core._tables import Column, Row, Table, number, printable
-from hessjax._core._types import Key, ModelFn, Params, settings
+from hessjax._core._types import Key, ModelFn, Params
 from hessjax.curvature._batches import add, zero
-from hessjax.curvature._data import check_not_filled, weighed
-from hessjax.curvature._ggn import check_likelihood
-from hessjax.curvature._product import as_pytree, at_precision, check_precision, explained
-from hessjax.curvature._weights import Weights, check_weights, of_examples
+from hessjax.curvature._product import at_precision, explained
+from hessjax.curvature._weights import Weights
 from hessjax.curvature.likelihoods import Likelihood
-from hessjax.layers._capture import Layout, check_rows, layouts_of, strays_of
-from hessjax.layers._coverage import check_covered, checked_uses
-from hessjax.layers._gradients import Gradients, tapped_batch
+from hessjax.layers._capture import Layout, check_rows, strays_of
+from hessjax.layers._gradients import tapped_batch
+from hessjax.layers._problem import Layouts, Part, Problem, Rules, checked_problem, parts_of
 from hessjax.layers._sides import Moments, Positions, diagonal_sides, use_moments
 from hessjax.layers._taps import Tapped
-
-Layouts: TypeAlias = tuple[tuple[Layout, ...], ...]
-"""For every leaf those of its uses."""
-
-
-@settings()
-class Rules:
-    """How moments are taken.
-
-    Attributes:
-        gradients: whose output gradients.
-        positions: how positions that share a matrix count.
-        max_width: the widest side with a full matrix.
-        precision: of matrix products.
-    """
-
-    gradients: Gradients
-    positions: Positions
-    max_width: int
-    precision: str | None
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["fn", "params", "args", "key"],
-    meta_fields=["weights", "rules"],
-)
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """Whose moments are taken: a function at its params, and how its examples count.
-
-    Attributes:
-        fn: the model, or the loss.
-        params: the params.
-        args: what all batches share.
-        key: for labels drawn.
-        weights: how much examples, or their positions, count.
-        rules: how the moments are taken.
-    """
-
-    fn: Partial
-    params: Params
-    args: tuple[Any, ...]
-    key: Key | None
-    weights: Weights | None
-    rules: Rules
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """Of the leaves."""
-        return tuple(_tree.leaf_paths(self.params))
-
-
-class Part(NamedTuple):
-    """A batch, cut into examples.
-
-    Attributes:
-        weight: how much it counts among the batches.
-        layouts: of the uses of every leaf.
-        args: the batch, and what all batches share.
-        shares: the weights of its examples, which sum to 1.
-        keys: one for each, if labels are drawn.
-    """
-
-    weight: float
-    layouts: Layouts
-    args: tuple[Any, ...]
-    shares: Float[Array, "n ..."]
-    keys: Key | None
-
-
-def parts_of(problem: Problem, batches: Source) -> Iterator[Part]:
-    """The batches that count, one after the other, checked."""
-    if problem.weights is None:
-        check_not_filled(batches)
-    known = dict[Any, Layouts]()
-    for index, (weight, batch) in enumerate(weighed(batches, problem.weights)):
-        args, shares, count = of_examples(problem.weights, (batch, *problem.args))
-        # Shapes decide what a program is: batches of equal ones are read once.
-        shapes = jax.tree.structure(batch), tuple(np.shape(x)[1:] for x in jax.tree.leaves(batch))
-        if shapes not in known:
-            known[shapes] = _layouts(problem, args)
-        shares = jnp.full(count, 1 / count) if shares is None else shares
-        keys = (
-            None if problem.key is None else jax.random.split(jax.random.fold_in(problem.key, index), count)
-        )
-        yield Part(weight, known[shapes], args, shares, keys)
-
-
-def _layouts(problem: Problem, args: tuple[Any, ...]) -> Layouts:
-    leaves = checked_uses(problem.rules.gradients.of(problem.fn), problem.params, args)
-    check_covered(problem.params, leaves)
-    return layouts_of(leaves)
 
 
 @printable
@@ -247,7 +150,7 @@ def moments(
         >>> found.leaves[0][0].left[0].tolist(), found.leaves[0][0].right[0].tolist()
         ([[1.0, 1.0], [1.0, 2.0]], [[1.0]])
     """
-    problem = _checked(
+    problem = checked_problem(
         fn, params, batches, args, likelihood, key, num_samples, weights, positions, max_width, precision
     )
     return accumulated(problem, parts_of(problem, batches))
@@ -294,49 +197,3 @@ def _of_leaf(
     diagonal = diagonal_sides(layouts, rules.max_width)
     pairs = zip(layouts, uses, strict=True)
     return tuple(use_moments(layout, diagonal, rules.positions, use, shares) for layout, use in pairs)
-
-
-# -- arguments -------------------------------------------------------------------------------------
-
-
-def _checked(
-    fn: Any,
-    params: Any,
-    batches: Any,
-    args: tuple[Any, ...],
-    likelihood: Any,
-    key: Any,
-    num_samples: Any,
-    weights: Any,
-    positions: Any,
-    max_width: Any,
-    precision: Any,
-) -> Problem:
-    _tree.check_floating(params)
-    checked_function("fn", fn, "(params, *args)")
-    check_listed(batches)
-    check_weights(weights)
-    check_precision(precision)
-    checked_choice("positions", positions, ("expand", "reduce"))
-    max_width = checked_count("max_width", max_width)
-    if likelihood is not None:
-        check_likelihood(likelihood)
-    elif key is not None:
-        raise ValueError("`likelihood` must be given with `key`: labels are drawn from it, got None.")
-    if key is None and num_samples is not None:
-        raise ValueError(f"`key` must be given with `num_samples`, got None with num_samples={num_samples}.")
-    if key is not None:
-        key = checked_any_key(key)
-        num_samples = 1 if num_samples is None else checked_count("num_samples", num_samples)
-    rules = Rules(Gradients(likelihood, num_samples), positions, max_width, precision)
-    return Problem(as_pytree(fn), params, args, key, weights, rules)
-
-
-def check_listed(batches: Any) -> None:
-    """Raise a TypeError for what is no iterable of batches, or most likely one batch."""
-    check_source(batches)
-    if isinstance(batches, tuple) and all(isinstance(x, jax.Array | np.ndarray) for x in batches):
-        raise TypeError(
-            "`batches` must be an iterable of batches, got what looks like one batch, a "
-            f"{type(batches).__name__}: put it into a list, `[batch]`."
-        )

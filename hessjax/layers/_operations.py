@@ -238,10 +238,11 @@ class Bias(Kind):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scale(Bias):
-    """A product with data, entry by entry: a bias whose gradients are g · x."""
+    """A product with data, or a quotient, entry by entry: a bias whose gradients are g · x or g / x."""
 
     def gradients(self, output: Array, data: Array) -> Array:
-        return super().gradients(output * data, data)
+        product = output / data if self.operation.name == "div" else output * data
+        return super().gradients(product, data)
 
     def words(self) -> str:
         return f"scale {math.prod(self.shape)}"
@@ -293,10 +294,15 @@ def _embedding(operation: Operation, operand: int, shape: tuple[int, ...]) -> Ki
     )
 
 
+def _quotient(operation: Operation, operand: int, shape: tuple[int, ...]) -> Kind | str:
+    return "divides, which is not linear" if operand else Scale(operation, operand, shape)
+
+
 _KINDS: dict[str, Callable[[Operation, int, tuple[int, ...]], Kind | str]] = {
     "dot_general": _dense,
     "conv_general_dilated": _convolution,
     "gather": _embedding,
     **dict.fromkeys(["add", "sub", "add_any"], Bias),
+    "div": _quotient,
     "mul": Scale,
 }

@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from hessjax._core import _tree
 from hessjax.curvature._product import as_pytree
-from hessjax.layers._uses import Use, uses_of
+from hessjax.layers._uses import LeafUses, Use, uses_of
 from hessjax.program._program import Body, Operation, Program, evaluate, execute
 from hessjax.program._tracing import read
 
@@ -28,15 +28,23 @@ class Tapped(NamedTuple):
     gradients: Array
 
 
-def program_of(fn: Callable[..., Any], params: Any, args: tuple[Any, ...]) -> Program:
-    """The program of `fn(params, *args)`, with the arrays that a `Partial` carries as arguments too."""
+def read_uses(
+    fn: Callable[..., Any], params: Any, args: tuple[Any, ...]
+) -> tuple[Program, tuple[LeafUses, ...]]:
+    """The program of `fn(params, *args)`, and what its leaves take part in, leaf by leaf.
+
+    The arrays that a `Partial` carries are arguments of the program, as the others are.
+    """
     bound, structure = jax.tree.flatten(as_pytree(fn))
     # A function made anew: what jax remembers of it goes with it, and with what it closes over.
-    return read(functools.partial(_called, structure), params, bound, *args, keep_rules=True)
+    called = functools.partial(_called, structure)
+    program = read(called, params, args[0], bound, *args[1:], to_differentiate=True)
+    stop = program.num_params + len(jax.tree.leaves(args[0]))
+    return program, uses_of(program, program.body.inputs[program.num_params : stop])
 
 
-def _called(structure: Any, params: Any, bound: list[Any], *args: Any) -> Any:
-    return jax.tree.unflatten(structure, bound)(params, *args)
+def _called(structure: Any, params: Any, batch: Any, bound: list[Any], *args: Any) -> Any:
+    return jax.tree.unflatten(structure, bound)(params, batch, *args)
 
 
 def tapped(
@@ -56,13 +64,12 @@ def tapped(
         args: one example, as a batch of one, and the rest.
         cotangents: `(outputs) -> (rows, *outputs.shape)`: what is pulled back.
     """
-    program = program_of(fn, params, args)
-    leaves = uses_of(program)
+    program, leaves = read_uses(fn, params, args)
     used = [use for leaf in leaves if leaf.is_covered for use in leaf.uses]
     places = {operation: i for i, operation in enumerate(dict.fromkeys(use.operation for use in used))}
     taps = {places[use.operation]: jnp.zeros(*_result(use)) for use in used}
     run = _Run(places, {use.operation: use.data for use in used}, _nested(used), program)
-    flat = jax.tree.leaves((params, as_pytree(fn), *args))
+    flat = jax.tree.leaves((params, args[0], as_pytree(fn), *args[1:]))
     (outputs,), pull_back, recorded = jax.vjp(lambda t: run(flat, t), taps, has_aux=True)
     gradients = jax.vmap(lambda t: pull_back([t])[0])(cotangents(outputs).astype(outputs.dtype))
     found = {o: (recorded.get(i), gradients[i]) for o, i in places.items()}

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ from jaxtyping import Array
 
 from hessjax.layers._operations import Bias, Embedding, Kind, Scale, kind_of
 from hessjax.program._origins import Moves, Origin, origins
-from hessjax.program._program import Operation, Program
+from hessjax.program._program import Operation, Program, Value, reached
 from hessjax.program._program import Use as Meeting
 from hessjax.program._uses import uses
 
@@ -30,6 +31,7 @@ class Use:
         moves: from the leaf to (stack, inputs, outputs).
         loops: the scans around it, outermost first.
         scanned: of each, whether every step has a matrix of its own.
+        factor: what the leaf is multiplied with before.
         swapped: whether the leaf's first use has inputs where this one has outputs: a tied embedding.
     """
 
@@ -38,6 +40,7 @@ class Use:
     moves: Moves
     loops: tuple[Operation, ...]
     scanned: tuple[bool, ...]
+    factor: float
     swapped: bool = False
 
     @property
@@ -75,7 +78,7 @@ class Use:
     def gradients(self, output: Array, data: Array | None) -> Array:
         """g: (positions, stack, outputs), of the gradients in the results of all steps."""
         data = output if data is None else data  # to be passed along
-        found = self._gathered(_over(self.kind.gradients, len(self.loops))(output, data), 2)
+        found = self.factor * self._gathered(_over(self.kind.gradients, len(self.loops))(output, data), 2)
         # A scale has as many products as positions, and one gradient: their sum, which is exact.
         return found.sum(axis=0, keepdims=True) if isinstance(self.kind, Scale) else found
 
@@ -116,13 +119,18 @@ class LeafUses(NamedTuple):
         return not self.reason
 
 
-def uses_of(program: Program) -> tuple[LeafUses, ...]:
-    """The operations that every leaf takes part in, in the order of the leaves."""
-    places = origins(program)
+def uses_of(program: Program, batch: Sequence[Value]) -> tuple[LeafUses, ...]:
+    """The operations that every leaf takes part in, in the order of the leaves.
+
+    Args:
+        program: what `read` made of a function, to be differentiated.
+        batch: the inputs of the program that examples are.
+    """
+    places, examples = origins(program), reached(program.body, batch)
     kept = {v for v in program.body.outputs if v.leaves}
     found = []
     for leaf, entered in enumerate(uses(program)):
-        read = [_read(leaf, use, places) for use in entered]
+        read = [_read(leaf, use, places, examples) for use in entered]
         reasons = [x for x in read if isinstance(x, str)]
         reasons += (
             ["is an output, or a part of one, by itself"]
@@ -137,7 +145,7 @@ def uses_of(program: Program) -> tuple[LeafUses, ...]:
     return tuple(found)
 
 
-def _read(leaf: int, use: Meeting, places: dict[Any, Origin | str]) -> Use | str:
+def _read(leaf: int, use: Meeting, places: dict[Value, Origin | str], examples: set[Value]) -> Use | str:
     origin = places.get(use.operation.inputs[use.operand], "a loop or a branch")
     if use.operation.bodies:
         return f"is carried by a loop or chooses a branch (`{use.operation.name}`)"
@@ -149,11 +157,19 @@ def _read(leaf: int, use: Meeting, places: dict[Any, Origin | str]) -> Use | str
     kind = kind_of(use.operation, use.operand, origin.shape)
     if isinstance(kind, str):
         return kind
+    if isinstance(kind, Bias) and _is_matrix(origin.shape):
+        others = [v for i, v in enumerate(use.operation.inputs) if i != use.operand]
+        if examples.isdisjoint(others):  # masked weights, adapters: as large as the leaf for every example
+            return f"is joined with what is the same for all examples by `{use.operation.name}`"
     moves = kind.matrix(origin).moves
     *_, inputs, outputs = moves.end
     moves = moves.then("reshape", (math.prod(moves.end[:-2]), inputs, outputs))
     own = tuple(any(loop is scan for scan in origin.scans) for loop in use.loops)
-    return Use(leaf, kind, moves, use.loops, own)
+    return Use(leaf, kind, moves, use.loops, own, origin.factor)
+
+
+def _is_matrix(shape: tuple[int, ...]) -> bool:
+    return sum(n > 1 for n in shape) > 1
 
 
 def _aligned(uses: list[Use]) -> list[Use]:

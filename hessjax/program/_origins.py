@@ -72,18 +72,20 @@ def _inverse(step: Step, before: tuple[int, ...]) -> Step:
 
 
 class Origin(NamedTuple):
-    """What a value is: one leaf of the params, moved, and perhaps copied along axes.
+    """What a value is: one leaf of the params, moved, times a number, and perhaps copied along axes.
 
     Attributes:
         leaf: which.
         moves: from the leaf to the value, with length 1 along the axes that it is copied along, and the axes
             that loops around it scan over in front.
         scans: these loops, outermost first.
+        factor: a number that the leaf was multiplied with on the way.
     """
 
     leaf: int
     moves: Moves
     scans: tuple[Operation, ...] = ()
+    factor: float = 1.0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -182,6 +184,20 @@ def _reshape(operation: Operation, origin: Origin) -> Origin | None:
     return origin.then("reshape", operation.outputs[0].shape)
 
 
+def _times(operation: Operation, origin: Origin) -> Origin | None:
+    """By a number that the program names: `w * 0.5`, `w / 2`."""
+    first, second = operation.inputs
+    number = first.literal if second.literal is None else second.literal
+    if np.ndim(number) or number is None or (operation.name == "div" and first.literal is not None):
+        return None
+    factor = float(number)
+    return origin._replace(factor=origin.factor * (1 / factor if operation.name == "div" else factor))
+
+
+def _negative(operation: Operation, origin: Origin) -> Origin:
+    return origin._replace(factor=-origin.factor)
+
+
 def _squeeze(operation: Operation, origin: Origin) -> Origin:
     gone = {axis % len(origin.shape) for axis in operation.params["dimensions"]}
     return origin.then("reshape", [n for axis, n in enumerate(origin.shape) if axis not in gone])
@@ -208,11 +224,13 @@ def _broadcast(operation: Operation, origin: Origin) -> Origin:
 _MOVES: dict[str, Callable[[Operation, Origin], Origin | None]] = {
     **dict.fromkeys(["convert_element_type", "reduce_precision", "copy", "copy_p", "name"], _same),
     **dict.fromkeys(["sharding_constraint", "device_put"], _same),
+    **dict.fromkeys(["mul", "div"], _times),
     "broadcast_in_dim": _broadcast,
     "expand_dims": _reshape,
+    "neg": _negative,
     "reshape": _reshape,
     "rev": _flip,
     "squeeze": _squeeze,
     "transpose": _transpose,
 }
-"""What only moves the entries of an array, or copies them."""
+"""What only moves the entries of an array, or copies them, or multiplies all with one number."""

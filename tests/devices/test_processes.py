@@ -161,6 +161,7 @@ def test_what_cannot_be_done_is_refused_in_both(runs):
     words = {
         "to_sparse": "`params` must lie in one process, but v spans several",
         "compact": "`params` must lie in one process, but v spans several",
+        "args": "`args` must be the same in all processes, or span them as `params` do, but 0 differs",
         "busy": "`path` of `checkpoint` must be used by one run at a time",
         "keys": "must be of the same run in every process, but process 0's (`saved`) is not process 1's",
         "unseen": "`path` of `checkpoint` must be a folder that all 2 processes of the run see",

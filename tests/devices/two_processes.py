@@ -168,6 +168,7 @@ def refusals(folder, params, batch):
     found = {
         "to_sparse": message(lambda: hj.to_sparse(params), ValueError),
         "compact": message(lambda: hj.compact(model_fn, params, batch), ValueError),
+        "args": message(lambda: hessian(params, np.full((2, 8, 4), index, np.float32)), ValueError),
         "busy": message(nested, BlockingIOError),
         "keys": message(others, ValueError),
         "unseen": message(lambda: trace(0, params, folder / f"of-{index}"), ValueError),

@@ -138,9 +138,15 @@ def remat(p, x):
 
 
 def moved(p, x):
-    """Reshaped, transposed and turned round on the way."""
+    """Reshaped, transposed, turned round and multiplied with a number on the way."""
     w = p["w"].reshape(2, 2, 3)[::-1].transpose(2, 0, 1).reshape(3, 4).T
-    return jnp.tanh(x @ w) + p["b"].reshape(1, 3)
+    return jnp.tanh(x @ (-0.5 * w)) + p["b"].reshape(1, 3) / 2
+
+
+def positions(p, x):
+    """Rows that are always the same, and a normalisation by what the function closes over."""
+    x = x + p["e"][jnp.array([2, 0, 1])][None]
+    return (x * (p["scale"] / jnp.sqrt(jnp.asarray([1.0, 2.0, 3.0], x.dtype)))[None, None]).mean(axis=1)
 
 
 @jax.custom_vjp
@@ -172,5 +178,6 @@ CASES = {
     "repeated": Case(repeated, {"w": (3, 3)}, (3,)),
     "remat": Case(remat, {"b": (3,), "c": (2,), "v": (2, 3), "w": (4, 3)}, (4,)),
     "moved": Case(moved, {"b": (3,), "w": (4, 3)}, (4,)),
+    "positions": Case(positions, {"e": (4, 3), "scale": (3,)}, (3, 3)),
     "rules of their own": Case(ruled, {"w": (4, 3)}, (4,)),
 }

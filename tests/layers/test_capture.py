@@ -79,5 +79,5 @@ def test_rows_that_an_embedding_does_not_have(untyped):
 
 
 def test_a_loss_that_is_no_scalar(untyped):
-    with pytest.raises(TypeError, match="`fn` must return one real number"):
+    with pytest.raises(TypeError, match="`loss_fn` must return one real number"):
         hj.layers.capture(lambda w, x: x @ w, jnp.ones(2), jnp.ones((3, 2)))

@@ -86,6 +86,13 @@ def differently(p, x):
     return x @ p["w"] + (x[:, None] @ p["w"].reshape(3, 3))[:, 0] + (x[:, :1] @ p["w"].reshape(1, 9))[:, :3]
 
 
+def masked(p, x):
+    return x @ (p["w"] * MASK)
+
+
+MASK = jnp.tri(3)
+
+
 @jax.custom_vjp
 def own_product(x, w):
     return x @ w
@@ -110,6 +117,7 @@ def own(p, x):
         (added, "goes through"),
         (cut, "goes through `slice` first"),
         (differently, "is used with its axes paired in different ways"),
+        (masked, "is joined with what is the same for all examples by `mul`"),
         (own, "enters `custom_vjp_call"),
     ],
 )
