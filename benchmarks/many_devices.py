@@ -23,12 +23,13 @@ LAYOUTS = {
     "tensor parallel": (P(None, "model"), P("data")),
 }
 SIZES = 10**5, 10**6, 10**7, 10**8
+PRODUCTS = 4
 
 
 def measure(quick: bool) -> table.Measured:
     figures, raw = [], {}
     for name, specs in LAYOUTS.items():
-        times = timing.interleave(products(*specs, quick), 3 if quick else 15)
+        times = timing.interleave(products(*specs, quick), 3 if quick else 7)
         raw[name] = times
         for ours in ("hessian", "hessian in a run"):
             ratio = timing.ratio(times, ours, "bare")
@@ -60,9 +61,11 @@ def products(of_params: P, of_batch: P, quick: bool) -> dict[str, timing.Call]:
     vector = jax.tree.map(jnp.sin, params)
     matvec = hj.hessian(loss_fn, params, batch)
     calls = {
-        "bare": lambda: [bare(params, vector, batch) for _ in range(10)],
-        "hessian": lambda: [matvec(vector) for _ in range(10)],
-        "hessian in a run": lambda: hj.run(hj.estimators.minres(vector), matvec, KEY, params, max_matvecs=10),
+        "bare": lambda: [bare(params, vector, batch) for _ in range(PRODUCTS)],
+        "hessian": lambda: [matvec(vector) for _ in range(PRODUCTS)],
+        "hessian in a run": lambda: hj.run(
+            hj.estimators.minres(vector), matvec, KEY, params, max_matvecs=PRODUCTS
+        ),
     }
     timing.first_calls(calls)
     return calls
@@ -83,16 +86,17 @@ ESTIMATORS: dict[str, Callable[[Any], Any]] = {
 
 
 def step_seconds(estimator: Callable[[Any], Any], size: int) -> float:
-    """Of one step with the cheapest product there is, on one device: from runs of 3 and of 8."""
+    """Of one step with the cheapest product there is, on one device: from two runs of different lengths."""
     like = [jnp.full((size // 10,), 0.1) for _ in range(10)]
     matvec = jax.tree_util.Partial(jax.jit(lambda d, v: jax.tree.map(jnp.multiply, d, v)), like)
+    steps = min(20, max(2, 5 * 10**7 // size))
     calls = {
-        name: lambda steps=steps: hj.run(estimator(like), matvec, KEY, like, max_matvecs=steps)[0]
-        for name, steps in {"short": 3, "long": 8}.items()
+        name: lambda number=number: hj.run(estimator(like), matvec, KEY, like, max_matvecs=number)[0]
+        for name, number in {"short": steps, "long": 3 * steps}.items()
     }
     timing.first_calls(calls)
-    times = timing.interleave(calls, 2 if size >= 10**8 else 7)
-    return (min(times["long"]) - min(times["short"])) / 5
+    times = timing.interleave(calls, 3 if size >= 10**8 else 9)
+    return max(min(times["long"]) - min(times["short"]), 1e-6) / (2 * steps)
 
 
 def growth(name: str, steps: dict[int, float]) -> table.Figure:
