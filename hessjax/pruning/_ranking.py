@@ -1,5 +1,6 @@
 """How a ranking ranks: how many zeros, the order of scores, and which are the smallest."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -203,25 +204,39 @@ _END = 2**31 - 1
 def _stops(keys: Sequence[Array], cut: _Cut, depth: int) -> Int[Array, "arrays axes"]:
     """The index in each array, axis by axis, before which those lie that are taken of equal ones."""
     stops: list[Array] = []
-    taken = cut.taken
+    taken, is_open = cut.taken, (cut.taken > 0) & (cut.taken < cut.ties)
     for axis in range(depth):
         # Along one axis at a time: no places of single entries have to be counted, or sent between devices.
+        # And only in arrays that lose some of them: in one ranking over all it is one array.
         lines = [
-            _line((k == c) & _is_at(k.shape, [s[i] for s in stops]), axis)
-            for i, (k, c) in enumerate(zip(keys, cut.keys, strict=True))
+            lax.cond(
+                is_open[i],
+                functools.partial(_line, k, cut.keys[i], [s[i] for s in stops], axis),
+                functools.partial(jnp.zeros, _line_length(k, axis), jnp.int32),
+            )
+            for i, k in enumerate(keys)
         ]
         stop = _last_index(lines, taken)
         taken = taken - _before(lines, stop)
         stops.append(stop)
-    return jnp.stack(stops, axis=1)
+    found = jnp.stack(stops, axis=1)
+    return jnp.where(is_open[:, None], found, _END * (cut.taken > 0).astype(jnp.int32)[:, None])
 
 
-def _line(flags: Array, axis: int) -> Int[Array, " length"]:
-    """How many are set at each index along an axis; on every device whole."""
-    others = tuple(i for i in range(flags.ndim) if i != axis)
-    if axis >= flags.ndim:
+def _line_length(keys: Array, axis: int) -> int:
+    return keys.shape[axis] if axis < keys.ndim else 1
+
+
+def _line(keys: Array, cut: Array, start: Sequence[Array], axis: int) -> Int[Array, " length"]:
+    """How many are equal to the cut at each index along an axis, after these along those before it."""
+    if axis >= keys.ndim:
         return jnp.zeros(1, jnp.int32)
-    return _sharding.gathered(jnp.sum(flags, axis=others, dtype=jnp.int32))
+    flags = (keys == cut) & _is_at(keys.shape, start)
+    others = [i for i in range(flags.ndim) if i != axis]
+    # As in `num_set`, one axis in 16 bits first; and on every device whole.
+    short = next((i for i in others if flags.shape[i] < 2**16), None)
+    partial = flags if short is None else jnp.sum(flags, axis=short, keepdims=True, dtype=jnp.uint16)
+    return _sharding.gathered(jnp.sum(partial, axis=tuple(others), dtype=jnp.int32))
 
 
 def _last_index(lines: Sequence[Array], n: Array) -> Int[Array, " arrays"]:
