@@ -80,7 +80,7 @@ WRONG = {
     "key": [None, 0, "0", 0.5, jax.random.split(KEY), X, {}, len],
     "typed key": [None, 0, "0", 0.5, jax.random.split(KEY), X, {}, len, jax.random.PRNGKey(0)],
     "params": [*TREES, None, {}, (), 3, jnp.arange(3), [None], jnp.ones((0,)), {"w": True}],
-    "vector": [*TREES, None, {}, 3, {"w": jnp.ones(3)}, jnp.ones(7)],
+    "vector": [*TREES, None, {}, 3, {"w": jnp.ones(3)}, jnp.ones(7), jnp.arange(3)],
     "tree": [x for x in [*TREES, None, {}, [None]] if not isinstance(x, jax.Array)],
     "flag": ["yes", "no", None, 2, 0.5, [], X, len],
     "choice": [None, "typo", 1, ["both"], X, len, {}],
@@ -141,7 +141,7 @@ KINDS = {
     "vector": "vector start? diagonal directions other state?",
     "flag": """linearize on_device reorthogonalise drop_constants progress transient regrow straight_through
         linear log""",
-    "choice": "mode which update",
+    "choice": "mode which update basis_dtype?",
     "axis": "filter_axis?",
     "path": "path",
     "text": "description unit",
@@ -207,6 +207,7 @@ INSTEAD = {
     "hj.mask_of": {"opt_state": (hj.prune(ADAM, MAGNITUDE, 0.5).init(PARAMS), "result")},
     "hj.prune": {"sparsity": (0.5, "schedule"), "start": (0, "count"), "stop": (None, "count?")},
     "hj.prune_once": {**PRUNED, "loss_fn": (size_of, "function?"), "max_ratio": (None, None)},
+    "hj.memory_estimate": {"what": (jax.nn.relu, "function")},
     "hj.select": PRUNED,
     "hj.sensitivity": {
         **PRUNED, "diagonal": (None, "vector?"), "path": (None, "path?"), "metric": (size_of, "function?"),

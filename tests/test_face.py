@@ -21,7 +21,7 @@ VERBS = """
     eigenpairs trace trace_by_leaf diagonal frobenius_norm spectral_density spectral_density_by_leaf spectrum
     solve inverse_fisher landscape check
     prune prune_once mask_of summary sensitivity compact to_sparse save_npz load_npz load_recipe distillation
-    run relative progress_bar checkpoint
+    run memory_estimate relative progress_bar checkpoint
 """
 NAMESPACES = {
     "estimators": """Estimator lanczos power_iteration hutchinson hutchinson_by_leaf hutchpp xtrace

@@ -31,7 +31,13 @@ GROUPS: dict[str, list[str]] = {
     ],
     "Solutions": ["solve Solution", "inverse_fisher InverseFisher"],
     "Landscape": ["landscape Landscape"],
-    "Running": ["run Progress NonFiniteProductError", "relative", "progress_bar", "checkpoint"],
+    "Running": [
+        "run Progress NonFiniteProductError",
+        "memory_estimate MemoryEstimate MemoryLimitWarning",
+        "relative",
+        "progress_bar",
+        "checkpoint",
+    ],
     "Pruning": ["prune", "prune_once Pruned", "mask_of", "load_recipe Recipe", "distillation"],
     "What can go, and what is left": [
         "summary", "sensitivity Sensitivity", "compact Compacted Obstacle", "to_sparse", "save_npz Saved",

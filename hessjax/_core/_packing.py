@@ -83,6 +83,15 @@ class Packing:
         return jax.vmap(self.unpack)(packed)
 
     @functools.cached_property
+    def beginnings(self) -> tuple[tuple[int, int], ...]:
+        """Of every leaf, which array holds it, and behind how many entries."""
+        found = {i: (len(self._pools) + number, 0) for number, i in enumerate(self._apart)}
+        for number, members in enumerate(self._pools):
+            starts = np.cumsum([0, *(math.prod(self.shapes[i]) for i in members)], dtype=object)
+            found |= {i: (number, int(start)) for i, start in zip(members, starts, strict=False)}
+        return tuple(found[i] for i in range(len(found)))
+
+    @functools.cached_property
     def packed(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """The shapes and dtypes of the arrays of a packed vector."""
         lengths = [sum(math.prod(self.shapes[i]) for i in members) for members in self._pools]

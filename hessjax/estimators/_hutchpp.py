@@ -14,7 +14,7 @@ from hessjax._core._packing import Packed, Packing
 from hessjax._core._results import Estimate
 from hessjax._core._types import Block, Key, Params, Scalar, assign, settings
 from hessjax._run._estimator import Estimator
-from hessjax.estimators import _krylov
+from hessjax.estimators import _basis
 from hessjax.estimators._samples import (
     Moments,
     check_probe,
@@ -44,7 +44,7 @@ class HutchppState(NamedTuple):
 
     key: Key
     vector: Packed
-    basis: _krylov.Basis
+    basis: _basis.Basis
     largest: Float[Array, ""]
     captured: Float[Array, ""]
     samples: Moments
@@ -82,7 +82,7 @@ class Hutchpp(Estimator):
 
     Cost:
         One product a step; 4·j·d operations for the j-th row of the basis and 4·k·d for a sample; memory
-        (num_matvecs/3 + 2)·d.
+        (num_matvecs/3 + 5)·d.
 
     References:
         Meyer, Musco, Musco & Woodruff (2021), Hutch++: optimal stochastic trace estimation,
@@ -121,7 +121,7 @@ class Hutchpp(Estimator):
             return HutchppState(
                 key, _axis(vector, 0), (), zero, zero, no_samples(zero), jnp.int32(0), packing
             )
-        basis = _krylov.allocate(vector, self.rank, packing.packed_layouts)
+        basis = _basis.allocate(vector, self.rank, packing.packed_layouts)
         return HutchppState(key, vector, basis, zero, zero, no_samples(zero), jnp.int32(0), packing)
 
     def _is_enough(self, packing: Packing) -> bool:
@@ -152,12 +152,10 @@ class Hutchpp(Estimator):
         def fresh() -> Packed:
             probe = self.probe(jax.random.fold_in(state.key, i), state.packing.unpack(like))
             # While the basis grows its probes must not depend on it: they are projected onto nothing.
-            return _krylov.project_out(state.basis, jnp.where(i < rank, 0, rank), state.packing.pack(probe))[
-                0
-            ]
+            return _basis.project_out(state.basis, jnp.where(i < rank, 0, rank), state.packing.pack(probe))[0]
 
         def row() -> Packed:
-            return _krylov.read(state.basis, i - rank)
+            return _basis.read(state.basis, i - rank)
 
         return jax.lax.cond((i >= rank) & (i < 2 * rank), row, fresh)
 
@@ -210,7 +208,7 @@ def _sketch(state: HutchppState, product: Packed) -> HutchppState:
     # Judged against the largest product so far: a small one is not noise by itself, but beside a large one.
     largest = jnp.maximum(state.largest, _tree.norm(product))
     tiny = 64 * jnp.finfo(largest.dtype).eps * largest
-    row, _, left = _krylov.orthogonalise(state.basis, state.num_matvecs, product, tiny)
+    row, _, left = _basis.orthogonalise(state.basis, state.num_matvecs, product, tiny)
     # A row of zeros takes no part in any projection, and its product is zero: tr QᵀAQ stays exact.
-    basis = _krylov.write(state.basis, state.num_matvecs, _tree.scale(left > 0, row))
+    basis = _basis.write(state.basis, state.num_matvecs, _tree.scale(left > 0, row))
     return state._replace(basis=basis, largest=largest)

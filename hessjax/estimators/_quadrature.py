@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from hessjax._core import _numbers, _sharding, _tree
 from hessjax._core._sharding import Shardings
 from hessjax._core._types import Block, Scalar, Vector
-from hessjax.estimators import _krylov
+from hessjax.estimators import _basis, _krylov
 from hessjax.estimators._krylov import Krylov
 
 
@@ -135,7 +135,7 @@ class Recurrence(NamedTuple):
 
 
 def _restart_basis(space: Krylov, vectors: Block) -> Krylov:
-    basis = _krylov.write(space.basis, jnp.int32(0), _unit(_tree.row(vectors, 0)))
+    basis = _basis.write(space.basis, jnp.int32(0), _unit(_tree.row(vectors, 0)))
     return Krylov(basis, jnp.zeros_like(space.projected), jnp.zeros_like(space.size), space.asymmetry)
 
 

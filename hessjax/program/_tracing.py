@@ -11,7 +11,7 @@ from jax.extend.core import Literal
 from hessjax.program._program import Body, Leaves, Operation, Program, Value
 
 
-def read(fn: Callable[..., Any], params: Any, *args: Any) -> Program:
+def read(fn: Callable[..., Any], params: Any, *args: Any, keep_rules: bool = False) -> Program:
     """The program of `fn` for inputs of these shapes. It is traced; nothing is compiled or run.
 
     Calls (`jit`, `checkpoint`, functions with derivatives of their own) are opened where they stand. Mutable
@@ -21,6 +21,8 @@ def read(fn: Callable[..., Any], params: Any, *args: Any) -> Program:
         fn: `fn(params, *args)`, any pytrees in and out.
         params: arrays or `jax.ShapeDtypeStruct`s.
         *args: the same.
+        keep_rules: leave functions with derivatives of their own closed, so that what runs the program may
+            differentiate it: all that no leaf enters, and those that are not jax's.
 
     Returns:
         The program.
@@ -39,7 +41,7 @@ def read(fn: Callable[..., Any], params: Any, *args: Any) -> Program:
     leaves = [frozenset((i,)) if i < num_params else None for i in range(len(closed.in_avals))]
     inputs = [Value(aval, made_of) for aval, made_of in zip(closed.in_avals, leaves, strict=True)]
     rules = tuple(dict.fromkeys(_rules(closed)))
-    return Program(_body(closed, inputs), num_params, jax.tree.structure(shapes), rules)
+    return Program(_body(_Frame(keep_rules), closed, inputs), num_params, jax.tree.structure(shapes), rules)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,18 +49,20 @@ class _Frame:
     """A body that is being read.
 
     Attributes:
+        keep_rules: whether functions with derivatives of their own stay closed where they can.
         operations: those read so far.
         consts: the constants so far.
         held: what every mutable array holds at this point of the program.
     """
 
+    keep_rules: bool = False
     operations: list[Operation] = field(default_factory=list)
     consts: dict[Value, Any] = field(default_factory=dict)
     held: dict[Value, Value] = field(default_factory=dict)
 
 
-def _body(closed: Any, inputs: Sequence[Value], sources: Sequence[Value | None] = ()) -> Body:
-    frame = _Frame()
+def _body(outer: _Frame, closed: Any, inputs: Sequence[Value], sources: Sequence[Value | None] = ()) -> Body:
+    frame = _Frame(outer.keep_rules)
     return _close(frame, inputs, _open(frame, closed, inputs), sources)
 
 
@@ -121,6 +125,11 @@ def _add(
 
 def _call(frame: _Frame, eqn: Any, inputs: list[Value]) -> list[Value]:
     """One that merely calls a function; it stays an operation where it takes something else as well."""
+    if frame.keep_rules and eqn.primitive.name.startswith(("custom_jvp", "custom_vjp")):
+        # What only rearranges leaves has to be seen; what jax defines so, its inside has the derivatives of.
+        foreign = f" at {_JAX}" not in _source(eqn)
+        if foreign or not any(v.leaves for v in inputs):
+            return _operation(frame, eqn, inputs)
     # jit and remat have a `jaxpr`, custom rules a `call_jaxpr` (a `fun_jaxpr` before), custom_vmap a `call`.
     names = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call")
     inner = next((eqn.params[name] for name in names if eqn.params.get(name) is not None), None)
@@ -174,7 +183,7 @@ def _scan(frame: _Frame, eqn: Any, inputs: list[Value]) -> list[Value]:
     carried = range(end - num_carry, end)
     sources = [None if i in carried else v for i, v in enumerate(inputs)]
     steps = _entries(closed.in_avals, sources)
-    body = _body(closed, steps, sources)
+    body = _body(frame, closed, steps, sources)
     # Whatever the state starts from, data may enter it on the way: it does not count as made of leaves.
     made = [None] * num_carry + [v.leaves for v in body.outputs[num_carry:]]
     outputs = [Value(v.aval, leaves) for v, leaves in zip(eqn.outvars, made, strict=True)]
@@ -198,7 +207,7 @@ def _while(frame: _Frame, eqn: Any, inputs: list[Value]) -> list[Value]:
     end = start + eqn.params["body_nconsts"]
     carried = [None] * (len(inputs) - end)
     parts = [("cond_jaxpr", inputs[:start]), ("body_jaxpr", inputs[start:end])]
-    bodies = [_inner(eqn.params[name], [*consts, *carried]) for name, consts in parts]
+    bodies = [_inner(frame, eqn.params[name], [*consts, *carried]) for name, consts in parts]
     outputs = [Value(v.aval) for v in eqn.outvars]
     rest = {"bodies": tuple(bodies), "trips": None, "carried": range(end, len(inputs))}
     _add(frame, eqn, "while", inputs, outputs, **rest)
@@ -206,7 +215,7 @@ def _while(frame: _Frame, eqn: Any, inputs: list[Value]) -> list[Value]:
 
 
 def _cond(frame: _Frame, eqn: Any, inputs: list[Value]) -> list[Value]:
-    bodies = [_inner(branch, inputs[1:]) for branch in eqn.params["branches"]]
+    bodies = [_inner(frame, branch, inputs[1:]) for branch in eqn.params["branches"]]
     # Each result is one of the branches': made of leaves alone if it is so in all of them.
     ends = zip(*(body.outputs for body in bodies), strict=True)
     outputs = [Value(v.aval, _made_of(each)) for v, each in zip(eqn.outvars, ends, strict=True)]
@@ -214,8 +223,8 @@ def _cond(frame: _Frame, eqn: Any, inputs: list[Value]) -> list[Value]:
     return outputs
 
 
-def _inner(closed: Any, sources: Sequence[Value | None]) -> Body:
-    return _body(closed, _entries(closed.in_avals, sources), sources)
+def _inner(frame: _Frame, closed: Any, sources: Sequence[Value | None]) -> Body:
+    return _body(frame, closed, _entries(closed.in_avals, sources), sources)
 
 
 # -- what jax writes since 0.12, behind flags ------------------------------------------------------
@@ -230,6 +239,8 @@ def _high(frame: _Frame, eqn: Any, inputs: list[Value]) -> list[Value]:
     if inner is None and hasattr(primitive, "traced"):
         inner = primitive.traced.jaxpr
         if hasattr(primitive, "drop_fwd_consts"):  # a custom_vjp: some operands are for the derivative only
+            if frame.keep_rules:
+                return _operation(frame, eqn, inputs)
             inputs = jax.tree.leaves(primitive.drop_fwd_consts(*primitive.in_tree.unflatten(inputs)))
     if inner is None or len(inner.in_avals) != len(inputs):
         return _operation(frame, eqn, inputs)
@@ -248,7 +259,7 @@ def _mutable_scan(frame: _Frame, eqn: Any, inputs: list[Value]) -> list[Value]:
     avals = [getattr(primitive.jaxpr.in_avals[i], "inner_aval", primitive.jaxpr.in_avals[i]) for i in order]
     entries = _entries(avals, sources)
     # Inside, every array is what is carried in; after the last operation it holds what is carried out.
-    inner, known = _Frame(), dict(zip(order, entries, strict=True))
+    inner, known = _Frame(frame.keep_rules), dict(zip(order, entries, strict=True))
     arrays = {i: Value(inputs[i].aval) for i in refs}
     inner.held.update({arrays[i]: known[i] for i in refs})
     stacked = _open(inner, primitive.jaxpr, [arrays.get(i, known[i]) for i in range(len(inputs))])

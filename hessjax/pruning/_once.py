@@ -15,12 +15,12 @@ from hessjax._core._layout import kernels, selected
 from hessjax._core._messages import check_functions, checked_count, checked_number
 from hessjax._core._types import Block, Params, Scalar, Where
 from hessjax._core._words import AxisWords
-from hessjax._fisher._rows import row
+from hessjax._fisher._blocking import row
 from hessjax.pruning._pruned import Pruned, PruneStep
 from hessjax.pruning._ranking import check_sparsity
 from hessjax.pruning.allocations._allocation import AllocationRule, allocated, global_threshold
 from hessjax.pruning.patterns._pattern import Laid, Patterns, unstructured
-from hessjax.pruning.saliencies._saliency import Context, Saliency, checked_saliency, drop_others, is_hole
+from hessjax.pruning.saliencies._saliency import Context, Saliency, checked_ranking, drop_others, is_hole
 
 
 def prune_once(
@@ -90,7 +90,7 @@ def prune_once(
     check_sparsity(sparsity)
     recomputes = checked_count("recomputes", recomputes, 1, ", the number of steps")
     given = saliency if isinstance(saliency, Sequence) and not isinstance(saliency, str) else (saliency,)
-    rules = tuple(checked_saliency("saliency", rule) for rule in given)
+    rules = tuple(checked_ranking("saliency", rule) for rule in given)
     check_functions(grads_fn=grads_fn, loss_fn=loss_fn)
     _check_loss(rules, loss_fn, max_ratio)
     if grads_fn is None and any(rule.needs_grads for rule in rules):

@@ -90,7 +90,7 @@ class Minres(System, Estimator):
         ValueError: `rhs` or `damping` is not finite.
 
     Cost:
-        One product a step, 20·d operations, memory 7·d. No basis is kept. Where `conjugate_gradient` works
+        One product a step, 20·d operations, memory 10·d. No basis is kept. Where `conjugate_gradient` works
         it takes about as many products and less memory. Other arrays compile nothing anew.
 
     References:

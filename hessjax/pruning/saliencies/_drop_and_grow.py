@@ -1,13 +1,14 @@
 """Masks of a constant size that move while the weights train: the least weights go, others come back."""
 
 import dataclasses
-from typing import Any
+import itertools
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt
+from jaxtyping import Array, Float
 
-from hessjax._core import _sharding, _tree
+from hessjax._core import _random, _sharding, _tree
 from hessjax._core._messages import checked_key, checked_schedule
 from hessjax._core._types import Params, settings
 from hessjax.pruning._ranking import Schedule, ordered_keys, smallest
@@ -17,7 +18,7 @@ from hessjax.pruning.saliencies._saliency import (
     Context,
     MaskChange,
     Saliency,
-    checked_saliency,
+    checked_ranking,
     of_the_largest,
 )
 
@@ -36,6 +37,7 @@ class DropAndGrow(MaskChange):
     """
 
     fraction: float | int | Schedule
+    grows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         checked_schedule("fraction", self.fraction)
@@ -80,11 +82,10 @@ class RandomGrowth(DropAndGrow):
     def growth(self, seen: Context) -> Params:
         """Uniform in [0, 1)."""
         leaves, treedef = jax.tree.flatten(seen.weights)
-        now = jax.random.fold_in(self.key, seen.step)
-        # A draw for every leaf would compile slowly, and one for all be sent between devices: a hash of the
-        # places of the weights, with words of its own for every leaf, is neither.
-        words = jax.random.bits(now, (len(leaves), 2), jnp.uint32)
-        return jax.tree.unflatten(treedef, list(map(_hashed, leaves, words)))
+        now, ends = jax.random.fold_in(self.key, seen.step), itertools.accumulate(x.size for x in leaves)
+        shapes = [_sharding.shape_of(x, jnp.float32) for x in leaves]
+        parts = [_random.uniform(now, x, end - x.size) for x, end in zip(shapes, ends, strict=True)]
+        return jax.tree.unflatten(treedef, parts)
 
 
 @settings()
@@ -184,7 +185,7 @@ class SparseEvolution(_Rewired):
 
     def __post_init__(self) -> None:
         _ = self.change  # which refuses what it cannot use
-        checked_saliency("score", self.score)
+        checked_ranking("score", self.score)
 
     @property
     def change(self) -> MaskChange:  # type: ignore[override]
@@ -233,22 +234,12 @@ class Rigl(_Rewired):
 
     def __post_init__(self) -> None:
         _ = self.change  # which refuses what it cannot use
-        checked_saliency("score", self.score)
+        checked_ranking("score", self.score)
 
     @property
     def change(self) -> MaskChange:  # type: ignore[override]
         """The least go, those of the largest gradients come back."""
         return GradientGrowth(self.fraction)
-
-
-def _hashed(like: Array, words: UInt[Array, "2"]) -> Float[Array, "..."]:
-    """Numbers in [0, 1) by two rounds of the finalizer of MurmurHash3."""
-    bits = _sharding.places(like)
-    for word in words:
-        bits += word
-        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
-            bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
-    return (bits >> 8).astype(jnp.float32) * 2.0**-24
 
 
 def _bands(seen: Context, worth: Params, fresh: Params, share: Any) -> Params:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, Key
 
-from hessjax._core import _sharding, _tree
+from hessjax._core import _random, _sharding, _tree
 from hessjax._core._messages import checked_key, checked_number
 from hessjax._core._types import Params, settings
 from hessjax.pruning.saliencies._saliency import Context, MaskChange, Saliency
@@ -138,8 +138,8 @@ class Random(Saliency):
         """The numbers."""
         leaves, treedef = jax.tree.flatten(seen.weights)
         keys = jax.random.split(self.key, len(leaves))
-        numbers = [jax.random.uniform(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-        return jax.tree.unflatten(treedef, map(_sharding.laid_out_like, numbers, leaves))
+        shapes = [_sharding.shape_of(x, jnp.float32) for x in leaves]
+        return jax.tree.unflatten(treedef, list(map(_random.uniform, keys, shapes)))
 
 
 @settings()

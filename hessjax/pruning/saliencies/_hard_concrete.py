@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, Key
 
-from hessjax._core import _sharding, _tree
+from hessjax._core import _random, _sharding, _tree
 from hessjax._core._messages import checked_count, checked_key, checked_number
 from hessjax._core._types import Params, settings
 from hessjax.pruning._ranking import cond_now
@@ -155,8 +155,7 @@ def _gates(log_alpha: Params, key: Array, count: Array, is_random: Array) -> Par
 
     def leaf(key: Array, x: Array) -> Array:
         # Away from 0 and 1, where the logit is infinite.
-        u = jax.random.uniform(key, x.shape, x.dtype, minval=1e-6, maxval=1 - 1e-6)
-        u = _sharding.laid_out_like(u, x)
+        u = 1e-6 + (1 - 2e-6) * _random.uniform(key, _sharding.shape_of(x, x.dtype))
         return _stretched(jax.nn.sigmoid((jnp.log(u) - jnp.log1p(-u) + x) / BETA))
 
     def drawn() -> Params:

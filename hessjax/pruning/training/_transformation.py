@@ -26,6 +26,7 @@ from hessjax.pruning.training._checks import (
     rows_of,
     warn_uninformed,
 )
+from hessjax.pruning.training._masks import check_apart
 from hessjax.pruning.training._state import (
     Budget,
     Choice,
@@ -89,6 +90,7 @@ class Pruning:
             warn_uninformed(self.saliency, scorer, seen, choice.mask, self.budget)
         seen_by_inner = params if self.dense_dtype is None else on_selected(second, params, dense)
         inner = _sharding.born_like_tree(self.inner.init(seen_by_inner), seen_by_inner)
+        check_apart(full, inner)
         return self._state(count, inner, dense, scorer, choice)
 
     def update(
