@@ -1,6 +1,5 @@
 """How a ranking ranks: how many zeros, the order of scores, and which are the smallest."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -204,27 +203,14 @@ _END = 2**31 - 1
 def _stops(keys: Sequence[Array], cut: _Cut, depth: int) -> Int[Array, "arrays axes"]:
     """The index in each array, axis by axis, before which those lie that are taken of equal ones."""
     stops: list[Array] = []
-    taken, is_open = cut.taken, (cut.taken > 0) & (cut.taken < cut.ties)
+    taken = cut.taken
     for axis in range(depth):
         # Along one axis at a time: no places of single entries have to be counted, or sent between devices.
-        # And only in arrays that lose some of them: in one ranking over all it is one array.
-        lines = [
-            lax.cond(
-                is_open[i],
-                functools.partial(_line, k, cut.keys[i], [s[i] for s in stops], axis),
-                functools.partial(jnp.zeros, _line_length(k, axis), jnp.int32),
-            )
-            for i, k in enumerate(keys)
-        ]
+        lines = [_line(k, cut.keys[i], [s[i] for s in stops], axis) for i, k in enumerate(keys)]
         stop = _last_index(lines, taken)
         taken = taken - _before(lines, stop)
         stops.append(stop)
-    found = jnp.stack(stops, axis=1)
-    return jnp.where(is_open[:, None], found, _END * (cut.taken > 0).astype(jnp.int32)[:, None])
-
-
-def _line_length(keys: Array, axis: int) -> int:
-    return keys.shape[axis] if axis < keys.ndim else 1
+    return jnp.stack(stops, axis=1)
 
 
 def _line(keys: Array, cut: Array, start: Sequence[Array], axis: int) -> Int[Array, " length"]:
