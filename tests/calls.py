@@ -80,7 +80,7 @@ WRONG = {
     "key": [None, 0, "0", 0.5, jax.random.split(KEY), X, {}, len],
     "typed key": [None, 0, "0", 0.5, jax.random.split(KEY), X, {}, len, jax.random.PRNGKey(0)],
     "params": [*TREES, None, {}, (), 3, jnp.arange(3), [None], jnp.ones((0,)), {"w": True}],
-    "vector": [*TREES, None, {}, 3, {"w": jnp.ones(3)}, jnp.ones(7)],
+    "vector": [*TREES, None, {}, 3, {"w": jnp.ones(3)}, jnp.ones(7), jnp.arange(3)],
     "tree": [x for x in [*TREES, None, {}, [None]] if not isinstance(x, jax.Array)],
     "flag": ["yes", "no", None, 2, 0.5, [], X, len],
     "choice": [None, "typo", 1, ["both"], X, len, {}],
@@ -132,16 +132,17 @@ KINDS = {
         least_sparsity confidence batch_size max_ratio? dense_accuracy? sparsity""",
     "schedule": "penalty fraction level",
     "count": """num_probes num_matvecs max_matvecs k block_size basis_size? at_once every num_samples?
-        recomputes microbatch? num_grads? chunk_size points_at_once steps_per_epoch? n m num_heads?""",
+        recomputes microbatch? num_grads? chunk_size points_at_once steps_per_epoch? n m num_heads?
+        max_width""",
     "integer": "axis?",
     "function": """loss_fn model_fn output_loss matvec make_matvec metric grads_fn? teacher_fn information
-        score loss weights?""",
+        score loss weights? fn approximation""",
     "key": "key",
     "params": "params like rhs grads scores",
     "vector": "vector start? diagonal directions other state?",
     "flag": """linearize on_device reorthogonalise drop_constants progress transient regrow straight_through
         linear log""",
-    "choice": "mode which update basis_dtype?",
+    "choice": "mode which update positions basis_dtype?",
     "axis": "filter_axis?",
     "path": "path",
     "text": "description unit",
@@ -163,7 +164,7 @@ KINDS = {
     "counts": "shape",
     "functions": "matvecs",
     "mapping": "groups? curvature sparsities curves",
-    "result": "opt_state density traces result eigenpairs? ax? axes? labels",
+    "result": "opt_state density traces result eigenpairs? ax? axes? labels moments pairs?",
     "module": "module model",
     "inputs": "inputs",
 }
@@ -180,6 +181,7 @@ RIGHT = {
     "stop": 3,
     "n": 2, "m": 4, "shape": (2, 2), "curvature": {"kernel": 0.5, "bias": 0.5}, "sparsities": {"kernel": 0.5},
     "level": 0.5, "module": linen.Dense(2), "model": nnx.Linear(3, 2, rngs=nnx.Rngs(0)), "levels": [0.0, 0.5],
+    "fn": model, "approximation": A,
     "make_matvec": lambda batch: hj.hessian(loss, W, batch), "matvecs": [A, A], "diagonal": W, "other": W,
     "teacher_fn": dense, "metric": size_of, "information": loss, "scores": PARAMS, "steps": [0, 1],
     "values": [1.0, 2.0], "accuracy": [0.5, 1.0], "curves": {"a": ([0.1, 1.0], [0.5, 1.0])},
@@ -228,6 +230,7 @@ INSTEAD = {
     "hj.saliencies.hard_concrete": {"stop": (3, "count"), "key": (KEY, "typed key")},
     "hj.saliencies.static": {"scores": (PARAMS, "mapping")},
     "hj.estimators.hutchinson_by_leaf": {"groups": ((), None)},
+    "hj.layers.moments": {"num_samples": (1, "count?")},
     "hj.patterns.heads": {"num_heads": (2, "count?")},
     "hj.flax.linen_recalibrate": {
         "module": (linen.BatchNorm(use_running_average=False), "module"),
@@ -246,7 +249,10 @@ def results():
     curve = hj.landscape(size_of, W, directions=W, distances=[0.0, 1.0])
     plane = hj.landscape(size_of, W, directions=jnp.eye(2, 3), distances=[0.0, 1.0])
     density = hj.spectral_density(A, KEY, W, 1, 3)
+    moments = hj.layers.moments(model, W, [X], likelihood=hj.likelihoods.gaussian)
     return {
+        "hj.layers.kfac": {"moments": (moments, "result")},
+        "hj.layers.ekfac": {"moments": (moments, "result")},
         "hj.plot.density": {"density": (density, "result")},
         "hj.plot.cumulative": {"density": (density, "result")},
         "hj.plot.layers": {"traces": (hj.trace_by_leaf(A, KEY, W, 2), "result")},
@@ -270,6 +276,7 @@ def trained(tx):
 
 
 MATVECS = ["hessian", "ggn", "fisher", "empirical_fisher", "over_batches", "weighted_sum", "preconditioned"]
+MATVECS += ["kfac", "ekfac"]
 FAMILIES = {"saliencies": "saliency", "patterns": "pattern", "allocations": "allocation"}
 
 

@@ -26,6 +26,7 @@ VERBS = """
 NAMESPACES = {
     "estimators": """Estimator lanczos power_iteration hutchinson hutchinson_by_leaf hutchpp xtrace
         hutchinson_diagonal hutchinson_frobenius slq conjugate_gradient minres""",
+    "layers": "coverage capture moments kfac ekfac quality",
     "probes": "rademacher gaussian",
     "likelihoods": "Likelihood categorical gaussian",
     "directions": "random line",

@@ -48,7 +48,7 @@ GROUPS: dict[str, list[str]] = {
 # Families of choices, a page for each namespace.
 FAMILIES = {
     "estimators": "Estimators", "probes": "Probes", "likelihoods": "Likelihoods", "directions": "Directions",
-    "saliencies": "Saliencies", "patterns": "Patterns", "allocations": "Allocations",
+    "saliencies": "Saliencies", "patterns": "Patterns", "allocations": "Allocations", "layers": "Layers",
     "flax": "Flax adapters", "plot": "Figures",
 }  # fmt: skip
 

@@ -32,13 +32,26 @@ def count_where(test: Test, *columns: Sequence[Array]) -> Int[Array, "flags arra
 
 
 def num_set(flags: Array) -> Int[Array, ""]:
-    """How many are set, fewer than 2³¹; along one axis in 16 bits first.
+    """How many are set, or 2³¹ − 1 if they are more; along one axis in 16 bits first.
 
     On a CPU, XLA writes out what it is going to sum: in 32 bits two fifths of a ranking's time go there.
     """
+    if flags.size >= 2**31:
+        return num_set_in_all(flags).clipped()
     short = next((axis for axis, length in enumerate(flags.shape) if length < 2**16), None)
     partial = flags if short is None else jnp.sum(flags, axis=short, dtype=jnp.uint16)
     return jnp.sum(partial, dtype=jnp.int32)
+
+
+def num_set_in_all(flags: Array) -> "Total":
+    """How many are set, however many that are."""
+    lengths = [n if n <= 2**16 else 0 for n in flags.shape]  # so that sums of the lower words fit
+    axis = max(range(flags.ndim), key=lengths.__getitem__, default=0)
+    others = tuple(i for i in range(flags.ndim) if i != axis)
+    lines = jnp.sum(flags, axis=others, dtype=jnp.int32)
+    low = jnp.sum(lines & 0xFFFF, dtype=jnp.uint32)
+    carry = (low >> 16).astype(jnp.int32)
+    return Total(jnp.sum(lines >> 16, dtype=jnp.int32) + carry, (low & 0xFFFF).astype(jnp.int32))
 
 
 def _is_cut(size: int) -> bool:
@@ -93,6 +106,10 @@ class Total(NamedTuple):
     def of_words(cls, high: UInt[Array, ""], low: UInt[Array, ""]) -> "Total":
         """A number of 47 bits in words of 32."""
         return cls(((high << 16) | (low >> 16)).astype(jnp.int32), (low & 0xFFFF).astype(jnp.int32))
+
+    def exactly(self) -> int:
+        """As a Python integer, outside `jit`."""
+        return int(self.high) * 2**16 + int(self.low)
 
     def plus(self, other: "Total") -> "Total":
         """The sum."""

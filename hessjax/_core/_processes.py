@@ -85,10 +85,14 @@ class Group(NamedTuple):
         from jax._src import distributed  # jax shows its store of words nowhere else
 
         client: Any = distributed.global_state.client
+        mine = jax.process_index()
         _COUNTS[self.members] += 1
-        place = f"hessjax/{'-'.join(map(str, self.members))}/{_COUNTS[self.members]}"
-        client.key_value_set(f"{place}/{jax.process_index()}", word)
-        return [self._heard(client, place, member) for member in self.members]
+        place, before = (f"hessjax/{self.members}/{_COUNTS[self.members] - back}" for back in (0, 1))
+        client.key_value_set(f"{place}/{mine}", word)
+        words = [self._heard(client, place, member) for member in self.members]
+        # Whoever has spoken now has heard what was said before.
+        client.key_value_delete(f"{before}/{mine}")
+        return words
 
     @staticmethod
     def _heard(client: Any, place: str, member: int) -> str:

@@ -78,6 +78,38 @@ def _plain(sharding: NamedSharding) -> NamedSharding:
     return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
+def different_places(leaves: Sequence[Any]) -> list[str]:
+    """In words, where each leaf lies, if no program can take them all; nothing of those that can be moved."""
+    if jax.device_count() == 1:
+        return []
+    kept = [x.sharding if isinstance(x, jax.Array) and not _is_movable(x) else None for x in leaves]
+    found = [sharding for sharding in kept if sharding is not None]
+    if all(_is_same_place(sharding, found[0]) for sharding in found):
+        return []
+    return ["" if sharding is None else _described(sharding) for sharding in kept]
+
+
+def _is_movable(x: jax.Array) -> bool:
+    return isinstance(x, jax.core.Tracer) or not x.committed
+
+
+def _is_same_place(a: Any, b: Any) -> bool:
+    """The compiler chooses among the axes of any mesh of the same devices; types know one mesh only."""
+    ours, theirs = getattr(a, "mesh", None), getattr(b, "mesh", None)
+    if ours == theirs and ours is not None:
+        return True
+    explicit_axes = any(mesh is not None and AxisType.Explicit in mesh.axis_types for mesh in (ours, theirs))
+    return a.device_set == b.device_set and not (explicit_axes and ours is not None and theirs is not None)
+
+
+def _described(sharding: Any) -> str:
+    devices = sorted(device.id for device in sharding.device_set)
+    mesh = getattr(sharding, "mesh", None)
+    axes = "" if mesh is None else f"mesh {dict(mesh.shape)} of "
+    listed = ", ".join(map(str, devices[:8])) + " …" * (len(devices) > 8)
+    return f"{axes}device{'s' * (len(devices) > 1)} {listed}"
+
+
 # -- putting arrays there --------------------------------------------------------------------------
 
 
@@ -119,6 +151,29 @@ def laid_out_like(x: Array, like: Any) -> Array:
     return laid_out(x, layout(like))
 
 
+def born_like(x: Array, like: Any) -> Array:
+    """`x`, which depends on nothing, in the layout of `like`, also where only the compiler knows that."""
+    x = laid_out_like(x, like)
+    # In a program a constant lies anywhere; a choice lies where what it is made by does.
+    return jnp.where(like == like, x, x) if isinstance(like, jax.core.Tracer) else x
+
+
+def born_like_tree(state: Any, tree: Any) -> Any:
+    """What an optimizer holds for the leaves of a tree, each in the layout of its leaf."""
+    structure = jax.tree.structure(tree)
+
+    def is_like(node: Any) -> bool:
+        same: bool = jax.tree.structure(node) == structure  # type: ignore[operator]
+        return same
+
+    def leaf(x: Any, like: Any) -> Any:
+        return born_like(x, like) if jnp.shape(x) == jnp.shape(like) else x
+
+    return jax.tree.map(
+        lambda node: jax.tree.map(leaf, node, tree) if is_like(node) else node, state, is_leaf=is_like
+    )
+
+
 def shape_of(like: Any, dtype: Any) -> jax.ShapeDtypeStruct:
     """The shape and layout of `like`, in this dtype."""
     return jax.ShapeDtypeStruct(jnp.shape(like), dtype, sharding=layout(like))
@@ -127,19 +182,23 @@ def shape_of(like: Any, dtype: Any) -> jax.ShapeDtypeStruct:
 def split_axes(x: Array, parts: Sequence[tuple[int, ...]]) -> Array:
     """`x` with each axis cut into parts of these lengths, most into one.
 
-    An axis that is sharded explicitly is so afterwards along its first part, and is gathered only if shards
-    would not hold whole ones of it.
+    An axis that is sharded explicitly is so afterwards along its first part of more than 1, and is gathered
+    only if shards would not hold whole ones of it.
     """
     shape, sharding = tuple(itertools.chain(*parts)), explicit(x)
     if sharding is None or shape == x.shape:
         return x.reshape(shape)
     names = (*sharding.spec, *(None for _ in range(x.ndim - len(sharding.spec))))
     sizes = [math.prod(sharding.mesh.shape[name] for name in _names(axis)) for axis in names]
-    kept = [name if part[0] % n == 0 else None for name, part, n in zip(names, parts, sizes, strict=True)]
+    kept = [
+        None if part[_first(part)] % n else name for name, part, n in zip(names, parts, sizes, strict=True)
+    ]
     x = laid_out(x, NamedSharding(sharding.mesh, PartitionSpec(*kept)))
-    spec = itertools.chain(
-        *((name, *(None for _ in part[1:])) for name, part in zip(kept, parts, strict=True))
-    )
+    spec = [
+        name if i == _first(part) else None
+        for name, part in zip(kept, parts, strict=True)
+        for i in range(len(part))
+    ]
     return jax.lax.reshape(x, shape, out_sharding=NamedSharding(sharding.mesh, PartitionSpec(*spec)))
 
 
@@ -150,8 +209,15 @@ def merge_axes(x: Array, parts: Sequence[tuple[int, ...]]) -> Array:
         return x.reshape(shape)
     names = (*sharding.spec, *(None for _ in range(x.ndim - len(sharding.spec))))
     starts = [0, *itertools.accumulate(map(len, parts))]
-    spec = PartitionSpec(*(names[start] for start in starts[:-1]))
+    spec = PartitionSpec(
+        *(names[start + _first(part)] for start, part in zip(starts[:-1], parts, strict=True))
+    )
     return jax.lax.reshape(x, shape, out_sharding=NamedSharding(sharding.mesh, spec))
+
+
+def _first(part: tuple[int, ...]) -> int:
+    """Of the parts of an axis the first that is longer than 1, along which it can be sharded."""
+    return next((i for i, length in enumerate(part) if length > 1), 0)
 
 
 def _names(axis: Any) -> tuple[Any, ...]:
@@ -211,6 +277,15 @@ class Layouts:
         found = tuple(map(layout, jax.tree.leaves(tree)))
         return cls(found) if any(found) else UNKNOWN
 
+    @classmethod
+    def of_rows(cls, params: Any, batch: Any = None) -> "Layouts":
+        """Those of one gradient for each example: spread as the params are, and as the examples besides."""
+        leaves = [layout(x) for x in jax.tree.leaves(batch) if jnp.ndim(x)] if jax.device_count() > 1 else []
+        examples = next(filter(is_split, leaves), None)
+        mine = [layout(x) or whole(examples) for x in jax.tree.leaves(params)]
+        found = tuple(x and _rows(x, examples) for x in mine)
+        return cls(found) if any(map(is_split, found)) else UNKNOWN
+
     def __hash__(self) -> int:
         return self._hash
 
@@ -240,6 +315,14 @@ class Layouts:
     def whole(self) -> NamedSharding | None:
         """The layout of what every device of the leaves' mesh holds whole."""
         return whole(next(filter(None, self.shardings), None))
+
+
+def _rows(like: NamedSharding, examples: NamedSharding | None) -> NamedSharding:
+    used = {name for axis in like.spec for name in _names(axis)}
+    names = () if examples is None or examples.mesh != like.mesh else _names(examples.spec[0])
+    free = tuple(name for name in names if name not in used)
+    # As jax writes it: one name is itself.
+    return NamedSharding(like.mesh, PartitionSpec(free[0] if len(free) == 1 else free or None, *like.spec))
 
 
 UNKNOWN = Layouts()

@@ -44,10 +44,18 @@ def check_floating(params: Params, argument: str = "params") -> None:
     """Raise a TypeError naming every leaf that is not a real floating-point array."""
     _check_bare(params, argument)
     found = jax.tree_util.tree_leaves_with_path(params)
-    bad = {path_name(path): leaf for path, leaf in found if not _is_floating(leaf)}
+    bad = {path_name(path): leaf for path, leaf in found if not is_floating(leaf)}
     if bad:
         raise TypeError(
             f"`{argument}` must have real floating-point leaves only, got\n{_listed(bad)}\n{_way_out(bad)}"
+        )
+    if places := _sharding.different_places(jax.tree.leaves(params)):
+        lines = [
+            f"  {path}: {place}" for path, place in zip(leaf_paths(params), places, strict=True) if place
+        ]
+        raise ValueError(
+            f"`{argument}` must lie on one mesh, or on the same devices, got\n" + "\n".join(lines) + "\n"
+            "Move them to one, `jax.device_put(params, shardings)`."
         )
     if not any(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(params)):
         raise ValueError(f"`{argument}` must hold at least one number, got a tree without any.")
@@ -147,12 +155,12 @@ def check_like(tree: Any, like: Any, argument: str, reference: str) -> None:
 def check_vector(vector: Any, like: Any, argument: str = "vector", reference: str = "params") -> None:
     """`check_like`, and a TypeError for integers: a result in their dtype would be cut to whole numbers."""
     check_like(vector, like, argument, reference)
-    kinds = {describe(x) for x in jax.tree.leaves(vector) if not _is_floating(x)}
+    kinds = {describe(x) for x in jax.tree.leaves(vector) if not is_floating(x)}
     if kinds:
         raise TypeError(f"`{argument}` must be floating point, got {', '.join(sorted(kinds))}.")
 
 
-def _is_floating(leaf: Any) -> bool:
+def is_floating(leaf: Any) -> bool:
     is_number = isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic, float))
     # Arrays of NumPy may hold strings, dates or objects, which have no dtype in jax.
     return is_number and is_array(leaf) and bool(jnp.issubdtype(jnp.result_type(leaf), jnp.floating))

@@ -193,6 +193,11 @@ def _check_header(path: Path, header: dict[str, Any], run: Run) -> None:
     changed = [f"{name} {made.get(name)}, now {x}" for name, x in now.items() if made.get(name) != x]
     if other := differences(header.get("run", {}), run.identity):
         also = [f"made by {', '.join(changed)}"] if changed else []
+        if made.get("device") != now["device"] and any(line.startswith("state ") for line in other):
+            also.append(
+                "Vectors of params that are divided over devices are kept otherwise than of whole ones: "
+                "divide the same leaves, over any number of devices, or start anew."
+            )
         raise ValueError(
             f"the checkpoint in `{path}` must be of this run, but it is of another one:\n  "
             + "\n  ".join([*other, *also])

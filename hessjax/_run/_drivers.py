@@ -1,10 +1,9 @@
 """`run`, and the two loops behind it, on the host and on the device, around steps that are compiled once."""
 
-import contextlib
 import functools
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,9 +15,10 @@ from hessjax._core import _memory, _numbers, _tree
 from hessjax._core._compiled import compiled
 from hessjax._core._messages import causes_of_nan, checked_count
 from hessjax._core._sharding import UNKNOWN, Layouts
-from hessjax._core._types import Amount, Block, Key, Matvec, Params, Relative, Tolerance, Vector
+from hessjax._core._types import Amount, Block, Key, Matvec, Params, Relative, Tolerance
 from hessjax._run import _estimator
-from hessjax._run._estimator import Beginning, Callback, Carry, Estimator, Progress, begun, check_run
+from hessjax._run._arguments import check_products, check_run, refuse_tracers, width_of
+from hessjax._run._estimator import Beginning, Callback, Carry, Estimator, Progress, begun, entered
 
 CHECK_EVERY = 5
 """Products between two looks at the error: reading it makes the host wait for the device."""
@@ -148,7 +148,7 @@ def run(
     left = begun(estimator)
     if isinstance(limit, Relative):
         _estimator.scale_of.eval_shape(left, carry.state)  # raises an error where there is none
-    width = _width(left, carry.state, like, "estimator.query" if state is None else "state")
+    width = width_of(left, carry.state, like, "estimator.query" if state is None else "state")
     max_matvecs = checked_count("max_matvecs", max_matvecs, width, ", one step's need")
     loop = Loop(left, matvec, like, width, max_matvecs // width, limit, callbacks, layouts)
     if on_device:
@@ -168,24 +168,6 @@ def run(
 def as_partial(matvec: Matvec) -> Partial:
     """The matvec as a pytree, which goes through `jit` as an argument."""
     return matvec if isinstance(matvec, Partial) else Partial(matvec)
-
-
-def refuse_tracers(tree: Any) -> None:
-    """The loop on the host reads numbers, which traced values do not have."""
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
-        raise TypeError(
-            "`run` loops on the host by default and cannot be traced: inside `jit`, `vmap` or `scan` pass "
-            "`on_device=True`."
-        )
-
-
-def _width(estimator: Estimator, state: Any, like: Params, argument: str) -> int:
-    """How many vectors a step multiplies, all of them like the params."""
-    # By a function of the module: a bound method would be traced anew in every run.
-    block = _estimator.block_of.eval_shape(estimator, state)
-    row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), block)
-    _tree.check_like(row, like, argument, "like")
-    return jax.tree.leaves(block)[0].shape[0]
 
 
 def _non_finite(carry: Carry, width: int, like: Params, result: Any, matvec: Matvec) -> NonFiniteProductError:
@@ -253,7 +235,7 @@ def loop_on_host(loop: Loop, carry: Carry) -> Carry:
         block = _estimator.query(loop.estimator, dtypes, loop.layouts, carry.state)
         products = tuple(map(loop.matvec, block))
         refuse_tracers(products)
-        _check_products(products, loop.like)
+        check_products(products, loop.like)
         carry = _estimator.absorb(loop.estimator, state_layouts, *carry, products)
         sent.append(carry.failed_leaf)
         step += 1
@@ -272,16 +254,6 @@ def _look(loop: Loop, carry: Carry, step: int) -> bool:
     for callback in loop.callbacks:
         callback(Progress(spent, most, float(error), float(target), carry.state, done))
     return done
-
-
-@contextlib.contextmanager
-def entered(callbacks: Sequence[Callback]) -> Iterator[None]:
-    """Inside all callbacks that are context managers."""
-    with contextlib.ExitStack() as stack:
-        for callback in callbacks:
-            if isinstance(callback, contextlib.AbstractContextManager):
-                stack.enter_context(callback)
-        yield
 
 
 # -- on the device ---------------------------------------------------------------------------------
@@ -337,10 +309,5 @@ def _apply_block(matvec: Matvec, block: Block) -> Block:
         _tree.check_vector(products, block, "matvec(block)", "like")
         return products
     product = matvec(_tree.row(block, 0))
-    _check_products((product,), _tree.row(block, 0))
+    check_products((product,), _tree.row(block, 0))
     return jax.tree.map(lambda leaf: leaf[None], product)
-
-
-def _check_products(products: Sequence[Vector], like: Params) -> None:
-    for product in products:
-        _tree.check_vector(product, like, "matvec(vector)", "like")

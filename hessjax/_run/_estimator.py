@@ -1,10 +1,11 @@
 """The protocol: what an estimator is, its compiled methods, what watches a run, and options of a run."""
 
 import abc
+import contextlib
 import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, TypedDict, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +13,6 @@ from jaxtyping import Array, Int
 
 from hessjax._core import _numbers, _tree
 from hessjax._core._compiled import compiled
-from hessjax._core._messages import (
-    checked_any_key,
-    checked_flag,
-    checked_function,
-    checked_instance,
-    checked_sequence,
-    shown,
-)
 from hessjax._core._sharding import Layouts
 from hessjax._core._types import Amount, Block, Key, Matvec, Params, Relative, Scalar, Vector
 
@@ -261,6 +254,16 @@ method `restore(beginning) -> (state, num_matvecs) | None` is asked before the f
 this very run, begun earlier; the run then goes on from there, and counts those products as its own."""
 
 
+@contextlib.contextmanager
+def entered(callbacks: Sequence[Callback]) -> Iterator[None]:
+    """Inside all callbacks that are context managers."""
+    with contextlib.ExitStack() as stack:
+        for callback in callbacks:
+            if isinstance(callback, contextlib.AbstractContextManager):
+                stack.enter_context(callback)
+        yield
+
+
 class Beginning(NamedTuple):
     """What a run begins with: `run`'s arguments, and the state before the first product."""
 
@@ -269,70 +272,3 @@ class Beginning(NamedTuple):
     key: Key
     like: Params
     state: Any
-
-
-# -- options ---------------------------------------------------------------------------------------
-
-
-class RunOptions(TypedDict, total=False):
-    """The options that every one-liner passes on to `run`.
-
-    Attributes:
-        callbacks: each is called with a `Progress` every few products and at the end; see `run`.
-        on_device: run the whole loop in one compiled `lax.while_loop`; see `run`.
-    """
-
-    callbacks: Sequence[Callback]
-    on_device: bool
-
-
-def checked_options(function: str, options: Mapping[str, Any]) -> RunOptions:
-    """The options of a one-liner of this name, none of them unknown."""
-    if unknown := options.keys() - RunOptions.__annotations__.keys():
-        raise TypeError(
-            f"{function}() got an unexpected keyword argument '{min(unknown)}'; options of a run are "
-            f"{', '.join(f'`{name}`' for name in RunOptions.__annotations__)}."
-        )
-    check_callbacks(options.get("callbacks", ()))
-    checked_flag("on_device", options.get("on_device", False))
-    return RunOptions(**options)  # type: ignore[typeddict-item]
-
-
-def check_callbacks(callbacks: Any) -> None:
-    """Raise a TypeError for what is no sequence of functions, or one that only makes a callback."""
-    for callback in checked_sequence("callbacks", callbacks, "functions `(progress) -> None`"):
-        # Called with a `Progress`, they would make one more callback and show nothing.
-        is_maker = getattr(callback, "__name__", "") in ("progress_bar", "checkpoint")
-        if not callable(callback) or is_maker:
-            hint = f": call it, `hessjax.{callback.__name__}(...)`" if is_maker else ""
-            raise TypeError(
-                "`callbacks` must hold functions `(progress) -> None`, such as `hessjax.progress_bar()`, "
-                f"got {shown(callback)}{hint}."
-            )
-        checked_function("callbacks", callback, "(progress) -> None")
-
-
-def check_run(estimator: Any, matvec: Any, key: Any, callbacks: Any, on_device: Any) -> None:
-    """Raise an error for arguments of a run that are not what they must be."""
-    _check_estimator(estimator)
-    checked_function("matvec", matvec, "(vector) -> vector")
-    checked_any_key(key)
-    check_callbacks(callbacks)
-    checked_flag("on_device", on_device)
-
-
-def _check_estimator(estimator: Any) -> None:
-    """An estimator goes through `jit` as an argument: one that is no pytree is made a static one."""
-    checked_instance("estimator", estimator, Estimator, "lanczos(5)")
-    if not jax.tree_util.all_leaves([estimator]):
-        return
-    kind = type(estimator)
-    try:
-        hash(estimator)
-    except TypeError as error:
-        raise TypeError(
-            f"`estimator` must hash, got a {kind.__name__} that does not ({error}): make it a frozen "
-            "dataclass, and if it holds arrays a pytree with these as leaves "
-            "(`jax.tree_util.register_dataclass`)."
-        ) from None
-    jax.tree_util.register_static(kind)

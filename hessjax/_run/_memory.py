@@ -18,7 +18,8 @@ from hessjax._core._sharding import Layouts
 from hessjax._core._tables import Column, Row, Table, printable
 from hessjax._core._types import BatchMatvec, Params
 from hessjax._run import _drivers, _estimator
-from hessjax._run._estimator import Carry, Estimator, begun, check_run
+from hessjax._run._arguments import check_run
+from hessjax._run._estimator import Carry, Estimator, begun
 
 PROGRAM = "a smaller batch, `microbatch`, or `jax.checkpoint` around the layers of the model"
 """What makes a product, or a gradient, take less."""

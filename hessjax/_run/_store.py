@@ -24,6 +24,9 @@ FOLDER = "hessjax-checkpoints"
 """Within the folder that is given: here Orbax deletes what it takes for its own."""
 
 LOCK = "lock"
+PATIENCE = 10
+"""Seconds in which every process must see what the first wrote: shared file systems may show it late."""
+
 _ARGUMENT = "`path` of `checkpoint`"
 _STEP = re.compile(r"[1-9][0-9]*")
 
@@ -168,7 +171,7 @@ def _check_seen(folder: Path, group: Group, holder: str) -> None:
 
 
 def _sees(lock: Path, holder: str) -> bool:
-    until = time.monotonic() + 10  # seconds: shared file systems may show it late
+    until = time.monotonic() + PATIENCE
     while time.monotonic() < until:
         with contextlib.suppress(OSError):
             if lock.read_text() == holder:

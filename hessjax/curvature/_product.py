@@ -169,7 +169,7 @@ def _multiply_linear(
     layouts: Layouts, linear: Callable[[Vector], Vector], params: Params, vector: Vector
 ) -> Vector:
     # A linear map takes tangents in exactly the dtypes it was traced at, while vectors may come wider.
-    _tree.check_like(vector, params, "vector", "params")
+    _tree.check_vector(vector, params)
     return layouts.laid(linear(_tree.cast_like(vector, params)))
 
 
@@ -221,7 +221,7 @@ def _multiply(
     args: tuple[Any, ...],
     vector: Vector,
 ) -> Vector:
-    _tree.check_like(vector, params, "vector", "params")
+    _tree.check_vector(vector, params)
     linear = _linearize(precision, model_fn, curvature, params, args)
     return layouts.laid(linear(_tree.cast_like(vector, params)))
 

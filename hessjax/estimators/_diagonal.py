@@ -10,8 +10,8 @@ from hessjax._core import _numbers, _tree
 from hessjax._core._messages import checked_count
 from hessjax._core._results import Estimate
 from hessjax._core._types import Block, Key, Matvec, Params, Scalar, Tolerance, readable_defaults, settings
+from hessjax._run._arguments import RunOptions, checked_options
 from hessjax._run._drivers import run
-from hessjax._run._estimator import RunOptions, checked_options
 from hessjax.estimators._samples import (
     Moments,
     Sampling,

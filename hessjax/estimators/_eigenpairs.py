@@ -22,8 +22,9 @@ from hessjax._core._types import (
     Tolerance,
     Vector,
 )
+from hessjax._run._arguments import RunOptions, checked_options
 from hessjax._run._drivers import as_partial, run
-from hessjax._run._estimator import RunOptions, checked_options, limit_of
+from hessjax._run._estimator import limit_of
 from hessjax.estimators._lanczos import Which, lanczos
 from hessjax.estimators._samples import sampling_error
 

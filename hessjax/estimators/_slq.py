@@ -13,8 +13,9 @@ from hessjax._core import _tree
 from hessjax._core._messages import check_flags, checked_count
 from hessjax._core._packing import Packing
 from hessjax._core._types import Block, Key, Matvec, Params, Scalar, assign, readable_defaults, settings
+from hessjax._run._arguments import RunOptions, checked_options
 from hessjax._run._drivers import run
-from hessjax._run._estimator import Estimator, RunOptions, checked_options
+from hessjax._run._estimator import Estimator
 from hessjax.estimators._density import SpectralDensity
 from hessjax.estimators._quadrature import Quadrature, Recurrence, with_basis, without_basis
 from hessjax.estimators._samples import check_probe, drawn, estimate, moments_of, when

@@ -24,8 +24,9 @@ from hessjax._core._results import (
 from hessjax._core._tables import Table, printable
 from hessjax._core._types import Amount, Key, Matvec, Params, Relative, Tolerance, readable_defaults
 from hessjax._core._words import AxisWords
+from hessjax._run._arguments import RunOptions, checked_options
 from hessjax._run._drivers import run
-from hessjax._run._estimator import RunOptions, checked_options, limit_of
+from hessjax._run._estimator import limit_of
 from hessjax.estimators._density import SpectralDensity
 from hessjax.estimators._eigenpairs import measured
 from hessjax.estimators._lanczos import LanczosState, lanczos

@@ -1,7 +1,7 @@
 """How a ranking ranks: how many zeros, the order of scores, and which are the smallest."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -122,40 +122,66 @@ def smallest(
         that a pass takes as long as reading them.
     """
     shapes, keys = [k.shape for k in keys], [jnp.atleast_1d(k) for k in keys]
-    each = not isinstance(n, Total) and jnp.ndim(n) == 1
-    weights = jnp.ones(len(keys), jnp.int32) if sizes is None else sizes
-    limit = n if each or isinstance(n, Total) else Total.of(n)
-
-    def fit(counts: Int[Array, "cuts arrays"]) -> Array:
-        return counts <= limit[None] if each else total(counts * weights[None]).at_most(limit)
-
-    # The n-th smallest key, digit by digit: counting passes need no memory, a sort needs twice the keys and,
-    # across leaves, a copy of all of them.
-    cuts = _each(_last_that_fits(keys, fit, (len(keys),) if each else ()), keys)
-    below, up_to = count_where(lambda i, k: [k < cuts[i], k <= cuts[i]], keys)
-    ties = up_to - below
-    if each:
-        taken = limit - below
+    if not isinstance(n, Total) and jnp.ndim(n) == 1:
+        cut = _cut_in_each(keys, jnp.asarray(n))
     else:
-        # Those that come first in the order of the arrays, as far as whole ones fit.
-        left = limit.minus(total(below * weights))
-        room = Total(left.high[None], left.low[None]).minus(totals_before(ties * weights))
-        taken = jnp.clip(room.clipped() // weights, 0, ties)
+        cut = _cut_over_all(keys, n if isinstance(n, Total) else Total.of(n), sizes)
     depth = max(k.ndim for k in keys)
     # Where all ties or none go there is nothing to search for.
     stops = lax.cond(
-        jnp.any((taken > 0) & (taken < ties)),
-        lambda: _stops(keys, cuts, taken, depth),
-        lambda: jnp.broadcast_to(_END * (taken > 0).astype(jnp.int32)[:, None], (len(keys), depth)),
+        jnp.any((cut.taken > 0) & (cut.taken < cut.ties)),
+        lambda: _stops(keys, cut, depth),
+        lambda: jnp.broadcast_to(_END * (cut.taken > 0).astype(jnp.int32)[:, None], (len(keys), depth)),
     )
     gone = [
-        (k < c) | ((k == c) & _comes_before(k.shape, s)) for k, c, s in zip(keys, cuts, stops, strict=True)
+        (k < key) | ((k == key) & _comes_before(k.shape, stop))
+        for k, key, stop in zip(keys, cut.keys, stops, strict=True)
     ]
-    return [flags.reshape(shape) for flags, shape in zip(gone, shapes, strict=True)], below + taken
+    return [flags.reshape(shape) for flags, shape in zip(gone, shapes, strict=True)], cut.below + cut.taken
 
 
-def _last_that_fits(keys: Sequence[Array], fit: Callable[[Array], Array], shape: tuple[int, ...]) -> Array:
-    """The largest integer that no more keys lie below of than fit, found from the top, two bits at a time."""
+class _Cut(NamedTuple):
+    """Where arrays are cut: the key below which all go, and of how many equal ones how many are taken."""
+
+    keys: UInt[Array, " arrays"]
+    below: Int[Array, " arrays"]
+    ties: Int[Array, " arrays"]
+    taken: Int[Array, " arrays"]
+
+
+def _cut_in_each(keys: Sequence[Array], n: Int[Array, " arrays"]) -> _Cut:
+    """After so many in every array."""
+    cuts = _last_that_fits(keys, lambda counts: counts <= n[None], (len(keys),))
+    below, ties = _around(keys, cuts)
+    return _Cut(cuts, below, ties, n - below)
+
+
+def _cut_over_all(keys: Sequence[Array], n: Total, sizes: Array | None) -> _Cut:
+    """After what counts for so many, or as many as fit, over all arrays."""
+    weights = jnp.ones(len(keys), jnp.int32) if sizes is None else sizes
+
+    def fits(counts: Int[Array, "cuts arrays"]) -> Array:
+        return total(counts * weights[None]).at_most(n)
+
+    cuts = jnp.broadcast_to(_last_that_fits(keys, fits, ()), (len(keys),))
+    below, ties = _around(keys, cuts)
+    # Of equal ones those in the first arrays go first, as far as whole ones fit.
+    left = n.minus(total(below * weights))
+    room = Total(left.high[None], left.low[None]).minus(totals_before(ties * weights))
+    return _Cut(cuts, below, ties, jnp.clip(room.clipped() // weights, 0, ties))
+
+
+def _around(keys: Sequence[Array], cuts: Array) -> tuple[Array, Array]:
+    """How many lie below the cut of each array, and how many are equal to it."""
+    below, up_to = count_where(lambda i, k: [k < cuts[i], k <= cuts[i]], keys)
+    return below, up_to - below
+
+
+def _last_that_fits(keys: Sequence[Array], fits: Callable[[Array], Array], shape: tuple[int, ...]) -> Array:
+    """The largest integers that no more keys lie below of than fit, found from the top, two bits at a time.
+
+    Counting passes need no memory; a sort needs twice the keys and, over several arrays, a copy of them all.
+    """
     bits, dtype = keys[0].dtype.itemsize * 8, keys[0].dtype
     digits = jnp.arange(1, 4, dtype=dtype).reshape(3, *(1 for _ in shape))
 
@@ -165,7 +191,7 @@ def _last_that_fits(keys: Sequence[Array], fit: Callable[[Array], Array], shape:
         each = jnp.broadcast_to(candidates.reshape(3, -1), (3, len(keys)))
         counts = count_where(lambda place, k: [k < each[j, place] for j in range(3)], keys)
         # What fits below a larger digit fits below all smaller ones.
-        return t | (jnp.sum(fit(counts), axis=0).astype(dtype) << shift)
+        return t | (jnp.sum(fits(counts), axis=0).astype(dtype) << shift)
 
     return lax.fori_loop(0, bits // 2, body, jnp.zeros(shape, dtype))
 
@@ -174,14 +200,15 @@ _END = 2**31 - 1
 """Beyond every index."""
 
 
-def _stops(keys: Sequence[Array], cuts: Array, taken: Array, depth: int) -> Int[Array, "arrays axes"]:
-    """The index in each array, axis by axis, before which lie so many of its entries equal to the cut."""
+def _stops(keys: Sequence[Array], cut: _Cut, depth: int) -> Int[Array, "arrays axes"]:
+    """The index in each array, axis by axis, before which those lie that are taken of equal ones."""
     stops: list[Array] = []
+    taken = cut.taken
     for axis in range(depth):
         # Along one axis at a time: no places of single entries have to be counted, or sent between devices.
         lines = [
             _line((k == c) & _is_at(k.shape, [s[i] for s in stops]), axis)
-            for i, (k, c) in enumerate(zip(keys, cuts, strict=True))
+            for i, (k, c) in enumerate(zip(keys, cut.keys, strict=True))
         ]
         stop = _last_index(lines, taken)
         taken = taken - _before(lines, stop)
@@ -237,8 +264,3 @@ def _comes_before(shape: tuple[int, ...], stop: Array) -> Array:
 def _index(shape: tuple[int, ...], axis: int) -> Array:
     """Of every entry along an axis."""
     return lax.broadcasted_iota(jnp.int32, tuple(n if i == axis else 1 for i, n in enumerate(shape)), axis)
-
-
-def _each(values: Array, keys: Sequence[Array]) -> Array:
-    """One value per array."""
-    return jnp.broadcast_to(values, (len(keys),))

@@ -44,8 +44,8 @@ class Units(NamedTuple):
         sizes: how many weights a unit has.
         most: how many units may go.
         members: the layers of each set.
-        kept: by place, the shapes of the leaves that lose nothing whatever their scores.
-        layouts: of the leaves that are sharded on an explicit mesh; None for all others.
+        kept: by place, the leaves that lose nothing whatever their scores.
+        layouts: of the leaves over several devices, where they are known; None for all others.
         treedef: of the tree.
     """
 
@@ -54,7 +54,7 @@ class Units(NamedTuple):
     sizes: list[int]
     most: list[int]
     members: list[list[Member]]
-    kept: dict[int, tuple[int, ...]]
+    kept: dict[int, Array]
     layouts: list[Any]
     treedef: Any
 
@@ -89,7 +89,7 @@ class Units(NamedTuple):
                 layers.setdefault(member.place, []).append(_spread(units, member.pattern, member.axes.layer))
                 axes[member.place] = member.axes
         dtype = flags[0].dtype
-        out = {place: jnp.ones(shape, dtype) for place, shape in self.kept.items()}
+        out = {i: _sharding.born_like(jnp.ones(x.shape, dtype), x) for i, x in self.kept.items()}
         out |= {place: stacked(each, axes[place]) for place, each in layers.items()}
         laid = [_sharding.laid_out(out[place], layout) for place, layout in enumerate(self.layouts)]
         return jax.tree.unflatten(self.treedef, laid)
@@ -100,7 +100,7 @@ def units_of(scores: Params, pattern: Patterns) -> Units:
     _tree.check_floating(scores, "scores")
     leaves, treedef = jax.tree.flatten(scores)
     fits = fits_of(pattern, scores)
-    kept = {i: leaves[i].shape for i, fit in enumerate(fits) if isinstance(fit.pattern, Kept)}
+    kept = {i: leaves[i] for i, fit in enumerate(fits) if isinstance(fit.pattern, Kept)}
     if len(kept) == len(leaves):
         raise ValueError(
             "`pattern` must let something go, but every leaf that `where` selects stays as it is: "
@@ -117,7 +117,7 @@ def units_of(scores: Params, pattern: Patterns) -> Units:
     made = [_set([singles[i][1] for i in same], [singles[i][0] for i in same]) for same in sets]
     unit_scores, free, sizes, most = (list(column) for column in zip(*made, strict=True))
     members = [[singles[i][0] for i in same] for same in sets]
-    layouts = list(map(_sharding.explicit, leaves))
+    layouts = list(map(_sharding.layout, leaves))
     return Units(unit_scores, free, sizes, most, members, kept, layouts, treedef)
 
 
@@ -162,28 +162,35 @@ def _set(leaves: list[Array], members: list[Member]) -> tuple[Array, Array | Non
     # Of the shapes alone: groups of a sharded leaf are not made where only their number is asked for.
     shapes = [_grouped(p, x).shape for p, x in zip(patterns, leaves, strict=True)]
     if len({rows for rows, _ in shapes}) > 1:
-        groups = ", ".join(f"{m.path} has {rows}" for m, (rows, _) in zip(members, shapes, strict=True))
-        raise ValueError(f"Leaves tied as {pattern.tie} must have as many groups each, but {groups}.")
+        counts = ", ".join(f"{m.path} has {rows}" for m, (rows, _) in zip(members, shapes, strict=True))
+        raise ValueError(f"Leaves tied as {pattern.tie} must have as many groups each, but {counts}.")
     size = sum(width for _, width in shapes)
     if size == 1:
         return leaf, None, 1, leaf.size
-    # A group by the mean of what is left of it: weights that are gone already do not drag it along.
-    sums, gone = zip(*map(_sums, leaves, patterns), strict=True)
-    if len(leaves) > 1:  # of one shape, however each counts its groups
-        sums, gone = ([_sharding.gathered(x).reshape(-1) for x in column] for column in (sums, gone))
+    return (
+        _means([_sums(*pair) for pair in zip(leaves, patterns, strict=True)], size),
+        None,
+        size,
+        shapes[0][0],
+    )
+
+
+def _means(parts: list[tuple[Array, Array]], size: int) -> Array:
+    """Of each group of so many, the mean of what is left: weights that are gone do not drag it along."""
+    if len(parts) > 1:  # in one shape, however each leaf counts its groups
+        parts = [(_sharding.gathered(x).reshape(-1), _sharding.gathered(g).reshape(-1)) for x, g in parts]
+    sums, gone = ([pair[i] for pair in parts] for i in (0, 1))
     left = size - sum(gone[1:], gone[0])
-    mean = sum(sums[1:], sums[0]) / jnp.maximum(left, 1).astype(leaf.dtype)
-    return jnp.where(left == 0, -jnp.inf, mean), None, size, shapes[0][0]
+    mean = sum(sums[1:], sums[0]) / jnp.maximum(left, 1).astype(sums[0].dtype)
+    return jnp.where(left == 0, -jnp.inf, mean)
 
 
 def _sums(leaf: Array, pattern: Pattern) -> tuple[Array, Array]:
     """Of each group the sum of what is not gone, and how many are."""
     grid = _grid(pattern, leaf.shape)
-    if grid is None:
-        fine, within = pattern.group(_sharding.gathered(leaf)), (1,)
-    else:
-        # Cut where they lie, along the leaf's own axes: shards that hold whole groups stay where they are.
-        fine, within = _sharding.split_axes(leaf, grid.parts), grid.within
+    within: tuple[int, ...] = (1,) if grid is None else grid.within
+    # Cut where they lie, along the leaf's own axes: shards that hold whole groups stay where they are.
+    fine = pattern.group(_sharding.gathered(leaf)) if grid is None else _sharding.split_axes(leaf, grid.parts)
     gone = jnp.isneginf(fine)
     return jnp.sum(jnp.where(gone, 0, fine), axis=within), jnp.sum(gone, axis=within, dtype=jnp.int32)
 

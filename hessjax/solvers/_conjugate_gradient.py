@@ -26,8 +26,9 @@ from hessjax._core._types import (
     readable_defaults,
     settings,
 )
+from hessjax._run._arguments import RunOptions, checked_options
 from hessjax._run._drivers import as_partial, run
-from hessjax._run._estimator import Estimator, RunOptions, checked_options
+from hessjax._run._estimator import Estimator
 from hessjax.solvers._system import BELOW_ZERO, Solution, System, checked_vector
 
 

@@ -9,7 +9,7 @@ import pytest
 
 import hessjax as hj
 from hessjax._core import _counting
-from hessjax._core._counting import Total, total, totals_before
+from hessjax._core._counting import Total, num_set, num_set_in_all, total, totals_before
 from hessjax.pruning._ranking import num_zeros_in_all, ordered_keys, smallest
 from hessjax.pruning._units import units_of
 
@@ -107,13 +107,16 @@ def test_numbers_beyond_32_bits(zeros):
 def test_the_number_of_zeros_is_exact_whatever_the_size(size):
     for sparsity in np.float32([0, 0.25, 1 / 3, 0.5, 0.9, 0.99]):
         found = num_zeros_in_all(jnp.asarray(sparsity), size)
-        assert int(found.high) * 2**16 + int(found.low) == round(fractions.Fraction(float(sparsity)) * size)
+        assert found.exactly() == round(fractions.Fraction(float(sparsity)) * size)
 
 
 def test_words_carry_and_compare():
+    assert num_set_in_all(jnp.ones((70_000, 3), bool).at[5].set(False)).exactly() == 209_997
+    assert num_set_in_all(jnp.ones((), bool)).exactly() == 1
+    assert jax.eval_shape(num_set, jax.ShapeDtypeStruct((2**16, 2**16), bool)).dtype == jnp.int32
     numbers = np.array([2**31 - 1, 5, 2**31 - 1, 65536, 0, 65535])
     found = total(jnp.asarray(numbers, jnp.int32))
-    assert int(found.high) * 2**16 + int(found.low) == numbers.sum()
+    assert found.exactly() == numbers.sum()
     assert int(found.clipped()) == 2**31 - 1
     assert int(Total.of(70_000).minus(Total.of(70_001)).clipped()) == -1
     assert int(Total.of(3).minus(Total.of(numbers.sum().item())).clipped()) == -(2**31)

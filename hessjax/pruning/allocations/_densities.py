@@ -101,9 +101,8 @@ def _within_caps(each: Array, caps: Array, zeros: Total) -> Array:
 
     def one(missing: Total, i: Array) -> tuple[Total, Array]:
         # No leaf holds 2³¹, so that the nearest integer below that is as good as the number itself.
-        moved = Total.of(each[i]).plus(missing)
-        moved = jnp.clip(moved.clipped(), 0, caps[i])
-        return missing.minus(Total.of(moved).minus(Total.of(each[i]))), moved
+        moved = jnp.clip(missing.plus(Total.of(each[i])).clipped(), 0, caps[i])
+        return missing.minus(Total.of(moved - each[i])), moved
 
     order = jnp.argsort(-caps)
     _, moved = jax.lax.scan(one, zeros.minus(total(each)), order)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,13 @@ from hessjax._core._types import Params, settings
 from hessjax.pruning._ranking import Schedule, ordered_keys, smallest
 from hessjax.pruning._units import units_of
 from hessjax.pruning.saliencies._first_order import Magnitude
-from hessjax.pruning.saliencies._saliency import Context, MaskChange, Saliency, checked_saliency
+from hessjax.pruning.saliencies._saliency import (
+    Context,
+    MaskChange,
+    Saliency,
+    checked_ranking,
+    of_the_largest,
+)
 
 _MAGNITUDE = Magnitude()
 
@@ -31,6 +37,7 @@ class DropAndGrow(MaskChange):
     """
 
     fraction: float | int | Schedule
+    grows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         checked_schedule("fraction", self.fraction)
@@ -53,7 +60,7 @@ class DropAndGrow(MaskChange):
         share = self.fraction(seen.step) if callable(self.fraction) else self.fraction
         worth, fresh = _from_zero(_tree.wide(scores)), self.growth(seen)
         bands = _bands(seen, worth, fresh, share)
-        shares = _relative(worth), _relative(fresh)
+        shares = of_the_largest(worth), of_the_largest(fresh)
         below = jax.tree.map(lambda b, w, f: b + jnp.where(b == GONE, w, f) / 2, bands, *shares)
         return jax.tree.map(lambda b, w, x: jnp.where(b == 0, w, x), bands, worth, below)
 
@@ -87,7 +94,7 @@ class GradientGrowth(DropAndGrow):
 
     def growth(self, seen: Context) -> Params:
         """|G|; zeros before the first gradient, when nothing is pruned that could come back."""
-        grads = jax.tree.map(jnp.zeros_like, seen.weights) if seen.grads is None else seen.grads
+        grads = _tree.zeros_like(seen.weights) if seen.grads is None else seen.grads
         return _tree.wide(jax.tree.map(lambda g, w: jnp.abs(g).astype(w.dtype), grads, seen.weights))
 
 
@@ -178,7 +185,7 @@ class SparseEvolution(_Rewired):
 
     def __post_init__(self) -> None:
         _ = self.change  # which refuses what it cannot use
-        checked_saliency("score", self.score)
+        checked_ranking("score", self.score)
 
     @property
     def change(self) -> MaskChange:  # type: ignore[override]
@@ -227,7 +234,7 @@ class Rigl(_Rewired):
 
     def __post_init__(self) -> None:
         _ = self.change  # which refuses what it cannot use
-        checked_saliency("score", self.score)
+        checked_ranking("score", self.score)
 
     @property
     def change(self) -> MaskChange:  # type: ignore[override]
@@ -258,12 +265,6 @@ def _from_zero(tree: Params) -> Params:
     lows = [jnp.min(x, initial=0, where=jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
     low = jnp.min(jnp.stack(lows))
     return jax.tree.map(lambda x: x - low.astype(x.dtype), tree)
-
-
-def _relative(tree: Params) -> Params:
-    """By the largest number in the tree; NaN stays NaN."""
-    top = jnp.max(jnp.stack([jnp.nanmax(x, initial=0) for x in jax.tree.leaves(tree)]))
-    return jax.tree.map(lambda x: x / jnp.where(top > 0, top, 1).astype(x.dtype), tree)
 
 
 sparse_evolution, rigl = SparseEvolution, Rigl
