@@ -106,7 +106,7 @@ class Lanczos(Estimator):
     Cost:
         `block_size` products a step; 4·j·d operations for the j-th basis vector, twice that with blocks;
         memory (basis_size + 3·block_size + 3)·d, (basis_size + block_size + pairs + 4)·d while the result
-        is read; in bfloat16 the basis counts half.
+        is read; in bfloat16 the basis counts half, and the pairs twice.
 
     References:
         Wu & Simon (2000), Thick-restart Lanczos method for large symmetric eigenvalue problems;

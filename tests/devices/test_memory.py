@@ -18,7 +18,7 @@ FORMULAS = {
     "lanczos": (E.lanczos(2, basis_size=20), 20 + 3 + 3),
     "lanczos, blocks": (E.lanczos(2, basis_size=20, block_size=3), 20 + 3 * 3 + 3),
     "lanczos, many pairs": (E.lanczos(9, basis_size=20), 20 + 1 + 18 + 4),
-    "lanczos, bfloat16": (E.lanczos(2, basis_size=20, basis_dtype=jnp.bfloat16), 20 / 2 + 3 + 3),
+    "lanczos, bfloat16": (E.lanczos(2, basis_size=20, basis_dtype=jnp.bfloat16), 21 / 2 + 4 + 4),
     "power_iteration": (E.power_iteration(3), 7 * 3),
     "hutchinson": (E.hutchinson(), 3),
     "hutchinson_by_leaf": (E.hutchinson_by_leaf(), 3),
