@@ -31,6 +31,11 @@ def count_where(test: Test, *columns: Sequence[Array]) -> Int[Array, "flags arra
     return jnp.stack([found[place] for place in range(len(rows))], axis=1)
 
 
+def counts_together(arrays: Sequence[Array]) -> bool:
+    """Whether several flags of an entry are counted in nearly the time of one."""
+    return jax.default_backend() != "cpu" or any(_is_cut(x.size) for x in arrays)
+
+
 def num_set(flags: Array) -> Int[Array, ""]:
     """How many are set, or 2³¹ − 1 if they are more."""
     if flags.size >= 2**31:

@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from hessjax._core import _numbers, _sharding
-from hessjax._core._counting import Total, count_where, total, totals_before
+from hessjax._core._counting import Total, count_where, counts_together, total, totals_before
 from hessjax._core._messages import checked_number
 
 Sparsity: TypeAlias = float | int | Float[Array, ""]
@@ -117,9 +117,9 @@ def smallest(
         many are set in each.
 
     Cost:
-        One pass over the keys for every two bits (16 for float32) and no memory beyond keys and result; when
-        equal keys straddle the cut, one more pass per axis. On a CPU the keys are read piece by piece, so
-        that a pass takes as long as reading them.
+        A pass over the keys for every bit (32 for float32) or, of large arrays and on accelerators, for every
+        two, and no memory beyond keys and result; when equal keys straddle the cut, one more pass per axis.
+        On one CPU large arrays are read piece by piece, so that a pass takes as long as reading them.
     """
     shapes, keys = [k.shape for k in keys], [jnp.atleast_1d(k) for k in keys]
     if not isinstance(n, Total) and jnp.ndim(n) == 1:
@@ -178,22 +178,25 @@ def _around(keys: Sequence[Array], cuts: Array) -> tuple[Array, Array]:
 
 
 def _last_that_fits(keys: Sequence[Array], fits: Callable[[Array], Array], shape: tuple[int, ...]) -> Array:
-    """The largest integers that no more keys lie below of than fit, found from the top, two bits at a time.
+    """The largest integers that no more keys lie below of than fit, found from the top.
 
     Counting passes need no memory; a sort needs twice the keys and, over several arrays, a copy of them all.
     """
     bits, dtype = keys[0].dtype.itemsize * 8, keys[0].dtype
-    digits = jnp.arange(1, 4, dtype=dtype).reshape(3, *(1 for _ in shape))
+    # Two bits at a time, by three counts, only where these take no longer: they take longer to compile.
+    width = 2 if counts_together(keys) else 1
+    number = 2**width - 1
+    digits = jnp.arange(1, number + 1, dtype=dtype).reshape(number, *(1 for _ in shape))
 
     def body(i: Any, t: Array) -> Array:
-        shift = jnp.asarray(bits - 2 - 2 * i, dtype)
+        shift = jnp.asarray(bits - width * (i + 1), dtype)
         candidates = t[None] | (digits << shift)
-        each = jnp.broadcast_to(candidates.reshape(3, -1), (3, len(keys)))
-        counts = count_where(lambda place, k: [k < each[j, place] for j in range(3)], keys)
+        each = jnp.broadcast_to(candidates.reshape(number, -1), (number, len(keys)))
+        counts = count_where(lambda place, k: [k < each[j, place] for j in range(number)], keys)
         # What fits below a larger digit fits below all smaller ones.
         return t | (jnp.sum(fits(counts), axis=0).astype(dtype) << shift)
 
-    return lax.fori_loop(0, bits // 2, body, jnp.zeros(shape, dtype))
+    return lax.fori_loop(0, bits // width, body, jnp.zeros(shape, dtype))
 
 
 _END = 2**31 - 1
