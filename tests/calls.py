@@ -136,7 +136,8 @@ KINDS = {
         max_width""",
     "integer": "axis?",
     "function": """loss_fn model_fn output_loss matvec make_matvec metric grads_fn? teacher_fn information
-        score loss weights? fn approximation""",
+        score loss weights? fn approximation
+        preconditioner""",
     "key": "key",
     "params": "params like rhs grads scores",
     "vector": "vector start? diagonal directions other state?",
@@ -181,7 +182,7 @@ RIGHT = {
     "stop": 3,
     "n": 2, "m": 4, "shape": (2, 2), "curvature": {"kernel": 0.5, "bias": 0.5}, "sparsities": {"kernel": 0.5},
     "level": 0.5, "module": linen.Dense(2), "model": nnx.Linear(3, 2, rngs=nnx.Rngs(0)), "levels": [0.0, 0.5],
-    "fn": model, "approximation": A,
+    "fn": model, "approximation": A, "preconditioner": A,
     "make_matvec": lambda batch: hj.hessian(loss, W, batch), "matvecs": [A, A], "diagonal": W, "other": W,
     "teacher_fn": dense, "metric": size_of, "information": loss, "scores": PARAMS, "steps": [0, 1],
     "values": [1.0, 2.0], "accuracy": [0.5, 1.0], "curves": {"a": ([0.1, 1.0], [0.5, 1.0])},
@@ -190,6 +191,7 @@ RIGHT = {
 PRUNED = {"params": (PARAMS, "params")}
 INSTEAD = {
     "hj.solve": {"damping": (0.0, "number")},
+    "hj.estimators.preconditioned_conjugate_gradient": {"damping": (0.0, "number")},
     "hj.inverse_fisher": {"damping": (1.0, "tol"), "weights": (None, "weights?")},
     "hj.saliencies.obs": {"damping": (1.0, "tol")},
     "hj.saliencies.wood_taylor": {"damping": (1.0, "tol")},

@@ -25,7 +25,8 @@ VERBS = """
 """
 NAMESPACES = {
     "estimators": """Estimator lanczos power_iteration hutchinson hutchinson_by_leaf hutchpp xtrace
-        hutchinson_diagonal hutchinson_frobenius slq conjugate_gradient minres""",
+        hutchinson_diagonal hutchinson_frobenius slq conjugate_gradient minres
+        preconditioned_conjugate_gradient""",
     "layers": "coverage capture moments kfac ekfac quality",
     "probes": "rademacher gaussian",
     "likelihoods": "Likelihood categorical gaussian",

@@ -121,8 +121,8 @@ class Kronecker(Partial):
 
         Raises:
             TypeError, ValueError: `damping` is negative or no number; `form` is neither, or `"factored"`
-                where eigenvalues are no products; K + λI is singular to rounding (the leaf is named, and a
-                damping that would do). Traced code cannot raise: such a leaf then holds NaN.
+                where eigenvalues are no products; λ is 0 and K singular to rounding (the leaves are named,
+                each with a damping that would do). Traced code cannot raise: such a leaf then holds NaN.
 
         Cost:
             d operations; a product 4·(left + right)·d, left and right being the sides of a leaf's matrices.
@@ -200,7 +200,7 @@ def _inverted(
 ) -> tuple[tuple[Factors, ...], list[tuple[Scalar, Scalar]]]:
     """The inverses, NaN where there is none; and for every leaf what tells."""
     damped = [_damped(leaf, shift, form) for leaf in leaves]
-    least = [_numbers_of(values) for values in damped]
+    least = [_numbers_of(values, shift) for values in damped]
     inverted = [
         leaf._replace(values=jnp.where(low > 0, 1 / values, jnp.nan), sides=None)
         for leaf, values, (low, _) in zip(leaves, damped, least, strict=True)
@@ -219,10 +219,11 @@ def _damped(leaf: Factors, shift: Scalar, form: Damping) -> Array:
     return (left + ratio * root)[:, :, None] * (right + root / ratio)[:, None, :]
 
 
-def _numbers_of(values: Array) -> tuple[Scalar, Scalar]:
-    """Whether the least eigenvalue is above rounding errors of the largest: by how much, and these."""
+def _numbers_of(values: Array, shift: Scalar) -> tuple[Scalar, Scalar]:
+    """By how much the least eigenvalue is above zero, and the rounding errors of the largest."""
     eps = float(jnp.finfo(values.dtype).eps) * jnp.max(values, initial=0)
-    return jnp.min(values, initial=jnp.inf) - eps, 2 * eps
+    # Without a damping what is no larger than these is no eigenvalue; with one it is the damping's affair.
+    return jnp.min(values, initial=jnp.inf) - jnp.where(shift > 0, 0, eps), 2 * eps
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -137,7 +137,7 @@ class ConjugateGradient(System, Estimator):
         return CgState(
             x=packing.zeros(),
             residual=rhs,
-            direction=_tree.scale(_over(1.0, length), along),
+            direction=_tree.scale(over(1.0, length), along),
             length=length,
             squares=squares,
             damping=self.damping,
@@ -171,14 +171,14 @@ class ConjugateGradient(System, Estimator):
         negative = ~resting & (curvature < -BELOW_ZERO * eps * largest)
         singular = ~resting & ~negative & (curvature <= eps * largest)
         resting |= negative | singular
-        step = jnp.where(searching & ~resting, _over(state.squares, state.length * curvature), 0)
+        step = jnp.where(searching & ~resting, over(state.squares, state.length * curvature), 0)
         step = jnp.where(state.begun, step, state.length)
         residual = _tree.add_scaled(state.residual, -step, product)
         squares = _tree.inner(residual, residual)
         moving = ~resting & (searching | ~state.begun)
-        kept = jnp.where(searching, _over(squares, state.squares), 0) * state.length
+        kept = jnp.where(searching, over(squares, state.squares), 0) * state.length
         length = jnp.where(moving, jnp.sqrt(squares + kept**2), state.length)  # the two are orthogonal
-        new, old = jnp.where(moving, _over(1.0, length), 0), jnp.where(moving, _over(kept, length), 1)
+        new, old = jnp.where(moving, over(1.0, length), 0), jnp.where(moving, over(kept, length), 1)
         return state._replace(
             x=_tree.add_scaled(state.x, step, p),
             residual=residual,
@@ -219,7 +219,7 @@ class ConjugateGradient(System, Estimator):
 conjugate_gradient = ConjugateGradient
 
 
-def _over(a: Any, b: Float[Array, ""]) -> Float[Array, ""]:
+def over(a: Any, b: Float[Array, ""]) -> Float[Array, ""]:
     """a/b, and 0 where b is 0."""
     return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
 
