@@ -124,8 +124,8 @@ def product(group: Group, question: str, kind: str, count: int) -> Iterator[Row]
     first = {name: said for name, said in first.items() if "absent" not in said}
     times = rounds({name: calls[name] for name, said in first.items() if "seconds" in said}, count)
     for name, said in first.items():
-        more = {} if "failed" in said or kind == "gradient" else same(said, first["hessjax"])
-        yield timed(row(question, name, kind, said, **more), times.get(name, []), times["hessjax"])
+        more = {} if "failed" in said or kind == "gradient" else same(said, first.get("hessjax", {}))
+        yield timed(row(question, name, kind, said, **more), times.get(name, []), times.get("hessjax", []))
 
 
 def same(said: Answer, ours: Answer) -> Row:
@@ -177,7 +177,9 @@ def inverse_fisher(quick: bool, path_of: Paths) -> Iterator[Row]:
             whole = {p: [t / first[p].get("share", 1) for t in ts] for p, ts in times.items()}
             for peer, said in first.items():
                 way = "all gradients" if "share" not in said else "one gradient after the other"
-                yield timed(row(f"inverse Fisher: {name}", peer, way, said), whole[peer], whole["hessjax"])
+                yield timed(
+                    row(f"inverse Fisher: {name}", peer, way, said), whole[peer], whole.get("hessjax", [])
+                )
 
 
 def start(quick: bool, path_of: Paths) -> Iterator[Row]:
@@ -192,7 +194,7 @@ def start(quick: bool, path_of: Paths) -> Iterator[Row]:
             worker.close()
     for name, times in spent.items():
         line = row("start: first eigenvalue", name, "fresh interpreter", said[name])
-        yield {**timed(line, times, spent["hessjax"]), "first": statistics.median(times)}
+        yield {**timed(line, times, spent.get("hessjax", [])), "first": statistics.median(times)}
 
 
 def unusable(group: Group, question: str) -> Iterator[Row]:
