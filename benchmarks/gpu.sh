@@ -31,8 +31,8 @@ import jax, platform
 print("jax", jax.__version__, "python", platform.python_version(), *jax.devices())
 PY
 
-part accelerator 150 env XLA_PYTHON_CLIENT_PREALLOCATE=false "$PYTHON" -m pytest -n "${WORKERS:-4}" --dist load tests/devices/test_accelerator.py
-part tests 240 env XLA_PYTHON_CLIENT_PREALLOCATE=false "$PYTHON" -m pytest -n "${WORKERS:-4}" --dist load -m smoke tests
+part accelerator 150 env XLA_PYTHON_CLIENT_PREALLOCATE=false "$PYTHON" -m pytest -p no:benchmark -n "${WORKERS:-4}" --dist load tests/devices/test_accelerator.py
+part tests 240 env XLA_PYTHON_CLIENT_PREALLOCATE=false "$PYTHON" -m pytest -p no:benchmark -n "${WORKERS:-4}" --dist load -m smoke tests
 for script in product_cost estimator_cost pruning_cost inverse_fisher_cost density_memory compact_speed; do
   part "$script" 120 "$PYTHON" "benchmarks/$script.py" ${QUICK:+--quick}
 done

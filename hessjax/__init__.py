@@ -4,16 +4,20 @@ import importlib as _importlib
 from typing import Any as _Any
 
 from hessjax import estimators as estimators
+from hessjax import layers as layers
+from hessjax._core._memory import MemoryLimitWarning as MemoryLimitWarning
 from hessjax._core._results import Eigenpairs as Eigenpairs
 from hessjax._core._results import Estimate as Estimate
 from hessjax._core._types import relative as relative
+from hessjax._fisher._build import inverse_fisher as inverse_fisher
 from hessjax._fisher._inverse_fisher import InverseFisher as InverseFisher
-from hessjax._fisher._inverse_fisher import inverse_fisher as inverse_fisher
 from hessjax._run._bar import progress_bar as progress_bar
 from hessjax._run._callbacks import checkpoint as checkpoint
 from hessjax._run._drivers import NonFiniteProductError as NonFiniteProductError
 from hessjax._run._drivers import run as run
 from hessjax._run._estimator import Progress as Progress
+from hessjax._run._memory import MemoryEstimate as MemoryEstimate
+from hessjax._run._memory import memory_estimate as memory_estimate
 from hessjax.analysis import directions as directions
 from hessjax.analysis._check import check as check
 from hessjax.analysis._comparisons import Check as Check
@@ -32,6 +36,8 @@ from hessjax.compaction._sparse import to_sparse as to_sparse
 from hessjax.curvature import likelihoods as likelihoods
 from hessjax.curvature._arithmetic import weighted_sum as weighted_sum
 from hessjax.curvature._batches import over_batches as over_batches
+from hessjax.curvature._data import Batches as Batches
+from hessjax.curvature._data import batches as batches
 from hessjax.curvature._ggn import fisher as fisher
 from hessjax.curvature._ggn import ggn as ggn
 from hessjax.curvature._gradients import empirical_fisher as empirical_fisher

@@ -66,6 +66,11 @@ COUNTS = [*NUMBERS, 2.5, float("nan"), -1, jnp.float32(2)]
 TREES = [{"w": "x"}, UNFILTERED, Tensor(), {"w": Tensor()}, loss, "w", jnp.full(3, 1j)]
 RULES = [None, 1, X, {}, Thing(), dict]
 
+SOURCES = [
+    1, "x", {}, {"x": X}, len, Thing(), X, np.ones((2, 3)), Tensor(), (X, jnp.arange(2)), [X, jnp.ones(2)],
+    range(10**15), lambda: X,
+]  # fmt: skip
+
 WRONG = {
     "number": [*NUMBERS, float("nan")],
     "schedule": [x for x in [*NUMBERS, float("nan")] if x is not len],
@@ -75,7 +80,7 @@ WRONG = {
     "key": [None, 0, "0", 0.5, jax.random.split(KEY), X, {}, len],
     "typed key": [None, 0, "0", 0.5, jax.random.split(KEY), X, {}, len, jax.random.PRNGKey(0)],
     "params": [*TREES, None, {}, (), 3, jnp.arange(3), [None], jnp.ones((0,)), {"w": True}],
-    "vector": [*TREES, None, {}, 3, {"w": jnp.ones(3)}, jnp.ones(7)],
+    "vector": [*TREES, None, {}, 3, {"w": jnp.ones(3)}, jnp.ones(7), jnp.arange(3)],
     "tree": [x for x in [*TREES, None, {}, [None]] if not isinstance(x, jax.Array)],
     "flag": ["yes", "no", None, 2, 0.5, [], X, len],
     "choice": [None, "typo", 1, ["both"], X, len, {}],
@@ -104,8 +109,9 @@ WRONG = {
     ],
     "optimizer": [*RULES, "adam", optax.adam, len, (len, len)],
     "precision": ["typo", 1, [], X, len, True],
-    "batches": [1, "x", {}, {"x": X}, [], len, Thing()],
-    "batches again": [1, "x", {}, {"x": X}, [], len, Thing(), iter([X]), (X for _ in range(2))],
+    "batches": [*SOURCES, []],
+    "batches again": [*SOURCES, [], iter([X]), (X for _ in range(2))],
+    "source": SOURCES,
     "args": ["mean", Tensor(), len, Thing(), {"x": "y"}, [X, "mean"], np.array(["a"]), np.array([None, 1])],
     "one array": [*TREES, None, {}, 3, jnp.arange(3), {"w": W}],
     "weights": ["0.5", [None, 1], Thing(), len, ["a", "b"], jnp.ones(3), [-1.0, 1.0], {"w": 1}],
@@ -126,16 +132,17 @@ KINDS = {
         least_sparsity confidence batch_size max_ratio? dense_accuracy? sparsity""",
     "schedule": "penalty fraction level",
     "count": """num_probes num_matvecs max_matvecs k block_size basis_size? at_once every num_samples?
-        recomputes microbatch? num_grads? chunk_size points_at_once steps_per_epoch? n m num_heads?""",
+        recomputes microbatch? num_grads? chunk_size points_at_once steps_per_epoch? n m num_heads?
+        max_width""",
     "integer": "axis?",
     "function": """loss_fn model_fn output_loss matvec make_matvec metric grads_fn? teacher_fn information
-        score loss weights?""",
+        score loss weights? fn approximation""",
     "key": "key",
     "params": "params like rhs grads scores",
     "vector": "vector start? diagonal directions other state?",
     "flag": """linearize on_device reorthogonalise drop_constants progress transient regrow straight_through
         linear log""",
-    "choice": "mode which update",
+    "choice": "mode which update positions basis_dtype?",
     "axis": "filter_axis?",
     "path": "path",
     "text": "description unit",
@@ -157,7 +164,7 @@ KINDS = {
     "counts": "shape",
     "functions": "matvecs",
     "mapping": "groups? curvature sparsities curves",
-    "result": "opt_state density traces result eigenpairs? ax? axes? labels",
+    "result": "opt_state density traces result eigenpairs? ax? axes? labels moments pairs?",
     "module": "module model",
     "inputs": "inputs",
 }
@@ -174,6 +181,7 @@ RIGHT = {
     "stop": 3,
     "n": 2, "m": 4, "shape": (2, 2), "curvature": {"kernel": 0.5, "bias": 0.5}, "sparsities": {"kernel": 0.5},
     "level": 0.5, "module": linen.Dense(2), "model": nnx.Linear(3, 2, rngs=nnx.Rngs(0)), "levels": [0.0, 0.5],
+    "fn": model, "approximation": A,
     "make_matvec": lambda batch: hj.hessian(loss, W, batch), "matvecs": [A, A], "diagonal": W, "other": W,
     "teacher_fn": dense, "metric": size_of, "information": loss, "scores": PARAMS, "steps": [0, 1],
     "values": [1.0, 2.0], "accuracy": [0.5, 1.0], "curves": {"a": ([0.1, 1.0], [0.5, 1.0])},
@@ -189,6 +197,10 @@ INSTEAD = {
     "hj.run": {"estimator": (hj.estimators.hutchinson(), "estimator")},
     "hj.check": {"batches": (None, "batches again?"), "matvec": (None, "function?"), "key": (None, "key?")},
     "hj.over_batches": {"batches": ([X], "batches again")},
+    "hj.batches": {
+        "source": ([X], "source"), "with_weights": (lambda batch, w: batch, "function?"),
+        "size": (2, "count?"), "sharding": (None, "result?"),
+    },
     "hj.weighted_sum": {"weights": (None, "numbers?")},
     "hj.landscape": {"batches": (None, "batches?")},
     "hj.sampled_grads": {"num_samples": (1, "count")},
@@ -197,6 +209,7 @@ INSTEAD = {
     "hj.mask_of": {"opt_state": (hj.prune(ADAM, MAGNITUDE, 0.5).init(PARAMS), "result")},
     "hj.prune": {"sparsity": (0.5, "schedule"), "start": (0, "count"), "stop": (None, "count?")},
     "hj.prune_once": {**PRUNED, "loss_fn": (size_of, "function?"), "max_ratio": (None, None)},
+    "hj.memory_estimate": {"what": (jax.nn.relu, "function")},
     "hj.select": PRUNED,
     "hj.sensitivity": {
         **PRUNED, "diagonal": (None, "vector?"), "path": (None, "path?"), "metric": (size_of, "function?"),
@@ -217,6 +230,7 @@ INSTEAD = {
     "hj.saliencies.hard_concrete": {"stop": (3, "count"), "key": (KEY, "typed key")},
     "hj.saliencies.static": {"scores": (PARAMS, "mapping")},
     "hj.estimators.hutchinson_by_leaf": {"groups": ((), None)},
+    "hj.layers.moments": {"num_samples": (1, "count?")},
     "hj.patterns.heads": {"num_heads": (2, "count?")},
     "hj.flax.linen_recalibrate": {
         "module": (linen.BatchNorm(use_running_average=False), "module"),
@@ -235,7 +249,10 @@ def results():
     curve = hj.landscape(size_of, W, directions=W, distances=[0.0, 1.0])
     plane = hj.landscape(size_of, W, directions=jnp.eye(2, 3), distances=[0.0, 1.0])
     density = hj.spectral_density(A, KEY, W, 1, 3)
+    moments = hj.layers.moments(model, W, [X], likelihood=hj.likelihoods.gaussian)
     return {
+        "hj.layers.kfac": {"moments": (moments, "result")},
+        "hj.layers.ekfac": {"moments": (moments, "result")},
         "hj.plot.density": {"density": (density, "result")},
         "hj.plot.cumulative": {"density": (density, "result")},
         "hj.plot.layers": {"traces": (hj.trace_by_leaf(A, KEY, W, 2), "result")},
@@ -259,6 +276,7 @@ def trained(tx):
 
 
 MATVECS = ["hessian", "ggn", "fisher", "empirical_fisher", "over_batches", "weighted_sum", "preconditioned"]
+MATVECS += ["kfac", "ekfac"]
 FAMILIES = {"saliencies": "saliency", "patterns": "pattern", "allocations": "allocation"}
 
 
@@ -267,6 +285,8 @@ def use(name, made):
     last = name.split(".")[-1]
     if name.startswith("hj.estimators."):
         return hj.run(made, A, KEY, W, max_matvecs=6)
+    if last == "batches":
+        return list(made)
     if last in MATVECS:
         return made(W)
     if last == "select":

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import pytest
 from jax._src import compiler
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -89,6 +90,33 @@ def placed(tree: Any, mesh: Mesh, specs: Any) -> Any:
     is_spec = lambda node: isinstance(node, PartitionSpec)
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
     return jax.device_put(tree, shardings)
+
+
+def apart(tree: Any, like: Any) -> list[str]:
+    """The leaves that do not lie as those of `like` in their place do."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    pairs = zip(leaves, jax.tree.leaves(like), strict=True)
+    return [
+        f"{jax.tree_util.keystr(path)}: {x.sharding}, not {y.sharding}"
+        for (path, x), y in pairs
+        if not x.sharding.is_equivalent_to(y.sharding, x.ndim)
+    ]
+
+
+def difference(ours: Any, theirs: Any) -> float:
+    """The largest over all leaves, beside the largest finite entry of each; where both agree, 0."""
+    worst = 0.0
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        a, b = (np.asarray(z, np.float64) for z in (x, y))
+        same = (a == b) | (np.isnan(a) & np.isnan(b))
+        scale = np.max(np.abs(b), where=np.isfinite(b), initial=1e-30)
+        worst = max(worst, float(np.max(np.abs(a[~same] - b[~same]), initial=0.0) / scale))
+    return worst
+
+
+def nbytes(tree: Any) -> int:
+    """Of all leaves."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def _bytes(shapes: str) -> int:

@@ -7,6 +7,9 @@ import re
 import traceback
 
 import calls
+import jax
+import jax.numpy as jnp
+import optax
 import pytest
 from test_face import CALLED
 
@@ -90,6 +93,66 @@ def test_every_mistake_is_refused_by_name(name, made):
             answer = verdict(name, argument, {**right, argument: wrong})
             unclear += [] if answer == "clear" else [f"{argument}={wrong!r:.50}: {answer}"]
     assert not unclear, "\n".join(unclear)
+
+
+RIGL, OBS = hj.saliencies.rigl(0.3), hj.saliencies.obs()
+TWICE = hj.prune(optax.sgd(0.1), calls.MAGNITUDE, 0.5)
+PAIRS = {
+    "a prune inside a prune of the same leaves": (
+        lambda: hj.prune(optax.chain(optax.clip(1.0), TWICE), calls.MAGNITUDE, 0.5).init(calls.PARAMS),
+        "`inner` must not prune what the `prune` around it does, but both have a mask for kernel",
+    ),
+    "one shot by a rule of training": (
+        lambda: hj.prune_once(calls.PARAMS, RIGL, 0.5),
+        r"`saliency` must rank weights, but rigl\(.*\) drops and grows them",
+    ),
+    "and inside another rule": (
+        lambda: hj.prune_once(calls.PARAMS, hj.saliencies.compensated(RIGL, OBS), 0.5),
+        "`saliency` must rank weights",
+    ),
+    "moved by a rule of training": (
+        lambda: hj.saliencies.compensated(calls.MAGNITUDE, hj.saliencies.rigl(0.3, score=OBS)),
+        "`by` must rank weights",
+    ),
+    "grown twice": (lambda: hj.saliencies.rigl(0.3, score=RIGL), "`score` must rank weights"),
+    "counters among what is selected": (
+        lambda: hj.select({"w": calls.W, "step": jnp.arange(3)}, "*"),
+        r"`where` must select real floating-point leaves of `params` only, got step: int32\[3\]",
+    ),
+    "a metric without a return": (
+        lambda: hj.sensitivity(lambda params: None, calls.PARAMS, [0.5]),
+        "`metric` must return a scalar or a dict of scalars, real numbers, got None",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_what_does_not_go_together_is_refused_by_name(name):
+    call, words = PAIRS[name]
+    with pytest.raises((TypeError, ValueError), match=words):
+        call()
+
+
+def test_two_prunes_of_leaves_apart_go_together():
+    inner = hj.prune(optax.sgd(0.1), calls.MAGNITUDE, 0.5, where="a")
+    both = {"a": jnp.arange(1.0, 5.0), "b": jnp.arange(1.0, 5.0)}
+    mask = hj.mask_of(hj.prune(inner, calls.MAGNITUDE, 0.5, where="b").init(both))
+    assert jax.tree.map(lambda m: int(m.sum()), mask) == {"a": 2, "b": 2}
+
+
+A = [
+    lambda **options: hj.hessian(calls.loss, calls.W, calls.X, **options),
+    lambda **options: hj.ggn(calls.model, calls.out_loss, calls.W, calls.X, **options),
+    lambda **options: hj.fisher(calls.model, calls.W, calls.X, likelihood=hj.likelihoods.gaussian, **options),
+    lambda **options: hj.empirical_fisher(calls.loss, calls.W, calls.X, **options),
+]
+
+
+@pytest.mark.parametrize("make", A)
+@pytest.mark.parametrize("linearize", [False, True])
+def test_products_with_whole_numbers_are_refused(make, linearize):
+    with pytest.raises(TypeError, match=r"`vector` must be floating point, got int32\[3\]"):
+        make(linearize=linearize)(jnp.arange(3))
 
 
 def test_they_are_many(made):

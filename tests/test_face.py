@@ -17,15 +17,16 @@ pytestmark = pytest.mark.smoke
 
 VERBS = """
     hessian hvp ggn fisher empirical_fisher per_example_grads empirical_fisher_roots
-    ggn_roots sampled_grads over_batches select weighted_sum preconditioned adam_preconditioner
+    ggn_roots sampled_grads over_batches batches select weighted_sum preconditioned adam_preconditioner
     eigenpairs trace trace_by_leaf diagonal frobenius_norm spectral_density spectral_density_by_leaf spectrum
     solve inverse_fisher landscape check
     prune prune_once mask_of summary sensitivity compact to_sparse save_npz load_npz load_recipe distillation
-    run relative progress_bar checkpoint
+    run memory_estimate relative progress_bar checkpoint
 """
 NAMESPACES = {
     "estimators": """Estimator lanczos power_iteration hutchinson hutchinson_by_leaf hutchpp xtrace
         hutchinson_diagonal hutchinson_frobenius slq conjugate_gradient minres""",
+    "layers": "coverage capture moments kfac ekfac quality",
     "probes": "rademacher gaussian",
     "likelihoods": "Likelihood categorical gaussian",
     "directions": "random line",

@@ -21,7 +21,8 @@ import rst
 GROUPS: dict[str, list[str]] = {
     "Curvature of a loss": [
         "hessian", "hvp", "ggn", "fisher", "empirical_fisher", "per_example_grads",
-        "empirical_fisher_roots", "ggn_roots", "sampled_grads", "over_batches", "select Selection",
+        "empirical_fisher_roots", "ggn_roots", "sampled_grads", "over_batches", "batches Batches",
+        "select Selection",
         "weighted_sum", "preconditioned", "adam_preconditioner", "check Check",
     ],
     "Spectrum": [
@@ -30,7 +31,13 @@ GROUPS: dict[str, list[str]] = {
     ],
     "Solutions": ["solve Solution", "inverse_fisher InverseFisher"],
     "Landscape": ["landscape Landscape"],
-    "Running": ["run Progress NonFiniteProductError", "relative", "progress_bar", "checkpoint"],
+    "Running": [
+        "run Progress NonFiniteProductError",
+        "memory_estimate MemoryEstimate MemoryLimitWarning",
+        "relative",
+        "progress_bar",
+        "checkpoint",
+    ],
     "Pruning": ["prune", "prune_once Pruned", "mask_of", "load_recipe Recipe", "distillation"],
     "What can go, and what is left": [
         "summary", "sensitivity Sensitivity", "compact Compacted Obstacle", "to_sparse", "save_npz Saved",
@@ -41,7 +48,7 @@ GROUPS: dict[str, list[str]] = {
 # Families of choices, a page for each namespace.
 FAMILIES = {
     "estimators": "Estimators", "probes": "Probes", "likelihoods": "Likelihoods", "directions": "Directions",
-    "saliencies": "Saliencies", "patterns": "Patterns", "allocations": "Allocations",
+    "saliencies": "Saliencies", "patterns": "Patterns", "allocations": "Allocations", "layers": "Layers",
     "flax": "Flax adapters", "plot": "Figures",
 }  # fmt: skip
 

@@ -1,12 +1,14 @@
 """Arrays in a zip that any numpy reads, with JSON beside them; read without trusting what it says."""
 
 import io
+import itertools
 import json
 import math
 import os
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -28,11 +30,14 @@ _BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, struct.error, NotImplemente
 """What Python's readers raise for a zip that is damaged, beside ValueError."""
 
 
-def write_archive(file: BinaryIO, header: Any, entries: dict[str, np.ndarray]) -> None:
-    """JSON, and arrays as bytes, by name."""
+def write_archive(file: BinaryIO, header: Any, entries: Iterable[tuple[str, np.ndarray]]) -> None:
+    """JSON, and arrays as bytes, by name; one after the other, so that they need not all be there at once."""
     text = np.frombuffer(json.dumps(header).encode(), np.uint8)
-    save: Any = np.savez_compressed
-    save(file, **{HEADER: text}, **{name: as_bytes(x) for name, x in entries.items()})
+    # What `numpy.savez_compressed` does, which wants all arrays at once.
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, array in itertools.chain([(HEADER, text)], entries):
+            with archive.open(name + _NPY, "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, as_bytes(array), version=(1, 0), allow_pickle=False)
 
 
 def as_bytes(array: np.ndarray) -> np.ndarray:
@@ -46,9 +51,9 @@ def native(array: np.ndarray) -> np.ndarray:
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
-def is_number_dtype(dtype: np.dtype) -> bool:
+def is_number_dtype(dtype: Any) -> bool:
     """Whether jax has arrays of this dtype, whatever the byte order: numbers or booleans."""
-    if dtype.hasobject or dtype.names is not None or jnp.issubdtype(dtype, jax.dtypes.extended):
+    if jnp.issubdtype(dtype, jax.dtypes.extended) or dtype.hasobject or dtype.names is not None:
         return False
     if not (dtype.kind == "b" or jnp.issubdtype(dtype, jnp.number)):
         return False

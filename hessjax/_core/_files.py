@@ -84,18 +84,21 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, argument: str) -> Iterator[None]:
+def locked(path: Path, argument: str) -> Iterator[str]:
     """Hold the lock file `path` for the time of a block; it ends with the process, however that ends.
+
+    Yields:
+        What it says of its holder.
 
     Raises:
         BlockingIOError: somebody else holds it.
     """
-    file = _acquired(path, argument)
+    file, holder = _acquired(path, argument), f"process {os.getpid()} on {socket.gethostname()}"
     try:
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        file.write(holder.encode())
         file.flush()
-        yield
+        yield holder
     finally:
         path.unlink(missing_ok=True)  # before it is let go: nobody can hold it yet
         file.close()

@@ -172,7 +172,7 @@ def checked_function(argument: str, function: Any, form: str) -> Any:
     """
     if not callable(function):
         raise TypeError(f"`{argument}` must be a function `{form}`, got {shown(function)}.")
-    names = re.split(", *", form[form.index("(") + 1 : form.index(")")])
+    names = re.findall(r"[^, ]+", form[form.index("(") + 1 : form.index(")")])
     if "*args" not in names:
         _check_takes(argument, function, form, names)
     return function

@@ -1,6 +1,7 @@
 """The pytree algebra that `optax.tree` lacks: paths, checks, inner products, blocks of vectors."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -43,12 +44,20 @@ def check_floating(params: Params, argument: str = "params") -> None:
     """Raise a TypeError naming every leaf that is not a real floating-point array."""
     _check_bare(params, argument)
     found = jax.tree_util.tree_leaves_with_path(params)
-    bad = {path_name(path): leaf for path, leaf in found if not _is_floating(leaf)}
+    bad = {path_name(path): leaf for path, leaf in found if not is_floating(leaf)}
     if bad:
         raise TypeError(
             f"`{argument}` must have real floating-point leaves only, got\n{_listed(bad)}\n{_way_out(bad)}"
         )
-    if not any(jnp.size(leaf) for leaf in jax.tree.leaves(params)):
+    if places := _sharding.different_places(jax.tree.leaves(params)):
+        lines = [
+            f"  {path}: {place}" for path, place in zip(leaf_paths(params), places, strict=True) if place
+        ]
+        raise ValueError(
+            f"`{argument}` must lie on one mesh, or on the same devices, got\n" + "\n".join(lines) + "\n"
+            "Move them to one, `jax.device_put(params, shardings)`."
+        )
+    if not any(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(params)):
         raise ValueError(f"`{argument}` must hold at least one number, got a tree without any.")
 
 
@@ -146,12 +155,12 @@ def check_like(tree: Any, like: Any, argument: str, reference: str) -> None:
 def check_vector(vector: Any, like: Any, argument: str = "vector", reference: str = "params") -> None:
     """`check_like`, and a TypeError for integers: a result in their dtype would be cut to whole numbers."""
     check_like(vector, like, argument, reference)
-    kinds = {describe(x) for x in jax.tree.leaves(vector) if not _is_floating(x)}
+    kinds = {describe(x) for x in jax.tree.leaves(vector) if not is_floating(x)}
     if kinds:
         raise TypeError(f"`{argument}` must be floating point, got {', '.join(sorted(kinds))}.")
 
 
-def _is_floating(leaf: Any) -> bool:
+def is_floating(leaf: Any) -> bool:
     is_number = isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic, float))
     # Arrays of NumPy may hold strings, dates or objects, which have no dtype in jax.
     return is_number and is_array(leaf) and bool(jnp.issubdtype(jnp.result_type(leaf), jnp.floating))
@@ -172,7 +181,7 @@ def describe(leaf: Any) -> str:
 
 def size(tree: Any) -> int:
     """The number of scalars in `tree`."""
-    return sum(jnp.size(leaf) for leaf in jax.tree.leaves(tree))
+    return sum(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(tree))
 
 
 def accumulator_dtype(tree: Any) -> jnp.dtype:
@@ -182,7 +191,14 @@ def accumulator_dtype(tree: Any) -> jnp.dtype:
 
 def wide(tree: Any) -> Any:
     """Every leaf in at least float32, so that long sums and orthogonality survive bfloat16 params."""
-    return jax.tree.map(lambda x: jnp.asarray(x, common_dtype(jnp.result_type(x), jnp.float32)), tree)
+    return jax.tree.map(_wide, tree)
+
+
+def _wide(x: Any) -> Any:
+    dtype = common_dtype(jnp.result_type(x), jnp.float32)
+    if isinstance(x, jax.ShapeDtypeStruct):  # of a run that is only asked about
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+    return jnp.asarray(x, dtype)
 
 
 def cast_like(tree: Any, like: Any) -> Any:
@@ -208,10 +224,13 @@ def inner_by_leaf(a: Vector, b: Vector) -> list[Scalar]:
 
 
 def _inner(x: Array, y: Array) -> Scalar:
-    if _sharding.explicit(x) or _sharding.explicit(y):
-        return jnp.sum(x * y)  # `vdot` lays them flat, which a mesh with explicit axes refuses
+    if _sharding.explicit(x) or _sharding.explicit(y) or x.size >= 2**31:
+        # Of more entries than an int32 counts XLA's compiler for CPUs aborts the process in a dot product.
+        return jnp.sum(x * y)
+    # Not `vdot`: it lays arrays flat, which gathers those that are divided along any axis but the first.
+    axes = tuple(range(x.ndim))
     # By default accelerators multiply float32 as TF32 or bfloat16, and orthogonality ends at about 1e-3.
-    return jnp.vdot(x, y, precision="highest")
+    return jax.lax.dot_general(x, y, ((axes, axes), ((), ())), precision="highest")
 
 
 def norm(a: Vector) -> Scalar:

@@ -16,6 +16,7 @@ A factor covers one or several groups of equally wide blocks; vectors come and g
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -26,10 +27,14 @@ from jaxtyping import Array, Float
 
 from hessjax._core._numbers import common_dtype
 from hessjax._core._types import Scalar
-from hessjax._fisher._rows import Cut, Parts, Rows, coefficients, combination, ends, images, joined, split
+from hessjax._fisher._blocking import Cut, Parts, Rows
+from hessjax._fisher._rows import coefficients, combination, grams, images, joined, mixed, split, total
 
-Columns: TypeAlias = Float[Array, "_ _ _"]
-"""(blocks, k, width): for every weight of every block a vector of k numbers."""
+Columns: TypeAlias = Float[Array, "_ _ *_"]
+"""(blocks, k, width): for every weight of every block a vector of k numbers; (1, k, *shape) as of `Rows`."""
+
+Like: TypeAlias = Sequence[jax.ShapeDtypeStruct]
+"""The weights of a block, in each group that a factor covers."""
 
 _CACHED = 2**18
 """On a CPU roots of so many entries together stay in the cache while all gradients enter."""
@@ -50,15 +55,16 @@ class Root(NamedTuple):
 
     def solve(self, v: Parts, shift: Scalar) -> Parts:
         """(A + κI)⁻¹v."""
-        return split(_times(self.root, _times(self.root, joined(v), transposed=True)), v)
+        found = _times(self.root, _times(self.root, joined(v), transposed=True))
+        return split(found, [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in v])
 
     def solve_combination(self, c: Float[Array, "blocks m"], rows: tuple[Rows, ...], shift: Scalar) -> Parts:
         """(A + κI)⁻¹Gᵀc."""
         return self.solve(combination(rows, c), shift)
 
-    def columns(self, widths: Sequence[int], shift: Scalar) -> tuple[Columns, ...]:
+    def columns(self, like: Like, shift: Scalar) -> tuple[Columns, ...]:
         """The columns a, for each group."""
-        return tuple(jnp.split(self.root.mT, ends(widths), axis=-1))
+        return split(self.root.mT, like)
 
     def constant(self, shift: Scalar) -> Scalar:
         """The number c."""
@@ -69,9 +75,9 @@ class Root(NamedTuple):
         """Of aᵀa."""
         return 1
 
-    def images(self, widths: Sequence[int]) -> Parts:
+    def images(self, like: Like) -> Parts:
         """Az, for the fixed vector z of signs."""
-        return tuple(jnp.split(self.image, ends(widths), axis=-1))
+        return split(self.image, like)
 
     def replaced(self, keep: Array) -> "Root":
         """NaN in the blocks that are not to be kept."""
@@ -83,8 +89,8 @@ class Dual(NamedTuple):
 
     With one block in all, its leaves are never laid end to end. 512 gradients of 25 M weights are 51 GB in
     float32: with every leaf's gradients sharded along the weights as the weights are, GGᵀ is a sum over
-    devices of 512 × 512 products (1 MB, one all-reduce), its factor is everywhere the same, F⁻¹v needs one
-    more all-reduce of 512 numbers, and all else is local.
+    devices of 512 × 512 products (1 MB, an all-reduce for each leaf), its factor is everywhere the same, F⁻¹v
+    needs one more of 512 numbers, and all else is local.
     """
 
     rows: tuple[Rows, ...]
@@ -100,11 +106,11 @@ class Dual(NamedTuple):
         """(A + κI)⁻¹Gᵀc = Gᵀ(κI + GGᵀ)⁻¹c, without the difference that loses digits in `solve`."""
         return combination(self.rows, self._inside(c))
 
-    def columns(self, widths: Sequence[int], shift: Scalar) -> tuple[Columns, ...]:
+    def columns(self, like: Like, shift: Scalar) -> tuple[Columns, ...]:
         """The columns a, for each group."""
         # The small triangle is inverted first: one matrix product is twice as fast as so many substitutions.
         half = each(_inverse, self.cholesky) / jnp.sqrt(shift).astype(self.cholesky.dtype)
-        return tuple(_matmul(half.astype(x.dtype), x.swapaxes(0, 1)) for x in self.rows)
+        return tuple(mixed(half, x) for x in self.rows)
 
     def constant(self, shift: Scalar) -> Scalar:
         """The number c."""
@@ -115,9 +121,9 @@ class Dual(NamedTuple):
         """Of aᵀa."""
         return -1
 
-    def images(self, widths: Sequence[int]) -> Parts:
+    def images(self, like: Like) -> Parts:
         """Az, for the fixed vector z of signs."""
-        return images(self.rows)
+        return images(self.rows, like)
 
     @property
     def pivot(self) -> Float[Array, " blocks"]:
@@ -138,32 +144,30 @@ Factor: TypeAlias = Root | Dual
 # -- how they are made -----------------------------------------------------------------------------
 
 
-def factor_of(rows: tuple[Rows, ...], shift: Scalar, chunk_size: int) -> Factor:
+def factor_of(chunk_size: int, like: Like, rows: tuple[Rows, ...], shift: Scalar) -> Factor:
     """A root if the gradients are at least as many as a block's weights, the dual otherwise."""
-    if rows[0].shape[0] < sum(x.shape[2] for x in rows):
+    blocks, width = rows[0].shape[0], sum(math.prod(x.shape) for x in like)
+    if rows[0].shape[1] < width:
         return dual_of(rows, shift)
-    blocks, width = rows[0].shape[1], sum(x.shape[2] for x in rows)
     dtype = common_dtype(*rows)
     start = _diagonal_root(jnp.broadcast_to(jnp.eye(width, dtype=dtype), (blocks, width, width)), shift)
     empty = Root(start, jnp.ones(blocks, dtype), jnp.zeros((blocks, width), dtype))
-    return absorbed(empty, rows, chunk_size)
+    return absorbed(chunk_size, like, empty, rows)
 
 
 def dual_of(rows: tuple[Rows, ...], shift: Scalar) -> Dual:
     """The dual, block by block."""
-    grams = [jnp.einsum("gbi,hbi->bgh", x, x, precision="highest").astype(shift.dtype) for x in rows]
-    gram = sum(grams[1:], grams[0])
-    gram = gram.astype(common_dtype(*rows))
+    gram = total([x.astype(shift.dtype) for x in grams(rows)]).astype(common_dtype(*rows))
     shifted = gram + shift.astype(gram.dtype) * jnp.eye(gram.shape[-1], dtype=gram.dtype)[None]
     return Dual(rows, each(jnp.linalg.cholesky, shifted))
 
 
-def absorbed(part: Root, rows: tuple[Rows, ...], chunk_size: int) -> Root:
+def absorbed(chunk_size: int, like: Like, part: Root, rows: tuple[Rows, ...]) -> Root:
     """The root with more gradients in A, κ as it is."""
-    stacked = joined(rows)
-    count = stacked.shape[0]
+    stacked = joined(rows, lead=2)
+    count = stacked.shape[1]
     chunk_size = min(chunk_size, count, stacked.shape[2])  # VVᵀ of more would be singular
-    stacked = jnp.pad(stacked, ((0, -count % chunk_size), (0, 0), (0, 0)))  # zero gradients change nothing
+    stacked = jnp.pad(stacked, ((0, 0), (0, -count % chunk_size), (0, 0)))  # zero gradients change nothing
     return _in_place(functools.partial(_absorb, chunk_size), part, stacked)
 
 
@@ -176,24 +180,24 @@ def shifted(part: Root, old: Scalar, new: Scalar) -> Root:
     return _in_place(functools.partial(_shift, old, new), part)
 
 
-def extended(part: Factor, more: tuple[Rows, ...], old: Scalar, new: Scalar, chunk_size: int) -> Factor:
+def extended(
+    chunk_size: int, like: Like, part: Factor, more: tuple[Rows, ...], old: Scalar, new: Scalar
+) -> Factor:
     """A factor with more gradients at another κ; a dual of enough gradients becomes a root."""
     if isinstance(part, Root):
-        return absorbed(shifted(part, old, new), more, chunk_size)
-    rows = tuple(jnp.concatenate(pair) for pair in zip(part.rows, more, strict=True))
-    return factor_of(rows, new, chunk_size)
+        return absorbed(chunk_size, like, shifted(part, old, new), more)
+    rows = tuple(jnp.concatenate(pair, axis=1) for pair in zip(part.rows, more, strict=True))
+    return factor_of(chunk_size, like, rows, new)
 
 
-def followed(
-    parts: tuple[Factor, ...], old: Scalar, new: Scalar, factor: float
-) -> tuple[tuple[Root, ...], Scalar]:
-    """Roots at a κ that has grown by more than a factor, or as they are; and the κ they are at."""
+def followed(factor: float, like: Like, part: Root, old: Scalar, new: Scalar) -> Root:
+    """A root at a κ that has grown by more than a factor, or as it is."""
     # A loop of one turn or none: the branches of a condition would copy the roots.
     return jax.lax.while_loop(
         lambda state: factor * state[1] < new,
-        lambda state: (tuple(shifted(part, state[1], new) for part in state[0]), new),
-        (tuple(part for part in parts if isinstance(part, Root)), old),  # by now all of them are roots
-    )
+        lambda state: (shifted(state[0], state[1], new), new),
+        (part, old),
+    )[0]
 
 
 def _diagonal_root(eye: Float[Array, "blocks n n"], shift: Scalar) -> Array:
@@ -213,7 +217,7 @@ def _shift(old: Scalar, new: Scalar, part: Root) -> Root:
 
 
 def _absorb(chunk_size: int, part: Root, rows: Rows) -> Root:
-    chunks = rows.reshape(-1, chunk_size, *rows.shape[1:]).swapaxes(1, 2)
+    chunks = rows.reshape(len(rows), -1, chunk_size, rows.shape[2]).swapaxes(0, 1)
     return jax.lax.scan(lambda part, chunk: (_updated(part, chunk), None), part, chunks)[0]
 
 
@@ -227,7 +231,7 @@ def _updated(part: Root, chunk: Float[Array, "blocks k n"]) -> Root:
     W = _matmul(each(_inverse, L).mT, W)
     root = part.root - _matmul(_matmul(part.root, V.mT), W)
     # The image here, where the gradients are being read: a pass over all of them costs a fifth of this.
-    image = part.image + joined(images((chunk.swapaxes(0, 1),)))
+    image = part.image + joined(images((chunk,), [jax.ShapeDtypeStruct(chunk.shape[2:], chunk.dtype)]))
     return Root(root, jnp.minimum(part.pivot, _smallest_pivot(L)), image)
 
 
@@ -272,7 +276,7 @@ def _in_place(function: Callable[..., Root], part: Root, *rows: Rows) -> Root:
 def _by_turns(function: Callable[..., Root], together: int, part: Root, *rows: Rows) -> Root:
     def turn(start: Any, size: int, part: Root) -> Root:
         some = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), part)
-        theirs = [jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in rows]
+        theirs = [jax.lax.dynamic_slice_in_dim(x, start, size) for x in rows]
         return jax.tree.map(
             lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, start, axis=0),
             part,

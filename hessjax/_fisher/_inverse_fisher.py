@@ -2,8 +2,7 @@
 
 import dataclasses
 import functools
-import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -11,13 +10,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from hessjax._core import _tree
-from hessjax._core._messages import checked_count, checked_number
 from hessjax._core._tables import Table, printable
-from hessjax._core._types import Amount, Relative, Scalar, Vector
+from hessjax._core._types import Amount, Scalar, Vector
 from hessjax._fisher import _factors, _readout
-from hessjax._fisher._factors import Dual, Factor
+from hessjax._fisher._blocking import Blocking, Parts, Rows, taken
+from hessjax._fisher._factors import Dual, Factor, Like
 from hessjax._fisher._readout import Verdict
-from hessjax._fisher._rows import Blocking, Parts, Rows, Totals, checked_damping, read, row
+from hessjax._fisher._rows import Totals, read
 from hessjax._fisher._stream import Counted, gathered, stream
 
 
@@ -75,7 +74,7 @@ class InverseFisher:
 
     def apply(self, vector: Vector) -> Vector:
         """F⁻¹v, in at least float32. Cost: 4·d·B operations (root), 4·m·d (dual)."""
-        _tree.check_like(vector, self.blocking.like, "vector", "grads")
+        _tree.check_vector(vector, self.blocking.like, reference="grads")
         return _apply(self, vector)
 
     def diagonal(self) -> Vector:
@@ -112,110 +111,42 @@ class InverseFisher:
             keep λ as m grows. The dual is made anew.
         """
         blocks = stream(grads, self.blocking.like, weights)
-        return _streamed(_extended(gathered(blocks, self._missing), self), blocks)
+        return streamed(_extended(gathered(blocks, self._missing), self), blocks)
 
     @property
     def _missing(self) -> int | None:
         """How many gradients more there must be until no dual is left; None: all, for they make one block."""
         if self.blocking.block_size is None:
             return None
-        held = [part.rows[0].shape[0] for part in self.parts if isinstance(part, Dual)]
+        held = [part.rows[0].shape[1] for part in self.parts if isinstance(part, Dual)]
         return self.blocking.widest - held[0] if held else 0
-
-    @property
-    def widths(self) -> list[tuple[int, ...]]:
-        """Of the blocks that each factor covers, group by group."""
-        return self.blocking.coupled(tuple(group.width for group in self.blocking.groups))
 
     def solved(self, vector: Parts) -> Parts:
         """F⁻¹v of a vector that is cut."""
-        pairs = zip(self.parts, self.blocking.coupled(vector), strict=True)
-        return tuple(self.totals.times(x) for part, v in pairs for x in part.solve(v, self.shift))
+        return self._of_all(_solved, self.blocking.coupled(vector))
+
+    def combined(self, rows: tuple[Rows, ...], c: Sequence[Float[Array, "_ _"]]) -> Parts:
+        """F⁻¹Gᵀc."""
+        return self._of_all(_combined, self.blocking.coupled(rows), c)
 
     def diagonals(self) -> Parts:
         """The diagonal of F⁻¹, cut."""
-        pairs, times = zip(self.parts, self.widths, strict=True), self.totals.times
-        return tuple(times(x) for part, n in pairs for x in _readout.diagonal(part, n, self.shift))
+        return self._of_all(_readout.diagonal)
+
+    def _of_all(self, function: Callable[..., Parts], *args: Sequence[Any]) -> Parts:
+        found = self.blocking.over(function, self.parts, *args, common=(self.shift,))
+        return tuple(self.totals.times(x) for part in found for x in part)
 
 
-def inverse_fisher(
-    grads: Any,
-    damping: Any = Relative(0.01),  # noqa: B008 (a value, never changed)
-    block_size: int | None = None,
-    *,
-    chunk_size: int = 64,
-    batch_size: Any = 1,
-    weights: Any = None,
-) -> InverseFisher:
-    """The inverse of F = b/m Σ gᵢgᵢᵀ + λI, the damped empirical Fisher of m gradients.
-
-    With `block_size=B` F is block-diagonal: B consecutive weights of a leaf are a block, none crosses leaves.
-    A block with at least as many gradients as weights keeps a B × B root of its inverse, updated by chunks of
-    gradients; one with fewer keeps the gradients and an m × m factor, as the whole network does with
-    `block_size=None`. What gradients are, is open: any vectors r with F = 1/m Σ rrᵀ + λI will do, such as
-    `ggn_roots` and `sampled_grads` give. With `weights` F = b Σ wᵢ gᵢgᵢᵀ / Σ wᵢ + λI, and Σ w stands for m.
-
-    Args:
-        grads: a block (a tree like the params, its leaves with a leading axis of m gradients), as
-            `per_example_grads` returns; or a stream of blocks, any iterable that is not itself a tree of
-            arrays: an iterator, a generator, a data loader. (A list is a tree: pass `iter(blocks)`.) A stream
-            is read once, and no more of it kept than makes up B gradients (all, if `block_size=None`); inside
-            `jit` it is unrolled.
-        damping: λ, in the units of F, or `relative(r)`: r times the mean of F's undamped diagonal over all
-            parameters, of all leaves. λ, and whether the inverse is accurate, is a matter of a whole stream.
-        block_size: the most weights in a block, B; a smaller leaf is one block. None: one block in all.
-        chunk_size: how many gradients enter a root at once: more are faster on an accelerator, fewer are more
-            accurate in float32.
-        batch_size: b, if every gradient is the mean over b examples: that makes gᵢgᵢᵀ smaller by b.
-        weights: how much the gradients count: for a block an array (m,), or one number for all its rows
-            together; for a stream an iterable of these, one for each block. So a stream of `ggn_roots(...,
-            weights=mask)` of batches has the batches' sums of the mask. None: each counts once.
-
-    Returns:
-        An `InverseFisher`, a pytree, computed and kept in at least float32.
-
-    Raises:
-        TypeError: gradients that are not floating point; a size that is not an integer.
-        ValueError: no gradient that counts; weights that do not fit, are negative or not finite; leaves, or
-            blocks of a stream, that disagree; NaN or infinity among the gradients (names the leaf); `damping`
-            not positive, or relative to gradients that are all zero; λ too small for the precision (names the
-            block, and a damping that should do). Traced code cannot raise: inside `jit` such a block holds
-            NaN, and `accurate` is False.
-
-    Cost:
-        Root: 6·m·B operations for each weight, memory B numbers for each weight. Dual: 2·m·min(m, B)
-        operations and m numbers for each weight, and m² for each block. A stream costs 5·B² operations more
-        for each weight whenever κ = mλ has doubled, and once at the end. The error in float32 is about
-        1e-7·√(λmax/λ) times a modest factor, at worst 1e-7·λmax/λ.
-
-    References:
-        Singh & Alistarh (2020), WoodFisher, arXiv 2004.14340; Frantar et al. (2021), M-FAC, arXiv
-        2107.03356; Andrews (1968), A square root formulation of the Kalman covariance equations.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> import hessjax as hj
-        >>> grads = {"w": jnp.array([[2.0, 0.0], [0.0, 2.0]])}  # F = 2I + λI
-        >>> inverse = hj.inverse_fisher(grads, damping=2.0, block_size=2)
-        >>> inverse.apply({"w": jnp.array([4.0, 8.0])})["w"].round(4).tolist()
-        [1.0, 2.0]
-        >>> inverse.add({"w": jnp.zeros((2, 2))}).diagonal()["w"].round(4).tolist()  # F = I + λI
-        [0.3333, 0.3333]
-    """
-    block_size = None if block_size is None else checked_count("block_size", block_size)
-    chunk_size = checked_count("chunk_size", chunk_size)
-    if not isinstance(checked_number("batch_size", batch_size), jax.core.Tracer) and not batch_size >= 1:
-        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-    blocks = stream(grads, weights=weights)
-    first = next(blocks)
-    like = row(first.block)
-    dtype, blocking = _tree.accumulator_dtype(like), Blocking.of(like, block_size)
-    setting = checked_damping(damping, dtype)
-    first = gathered(itertools.chain([first], blocks), blocking.widest if block_size else None)
-    return _streamed(_built(blocking, chunk_size, first, setting, jnp.asarray(batch_size, dtype)), blocks)
+def _solved(like: Like, part: Factor, v: Parts, shift: Scalar) -> Parts:
+    return part.solve(v, shift)
 
 
-def _streamed(inverse: InverseFisher, blocks: Iterator[Counted]) -> InverseFisher:
+def _combined(like: Like, part: Factor, rows: tuple[Rows, ...], c: Array, shift: Scalar) -> Parts:
+    return part.solve_combination(c, rows, shift)
+
+
+def streamed(inverse: InverseFisher, blocks: Iterator[Counted]) -> InverseFisher:
     """With the blocks that are left; only then is it known how accurate the inverse is."""
     more = False
     for block in blocks:
@@ -230,7 +161,7 @@ def _streamed(inverse: InverseFisher, blocks: Iterator[Counted]) -> InverseFishe
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _built(
+def built(
     blocking: Blocking, chunk_size: int, grads: Counted, setting: Amount, scale: Scalar
 ) -> InverseFisher:
     """From one block of gradients; not measured yet."""
@@ -249,7 +180,8 @@ def inverse_of(
 ) -> InverseFisher:
     """From rows that are cut, and their κ or another one; not measured yet."""
     shift = totals.shift(setting) if shift is None else shift
-    parts = tuple(_factors.factor_of(part, shift, chunk_size) for part in blocking.coupled(rows))
+    made = functools.partial(_factors.factor_of, chunk_size)
+    parts = tuple(blocking.over(made, blocking.coupled(rows), common=(shift,)))
     return InverseFisher(parts, shift, totals, setting, scale, (), blocking, chunk_size)
 
 
@@ -257,26 +189,33 @@ def inverse_of(
 def _extended(grads: Counted, inverse: InverseFisher) -> InverseFisher:
     """With more gradients, and κ = mλ; not measured yet."""
     rows, totals, shift = _more(inverse, grads)
-    pairs, at = zip(inverse.parts, inverse.blocking.coupled(rows), strict=True), (inverse.shift, shift)
-    parts = tuple(_factors.extended(part, more, *at, inverse.chunk_size) for part, more in pairs)
-    return dataclasses.replace(inverse, parts=parts, shift=shift, totals=totals)
+    blocking, made = inverse.blocking, functools.partial(_factors.extended, inverse.chunk_size)
+    parts = blocking.over(made, inverse.parts, blocking.coupled(rows), common=(inverse.shift, shift))
+    return dataclasses.replace(inverse, parts=tuple(parts), shift=shift, totals=totals)
 
 
 @functools.partial(jax.jit, donate_argnums=1)  # roots are the largest arrays: no second copy
 def _with_more(grads: Counted, inverse: InverseFisher) -> InverseFisher:
     """With more gradients, in the memory of the roots; before them κ follows if it is to double."""
     rows, totals, target = _more(inverse, grads)
-    parts, shift = _factors.followed(inverse.parts, inverse.shift, target, 2.0)  # about log₂ m times in all
-    pairs = zip(parts, inverse.blocking.coupled(rows), strict=True)
-    parts = tuple(_factors.absorbed(part, more, inverse.chunk_size) for part, more in pairs)
-    return dataclasses.replace(inverse, parts=parts, shift=shift, totals=totals)
+    parts, shift = _followed(inverse, target, 2.0)  # about log₂ m times in all
+    blocking, made = inverse.blocking, functools.partial(_factors.absorbed, inverse.chunk_size)
+    parts = blocking.over(made, parts, blocking.coupled(rows))
+    return dataclasses.replace(inverse, parts=tuple(parts), shift=shift, totals=totals)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _settled(inverse: InverseFisher) -> InverseFisher:
     """With κ = mλ again."""
-    parts, shift = _factors.followed(inverse.parts, inverse.shift, inverse.totals.shift(inverse.setting), 1.0)
-    return dataclasses.replace(inverse, parts=parts, shift=shift)
+    parts, shift = _followed(inverse, inverse.totals.shift(inverse.setting), 1.0)
+    return dataclasses.replace(inverse, parts=tuple(parts), shift=shift)
+
+
+def _followed(inverse: InverseFisher, target: Scalar, factor: float) -> tuple[list[Factor], Scalar]:
+    """Roots at a κ that has grown by more than a factor, or as they are; and the κ they are at."""
+    followed = functools.partial(_factors.followed, factor)
+    parts = inverse.blocking.over(followed, inverse.parts, common=(inverse.shift, target))
+    return parts, jnp.where(factor * inverse.shift < target, target, inverse.shift)
 
 
 def _more(inverse: InverseFisher, grads: Counted) -> tuple[tuple[Rows, ...], Totals, Scalar]:
@@ -288,8 +227,12 @@ def _more(inverse: InverseFisher, grads: Counted) -> tuple[tuple[Rows, ...], Tot
 
 def measured(inverse: InverseFisher) -> InverseFisher:
     """With its residuals, and NaN for what they show to be no inverse."""
-    at = inverse.widths, inverse.shift, inverse.num_grads
-    parts, residuals = _readout.measured(inverse.parts, *at, is_whole=inverse.block_size is None)
+    found = inverse.blocking.over(
+        functools.partial(_readout.measured, is_whole=inverse.block_size is None),
+        inverse.parts,
+        common=(inverse.shift, inverse.num_grads),
+    )
+    parts, residuals = zip(*found, strict=True)
     return dataclasses.replace(inverse, parts=parts, residuals=residuals)
 
 
@@ -299,9 +242,9 @@ _measured = jax.jit(measured, donate_argnums=0)  # nobody holds what was not mea
 @jax.jit
 def verdict_of(inverse: InverseFisher) -> Verdict:
     """What an error about it would say."""
-    is_whole, count = inverse.block_size is None, inverse.num_grads
-    sizes = _readout.sizes(inverse.parts, inverse.widths, count, is_whole=is_whole)
-    return Verdict(inverse.residuals, sizes, inverse.damping)
+    sizes = functools.partial(_readout.sizes, is_whole=inverse.block_size is None)
+    found = inverse.blocking.over(sizes, inverse.parts, common=(inverse.num_grads,))
+    return Verdict(inverse.residuals, tuple(x for part in found for x in part), inverse.damping)
 
 
 _apply = jax.jit(lambda inverse, vector: inverse.blocking.join(inverse.solved(inverse.blocking.cut(vector))))
@@ -313,7 +256,9 @@ def _dense(index: int, inverse: InverseFisher) -> Array:
     position = inverse.blocking.position(index)
     if position is None:
         return jnp.zeros((0, 0, 0), inverse.blocking.packing.dtypes[index])
-    group, which = position
-    part, place = (0, group) if inverse.blocking.block_size is None else (group, 0)
-    found = _readout.dense(inverse.parts[part], inverse.widths[part], place, which, inverse.shift)
-    return inverse.totals.times(found)
+    group, places = position
+    part, place = (0, group) if inverse.block_size is None else (group, 0)
+    found = inverse.blocking.over(
+        functools.partial(_readout.dense, place), inverse.parts, common=(inverse.shift,)
+    )
+    return inverse.totals.times(taken(found[part], places))

@@ -9,7 +9,6 @@ The first form needs the factors of fewer weights only, made as those of all are
 combination of the rows.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -17,8 +16,9 @@ from jaxtyping import Array, Float
 
 from hessjax._core import _tree
 from hessjax._core._types import Amount, Block, Params, Relative, Scalar
+from hessjax._fisher._blocking import Blocking, Parts, Rows
 from hessjax._fisher._inverse_fisher import InverseFisher, inverse_of, measured
-from hessjax._fisher._rows import Blocking, Parts, Rows, Totals, coefficients, read, row
+from hessjax._fisher._rows import Totals, coefficients, read
 
 _NOTHING = 1e-12
 
@@ -47,7 +47,7 @@ class Model(NamedTuple):
         rows = self.rows
         if kept is not None:
             # Zeros rather than fewer columns: shapes stay static, and F is λI there, apart from K.
-            rows = tuple(jnp.where(k[None] > 0, x, 0) for k, x in zip(kept, rows, strict=True))
+            rows = tuple(jnp.where(k[:, None] > 0, x, 0) for k, x in zip(kept, rows, strict=True))
         made = inverse_of(rows, self.totals, Amount(self.shift), self.scale, self.blocking, shift=self.shift)
         return measured(made)
 
@@ -58,10 +58,10 @@ class Model(NamedTuple):
 
 
 def model_of(
+    blocking: Blocking,
     grads: Block,
     mask: Params,
     damping: Amount,
-    block_size: int | None,
     batch_size: Any,
     count: Any = None,
     *,
@@ -70,15 +70,14 @@ def model_of(
     """The model of the weights that the mask keeps.
 
     Args:
+        blocking: how to cut.
         grads: a block of gradients.
         mask: booleans, True for the weights that are there.
         damping: λ.
-        block_size: the most weights in a block; None: one block in all.
         batch_size: b.
         count: how many gradients there are, if some of the rows are empty places.
         with_slope: whether ḡ, the mean of the gradients, counts.
     """
-    blocking = Blocking.of(row(grads), block_size)
     scale = jnp.asarray(batch_size, _tree.accumulator_dtype(grads))
     rows, totals = read(blocking, grads, scale, mask, count)
     shift = totals.shift(damping)
@@ -97,7 +96,7 @@ def optimum(model: Model, inverse: InverseFisher, weights: Parts) -> Parts:
         return weights
     # By F⁻¹Gᵀc, for F⁻¹ times the vector ḡ would be a difference of nearly equal ones.
     inside = [jnp.full(x.shape, model.slope, x.dtype) for x in model.images(weights)]
-    steps = _combined(inverse, model, inside)
+    steps = inverse.combined(model.rows, inside)
     return tuple(w - x for w, x in zip(weights, steps, strict=True))
 
 
@@ -111,7 +110,7 @@ def joint_move(model: Model, weights: Parts, pruned: Parts, kept: Parts) -> tupl
     # F_KQ δ_Q + ḡ_K is a combination of the rows: one ridge regression onto what the pruned ones contributed.
     slope = 0 if model.slope is None else model.slope
     inside = [x / m - slope for x in model.images(gone)]
-    steps = _combined(inverse, model, inside)
+    steps = inverse.combined(model.rows, inside)
     moves = zip(steps, gone, kept, strict=True)
     return tuple(jnp.where(k > 0, x, -w) for x, w, k in moves), inverse
 
@@ -135,7 +134,9 @@ def no_move(model: Model, weights: Parts, pruned: Parts, kept: Parts) -> tuple[P
 def increases(model: Model, move: Parts) -> list[Float[Array, " blocks"]]:
     """ḡ·δ + ½ δᵀFδ of every block, or of the one block."""
     images = model.images(move)
-    squares = [sum(jnp.sum(x**2, axis=-1) for x in part) for part in model.blocking.coupled(move)]
+    squares = [
+        sum(jnp.sum(x**2, axis=range(1, x.ndim)) for x in part) for part in model.blocking.coupled(move)
+    ]
     m, damping = model.totals.number, model.shift / model.totals.number
     slope = 0 if model.slope is None else model.slope
     # δᵀFδ as a sum of squares, ‖Gδ‖²/m + λ‖δ‖²: no rounding makes it negative.
@@ -143,13 +144,3 @@ def increases(model: Model, move: Parts) -> list[Float[Array, " blocks"]]:
         slope * jnp.sum(image, axis=-1) + (jnp.sum(image**2, axis=-1) / m + damping * square) / 2
         for image, square in zip(images, squares, strict=True)
     ]
-
-
-def _combined(inverse: InverseFisher, model: Model, c: Sequence[Float[Array, "_ _"]]) -> Parts:
-    """F⁻¹Gᵀc."""
-    places = zip(inverse.parts, model.blocking.coupled(model.rows), c, strict=True)
-    return tuple(
-        inverse.totals.times(x)
-        for part, rows, c in places
-        for x in part.solve_combination(c, rows, inverse.shift)
-    )

@@ -1,19 +1,20 @@
 """What factors say: diagonals and dense blocks, how far they are off, the error where that is too much."""
 
-from collections.abc import Sequence
+import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from hessjax._core import _numbers, _tree
 from hessjax._core._results import is_known, is_single
 from hessjax._core._tables import Column, Row, Table, number
 from hessjax._core._types import Scalar, as_text
-from hessjax._fisher._factors import Dual, Factor
-from hessjax._fisher._rows import Blocking, Cut, Parts, ends, joined, signs
+from hessjax._fisher._blocking import Blocking, Cut, Parts
+from hessjax._fisher._factors import Dual, Factor, Like
+from hessjax._fisher._rows import joined, signs, total
 
 Residuals = tuple[Float[Array, " _"], ...]
 """How far every block is off; see `InverseFisher`."""
@@ -28,18 +29,18 @@ LOST = 16
 """A pivot below this times eps times the entry it is left of is lost in that entry's rounding errors."""
 
 
-def diagonal(factor: Factor, widths: Sequence[int], shift: Scalar) -> Parts:
+def diagonal(like: Like, factor: Factor, shift: Scalar) -> Parts:
     """The diagonal of (A + κI)⁻¹; NaN where rounding has left no digit of it."""
     constant = factor.constant(shift)
     return tuple(
         determined(constant.astype(a.dtype) + factor.sign * jnp.sum(a**2, axis=1), constant)
-        for a in factor.columns(widths, shift)
+        for a in factor.columns(like, shift)
     )
 
 
-def dense(factor: Factor, widths: Sequence[int], place: int, which: slice, shift: Scalar) -> Array:
-    """Some blocks of (A + κI)⁻¹ of one group, with all their entries."""
-    a = factor.columns(widths, shift)[place][which]
+def dense(place: int, like: Like, factor: Factor, shift: Scalar) -> Array:
+    """The blocks of (A + κI)⁻¹ of one group, with all their entries."""
+    a = joined([factor.columns(like, shift)[place]], lead=2)
     constant = factor.constant(shift).astype(a.dtype) * jnp.eye(a.shape[-1], dtype=a.dtype)[None]
     return constant + factor.sign * jnp.einsum("bki,bkj->bij", a, a, precision="highest")
 
@@ -58,18 +59,16 @@ def determined(difference: Array, unit: Array) -> Array:
 
 
 def measured(
-    factors: Sequence[Factor], widths: Sequence[Sequence[int]], shift: Scalar, count: Array, *, is_whole: bool
-) -> tuple[tuple[Factor, ...], Residuals]:
-    """The factors, with NaN for what the residuals show to be no inverse, and the residuals."""
-    pairs = zip(factors, widths, strict=True)
-    residuals = tuple(residual(part, n, shift, count, is_whole=is_whole) for part, n in pairs)
-    kept = zip(factors, residuals, strict=True)
+    like: Like, factor: Factor, shift: Scalar, count: Array, *, is_whole: bool
+) -> tuple[Factor, Float[Array, " blocks"]]:
+    """The factor, with NaN for what the residuals show to be no inverse, and the residuals."""
+    found = residual(like, factor, shift, count, is_whole=is_whole)
     # NaN compares as false: a residual that is none proves no inverse either.
-    return tuple(part.replaced(found <= INACCURATE) for part, found in kept), residuals
+    return factor.replaced(found <= INACCURATE), found
 
 
 def residual(
-    factor: Factor, widths: Sequence[int], shift: Scalar, count: Array, *, is_whole: bool
+    like: Like, factor: Factor, shift: Scalar, count: Array, *, is_whole: bool
 ) -> Float[Array, " blocks"]:
     """How far the inverse of every block is off, as `InverseFisher.residuals` says.
 
@@ -78,24 +77,27 @@ def residual(
     its smallest pivot is; and a dual, to which null directions of F do no harm, also if λ changes no digit of
     F's diagonal, below eps times its mean.
     """
-    Az = joined(factor.images(widths))
-    z = joined(signs(widths, [Az.dtype for _ in widths]))[None]
-    shift, count = shift.astype(Az.dtype), count.astype(Az.dtype)
-    product = (Az + shift * z) / count
+    Az = _numbers.promoted(*factor.images(like))
+    dtype = Az[0].dtype
+    z = [x[None].astype(dtype) for x in signs(like)]
+    shift, count = shift.astype(dtype), count.astype(dtype)
+    product = [(x + shift * y) / count for x, y in zip(Az, z, strict=True)]
     # A dual multiplies by gradients of size s once more, and s³ leaves float32's range at 1e-15 and 1e13. The
     # unit is a power of two, so that no digit changes.
-    unit = _numbers.power_of_two(product)
-    cut = tuple(jnp.split(product / unit, ends(widths), axis=-1))
-    miss = unit * count * joined(factor.solve(cut, shift)) - z
+    unit = functools.reduce(jnp.maximum, map(_numbers.power_of_two, product))
+    solved = factor.solve(tuple(x / unit for x in product), shift)
+    miss = [unit * count * x - y for x, y in zip(solved, z, strict=True)]
     if is_whole and isinstance(factor, Dual):
         found = jnp.atleast_1d(shift / count * _tree.norm(miss) / _tree.norm(product))
     else:
-        units = jnp.sqrt(count * joined(diagonal(factor, widths, shift)))
-        found = _norms(miss / units) / _norms(product * units)
-    eps = jnp.finfo(Az.dtype).eps
+        units = jnp.sqrt(count * joined(diagonal(like, factor, shift)))
+        found = _norms(joined(miss) / units) / _norms(joined(product) * units)
+    eps = jnp.finfo(dtype).eps
     is_lost = factor.pivot < LOST * eps
     if isinstance(factor, Dual):
-        is_lost |= shift < eps * jnp.mean(Az * z, axis=-1)  # zᵀAz is the trace of A, about
+        number = sum(math.prod(x.shape) for x in like)
+        trace = total([jnp.sum(x * y, axis=range(1, x.ndim)) for x, y in zip(Az, z, strict=True)])
+        is_lost |= shift < eps * (trace / number)  # zᵀAz is the trace of A, about
     return jnp.where(is_lost, jnp.inf, found)
 
 
@@ -105,7 +107,7 @@ def _norms(x: Cut) -> Float[Array, " blocks"]:
 
 def all_accurate(residuals: Residuals) -> Bool[Array, ""]:
     """Whether every block is."""
-    return jnp.all(jnp.concatenate(residuals) <= INACCURATE)
+    return jnp.all(jnp.stack([jnp.all(x <= INACCURATE) for x in residuals]))
 
 
 # -- the error -----------------------------------------------------------------------------------
@@ -172,15 +174,12 @@ class Verdict(NamedTuple):
         return f"block {int(bad[first].argmax())} of {paths[first]} ({total} of all {blocks} blocks)"
 
 
-def sizes(
-    factors: Sequence[Factor], widths: Sequence[Sequence[int]], count: Int[Array, ""], *, is_whole: bool
-) -> tuple[Float[Array, " _"], ...]:
-    """`Verdict.sizes`, group by group."""
-    if is_whole and isinstance(factors[0], Dual):
-        return tuple(jnp.sum(rows**2)[None] / count.astype(rows.dtype) for rows in factors[0].rows)
+def sizes(like: Like, factor: Factor, count: Array, *, is_whole: bool) -> tuple[Float[Array, " _"], ...]:
+    """`Verdict.sizes`, of each group that a factor covers."""
+    if is_whole and isinstance(factor, Dual):
+        return tuple(jnp.sum(rows**2)[None] / count.astype(rows.dtype) for rows in factor.rows)
     # z has random signs, so that E‖Fz‖² = tr F² = ‖F‖²_F.
-    images = [image for part, n in zip(factors, widths, strict=True) for image in part.images(n)]
-    return tuple(_norms(image) / count.astype(image.dtype) for image in images)
+    return tuple(_norms(image) / count.astype(image.dtype) for image in factor.images(like))
 
 
 def table(inverse: Any) -> Table | str:
@@ -189,8 +188,8 @@ def table(inverse: Any) -> Table | str:
     if not (is_known(totals, shift, residuals) and is_single(shift)):
         return f"InverseFisher(like={as_text(inverse.blocking.like)}, block_size={inverse.block_size})"
     heads = Column("Weights"), Column("Blocks"), Column("Gradients"), Column("Damping"), Column("Residual")
-    counts = f"{int(totals.num_weights):,}", f"{sum(map(np.size, residuals)):,}"
-    worst = max((float(np.max(r, initial=0)) for r in residuals), default=0.0)
+    counts = f"{int(totals.num_weights):,}", f"{inverse.blocking.num_blocks:,}"
+    worst = max((float(jnp.max(r, initial=0)) for r in residuals), default=0.0)
     cells = *counts, f"{float(totals.num_grads):,.6g}", number(inverse.damping), f"{worst:.1e}"
     notes = () if all_accurate(residuals) else ("Blocks that are too inaccurate hold NaN: a larger damping.",)
     return Table(heads, (Row(cells),), notes=notes)

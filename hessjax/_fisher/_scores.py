@@ -12,13 +12,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from hessjax._core._types import Params
-from hessjax._fisher._factors import Columns, Factor, each
+from hessjax._core import _sharding
+from hessjax._core._types import Params, Scalar
+from hessjax._fisher._blocking import Parts
+from hessjax._fisher._factors import Columns, Factor, Like, each
 from hessjax._fisher._inverse_fisher import InverseFisher
 from hessjax._fisher._readout import determined
-from hessjax._fisher._rows import Parts, ends, joined, split
+from hessjax._fisher._rows import ends, joined, split
+from hessjax._fisher._shards import padded
 
 dot = functools.partial(jnp.matmul, precision="highest")
 
@@ -33,16 +37,19 @@ def single_scores(inverse: InverseFisher, u: Parts) -> Parts:
 
 def greedy_scores(inverse: InverseFisher, u: Parts, active: Parts) -> Parts:
     """What each weight costs when its turn comes, the cheapest of its block going first: see `eliminated`."""
-    found: tuple[Array, ...] = ()
-    places = zip(inverse.parts, inverse.widths, *map(inverse.blocking.coupled, (u, active)), strict=True)
-    for factor, widths, weights, flags in places:
-        a = joined(_columns(inverse, factor, widths))
-        is_there, eye = joined(flags) > 0, jnp.eye(a.shape[1], dtype=a.dtype)
-        core = jnp.broadcast_to(factor.sign * eye, (len(a), *eye.shape))
-        constant = jnp.full(len(a), inverse.totals.number * factor.constant(inverse.shift), a.dtype)
-        steps = jnp.full(len(a), jnp.max(jnp.sum(is_there, axis=1)))
-        found += split(each(eliminated, core, a, constant, joined(weights), is_there, steps), weights)
-    return found
+    coupled, at = inverse.blocking.coupled, (inverse.shift, inverse.num_grads)
+    found = inverse.blocking.over(_greedy, inverse.parts, coupled(u), coupled(active), common=at)
+    return tuple(x for part in found for x in part)
+
+
+def _greedy(like: Like, factor: Factor, u: Parts, active: Parts, shift: Scalar, count: Array) -> Parts:
+    a = joined(_columns(like, factor, shift, count), lead=2)
+    is_there, eye = joined(active) > 0, jnp.eye(a.shape[1], dtype=a.dtype)
+    core = jnp.broadcast_to(factor.sign * eye, (len(a), *eye.shape))
+    constant = jnp.full(len(a), count.astype(shift.dtype) * factor.constant(shift), a.dtype)
+    steps = jnp.full(len(a), jnp.max(jnp.sum(is_there, axis=1)))
+    found = each(eliminated, core, a, constant, joined(u), is_there, steps)
+    return split(found, [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in u])
 
 
 def eliminated(
@@ -125,7 +132,7 @@ def set_scores(inverse: InverseFisher, u: Params, active: Params, sets: Sequence
         weights, owner, is_there = (
             jnp.concatenate([gather(tree[i]) for gather, i in places], axis=1) for tree in trees
         )
-        found = _costs(inverse, a.swapaxes(0, 1), weights, owner, is_there, tied.in_turn)
+        found = _spread(inverse, tied.in_turn, (a.swapaxes(0, 1), weights, owner, is_there))
         widths = [jax.eval_shape(gather, leaves[i]).shape[1] for gather, i in places]
         pieces = jnp.split(found, ends(widths), axis=1)
         for i, scatter, piece in zip(tied.members, tied.scatter, pieces, strict=True):
@@ -140,8 +147,9 @@ def _by_leaf(inverse: InverseFisher) -> tuple[list[Float[Array, "k ..."]], list[
     """
     # From 1: the sign tells a root from a dual, and 0 has none.
     columns, owners, start = [], [], 1
-    for factor, widths in zip(inverse.parts, inverse.widths, strict=True):
-        found = _columns(inverse, factor, widths)
+    at = inverse.shift, inverse.num_grads
+    every = inverse.blocking.over(_columns, inverse.parts, common=at)
+    for factor, found in zip(inverse.parts, every, strict=True):
         numbers = factor.sign * (start + jnp.arange(len(found[0]), dtype=jnp.float32))
         start += len(numbers)
         if start > _NUMBERED:
@@ -149,36 +157,53 @@ def _by_leaf(inverse: InverseFisher) -> tuple[list[Float[Array, "k ..."]], list[
                 f"`block_size` must make at most {_NUMBERED} blocks for weights that go together, got more."
             )
         columns += found
-        owners += [jnp.broadcast_to(numbers[:, None], (len(numbers), width)) for width in widths]
+        owners += [jnp.broadcast_to(_beside(numbers, a.ndim - 1), (len(a), *a.shape[2:])) for a in found]
     most = max(a.shape[1] for a in columns)
     # To one k for all leaves: rows of zeros add nothing to aᵀa.
-    padded = tuple(jnp.pad(a, ((0, 0), (0, most - a.shape[1]), (0, 0))) for a in columns)
+    padded = tuple(
+        jnp.pad(a, [(0, most - n if i == 1 else 0) for i, n in enumerate(a.shape)]) for a in columns
+    )
     join = inverse.blocking.join
     return jax.tree.leaves(jax.vmap(join, in_axes=1)(padded)), jax.tree.leaves(join(tuple(owners)))
 
 
-def _columns(inverse: InverseFisher, factor: Factor, widths: Sequence[int]) -> list[Columns]:
+def _beside(numbers: Array, ndim: int) -> Array:
+    return numbers.reshape(-1, *[1] * (ndim - 1))
+
+
+def _columns(like: Like, factor: Factor, shift: Scalar, count: Array) -> list[Columns]:
     """The columns a of F⁻¹, where those of the factor are of (A + κI)⁻¹ = F⁻¹/m."""
-    found = factor.columns(widths, inverse.shift)
-    return [jnp.sqrt(inverse.num_grads.astype(a.dtype)) * a for a in found]
+    return [jnp.sqrt(count.astype(a.dtype)) * a for a in factor.columns(like, shift)]
+
+
+def _spread(inverse: InverseFisher, in_turn: bool, sets: tuple[Array, ...]) -> Float[Array, "sets n"]:
+    """What the sets cost, wherever the weights lie: as many sets on every device."""
+    # Only a dual has fewer rows than a set may have weights.
+    is_wide = inverse.blocking.block_size is None and sets[0].shape[2] > sets[0].shape[1]
+    costs: Any = functools.partial(_costs, in_turn, is_wide)
+    home = inverse.blocking.everywhere
+    if home is None:
+        return costs(*sets, inverse.damping)
+    number, layout = len(sets[0]), NamedSharding(home.mesh, PartitionSpec(home.axes))
+    laid = [_sharding.laid_out(padded(x, home.size, 0), layout) for x in sets]
+    return _sharding.laid_out(home.run(costs, *laid, inverse.damping), _sharding.whole(layout))[:number]
 
 
 def _costs(
-    inverse: InverseFisher,
+    in_turn: bool,
+    is_wide: bool,
     a: Float[Array, "sets k n"],
     u: Float[Array, "sets n"],
     owner: Float[Array, "sets n"],
     active: Bool[Array, "sets n"],
-    in_turn: bool,
+    damping: Scalar,
 ) -> Float[Array, "sets n"]:
     # What is gone has no gradients, so couples with nothing in F⁻¹: with u = 0 it costs nothing.
     u = jnp.where(active, u, 0)
     # The factor's c, times m as all of F⁻¹: m/κ = 1/λ.
-    constant = jnp.where(owner < 0, 1 / inverse.damping.astype(a.dtype), 0)
+    constant = jnp.where(owner < 0, 1 / damping.astype(a.dtype), 0)
     if in_turn:
         return jnp.where(active, each(_costs_in_turn, a, u, owner, constant, active), -jnp.inf)
-    # Only a dual has fewer rows than a set may have weights.
-    is_wide = inverse.blocking.block_size is None and a.shape[2] > a.shape[1]
     costs = each(_wide_cost if is_wide else _cost, a, u, owner, constant)
     number = jnp.maximum(jnp.sum(active, axis=1, keepdims=True, dtype=costs.dtype), 1)
     return jnp.where(active, costs[:, None] / number, -jnp.inf)

@@ -4,6 +4,7 @@ import math
 import types
 from typing import Any
 
+import jax
 from rich import get_console
 from rich.cells import cell_len, set_cell_size
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
@@ -19,6 +20,8 @@ def progress_bar(
     description: str = "curvature", *, transient: bool = False, unit: str = "products"
 ) -> "_ProgressBar":
     """A callback for `run` and the one-liners: products done, error against its goal, time left.
+
+    Of several processes (`jax.distributed`), process 0 alone shows it.
 
     Args:
         description: stands before the bar; in a narrow terminal its end is left out, the numbers never.
@@ -58,7 +61,9 @@ class _ProgressBar:
 
     def __enter__(self) -> "_ProgressBar":
         if not self._running:  # anew for every run: the terminal may have another width by now
-            self._bar = Bar(*columns(), transient=self._transient)
+            # One bar, not one for each process: all of them see the same numbers.
+            elsewhere = jax.process_index() != 0
+            self._bar = Bar(*columns(), transient=self._transient, disable=elsewhere)
             self._bar.start()
         assert self._bar is not None
         description = written(self._description, get_console().encoding)

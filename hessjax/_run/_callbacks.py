@@ -8,12 +8,14 @@ from typing import Any
 
 import jax
 
-from hessjax._core import _files
+from hessjax._core import _files, _processes
 from hessjax._core._messages import checked_count
+from hessjax._core._processes import Group
 from hessjax._run import _checkpoint_files
-from hessjax._run._checkpoint_files import Gathering
+from hessjax._run._checkpoint_files import Gathering, Run, devices_of
 from hessjax._run._estimator import Beginning, Progress
-from hessjax._run._identity import Identity, identity
+from hessjax._run._identity import check_alike, identity
+from hessjax._run._store import opened
 
 
 def checkpoint(path: str | os.PathLike[str], *, every: int = 10) -> "_Checkpoint":
@@ -31,11 +33,17 @@ def checkpoint(path: str | os.PathLike[str], *, every: int = 10) -> "_Checkpoint
     with (a right-hand side, a damping), and, for a matvec that hessjax makes of one batch, another loss by
     name or another batch (16 numbers of each array are compared). What is not noticed: a change in the code
     of a loss, and other data behind a matvec that is just a function, or that streams batches. Other versions
-    of hessjax or jax, or another device, are warned of: the result may then differ in its last digits.
+    of hessjax or jax, or other devices, are warned of: the result may then differ in its last digits.
+
+    Where `like`, the matvec's arrays or the key span several processes (`jax.distributed`), all of these
+    make the call: each writes its parts, and process 0 sees to the rest. A checkpoint may be gone on from on
+    another mesh, by more or fewer devices and processes, as long as the same leaves are divided: vectors of
+    leaves that lie whole on a device are packed together, and one of the other kind is refused.
 
     Args:
-        path: a folder, made if it is not there; `~` is the home. All is written by Orbax to
-            `hessjax-checkpoints` in it; other files are not touched. Delete that to start anew.
+        path: a folder, made if it is not there; `~` is the home; several processes must all see it. All is
+            written by Orbax to `hessjax-checkpoints` in it; other files are not touched. Delete that to start
+            anew.
         every: products between two checkpoints. `run` calls its callbacks every few products, so it may be
             a few more. The end of the run is saved always.
 
@@ -44,15 +52,17 @@ def checkpoint(path: str | os.PathLike[str], *, every: int = 10) -> "_Checkpoint
 
     Raises:
         ValueError: `every` below 1; `path` is empty, or a URL; when the run starts, `path` holds another run,
-            or one with more products than `max_matvecs`, or nothing that can be read.
+            or one with more products than `max_matvecs`, or nothing that can be read; processes that begin
+            different runs, or do not see one folder; a run without process 0.
         BlockingIOError: another run, of this process or another one, uses `path`.
         OSError: `path` cannot be written to, which shows before the first product; the disk is full, in which
             case the checkpoint before is still good.
+        TimeoutError: one of several processes does not come to where the others wait for it.
 
     Cost:
         Of disk twice the state, three times while saving: a checkpoint is written beside the others and
-        renamed, and only then the oldest deleted. Of memory a copy on the host. The run waits meanwhile. One
-        process only.
+        renamed, and only then the oldest deleted. Of memory a copy on the host, of each process's parts. The
+        run waits meanwhile. Checksums are made where the arrays lie, by two passes over them.
 
     Example:
         >>> import tempfile
@@ -69,70 +79,80 @@ def checkpoint(path: str | os.PathLike[str], *, every: int = 10) -> "_Checkpoint
     return _Checkpoint(_files.local_path("path", path), checked_count("every", every))
 
 
+class _Open:
+    """A run that is saved: in which folder, what makes it this one, after how many products it last was."""
+
+    def __init__(self) -> None:
+        self.held = contextlib.ExitStack()
+        self.store: Any = None
+        self.run: Any = None
+        self.matvec: Any = None
+        self.saved = 0
+
+
 class _Checkpoint:
-    """A callback with memory: which run it saves, after how many products it last did, and the lock."""
+    """A callback with memory: the run that it saves, and those around it, if it is given to several."""
 
     def __init__(self, path: Path, every: int) -> None:
         self._path, self._every = path, every
-        self._store: Any = None
-        self._identity: Identity = {}
-        self._matvec: Any = None
-        self._saved = 0
-        self._held = contextlib.ExitStack()
+        self._open: list[_Open] = []
 
     def __enter__(self) -> "_Checkpoint":
-        argument, folder = "`path` of `checkpoint`", self._path / _checkpoint_files.FOLDER
-        # Not yet `self._held`: where this is busy, an outer run of the same callback may hold it.
-        with contextlib.ExitStack() as held:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                held.enter_context(_files.locked(folder / _checkpoint_files.LOCK, argument))
-                store = held.enter_context(contextlib.closing(_checkpoint_files.Store(folder)))
-            except BlockingIOError:
-                raise
-            except OSError as error:
-                raise OSError(
-                    f"{argument} must be a folder to write to, got `{self._path}`: {error}."
-                ) from error
-            self._store, self._held = store, held.pop_all()
+        self._open.append(_Open())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
     ) -> None:
-        self._matvec = self._store = None  # or they would be kept alive, the params among them
-        self._held.close()
+        self._open.pop().held.close()
 
     def __repr__(self) -> str:
         return f"checkpoint({str(self._path)!r}, every={self._every})"
 
     def restore(self, beginning: Beginning) -> tuple[Any, int] | None:
         """The state on disk and its products, if there is one; it must be of the run that begins here."""
-        self._identity, self._saved, self._matvec = identity(beginning), 0, beginning.matvec
-        found = _checkpoint_files.read(self._store, self._identity, jax.tree.leaves(beginning.state))
+        # Not in `__enter__`: only now are the arrays known, and by them who takes part.
+        group, here = _processes.holders(tuple(beginning)), self._open[-1]
+        here.store = here.held.enter_context(opened(self._path, group))
+        here.run = Run(identity(beginning), devices_of(tuple(beginning)), jax.tree.leaves(beginning.state))
+        check_alike(group, here.run.identity)
+        here.matvec = beginning.matvec
+        found = _checkpoint_files.read(here.store, here.run)
         if found is None:
             return None
-        if isinstance(self._matvec, Gathering):
-            self._matvec.go_on(found.gathered)
-        self._saved = found.num_matvecs
-        return jax.tree.unflatten(jax.tree.structure(beginning.state), found.leaves), self._saved
+        if isinstance(here.matvec, Gathering):
+            here.matvec.go_on(found.gathered)
+        here.saved = found.num_matvecs
+        return jax.tree.unflatten(jax.tree.structure(beginning.state), found.leaves), here.saved
 
     def __call__(self, progress: Progress) -> None:
-        new = progress.num_matvecs - self._saved
+        here = self._open[-1]
+        new = progress.num_matvecs - here.saved
         if new >= self._every or (progress.done and new):
-            self._write(progress)
-            self._saved = progress.num_matvecs
+            self._write(here, progress)
+            here.saved = progress.num_matvecs
 
-    def _write(self, progress: Progress) -> None:
+    def _write(self, here: _Open, progress: Progress) -> None:
         count = progress.num_matvecs
-        gathered = self._matvec.gathered(count) if isinstance(self._matvec, Gathering) else {}
+        gathered = here.matvec.gathered(count) if isinstance(here.matvec, Gathering) else {}
         saved = _checkpoint_files.Saved(jax.tree.leaves(progress.state), gathered, count)
+        _check_holders(here.store.group, saved.leaves)
         try:
-            _checkpoint_files.write(self._store, self._identity, saved)
+            _checkpoint_files.write(here.store, here.run, saved)
         except OSError as error:
-            before = self._saved
+            before = here.saved
             kept = f"the one after {before} products is still good" if before else "there is none before it"
             raise OSError(
                 f"the checkpoint after {count} products could not be written to `{self._path}`; {kept}. "
                 f"Mend what is wrong and run the same again: {error}"
             ) from error
+
+
+def _check_holders(group: Group, leaves: list[Any]) -> None:
+    """A matvec may bring in arrays of other processes that nothing showed of when the run began."""
+    if (found := _processes.holders(leaves)) != group and len(found.members) > 1:
+        raise ValueError(
+            f"`like`, usually the params, must lie on processes {', '.join(map(str, found.members))} for "
+            "`checkpoint`, since the matvec's products do, but lies on this one alone: place it, "
+            "`jax.device_put(params, NamedSharding(mesh, P()))`."
+        )

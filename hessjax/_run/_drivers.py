@@ -1,9 +1,9 @@
 """`run`, and the two loops behind it, on the host and on the device, around steps that are compiled once."""
 
-import contextlib
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,15 +11,20 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool
 
-from hessjax._core import _numbers, _tree
+from hessjax._core import _memory, _numbers, _tree
 from hessjax._core._compiled import compiled
 from hessjax._core._messages import causes_of_nan, checked_count
-from hessjax._core._types import Amount, Block, Key, Matvec, Params, Relative, Tolerance, Vector
+from hessjax._core._sharding import UNKNOWN, Layouts
+from hessjax._core._types import Amount, Block, Key, Matvec, Params, Relative, Tolerance
 from hessjax._run import _estimator
-from hessjax._run._estimator import Beginning, Callback, Carry, Estimator, Progress, begun, check_run
+from hessjax._run._arguments import check_products, check_run, refuse_tracers, width_of
+from hessjax._run._estimator import Beginning, Callback, Carry, Estimator, Progress, begun, entered
 
 CHECK_EVERY = 5
 """Products between two looks at the error: reading it makes the host wait for the device."""
+
+AHEAD = 2
+"""Steps that the host may send off before the first of them is done: a product each waits in memory."""
 
 
 class NonFiniteProductError(FloatingPointError):
@@ -49,6 +54,7 @@ class Loop(NamedTuple):
         max_steps: the most steps, those of a restored run included.
         tol: the tolerance; None spends all products.
         callbacks: to be called on the way.
+        layouts: where vectors lie.
     """
 
     estimator: Estimator
@@ -58,6 +64,7 @@ class Loop(NamedTuple):
     max_steps: int
     tol: Amount | None
     callbacks: Sequence[Callback]
+    layouts: Layouts = UNKNOWN
 
 
 def run(
@@ -97,6 +104,9 @@ def run(
     Returns:
         `(result, state)`.
 
+    Warns:
+        MemoryLimitWarning: the state alone needs more than is free on a device, as far as known.
+
     Raises:
         NonFiniteProductError: a product held NaN or infinity: says which, and keeps the result so far.
             (Traced code cannot raise: inside `jit` the run stops there, and fewer products are counted.)
@@ -117,6 +127,7 @@ def run(
         (55.0, 3)
     """
     _tree.check_floating(like, "like")
+    layouts = Layouts.of(like)
     check_run(estimator, matvec, key, callbacks, on_device)
     if not on_device:
         refuse_tracers((estimator, matvec, key, like, state))
@@ -125,17 +136,24 @@ def run(
     limit = None if tol is None else Amount.of(tol, instead=", or None")
     if state is not None:
         _tree.check_like(
-            state, _estimator.state_of.eval_shape(estimator, key, like), "state", "estimator.init(key, like)"
+            state,
+            _estimator.state_of.eval_shape(estimator, layouts, key, like),
+            "state",
+            "estimator.init(key, like)",
         )
-    carry = _begin(estimator, key, like) if state is None else _resume(state)
+    else:
+        shapes = functools.partial(_estimator.state_of.eval_shape, estimator, layouts, key, like)
+        _memory.warn_unless_it_fits(estimator, shapes, like)
+    carry = _begun(_estimator.init(estimator, layouts, key, like) if state is None else _copied(state))
     left = begun(estimator)
     if isinstance(limit, Relative):
         _estimator.scale_of.eval_shape(left, carry.state)  # raises an error where there is none
-    width = _width(left, carry.state, like, "estimator.query" if state is None else "state")
+    width = width_of(left, carry.state, like, "estimator.query" if state is None else "state")
     max_matvecs = checked_count("max_matvecs", max_matvecs, width, ", one step's need")
-    loop = Loop(left, matvec, like, width, max_matvecs // width, limit, callbacks)
+    loop = Loop(left, matvec, like, width, max_matvecs // width, limit, callbacks, layouts)
     if on_device:
-        carry = loop_on_device(left, as_partial(matvec), like, loop.max_steps, limit, carry)
+        both = layouts, Layouts.of(carry.state)
+        carry = loop_on_device(left, both, as_partial(matvec), like, loop.max_steps, limit, carry)
     else:
         beginning = Beginning(estimator, matvec, key, like, carry.state)
         # Entered first: a checkpoint locks its folder before it reads there.
@@ -150,24 +168,6 @@ def run(
 def as_partial(matvec: Matvec) -> Partial:
     """The matvec as a pytree, which goes through `jit` as an argument."""
     return matvec if isinstance(matvec, Partial) else Partial(matvec)
-
-
-def refuse_tracers(tree: Any) -> None:
-    """The loop on the host reads numbers, which traced values do not have."""
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
-        raise TypeError(
-            "`run` loops on the host by default and cannot be traced: inside `jit`, `vmap` or `scan` pass "
-            "`on_device=True`."
-        )
-
-
-def _width(estimator: Estimator, state: Any, like: Params, argument: str) -> int:
-    """How many vectors a step multiplies, all of them like the params."""
-    # By a function of the module: a bound method would be traced anew in every run.
-    block = _estimator.block_of.eval_shape(estimator, state)
-    row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), block)
-    _tree.check_like(row, like, argument, "like")
-    return jax.tree.leaves(block)[0].shape[0]
 
 
 def _non_finite(carry: Carry, width: int, like: Params, result: Any, matvec: Matvec) -> NonFiniteProductError:
@@ -187,15 +187,15 @@ def _non_finite(carry: Carry, width: int, like: Params, result: Any, matvec: Mat
 # -- where a run begins ----------------------------------------------------------------------------
 
 
-def _begin(estimator: Estimator, key: Key, like: Params) -> Carry:
-    return Carry(_estimator.init(estimator, key, like), jnp.int32(0), jnp.int32(-1))
+def _begun(state: Any, steps: int = 0) -> Carry:
+    # Where the state is: the first step is else compiled for itself.
+    return Carry(state, *jax.device_put((jnp.int32(steps), jnp.int32(-1)), Layouts.of(state).whole))
 
 
-def _resume(state: Any) -> Carry:
-    # A copy: the steps give the state's memory away, and this one is the caller's.
+def _copied(state: Any) -> Any:
+    # The steps give the state's memory away, and this one is the caller's.
     with _numbers.meant():
-        copied = jax.tree.map(jnp.copy, state)
-    return Carry(copied, jnp.int32(0), jnp.int32(-1))
+        return jax.tree.map(jnp.copy, state)
 
 
 def _restored(loop: Loop, beginning: Beginning, carry: Carry, max_matvecs: int) -> Carry:
@@ -210,7 +210,7 @@ def _restored(loop: Loop, beginning: Beginning, carry: Carry, max_matvecs: int) 
                 f"`max_matvecs` must be at least {num_matvecs}, the products that the restored run has done, "
                 f"got {max_matvecs}."
             )
-        carry = Carry(state, jnp.int32(num_matvecs // loop.width), jnp.int32(-1))
+        carry = _begun(state, num_matvecs // loop.width)
     return carry
 
 
@@ -221,21 +221,31 @@ def loop_on_host(loop: Loop, carry: Carry) -> Carry:
     """Multiply and absorb; look at the error every few products, and stop where it is small enough."""
     refuse_tracers(carry)  # as it is inside `jit`, whatever the run was given
     dtypes = tuple(jnp.result_type(leaf) for leaf in jax.tree.leaves(loop.like))
+    state_layouts = Layouts.of(carry.state)  # once: every step leaves it where it is
     step, look_every = int(carry.steps), max(1, CHECK_EVERY // loop.width)
+    watched = loop.tol is not None or bool(loop.callbacks)
+    sent: deque[Array] = deque()
     while True:
-        if step and (step % look_every == 0 or step >= loop.max_steps) and _look(loop, carry, step):
+        if step >= loop.max_steps or (watched and step and step % look_every == 0):
+            if _look(loop, carry, step):
+                return carry
+        # Of an earlier step, so that the device is never idle; nor does it get far behind.
+        elif len(sent) > AHEAD and jax.device_get(sent.popleft()) >= 0:
             return carry
-        products = tuple(map(loop.matvec, _estimator.query(loop.estimator, dtypes, carry.state)))
+        block = _estimator.query(loop.estimator, dtypes, loop.layouts, carry.state)
+        products = tuple(map(loop.matvec, block))
         refuse_tracers(products)
-        _check_products(products, loop.like)
-        carry = _estimator.absorb(loop.estimator, carry, products)
+        check_products(products, loop.like)
+        carry = _estimator.absorb(loop.estimator, state_layouts, *carry, products)
+        sent.append(carry.failed_leaf)
         step += 1
 
 
 def _look(loop: Loop, carry: Carry, step: int) -> bool:
     """Whether the run is over; the callbacks are told what was seen."""
-    watched = loop.tol is not None or loop.callbacks
-    looks = _estimator.error(loop.estimator, loop.tol, carry.state) if watched else (math.inf, -math.inf)
+    looks = (math.inf, -math.inf)
+    if loop.tol is not None or loop.callbacks:
+        looks = _estimator.error(loop.estimator, loop.tol, carry.state)
     # One transfer: every read makes the host wait for the device.
     (error, target), steps, failed_leaf = jax.device_get((looks, carry.steps, carry.failed_leaf))
     satisfied = loop.tol is not None and not error > target  # a NaN: it cannot go on
@@ -246,25 +256,21 @@ def _look(loop: Loop, carry: Carry, step: int) -> bool:
     return done
 
 
-@contextlib.contextmanager
-def entered(callbacks: Sequence[Callback]) -> Iterator[None]:
-    """Inside all callbacks that are context managers."""
-    with contextlib.ExitStack() as stack:
-        for callback in callbacks:
-            if isinstance(callback, contextlib.AbstractContextManager):
-                stack.enter_context(callback)
-        yield
-
-
 # -- on the device ---------------------------------------------------------------------------------
 
 
-@compiled()
+@compiled(static_argnums=1, donate_argnums=6)
 def loop_on_device(
-    estimator: Estimator, matvec: Matvec, like: Params, max_steps: Any, tol: Amount | None, carry: Carry
+    estimator: Estimator,
+    layouts: tuple[Layouts, Layouts],
+    matvec: Matvec,
+    like: Params,
+    max_steps: Any,
+    tol: Amount | None,
+    carry: Carry,
 ) -> Carry:
-    """The same loop as one compiled program."""
-    step = functools.partial(_step_on_device, estimator, matvec, like, tol)
+    """The same loop as one compiled program; the layouts are those of vectors, and of the state."""
+    step = functools.partial(_step_on_device, estimator, layouts, matvec, like, tol)
 
     def go_on(loop: tuple[Carry, Bool[Array, ""]]) -> Bool[Array, ""]:
         carry, satisfied = loop
@@ -275,13 +281,15 @@ def loop_on_device(
 
 def _step_on_device(
     estimator: Estimator,
+    layouts: tuple[Layouts, Layouts],
     matvec: Matvec,
     like: Params,
     tol: Amount | None,
     loop: tuple[Carry, Bool[Array, ""]],
 ) -> tuple[Carry, Bool[Array, ""]]:
     block = _tree.cast_like(estimator.query(loop[0].state), like)
-    carry = _estimator.update(estimator, loop[0], _apply_block(matvec, block))
+    products = _apply_block(matvec, jax.vmap(layouts[0].laid)(block))
+    carry = _estimator.update(estimator, layouts[1], loop[0], jax.vmap(layouts[0].laid)(products))
     if tol is None:
         return carry, jnp.asarray(False)
     look_now = carry.steps % max(1, CHECK_EVERY // jax.tree.leaves(block)[0].shape[0]) == 0
@@ -301,10 +309,5 @@ def _apply_block(matvec: Matvec, block: Block) -> Block:
         _tree.check_vector(products, block, "matvec(block)", "like")
         return products
     product = matvec(_tree.row(block, 0))
-    _check_products((product,), _tree.row(block, 0))
+    check_products((product,), _tree.row(block, 0))
     return jax.tree.map(lambda leaf: leaf[None], product)
-
-
-def _check_products(products: Sequence[Vector], like: Params) -> None:
-    for product in products:
-        _tree.check_vector(product, like, "matvec(vector)", "like")

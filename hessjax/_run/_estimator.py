@@ -1,10 +1,11 @@
 """The protocol: what an estimator is, its compiled methods, what watches a run, and options of a run."""
 
 import abc
+import contextlib
 import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, TypedDict, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +13,7 @@ from jaxtyping import Array, Int
 
 from hessjax._core import _numbers, _tree
 from hessjax._core._compiled import compiled
-from hessjax._core._messages import (
-    checked_any_key,
-    checked_flag,
-    checked_function,
-    checked_instance,
-    checked_sequence,
-    shown,
-)
+from hessjax._core._sharding import Layouts
 from hessjax._core._types import Amount, Block, Key, Matvec, Params, Relative, Scalar, Vector
 
 
@@ -42,6 +36,7 @@ class Estimator(abc.ABC):
     Attributes:
         init_only: the names of fields that `init` alone reads (a right-hand side, vectors to start from):
             all else is compiled without them.
+        less_memory: settings that need less, in words.
 
     Example:
         >>> import dataclasses
@@ -66,6 +61,7 @@ class Estimator(abc.ABC):
     """
 
     init_only: ClassVar[tuple[str, ...]] = ()
+    less_memory: ClassVar[str] = ""
 
     @abc.abstractmethod
     def init(self, key: Key, like: Params) -> Any:
@@ -159,12 +155,14 @@ def _meant(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-@compiled()
-def state_of(estimator: Estimator, key: Key, like: Params) -> Any:
-    """`estimator.init(key, like)`."""
+@compiled(static_argnums=1)
+def state_of(estimator: Estimator, layouts: Layouts, key: Key, like: Params) -> Any:
+    """`estimator.init(key, like)`, where `like` is told to lie."""
+    with layouts.told(like):
+        state = estimator.init(key, like)
     # `like` tells jit which mesh it is on, so is not dropped. Not by jit's `keep_unused`: with it jax 0.12
     # never lets go of what functions close over.
-    return jax.lax.optimization_barrier((estimator.init(key, like), like))[0]
+    return jax.lax.optimization_barrier((state, like))[0]
 
 
 init = _meant(state_of)
@@ -176,32 +174,46 @@ def read_result(estimator: Estimator, state: Any) -> Any:
     return estimator.result(state)
 
 
-@compiled(static_argnums=1)
-def query(estimator: Estimator, dtypes: tuple[Any, ...], state: Any) -> tuple[Vector, ...]:
-    """The queried vectors, one by one, in the dtypes of the params."""
+@compiled(static_argnums=(1, 2))
+def query(estimator: Estimator, dtypes: tuple[Any, ...], layouts: Layouts, state: Any) -> tuple[Vector, ...]:
+    """The queried vectors, one by one, in the dtypes of the params, and lying as they do."""
     # Taken apart in here: outside `jit` every vector of every leaf would be a dispatch of its own.
     leaves, structure = jax.tree.flatten(estimator.query(state))
     rows = [
         [x.astype(dtype) for x, dtype in zip(xs, dtypes, strict=True)] for xs in zip(*leaves, strict=True)
     ]
-    return tuple(jax.tree.unflatten(structure, row) for row in rows)
+    return tuple(layouts.laid(jax.tree.unflatten(structure, row)) for row in rows)
 
 
-@compiled(donate_argnums=1)
-def absorb(estimator: Estimator, carry: Carry, products: tuple[Vector, ...]) -> Carry:
-    return update(estimator, carry, jax.tree.map(lambda *xs: jnp.stack(xs), *products))
+# Of what it changes only the state is donated: the host waits for an old count of steps.
+@compiled(static_argnums=1, donate_argnums=2)
+def absorb(
+    estimator: Estimator,
+    layouts: Layouts,
+    state: Any,
+    steps: Int[Array, ""],
+    failed_leaf: Int[Array, ""],
+    products: tuple[Vector, ...],
+) -> Carry:
+    """One update of a carry, whose state lies like this, in its memory."""
+    block = jax.tree.map(lambda *xs: jnp.stack(xs), *products)
+    return update(estimator, layouts, Carry(state, steps, failed_leaf), block)
 
 
-def update(estimator: Estimator, carry: Carry, products: Block) -> Carry:
+def update(estimator: Estimator, layouts: Layouts, carry: Carry, products: Block) -> Carry:
     """One update, unless this product or an earlier one is not finite: then the state stays as it was."""
     bad = jnp.stack([~jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(products)])
     failed = jnp.where(jnp.any(bad), jnp.argmax(bad), -1).astype(jnp.int32)
     # The first failure stays: the host looks every few products only, and by then has sent more.
     failed = jnp.where(carry.failed_leaf >= 0, carry.failed_leaf, failed)
-    state = jax.lax.cond(
-        failed < 0, estimator.update, lambda state, _: state, carry.state, _tree.wide(products)
-    )
-    return Carry(state, carry.steps + jnp.int32(failed < 0), failed)
+    updated = functools.partial(_updated, estimator, layouts)
+    state = jax.lax.cond(failed < 0, updated, lambda state, _: state, carry.state, _tree.wide(products))
+    return Carry(layouts.laid(state), carry.steps + jnp.int32(failed < 0), failed)
+
+
+def _updated(estimator: Estimator, layouts: Layouts, state: Any, products: Block) -> Any:
+    with layouts.told(state):  # in here, since a branch has arrays of its own
+        return layouts.laid(estimator.update(state, products))
 
 
 @_meant
@@ -242,6 +254,16 @@ method `restore(beginning) -> (state, num_matvecs) | None` is asked before the f
 this very run, begun earlier; the run then goes on from there, and counts those products as its own."""
 
 
+@contextlib.contextmanager
+def entered(callbacks: Sequence[Callback]) -> Iterator[None]:
+    """Inside all callbacks that are context managers."""
+    with contextlib.ExitStack() as stack:
+        for callback in callbacks:
+            if isinstance(callback, contextlib.AbstractContextManager):
+                stack.enter_context(callback)
+        yield
+
+
 class Beginning(NamedTuple):
     """What a run begins with: `run`'s arguments, and the state before the first product."""
 
@@ -250,70 +272,3 @@ class Beginning(NamedTuple):
     key: Key
     like: Params
     state: Any
-
-
-# -- options ---------------------------------------------------------------------------------------
-
-
-class RunOptions(TypedDict, total=False):
-    """The options that every one-liner passes on to `run`.
-
-    Attributes:
-        callbacks: each is called with a `Progress` every few products and at the end; see `run`.
-        on_device: run the whole loop in one compiled `lax.while_loop`; see `run`.
-    """
-
-    callbacks: Sequence[Callback]
-    on_device: bool
-
-
-def checked_options(function: str, options: Mapping[str, Any]) -> RunOptions:
-    """The options of a one-liner of this name, none of them unknown."""
-    if unknown := options.keys() - RunOptions.__annotations__.keys():
-        raise TypeError(
-            f"{function}() got an unexpected keyword argument '{min(unknown)}'; options of a run are "
-            f"{', '.join(f'`{name}`' for name in RunOptions.__annotations__)}."
-        )
-    check_callbacks(options.get("callbacks", ()))
-    checked_flag("on_device", options.get("on_device", False))
-    return RunOptions(**options)  # type: ignore[typeddict-item]
-
-
-def check_callbacks(callbacks: Any) -> None:
-    """Raise a TypeError for what is no sequence of functions, or one that only makes a callback."""
-    for callback in checked_sequence("callbacks", callbacks, "functions `(progress) -> None`"):
-        # Called with a `Progress`, they would make one more callback and show nothing.
-        is_maker = getattr(callback, "__name__", "") in ("progress_bar", "checkpoint")
-        if not callable(callback) or is_maker:
-            hint = f": call it, `hessjax.{callback.__name__}(...)`" if is_maker else ""
-            raise TypeError(
-                "`callbacks` must hold functions `(progress) -> None`, such as `hessjax.progress_bar()`, "
-                f"got {shown(callback)}{hint}."
-            )
-        checked_function("callbacks", callback, "(progress) -> None")
-
-
-def check_run(estimator: Any, matvec: Any, key: Any, callbacks: Any, on_device: Any) -> None:
-    """Raise an error for arguments of a run that are not what they must be."""
-    _check_estimator(estimator)
-    checked_function("matvec", matvec, "(vector) -> vector")
-    checked_any_key(key)
-    check_callbacks(callbacks)
-    checked_flag("on_device", on_device)
-
-
-def _check_estimator(estimator: Any) -> None:
-    """An estimator goes through `jit` as an argument: one that is no pytree is made a static one."""
-    checked_instance("estimator", estimator, Estimator, "lanczos(5)")
-    if not jax.tree_util.all_leaves([estimator]):
-        return
-    kind = type(estimator)
-    try:
-        hash(estimator)
-    except TypeError as error:
-        raise TypeError(
-            f"`estimator` must hash, got a {kind.__name__} that does not ({error}): make it a frozen "
-            "dataclass, and if it holds arrays a pytree with these as leaves "
-            "(`jax.tree_util.register_dataclass`)."
-        ) from None
-    jax.tree_util.register_static(kind)

@@ -2,16 +2,19 @@
 
 import dataclasses
 import functools
-import hashlib
 import inspect
+import json
 import types
+import zlib
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hessjax._core import _tree
+from hessjax._core import _processes, _sharding, _tree
+from hessjax._core._digests import digests
+from hessjax._core._processes import Group
 from hessjax._core._types import Amount
 from hessjax._run._estimator import Beginning
 
@@ -26,21 +29,22 @@ def identity(beginning: Beginning) -> Identity:
     """The identity of a run: methods, arrays of the matvec, the state it begins with, key, params."""
     estimator, matvec, key, like, state = beginning
     found: Identity = {"estimator": describe(estimator)}
-    found |= {"matvec": describe(matvec), "key": _digest(as_numbers(key))}
+    found |= {"matvec": describe(matvec), "key": digests([as_numbers(key)])[0]}
     found |= fingerprint(like, "params")
     # A Partial is a pytree: the batch and the params in it can be looked at.
     arrays = {f"matvec {path}": x for path, x in _leaves(matvec) if _is_array(x)}
     arrays |= {f"state {path}": x for path, x in _leaves(state)}
     found |= {name: _kind(x) for name, x in arrays.items()}
-    samples = _samples([as_numbers(x) for x in arrays.values()])
-    pairs = zip(arrays, jax.device_get(samples), strict=True)
+    samples = _processes.by_devices(_samples, [as_numbers(x) for x in arrays.values()])
+    pairs = zip(arrays, map(_processes.on_host, samples), strict=True)
     return found | {f"{name}, numbers in it": np.asarray(x, float).tolist() for name, x in pairs}
 
 
 def fingerprint(tree: Any, name: str) -> Identity:
-    """Kind and digest of every array of a tree, by path; every bit counts."""
+    """Kind and digest of every array of a tree, by path: every bit counts, but no layout over devices."""
     arrays = {path: as_numbers(x) for path, x in _leaves(tree) if _is_array(x)}
-    return {f"{name} {path}": f"{_kind(x)} {_digest(x)}" for path, x in arrays.items()}
+    pairs = zip(arrays.items(), digests(list(arrays.values())), strict=True)
+    return {f"{name} {path}": f"{_kind(x)} {digest}" for (path, x), digest in pairs}
 
 
 def differences(saved: Identity, now: Identity) -> list[str]:
@@ -57,6 +61,22 @@ def differences(saved: Identity, now: Identity) -> list[str]:
         elif not _close(a, b):
             lines.append(f"{name}: saved {_shown(a)}, now {_shown(b)}")
     return lines
+
+
+def check_alike(group: Group, found: Identity) -> None:
+    """Raise a ValueError unless all processes of a group begin the same run."""
+    text = json.dumps(found)
+    if len(set(group.exchanged(str(zlib.crc32(text.encode()))))) == 1:
+        return
+    first = json.loads(group.exchanged(text)[0])
+    lines = "\n  ".join(differences(first, found))
+    # All of them raise: those that do not differ would wait for the others forever.
+    found_by = zip(group.members, group.exchanged(lines), strict=True)
+    if other := next(((member, lines) for member, lines in found_by if lines), None):
+        raise ValueError(
+            f"`checkpoint` must be of the same run in every process, but process {group.members[0]}'s "
+            f"(`saved`) is not process {other[0]}'s (`now`):\n  {other[1]}"
+        )
 
 
 def as_numbers(leaf: Any) -> Any:
@@ -112,19 +132,18 @@ def _kind(leaf: Any) -> str:
     return f"{getattr(leaf, 'dtype', type(leaf).__name__)}{list(np.shape(leaf))}"
 
 
-def _digest(leaf: Any) -> str:
-    """Every bit counts."""
-    return hashlib.blake2b(np.asarray(leaf).tobytes(), digest_size=6).hexdigest()
-
-
 @jax.jit
 def _samples(leaves: list[Any]) -> list[jax.Array]:
     """Entries of every array, evenly spread."""
-    sampled = []
-    for leaf in map(jnp.asarray, leaves):
-        at = np.unique(np.linspace(0, max(leaf.size - 1, 0), SAMPLE).astype(int))[: leaf.size]
-        sampled.append(leaf[np.unravel_index(at, leaf.shape)] if leaf.ndim else leaf[None])
-    return sampled
+    return [_entries(jnp.asarray(leaf)) for leaf in leaves]
+
+
+def _entries(leaf: jax.Array) -> jax.Array:
+    if not leaf.ndim:
+        return leaf[None]
+    at = np.unique(np.linspace(0, max(leaf.size - 1, 0), SAMPLE).astype(int))[: leaf.size]
+    # Told where they go: explicit meshes look nothing up along an axis that is sharded otherwise.
+    return leaf.at[np.unravel_index(at, leaf.shape)].get(out_sharding=_sharding.everywhere(leaf))
 
 
 def _close(a: list[float], b: list[float]) -> bool:

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from jax.tree_util import Partial
 
 from hessjax._core import _tree
 from hessjax._core._messages import checked_any_key, checked_function
+from hessjax._core._sources import Source, check_reiterable
 from hessjax._core._types import Key, LossFn, Matvec, Params, Scalar, Vector
 from hessjax.analysis._comparisons import (
     Check,
@@ -21,12 +22,12 @@ from hessjax.analysis._comparisons import (
     compare_passes,
     compare_product,
     dtypes,
+    first_batch,
     loss_and_gradient,
     named,
 )
-from hessjax.analysis._examples import example_rows
+from hessjax.analysis._examples import example_rows, padding_rows
 from hessjax.analysis._finite import cheapest_mode, finite_products, not_finite, untested
-from hessjax.curvature._batches import check_reiterable
 from hessjax.curvature._hessian import hessian
 from hessjax.curvature._product import at_precision, check_call, explained, scalar
 from hessjax.curvature._weights import Weights, check_weights
@@ -40,7 +41,7 @@ def check(
     loss_fn: LossFn,
     params: Params,
     *args: Any,
-    batches: Iterable[Any] | None = None,
+    batches: Source | None = None,
     weights: Weights | None = None,
     matvec: Matvec | None = None,
     key: Key | None = None,
@@ -52,6 +53,7 @@ def check(
     - *finite params*, *finite loss*: numbers that are NaN or infinite. If there are any, nothing else runs.
     - *finite products*: likewise in the gradient and in two products; what depends on these is not tested.
     - *same data* (with `batches`): batches that differ between two passes.
+    - *padding* (with `hj.batches`, where it fills batches up): by how much that changes the loss, relative.
     - *same loss*, *same loss retraced*, *same products*: relative change when computed a second time,
       from the same compiled program or from a fresh trace. Fails for randomness that does not enter
       through the arguments.
@@ -70,7 +72,7 @@ def check(
         loss_fn: `loss_fn(params, *args) -> scalar`.
         params: pytree of real floating-point arrays.
         *args: what else the loss takes; with `batches`, what it takes after the batch.
-        batches: an iterable of batches that starts afresh each time. The data are compared in full,
+        batches: a source of data that starts afresh each time, as for `over_batches`. It is compared in full,
             everything else runs on the first batch, `loss_fn(params, batch, *args)`.
         weights: `weights(batch) -> array`, how much each example counts in the loss's own mean, as
             `per_example_grads` and `over_batches` take it. None: all alike.
@@ -106,24 +108,19 @@ def check(
     if matvec is not None:
         checked_function("matvec", matvec, "(vector) -> vector")
     key = jax.random.key(0) if key is None else checked_any_key(key)
-    rows = []
+    rows, rest = [], args
     if batches is not None:
         check_reiterable(batches)
         changed, detail = compare_passes(batches)
         rows.append(CheckRow("same data", changed == 0, changed, 0, detail))
-        args = (_first(batches), *args)
+        args = (first_batch(batches), *args)
     check_call("loss_fn", loss_fn, args)
     check_weights(weights)
     rows += _finite(loss_fn, params, args)
     if all(row.passed for row in rows if row.name.startswith("finite")):
+        rows += padding_rows(loss_fn, params, batches, rest)
         rows += _derivatives(loss_fn, params, args, weights, matvec, key)
     return Check(tuple(rows))
-
-
-def _first(batches: Iterable[Any]) -> Any:
-    for batch in batches:
-        return batch
-    raise ValueError("`batches` must hold at least one batch when iterated anew, got none.")
 
 
 def _finite(loss_fn: LossFn, params: Params, args: tuple[Any, ...]) -> list[CheckRow]:

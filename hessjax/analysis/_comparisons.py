@@ -15,8 +15,10 @@ from jaxtyping import Array, ArrayLike, Float
 
 from hessjax._core import _numbers, _tree
 from hessjax._core._compiled import compiled
+from hessjax._core._sources import Source
 from hessjax._core._tables import Column, Row, Table, printable
 from hessjax._core._types import Key, LossFn, Matvec, Params, Scalar, Vector
+from hessjax.curvature._data import unweighed
 from hessjax.curvature._product import at_precision, scalar
 from hessjax.estimators.probes import gaussian, rademacher
 
@@ -254,7 +256,7 @@ def _scales(params: Params) -> Float[Array, " l"]:
     return jnp.maximum(lengths / jnp.sqrt(sizes), jnp.where(everywhere > 0, everywhere, 1.0))
 
 
-def compare_passes(batches: Iterable[Any]) -> tuple[int, str]:
+def compare_passes(batches: Source) -> tuple[int, str]:
     """How many batches of a second pass differ from the first, and what is to be said about it."""
     changed, first = 0, ""
     passes = [list(_digests(batches)) for _ in range(2)]
@@ -268,9 +270,16 @@ def compare_passes(batches: Iterable[Any]) -> tuple[int, str]:
     return changed, f"{changed} of {max(map(len, passes))} batches change in a second pass; {first}"
 
 
-def _digests(batches: Iterable[Any]) -> Iterator[dict[str, bytes]]:
+def first_batch(batches: Source) -> Any:
+    """The first of a pass."""
+    for batch in unweighed(batches):
+        return batch
+    raise ValueError("`batches` must hold at least one batch when iterated anew, got none.")
+
+
+def _digests(batches: Source) -> Iterator[dict[str, bytes]]:
     """Of every batch, a fingerprint of each leaf."""
-    for batch in batches:
+    for batch in unweighed(batches):
         yield dict(zip(_tree.leaf_paths(batch), map(_digest, jax.tree.leaves(batch)), strict=True))
 
 

@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from hessjax._core import _tree
 from hessjax._core._compiled import compiled
 from hessjax._core._types import LossFn, Params, Vector
 from hessjax.analysis._comparisons import CheckRow, loss_and_gradient, named, norms
-from hessjax.curvature._gradients import of_each
+from hessjax.curvature._data import Batches
 from hessjax.curvature._product import at_precision, scalar
 from hessjax.curvature._weights import (
     Weights,
@@ -21,6 +22,7 @@ from hessjax.curvature._weights import (
     by_example,
     check_count,
     leading_axis,
+    of_each,
     shares_of,
     weighed,
     without_absent,
@@ -92,6 +94,22 @@ def example_rows(
     yield (
         halves if examples.passed else halves._replace(detail=halves.detail.split(": ")[0] + ", as examples")
     )
+
+
+def padding_rows(loss_fn: LossFn, params: Params, batches: Any, args: tuple[Any, ...]) -> Iterator[CheckRow]:
+    """*padding*, where batches are filled up: whether the loss leaves out what counts for nothing."""
+    if (pair := batches.part() if isinstance(batches, Batches) else None) is None:
+        return
+    whole, filled = (loss_and_gradient(Partial(loss_fn), params, (batch, *args))[0] for batch in pair)
+    eps = max(float(jnp.finfo(jnp.result_type(leaf)).eps) for leaf in [*jax.tree.leaves(params), whole])
+    change = abs(float(filled) - float(whole)) / (abs(float(whole)) or 1.0)
+    detail = (
+        "half a batch has the loss that it has when it is filled up"
+        if (passed := change <= eps**0.5)
+        else "half a batch changes its loss when it is filled up: take the mean by the weights that "
+        "`with_weights` puts into it, Σ w ℓ / Σ w"
+    )
+    yield CheckRow("padding", passed, change, eps**0.5, detail)
 
 
 class _Skip(Exception):  # noqa: N818 (never seen by anyone)

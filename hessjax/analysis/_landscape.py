@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,14 +11,15 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 from rich.progress import Progress
 
-from hessjax._core import _tree
+from hessjax._core import _digests, _tree
 from hessjax._core._compiled import compiled
 from hessjax._core._messages import check_flags, checked_count, shown
 from hessjax._core._results import by_shapes, counted, is_known, with_error
+from hessjax._core._sources import Source, check_source, length_of
 from hessjax._core._tables import Column, Row, Table, number, printable
 from hessjax._core._types import Block, LossFn, Params, Scalar, Vector
 from hessjax._run._bar import columns
-from hessjax.curvature._batches import check_batches
+from hessjax.curvature._data import weighed
 from hessjax.curvature._product import (
     as_pytree,
     at_precision,
@@ -27,7 +28,7 @@ from hessjax.curvature._product import (
     explained,
     scalar,
 )
-from hessjax.curvature._weights import Weights, batch_weight, check_total, check_weights
+from hessjax.curvature._weights import Weights, check_weights
 from hessjax.estimators._samples import sampling_error
 
 
@@ -78,7 +79,7 @@ def landscape(
     *args: Any,
     directions: Vector | Sequence[Vector] | Block,
     distances: ArrayLike | Sequence[Any] | None = None,
-    batches: Iterable[Any] | None = None,
+    batches: Source | None = None,
     weights: Weights | None = None,
     points_at_once: int = 1,
     precision: str | None = "highest",
@@ -101,7 +102,7 @@ def landscape(
             `hj.directions` makes others.
         distances: an increasing array for all directions, or one for each. By default 51 points from -1
             to 1 on a curve, 25 in each direction of a plane.
-        batches: any iterable of batches; a generator will do.
+        batches: a source of data, as for `over_batches`; gone through once, so a generator will do.
         weights: `weights(batch) -> array`, how much each batch counts, as for `over_batches`. None: the
             common length of its leading axes.
         points_at_once: how many points one call evaluates side by side. More than 1 fills an accelerator;
@@ -145,8 +146,9 @@ def landscape(
     """
     _tree.check_floating(params)
     if batches is not None:
-        check_batches(batches)
+        check_source(batches)
     check_call("loss_fn", loss_fn, args if batches is None else (0, *args))
+    _digests.check_alike(params, args)
     points_at_once = checked_count("points_at_once", points_at_once)
     check_precision(precision)
     check_flags(progress=progress)
@@ -241,14 +243,8 @@ def _sources(
             raise ValueError("`weights` must come with `batches`: without them there is no mean to take.")
         yield 1.0, args
         return
-    check_batches(batches)
-    index, total = -1, 0.0
-    for index, batch in enumerate(batches):
-        if weight := batch_weight(weights, batch, index):  # one of padding is not there: its loss may be 0/0
-            total += weight
-            # Put on the device once; every point of the grid reads it from there.
-            yield weight, (jax.device_put(batch), *args)
-    check_total(total, index)
+    for weight, batch in weighed(batches, weights):
+        yield weight, (batch, *args)
 
 
 # -- computing it ----------------------------------------------------------------------------------
@@ -261,13 +257,18 @@ def _evaluated(
     advance: Callable[[Array], Array],
 ) -> tuple[np.ndarray, np.ndarray]:
     """The weight of every batch (b,), and its losses at all points (b, n)."""
-    weights, losses = [], []
+    weights, losses = [], list[Any]()
     for weight, arguments in sources:
-        # Fetched once per batch, when all its points are under way: between them the device does not wait.
-        parts = [advance(evaluate(chunk, arguments)) for chunk in chunks]
         weights.append(weight)
-        losses.append(np.concatenate(jax.device_get(parts)))
+        losses.append([advance(evaluate(chunk, arguments)) for chunk in chunks])
+        # A batch is fetched when all points of the next are under way, and this one is while that is read.
+        losses[-2:-1] = map(_fetched, losses[-2:-1])
+    losses[-1:] = map(_fetched, losses[-1:])
     return np.array(weights), np.array(losses)
+
+
+def _fetched(parts: list[Array]) -> np.ndarray:
+    return np.concatenate(jax.device_get(parts))
 
 
 @explained("loss_fn")
@@ -306,7 +307,7 @@ _norm = jax.jit(_tree.norm)
 @contextlib.contextmanager
 def _bar(shown: bool, batches: Any, calls: int) -> Iterator[Callable[[Array], Array]]:
     """A progress bar, and the function that moves it on when a result is there."""
-    number = 1 if batches is None else len(batches) if isinstance(batches, Sized) else None
+    number = 1 if batches is None else length_of(batches)
     with Progress(*columns(), disable=not shown) as bar:
         task = bar.add_task("landscape", total=number and number * calls, text="evaluations")
 

@@ -14,7 +14,7 @@ from hessjax._core._tables import Column, Row, Table, printable
 from hessjax._core._types import Block, Params, Where
 from hessjax._core._words import AxisWords
 from hessjax._run import _drivers
-from hessjax._run._estimator import check_callbacks
+from hessjax._run._arguments import check_callbacks
 from hessjax.analysis import _metrics, _sensitivity_csv, _sensitivity_file
 from hessjax.analysis._sensitivity_csv import SensitivityRow, level_name
 from hessjax.analysis._sensitivity_parts import Network, parts_of, pruned, record_of

@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from hessjax._core import _tree
 from hessjax._core._axes import Axes, layers_of
+from hessjax._core._counting import Total, num_set_in_all
 from hessjax._core._layout import tree_axes
 from hessjax._core._messages import checked_flag
 from hessjax._core._tables import Column, Row, Table, number, percent, printable, shape_text
@@ -160,7 +161,7 @@ def summary(
         ValueError: if there is no weight at all; if `axes` does not fit.
 
     Cost:
-        A few passes over the weights, summed in float32 at least; one transfer of at most nine numbers per
+        A few passes over the weights, summed in float32 at least; one transfer of at most ten numbers per
         leaf; with a model one trace of it.
 
     Example:
@@ -236,7 +237,7 @@ class _Facts(NamedTuple):
 
 
 @jax.jit
-def _moments(x: Array) -> tuple[Array, Array, Array, Array]:
+def _moments(x: Array) -> tuple[Total, Array, Array, Array]:
     """Nonzeros, mean, standard deviation, mean of absolute values."""
     wide = _tree.wide(x)
     # In units of the largest: squares of weights of 1e-25 or 1e20 leave float32.
@@ -244,7 +245,7 @@ def _moments(x: Array) -> tuple[Array, Array, Array, Array]:
     unit = jnp.where(jnp.isfinite(largest) & (largest > 0), largest, 1)
     mean = jnp.mean(wide / unit)
     std = jnp.sqrt(jnp.mean((wide / unit - mean) ** 2))
-    return jnp.sum(x != 0, dtype=jnp.int32), unit * mean, unit * std, unit * jnp.mean(jnp.abs(wide / unit))
+    return num_set_in_all(x != 0), unit * mean, unit * std, unit * jnp.mean(jnp.abs(wide / unit))
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -275,7 +276,7 @@ def _num_parts(axes: Axes) -> list[int]:
 
 
 def _facts(entry: _Entry, moments: tuple[Any, ...], zeros: dict[int, Any]) -> _Facts:
-    nonzeros, mean, std, abs_mean = (x.item() for x in moments)
+    nonzeros, mean, std, abs_mean = moments[0].exactly(), *(x.item() for x in moments[1:])
     shape, work = jnp.shape(entry.leaf), entry.multiply_adds
     number = math.prod(shape)
     left = None if work is None else work * nonzeros / max(number, 1)

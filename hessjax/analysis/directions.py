@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from hessjax._core import _tree
+from hessjax._core import _sharding, _tree
 from hessjax._core._axes import Axes
 from hessjax._core._layout import tree_axes
 from hessjax._core._messages import checked_int
@@ -139,7 +139,7 @@ def _rescaled(within: tuple[tuple[int, ...], ...], direction: Vector, params: Pa
 
 def _rescaled_leaf(within: tuple[int, ...], d: Array, w: Array) -> Array:
     if not within:
-        return jnp.zeros_like(d)
+        return _sharding.born_like(jnp.zeros_like(d), d)
     # Norms with their axes kept, in the direction's dtype: squares of bfloat16 weights lose their digits.
     norms = [jnp.sqrt(jnp.sum(x.astype(d.dtype) ** 2, axis=within, keepdims=True)) for x in (d, w)]
     # A filter of the params that is zero makes the direction zero there, not NaN.

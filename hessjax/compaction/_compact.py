@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hessjax._core import _tree
+from hessjax._core import _processes, _tree
 from hessjax._core._messages import check_flags
 from hessjax._core._tables import Column, Row, Table, printable, shape_text
 from hessjax._core._types import ModelFn, Params, Where
 from hessjax._core._where import match
-from hessjax.compaction._difference import check_same, gaps
+from hessjax.compaction._difference import PRECISION, check_same, gaps
 from hessjax.compaction._leaves import shrink_leaf, take
 from hessjax.compaction._model import CompactModel, shapes_of, signature
 from hessjax.compaction._narrow import Asked, analyse
@@ -87,8 +87,10 @@ class Compacted(NamedTuple):
             The same tree with smaller arrays.
 
         Raises:
-            ValueError: if no leaf lies at the path of one of the params, or one that does has another shape.
+            ValueError: if no leaf lies at the path of one of the params, one that does has another shape,
+                or a leaf spans processes.
         """
+        _processes.check_here(tree, "tree")
         prefix = f"{under}/" if under else ""
         shapes = {
             path.removeprefix(prefix): before
@@ -172,7 +174,7 @@ def compact(
         as a table.
 
     Raises:
-        ValueError: if `where` matches no leaf, or two leaves have the same path.
+        ValueError: if `where` matches no leaf, two leaves have the same path, or one spans processes.
         RuntimeError: if an output differs by more than rounding on the example (√ε of the coarsest dtype in
             the model, or what the network makes of a few ε in its weights), and no constants were to be
             dropped. It is named.
@@ -205,16 +207,18 @@ def compact(
     check_flags(drop_constants=drop_constants)
     _tree.check_leaves(params)
     check_call("model_fn", model_fn, args)
+    _processes.check_here(params, "params")
+    _processes.check_here(args, "args")
     paths, leaves = _tree.unique_paths(params, "params"), jax.tree.leaves(params)
-    program = read(model_fn, params, *args)
+    with jax.default_matmul_precision(PRECISION):
+        program, known_as = read(model_fn, params, *args), signature(args)
     asked = Asked(jax.tree.leaves(match(params, where)), drop_constants)
     nonzero = [nonzero_of(leaf) for leaf in leaves]
     narrowing = analyse(program, nonzero, asked)
     chosen = narrowing.indices()
     small_leaves = [take(leaf, axes) for leaf, axes in zip(leaves, chosen, strict=True)]
     small = jax.tree.unflatten(jax.tree.structure(params), small_leaves)
-    known = {signature(args): narrowing}
-    small_fn = CompactModel(model_fn, shapes_of(params), nonzero, asked, chosen, known)
+    small_fn = CompactModel(model_fn, shapes_of(params), nonzero, asked, chosen, {known_as: narrowing})
     found = gaps(model_fn, small_fn, params, small, args)
     kept = {path: axes for path, axes in zip(paths, chosen, strict=True) if axes}
     work = multiply_adds(program)

@@ -13,6 +13,10 @@ from hessjax._core import _numbers, _tree
 from hessjax._core._types import ModelFn, Params
 from hessjax.program._program import Body
 
+PRECISION = "highest"
+"""Of products that are compared: in fast modes of accelerators (TF32) another order of sums changes far more
+than float32 rounds."""
+
 
 class Gaps(NamedTuple):
     """How far the outputs of two models are apart.
@@ -50,8 +54,7 @@ def gaps(full: ModelFn, small: ModelFn, params: Params, fewer: Params, args: Any
     Raises:
         ValueError: if they differ in structure or shape.
     """
-    # In the fast modes of accelerators (TF32) sums in another order differ by far more than float32 rounds.
-    with jax.default_matmul_precision("highest"):
+    with jax.default_matmul_precision(PRECISION):
         want, measured = jax.jit(functools.partial(_both, full, small))(params, fewer, args)
     numbers = np.asarray(jax.device_get(measured), float).reshape(-1, 3).T
     is_number = [bool(jnp.issubdtype(x.dtype, jnp.inexact)) for x in jax.tree.leaves(want)]

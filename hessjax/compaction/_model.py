@@ -76,9 +76,10 @@ class CompactModel:
 
 
 def signature(args: Any) -> Hashable:
-    """What a program depends on in its arguments."""
+    """What a program depends on: its arguments, and how exactly products are asked for where it is traced."""
     leaves, structure = jax.tree.flatten(args)
-    return structure, tuple((jnp.shape(x), str(getattr(x, "dtype", type(x)))) for x in leaves)
+    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    return structure, precision, tuple((jnp.shape(x), str(getattr(x, "dtype", type(x)))) for x in leaves)
 
 
 def shapes_of(params: Params) -> Params:

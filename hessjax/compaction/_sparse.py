@@ -1,5 +1,6 @@
 """Unstructured zeros, made use of as far as that goes: sparse matrices in memory, bit masks on disk."""
 
+import collections
 import math
 import os
 from pathlib import Path
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hessjax._core import _archive, _files, _tree
+from hessjax._core import _archive, _files, _processes, _tree
 from hessjax._core._messages import checked_number
 from hessjax._core._types import Params, Where, readable_defaults
 from hessjax._core._where import match
@@ -51,7 +52,7 @@ def to_sparse(params: Params, *, where: Where = has_two_axes, least_sparsity: fl
         back.
 
     Raises:
-        ValueError: if `where` matches no leaf, or `least_sparsity` is no fraction.
+        ValueError: if `where` matches no leaf, `least_sparsity` is no fraction, or a leaf spans processes.
         TypeError: if a leaf is not floating-point.
 
     Cost:
@@ -70,6 +71,7 @@ def to_sparse(params: Params, *, where: Where = has_two_axes, least_sparsity: fl
             f"`least_sparsity` must be in [0, 1], the fraction of zeros of a leaf, got {least_sparsity}."
         )
     _tree.check_floating(params)
+    _processes.check_here(params, "params")
 
     def convert(leaf: Any, hit: bool) -> Any:
         if not hit or not jnp.size(leaf):
@@ -99,7 +101,8 @@ def save_npz(path: str | os.PathLike[str], params: Params) -> Saved:
         path: where to write; the name is taken as it is. A file that is there is replaced in one go, once the
             new one is on disk; a link stays a link, and the mode is kept.
         params: any pytree of arrays of numbers. Python's numbers are saved as the arrays that jax makes of
-            them, arrays of another byte order in the machine's own.
+            them, arrays of another byte order in the machine's own. If they span processes, all of these make
+            the call, and the first of them writes the file.
 
     Returns:
         `Saved(dense_bytes, bytes)`: what the arrays take, and what the file takes.
@@ -110,7 +113,8 @@ def save_npz(path: str | os.PathLike[str], params: Params) -> Saved:
         OSError: if the file cannot be written; one that was there is then as it was.
 
     Cost:
-        One compression (deflate) of what is not zero.
+        One compression (deflate) of what is not zero; of memory one leaf at a time. One that spans processes
+        is for that time whole on each of its devices: where that is too much, save the params by Orbax.
 
     Example:
         >>> import tempfile, numpy as np, hessjax as hj
@@ -127,16 +131,29 @@ def save_npz(path: str | os.PathLike[str], params: Params) -> Saved:
     paths, leaves = _tree.unique_paths(params, "params"), jax.tree.leaves(params)
     if not leaves:
         raise ValueError("`params` must hold at least one array, got a tree without any.")
-    values = [_number_array(name, leaf) for name, leaf in zip(paths, leaves, strict=True)]
+    arrays = [_number_array(name, leaf) for name, leaf in zip(paths, leaves, strict=True)]
     header = [
-        {"path": name, "shape": x.shape, "dtype": x.dtype.name} for name, x in zip(paths, values, strict=True)
+        {"path": name, "shape": x.shape, "dtype": x.dtype.name} for name, x in zip(paths, arrays, strict=True)
     ]
-    entries: dict[str, np.ndarray] = {}
-    for i, value in enumerate(values):
-        entries |= _encoded(str(i), value)
-    # As an open file: to a name without it numpy appends `.npz`.
-    _files.write_whole(target, lambda file: _archive.write_archive(file, header, entries))
-    return Saved(sum(x.nbytes for x in values), target.stat().st_size)
+    return Saved(sum(x.nbytes for x in arrays), _written(target, header, arrays))
+
+
+def _written(target: Path, header: Any, arrays: list[Any]) -> int:
+    """Write the file, by the first of the processes that hold the arrays; its bytes."""
+    group, values = _processes.holders(arrays), map(_processes.on_host, arrays)
+
+    def write() -> int:
+        entries = (entry for i, value in enumerate(values) for entry in _encoded(str(i), value).items())
+        try:
+            # As an open file: to a name without it numpy appends `.npz`.
+            _files.write_whole(target, lambda file: _archive.write_archive(file, header, entries))
+        finally:
+            collections.deque(values, maxlen=0)  # or the others would wait for this one in the rest of them
+        return target.stat().st_size
+
+    if not group.is_first:
+        collections.deque(values, maxlen=0)
+    return group.from_first(write)
 
 
 def load_npz(path: str | os.PathLike[str], like: Params = None) -> Params:
@@ -148,10 +165,10 @@ def load_npz(path: str | os.PathLike[str], like: Params = None) -> Params:
     Args:
         path: the file.
         like: a tree of arrays or `jax.ShapeDtypeStruct`s with the structure, shapes and dtypes that are
-            expected; None for a flat dict by path.
+            expected, and the shardings, where they have one; None for a flat dict by path.
 
     Returns:
-        The arrays, on the default device.
+        The arrays, where those of `like` lie; on the default device without one. Each process reads the file.
 
     Raises:
         ValueError: if the file is of another kind or damaged, it holds 64-bit numbers and jax has 32, or its
@@ -174,7 +191,16 @@ def load_npz(path: str | os.PathLike[str], like: Params = None) -> Params:
         raise ValueError(
             "`like` must have the leaves that the file holds, but in the file\n" + "\n".join(lines)
         )
-    return jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(found[name]) for name in paths])
+    placed = [_placed(found[name], leaf) for name, leaf in zip(paths, wanted, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(like), placed)
+
+
+def _placed(value: np.ndarray, like: Any) -> jax.Array:
+    """The array where `like` was placed; one that was never placed is on the default device."""
+    sharding = getattr(like, "sharding", None)
+    if sharding is None or not getattr(like, "committed", True):
+        return jnp.asarray(value)
+    return jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
@@ -219,19 +245,16 @@ def _check_width(found: dict[str, np.ndarray]) -> None:
         )
 
 
-def _number_array(path: str, leaf: Any) -> np.ndarray:
-    """The leaf as jax holds it, in the machine's byte order."""
+def _number_array(path: str, leaf: Any) -> Any:
+    """The leaf as an array in the machine's byte order; one that jax holds stays where it is."""
     if isinstance(leaf, (bool, int, float, complex)) and not isinstance(leaf, np.generic):
         try:
-            return np.asarray(jnp.asarray(leaf))  # as wide as jax has them, or nothing could load it again
+            return jnp.asarray(leaf)  # as wide as jax has them, or nothing could load it again
         except OverflowError as error:
             raise TypeError(f"`params` must have numbers that jax can hold, got {path}: {error}.") from None
-    if isinstance(leaf, (jax.Array, np.ndarray, np.generic)) and not jnp.issubdtype(
-        leaf.dtype, jax.dtypes.extended
-    ):
-        value = np.asarray(leaf)
-        if _archive.is_number_dtype(value.dtype):
-            return _archive.native(value)
+    is_array = isinstance(leaf, (jax.Array, np.ndarray, np.generic))
+    if is_array and _archive.is_number_dtype(leaf.dtype):
+        return leaf if isinstance(leaf, jax.Array) else _archive.native(np.asarray(leaf))
     kind = getattr(leaf, "dtype", type(leaf).__name__)
     raise TypeError(f"`params` must have arrays of numbers only, got {path}: a {kind}.")
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -11,32 +11,16 @@ from jaxtyping import Array, ArrayLike, Float
 
 from hessjax._core import _tree
 from hessjax._core._messages import checked_function, shown
+from hessjax._core._sharding import UNKNOWN, Layouts
+from hessjax._core._sources import Source, check_reiterable
 from hessjax._core._types import Forms, Matvec, Vector
-from hessjax.curvature._weights import Weights, batch_weight, check_total, check_weights
-
-
-def check_batches(batches: Any) -> None:
-    """Raise a TypeError for what is no iterable of batches."""
-    if not isinstance(batches, Iterable) or isinstance(batches, (str, Mapping)):
-        raise TypeError(
-            f"`batches` must be an iterable of batches, got {type(batches).__name__}; "
-            "put one batch into a list."
-        )
-
-
-def check_reiterable(batches: Any) -> None:
-    """Raise a TypeError for what cannot be iterated, or only once."""
-    check_batches(batches)
-    if isinstance(batches, Iterator):
-        raise TypeError(
-            "`batches` must start afresh at every product, but this iterator can be used only once: "
-            "pass a list, or an object whose `__iter__` opens the data anew."
-        )
+from hessjax.curvature._data import weighed
+from hessjax.curvature._weights import Weights, check_weights
 
 
 def over_batches(
     make_matvec: Callable[[Any], Matvec],
-    batches: Iterable[Any],
+    batches: Source,
     *,
     weights: Weights | None = None,
 ) -> Matvec:
@@ -48,25 +32,29 @@ def over_batches(
 
     Args:
         make_matvec: `batch -> matvec` of a loss that is a mean over the batch's examples, by `weights`.
-        batches: any iterable that starts afresh each time it is iterated (a list, a data loader; not a
-            generator). Batches are pytrees of any shape; each new shape compiles once.
+        batches: a source of data that starts afresh for every product: a list, a data loader (Grain's,
+            torch's), or a function that opens one (`dataset.as_numpy_iterator`, a generator function).
+            Batches are pytrees of any shape; each new shape compiles once. `hj.batches` fills a short last
+            one up, and lays batches out over devices.
         weights: `weights(batch) -> array`: how much the batch counts, as one number, or that of each of its
             examples or output positions (a padding mask), to be summed. None: the common length of the
             leading axes. A batch whose weights are zero is passed over.
 
     Returns:
         A matvec to be called from the host: it passes over the data once for every product. It keeps no
-        batch, and cannot be traced (`on_device=True` needs a matvec of one batch). What `eigenpairs` and
-        `trace` make of it carries the sampling error of the data beside their own: for `trace` the batches
-        must then come in the same order every time.
+        batch, and cannot be traced (`on_device=True` needs a matvec of one batch). While one batch's product
+        runs the next is read; never are more than these two there. What `eigenpairs` and `trace` make of it
+        carries the sampling error of the data beside their own: for `trace` the batches must then come in
+        the same order every time.
 
     Raises:
-        TypeError: `batches` cannot be iterated, or only once; `weights` is no function.
-        ValueError: at a product: no batches, a batch without examples, or one whose arrays disagree; weights
-            that are negative, not finite, or zero for all batches.
+        TypeError: `batches` is no source of data, or can be gone through only once; `weights` is no function.
+        ValueError: `batches` that never end; at a product: no batches, a batch without examples, or one
+            whose arrays disagree; weights that are negative, not finite, or zero for all batches.
 
     Cost:
-        One product of every batch, and one vector (float32 at least) for the sum.
+        One product of every batch, one vector (float32 at least) for the sum, and a copy of every batch in
+        the host's memory.
 
     Example:
         >>> import jax.numpy as jnp
@@ -87,22 +75,24 @@ def over_batches(
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity: batches need not be hashable
 class _BatchMean:
     make_matvec: Callable[[Any], Matvec]
-    batches: Iterable[Any]
+    batches: Source
     weights: Weights | None
 
     def __call__(self, vector: Vector) -> Vector:
         _tree.check_floating(vector, "vector")
-        total, count = zero(vector), 0.0
+        total, count = None, 0.0
         for weight, product in self._products(vector):
             # Weights enter as floats: traced, so that a batch of another size compiles nothing here.
+            total = zero(product) if total is None else jax.block_until_ready(total)
             total, count = add(total, weight, product), count + weight
         return divide(total, count, vector)
 
     def by_batch(self, vector: Vector) -> tuple[Vector, Forms]:
-        total, weights, parts = zero(vector), [], []
+        total, weights, parts = None, [], []
         for weight, product in self._products(vector):
             parts.append(_parts(vector, product))  # a few numbers of each product; the product itself goes
             weights.append(weight)
+            total = zero(product) if total is None else jax.block_until_ready(total)
             total = add(total, weight, product)
         forms = Forms(jnp.stack(parts), jnp.asarray(weights, parts[0].dtype))
         return divide(total, sum(weights), vector), forms
@@ -113,14 +103,12 @@ class _BatchMean:
                 "a matvec over batches reads its data on the host and cannot be traced: call it outside "
                 "`jit`, with `on_device=False`."
             )
-        index, total = -1, 0.0
-        for index, batch in enumerate(self.batches):
-            # A batch of padding is not there: its own mean may be 0/0.
-            if weight := batch_weight(self.weights, batch, index):
-                total += weight
-                # A matvec for every batch and product: it is a pytree, its code is compiled once per shape.
-                yield weight, _made(self.make_matvec, batch)(vector)
-        check_total(total, index)
+        # Whoever adds a product waits for the sum before it, while this one runs: the next batch is then read
+        # beside it, and what batches came before are gone. Left alone the host would run ahead, and fill the
+        # device with batches.
+        for weight, batch in weighed(self.batches, self.weights):
+            # A matvec for every batch and product: it is a pytree, its code is compiled once per shape.
+            yield weight, _made(self.make_matvec, batch)(vector)
 
 
 def _made(make_matvec: Callable[[Any], Matvec], batch: Any) -> Matvec:
@@ -133,11 +121,18 @@ def _made(make_matvec: Callable[[Any], Matvec], batch: Any) -> Matvec:
     return matvec
 
 
-@jax.jit
 def zero(vector: Vector) -> Vector:
-    """A sum of no vectors, in float32 at least."""
+    """A sum of no vectors, in float32 at least, that lies like this one."""
+    return _zero(Layouts.of(vector), vector)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _zero(layouts: Layouts, vector: Vector) -> Vector:
     # bfloat16 has 8 bits: a sum of some hundred batches in it would stop growing.
-    return _tree.zeros_like(_tree.wide(vector))
+    zeros = _tree.zeros_like(_tree.wide(vector))
+    if layouts == UNKNOWN:
+        return zeros
+    return jax.lax.optimization_barrier((layouts.laid(zeros), vector))[0]  # the vector says on which mesh
 
 
 @functools.partial(jax.jit, donate_argnums=0)

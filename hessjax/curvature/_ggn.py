@@ -11,11 +11,13 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float
 
-from hessjax._core import _tree
+from hessjax._core import _digests, _tree
 from hessjax._core._compiled import compiled
-from hessjax._core._messages import check_flags, checked_any_key, checked_count, checked_instance
+from hessjax._core._messages import check_flags, checked_any_key, checked_count, checked_instance, shown
 from hessjax._core._types import Key, LossFn, Matvec, ModelFn, Params
+from hessjax.curvature._parts import check_alone, in_parts
 from hessjax.curvature._product import (
+    SandwichProduct,
     as_pytree,
     at_precision,
     check_call,
@@ -44,6 +46,8 @@ def ggn(
     params: Params,
     *args: Any,
     linearize: bool = False,
+    microbatch: int | None = None,
+    weights: Weights | None = None,
     precision: str | None = "highest",
 ) -> Matvec:
     """The generalised Gauss–Newton matrix of output_loss(model_fn(params, *args), *args), as a matvec.
@@ -57,11 +61,13 @@ def ggn(
         model_fn: `model_fn(params, *args) -> outputs`, a pytree of real floating-point arrays.
         output_loss: `output_loss(outputs, *args) -> scalar`, the mean over the examples. It is given all
             the arguments that the model is given. What counts is its own affair: a mask in it is enough, and
-            no `weights` are needed.
+            no `weights` are needed but with `microbatch`.
         params: pytree of real floating-point arrays.
         *args: what else the two take: a batch, BatchNorm statistics, random keys.
         linearize: do the work that does not depend on v once, now, and keep it: later products are
             cheaper, and the activations stay in memory.
+        microbatch: the most examples to work on at once, as in `hessian`.
+        weights: with `microbatch`, as in `hessian`.
         precision: of matrix products and convolutions, as in `hessian`.
 
     Returns:
@@ -71,11 +77,12 @@ def ggn(
     Raises:
         TypeError: `params` has leaves that are not floating point; at the first product (at once with
             `linearize`), the outputs are not real floats or the loss is not one real number.
-        ValueError: at a product, `vector` is not like `params` (every leaf is listed).
+        ValueError: at a product, `vector` is not like `params` (every leaf is listed); `microbatch` and
+            `weights` as in `hessian`.
 
     Cost:
         By operation count a product is 5/3 gradients, 4/3 when linearized. Memory: that of a gradient and
-        of the tangents of the activations.
+        of the tangents of the activations, with `microbatch` of so many examples.
 
     References:
         Schraudolph (2002), Fast curvature matrix-vector products for second-order gradient descent.
@@ -95,11 +102,15 @@ def ggn(
     _tree.check_floating(params)
     check_call("model_fn", model_fn, args)
     check_call("output_loss", output_loss, args, "outputs")
+    _digests.check_alike(params, args)
     check_flags(linearize=linearize)
     check_precision(precision)
-    return sandwich(
-        model_fn, Partial(_loss_curvature, as_pytree(output_loss)), params, args, linearize, precision
-    )
+    curvature = Partial(_loss_curvature, as_pytree(output_loss))
+    check_alone(weights, microbatch)
+    if microbatch is not None:
+        functions, product = (as_pytree(model_fn), curvature), SandwichProduct(precision, "model_fn")
+        return in_parts(product, functions, params, args, microbatch, weights, linearize)
+    return sandwich(model_fn, curvature, params, args, linearize, precision)
 
 
 def fisher(
@@ -111,6 +122,7 @@ def fisher(
     num_samples: int | None = None,
     key: Key | None = None,
     linearize: bool = False,
+    microbatch: int | None = None,
     precision: str | None = "highest",
 ) -> Matvec:
     """The Fisher information of a model's predictive distribution, as a matvec.
@@ -137,6 +149,7 @@ def fisher(
             symmetric matrix. Matvecs of equal key and shapes share their noise: `over_batches` wants a key
             for each batch, as a part of the batch.
         linearize: as in `ggn`; labels are then drawn once.
+        microbatch: the most examples to work on at once, as in `hessian`. Not with `weights` or a `key`.
         precision: as in `hessian`.
 
     Returns:
@@ -144,9 +157,9 @@ def fisher(
 
     Raises:
         TypeError: as `ggn`; the outputs are not one array.
-        ValueError: `num_samples` without `key`, or below 1; at a product, `vector` is not like `params`,
-            or the outputs have fewer than two axes. Weights of another shape, negative, not finite, or all
-            zero. (Inside `jit` such values give NaN.)
+        ValueError: `num_samples` without `key`, or below 1; `microbatch` below 1, or with what it does not
+            go with; at a product, `vector` is not like `params`, or the outputs have fewer than two axes.
+            Weights of another shape, negative, not finite, or all zero. (Inside `jit` such values give NaN.)
 
     Cost:
         As `ggn`; with a key, `num_samples` arrays like the outputs. One gradient more, when it is made, if
@@ -168,9 +181,15 @@ def fisher(
     """
     _tree.check_floating(params)
     check_call("model_fn", model_fn, args)
+    _digests.check_alike(params, args)
     check_likelihood(likelihood)
     check_flags(linearize=linearize)
     check_precision(precision)
+    if microbatch is not None and not (weights is None and key is None):
+        raise ValueError(
+            f"`microbatch` must be None with {'`weights`' if key is None else 'a `key`'}, got "
+            f"{shown(microbatch)}: `over_batches` takes the mean over parts of a batch."
+        )
     shares = None if weights is None else shares_of(weights, args)
     if shares is not None:
         args = _finite(precision, as_pytree(model_fn), params, args, by_example(shares) > 0)
@@ -180,6 +199,9 @@ def fisher(
                 f"`key` must be given with `num_samples`, got None with num_samples={num_samples}."
             )
         curvature = Partial(_exact_fisher, as_pytree(likelihood.information), shares)
+        if microbatch is not None and weights is None:
+            functions, product = (as_pytree(model_fn), curvature), SandwichProduct(precision, "model_fn")
+            return in_parts(product, functions, params, args, microbatch, None, linearize)
     else:
         num_samples = 1 if num_samples is None else checked_count("num_samples", num_samples)
         key = checked_any_key(key)

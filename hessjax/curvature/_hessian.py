@@ -7,10 +7,12 @@ from typing import Any, Literal, TypeAlias
 import jax
 from jax.tree_util import Partial
 
-from hessjax._core import _tree
+from hessjax._core import _digests, _tree
 from hessjax._core._compiled import compiled
 from hessjax._core._messages import check_flags, checked_choice
+from hessjax._core._sharding import Layouts
 from hessjax._core._types import LossFn, Matvec, Params, Scalar, Vector
+from hessjax.curvature._parts import check_alone, in_parts
 from hessjax.curvature._product import (
     LinearProduct,
     as_pytree,
@@ -21,6 +23,7 @@ from hessjax.curvature._product import (
     pull_back,
     scalar,
 )
+from hessjax.curvature._weights import Weights
 
 Mode: TypeAlias = Literal["forward-over-reverse", "reverse-over-reverse", "reverse-over-forward"]
 """How two derivatives are nested."""
@@ -32,6 +35,8 @@ def hessian(
     *args: Any,
     mode: Mode = "forward-over-reverse",
     linearize: bool = False,
+    microbatch: int | None = None,
+    weights: Weights | None = None,
     precision: str | None = "highest",
 ) -> Matvec:
     """The Hessian of `loss_fn(params, *args)` in `params`, as a matvec v ↦ Hv.
@@ -49,6 +54,11 @@ def hessian(
             `"reverse-over-forward"` where it does not and memory is tight.
         linearize: do the work that does not depend on v once, now, and keep it. Later products cost a
             third less; pays from the third product at one point. Not with `"reverse-over-forward"`.
+        microbatch: the most examples to work on at once, of the batch, which is then the first of `args`;
+            None: all. The loss must be a mean over them. Inside `jit` the parts run in a loop, which is slow
+            for convolutions on a CPU.
+        weights: with `microbatch`, if the loss is a weighted mean (over tokens that are no padding):
+            `weights(batch) -> array`, how much each example counts, or each output position. None: all alike.
         precision: of matrix products and convolutions; `None` leaves it to the surrounding
             `jax.default_matmul_precision`. Only accelerators notice: their default may keep 3 digits.
 
@@ -59,11 +69,14 @@ def hessian(
     Raises:
         TypeError: `params` has leaves that are not floating point; at the first product, `loss_fn`
             does not return a real scalar, or holds a `custom_vjp` that `mode` cannot pass.
-        ValueError: unknown `mode`; at a product, `vector` is not like `params` (every leaf is listed).
+        ValueError: unknown `mode`; `microbatch` below 1 or with `linearize`; `weights` without it, or such
+            as `per_example_grads` refuses; at a product, `vector` is not like `params` (every leaf is
+            listed).
 
     Cost:
         By operation count a product is at most 3 gradients, 2 when linearized. Memory: about two
-        gradients' peak; linearized, the activations of a gradient stay allocated with the matvec.
+        gradients' peak, with `microbatch` those of so many examples, and one vector for the sum; linearized,
+        the activations of a gradient stay allocated with the matvec.
 
     References:
         Pearlmutter (1994), Fast exact multiplication by the Hessian.
@@ -79,11 +92,15 @@ def hessian(
     """
     _tree.check_floating(params)
     check_call("loss_fn", loss_fn, args)
+    _digests.check_alike(params, args)
     check_flags(linearize=linearize)
     check_precision(precision)
     products: dict[str, Any] = _LINEARIZED if linearize else _PRODUCTS
     checked_choice("mode", mode, products, " with `linearize=True`" if linearize else "")
     loss_fn = as_pytree(loss_fn)
+    check_alone(weights, microbatch)
+    if microbatch is not None:
+        return in_parts(_Product(mode, precision), loss_fn, params, args, microbatch, weights, linearize)
     if linearize:
         # No product is made here, so no vector is checked: `LinearProduct` keeps the params to do that.
         with explained("loss_fn", _way_out(mode)):
@@ -174,18 +191,23 @@ class _Product:
     def __call__(self, loss_fn: LossFn, params: Params, args: tuple[Any, ...], vector: Vector) -> Vector:
         _tree.check_arrays(vector, "vector")
         with explained("loss_fn", _way_out(self.mode)):
-            return _multiply(self, loss_fn, params, args, vector)
+            return _multiply(self, Layouts.of(params), loss_fn, params, args, vector)
 
 
-@compiled(static_argnums=0)
+@compiled(static_argnums=(0, 1))
 def _multiply(
-    settings: _Product, loss_fn: LossFn, params: Params, args: tuple[Any, ...], vector: Vector
+    settings: _Product,
+    layouts: Layouts,
+    loss_fn: LossFn,
+    params: Params,
+    args: tuple[Any, ...],
+    vector: Vector,
 ) -> Vector:
-    _tree.check_like(vector, params, "vector", "params")
+    _tree.check_vector(vector, params)
     # Around the trace, not the call: the precision is written into the program's operations.
     with at_precision(settings.precision):
         vector = _tree.cast_like(vector, params)
-        return _PRODUCTS[settings.mode](scalar(loss_fn, args), params, vector)
+        return layouts.laid(_PRODUCTS[settings.mode](scalar(loss_fn, args), params, vector))
 
 
 @compiled(static_argnums=(0, 1))

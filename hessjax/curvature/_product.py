@@ -14,6 +14,7 @@ from jax.tree_util import Partial
 from hessjax._core import _tree
 from hessjax._core._compiled import compiled
 from hessjax._core._messages import checked_function, shown
+from hessjax._core._sharding import Layouts
 from hessjax._core._types import LossFn, Matvec, ModelFn, Params, Scalar, Vector
 
 
@@ -160,14 +161,16 @@ class LinearProduct:
         """The product."""
         _tree.check_arrays(vector, "vector")
         with explained(self.argument):
-            return _multiply_linear(linear, params, vector)
+            return _multiply_linear(Layouts.of(params), linear, params, vector)
 
 
-@compiled()
-def _multiply_linear(linear: Callable[[Vector], Vector], params: Params, vector: Vector) -> Vector:
+@compiled(static_argnums=0)
+def _multiply_linear(
+    layouts: Layouts, linear: Callable[[Vector], Vector], params: Params, vector: Vector
+) -> Vector:
     # A linear map takes tangents in exactly the dtypes it was traced at, while vectors may come wider.
-    _tree.check_like(vector, params, "vector", "params")
-    return linear(_tree.cast_like(vector, params))
+    _tree.check_vector(vector, params)
+    return layouts.laid(linear(_tree.cast_like(vector, params)))
 
 
 def sandwich(
@@ -189,35 +192,38 @@ def sandwich(
         with explained(argument):
             linear = _linearize(precision, model_fn, curvature, params, args)
         return Partial(LinearProduct(argument), linear, params)
-    return Partial(_Product(precision, argument), model_fn, curvature, params, args)
+    return Partial(SandwichProduct(precision, argument), (model_fn, curvature), params, args)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Product:
-    """The settings of a product; equal settings hash alike, so that equal matvecs share compiled code."""
+class SandwichProduct:
+    """A model and its curvature: equal settings hash alike, and their matvecs share compiled code."""
 
     precision: str | None
     argument: str
 
     def __call__(
-        self, model_fn: ModelFn, curvature: Partial, params: Params, args: tuple[Any, ...], vector: Vector
+        self, functions: tuple[ModelFn, Any], params: Params, args: tuple[Any, ...], vector: Vector
     ) -> Vector:
+        """The product."""
         _tree.check_arrays(vector, "vector")
         with explained(self.argument):
-            return _multiply(self.precision, model_fn, curvature, params, args, vector)
+            return _multiply(self.precision, Layouts.of(params), *functions, params, args, vector)
 
 
-@compiled(static_argnums=0)
+@compiled(static_argnums=(0, 1))
 def _multiply(
     precision: str | None,
+    layouts: Layouts,
     model_fn: ModelFn,
     curvature: Partial,
     params: Params,
     args: tuple[Any, ...],
     vector: Vector,
 ) -> Vector:
-    _tree.check_like(vector, params, "vector", "params")
-    return _linearize(precision, model_fn, curvature, params, args)(_tree.cast_like(vector, params))
+    _tree.check_vector(vector, params)
+    linear = _linearize(precision, model_fn, curvature, params, args)
+    return layouts.laid(linear(_tree.cast_like(vector, params)))
 
 
 @compiled(static_argnums=0)

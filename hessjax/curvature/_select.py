@@ -50,6 +50,7 @@ def select(params: Params, where: Where) -> Selection:
         A `Selection(part, rest)`, with `.restrict(loss_fn)` and `.merge(part)`.
 
     Raises:
+        TypeError: `where` selects leaves that are not floating point.
         ValueError: `where`, or one of several globs, matches no leaf (the paths are listed).
 
     Cost:
@@ -71,7 +72,19 @@ def select(params: Params, where: Where) -> Selection:
     # None is a subtree without leaves: jax maps and differentiates each half as if the other were not there.
     part = jax.tree.map(lambda keep, leaf: leaf if keep else None, mask, params)
     rest = jax.tree.map(lambda keep, leaf: None if keep else leaf, mask, params)
+    _check_differentiable(part)
     return Selection(part, rest)
+
+
+def _check_differentiable(part: Params) -> None:
+    """Raise a TypeError for counters in what is selected, in which nothing has a derivative."""
+    leaves = zip(_tree.leaf_paths(part), jax.tree.leaves(part), strict=True)
+    others = [f"{path}: {_tree.describe(x)}" for path, x in leaves if not _tree.is_floating(x)]
+    if others:
+        raise TypeError(
+            f"`where` must select real floating-point leaves of `params` only, got {', '.join(others)}: what "
+            "it leaves out may be anything."
+        )
 
 
 def merge(part: Params, rest: Params) -> Params:

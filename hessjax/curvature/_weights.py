@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from hessjax._core import _tree
+from hessjax._core import _processes, _tree
 from hessjax._core._messages import checked_function
 from hessjax._core._types import Block
 
@@ -81,15 +81,21 @@ def check_weights(weights: Any) -> None:
         checked_function("weights", weights, "(batch) -> array")
 
 
-def batch_weight(weights: Weights | None, batch: Any, index: int) -> float:
+def batch_weight(weights: Weights | None, batch: Any, index: int, count: int | None = None) -> float:
     """How much batch `index` of several counts in their mean: Σ w, by default its number of examples.
 
-    Zero for a batch that holds nothing but padding.
+    Zero for a batch that holds nothing but padding. Of one that is filled up `count` examples are there.
     """
     if weights is not None:
         # In float64 on the host: counts of tokens beyond 2²⁴ stay exact.
-        return float(_on_host(weights(batch), f"batch {index}").sum())
-    if (count := leading_axis(batch)) < 1:
+        found = _on_host(weights(batch), f"batch {index}")
+        if count is not None and found.ndim and found[count:].any():
+            raise ValueError(
+                f"`weights` must be 0 for the examples that batch {index} is filled up with: let it read "
+                "what `with_weights` has put there."
+            )
+        return float(found.sum())
+    if (count := leading_axis(batch) if count is None else count) < 1:
         raise ValueError(f"every batch must hold at least one example, but batch {index} has {count}.")
     return float(count)
 
@@ -97,7 +103,7 @@ def batch_weight(weights: Weights | None, batch: Any, index: int) -> float:
 def check_total(total: float, index: int) -> None:
     """Raise a ValueError unless batches up to `index` hold something that counts."""
     if index < 0:
-        raise ValueError("`batches` must hold at least one batch, got none.")
+        raise ValueError("`batches` must hold at least one batch, got none: an iterator that is used up?")
     if not total > 0:
         raise ValueError(f"`weights` must not be zero everywhere, but of all {index + 1} batches they are.")
 
@@ -106,7 +112,7 @@ def _on_host(found: Any, place: str) -> np.ndarray:
     """The weights as numbers, checked."""
     if getattr(found, "dtype", None) is None and not isinstance(found, (int, float, list, tuple)):
         raise TypeError(f"`weights` must give an array, got a {type(found).__name__} for {place}.")
-    array = np.asarray(jax.device_get(found))
+    array = _processes.on_host(found)
     if not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool) or array.dtype.kind == "c":
         raise TypeError(f"`weights` must give real numbers, got {array.dtype} for {place}.")
     array = array.astype(float)
@@ -226,3 +232,16 @@ def of_examples(weights: Weights | None, args: tuple[Any, ...]) -> tuple[tuple[A
     shares = shares_of(weights, args)
     check_count(shares, count)
     return without_absent(args, by_example(shares) > 0), shares, count
+
+
+def of_each(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """`function(args)` for every example, as a batch of one; results stacked."""
+    leaves, structure = jax.tree.flatten(args[0])
+    axes = tuple(0 if jnp.ndim(x) else None for x in leaves)
+
+    def one(*example: Any) -> Any:
+        # vmap takes the axis of examples away; as a batch of one the model gets it back.
+        cut = [x if axis is None else x[None] for x, axis in zip(example, axes, strict=True)]
+        return function((jax.tree.unflatten(structure, cut), *args[1:]))
+
+    return jax.vmap(one, in_axes=axes)(*leaves)

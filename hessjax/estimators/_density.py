@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from hessjax._core import _numbers, _tree
-from hessjax._core._results import Estimate
+from hessjax._core._results import Estimate, by_shapes, counted, is_known
+from hessjax._core._tables import Column, Row, Table, printable
 from hessjax._core._types import Scalar
 from hessjax.estimators._quadrature import bulk, bumps, ends, quadrature_bounds, sphere_deviation
 
@@ -18,6 +19,7 @@ Grid: TypeAlias = Float[Array, " n"] | Float[np.ndarray, " n"]
 Number: TypeAlias = float | int | Float[Array, ""]
 
 
+@printable
 class SpectralDensity(NamedTuple):
     """The distribution of eigenvalues, as the Gauss quadrature of every probe.
 
@@ -35,6 +37,15 @@ class SpectralDensity(NamedTuple):
     num_probes: Int[Array, ""]
     num_matvecs: Int[Array, ""]
     dimension: Float[Array, ""]
+
+    def _table(self) -> Table | str:
+        if not is_known(self) or np.ndim(self.num_probes) or not self.num_probes:
+            return by_shapes(self)
+        seen = self.nodes[self.weights > 0]
+        cells = [f"{float(x):.5g}" for x in (seen.min(), self.moment(), seen.max())]
+        cells += [f"{int(count):,}" for count in (self.num_probes, self.num_matvecs)]
+        heads = map(Column, ("Smallest", "Mean", "Largest", "Probes", "Products"))
+        return Table(tuple(heads), (Row(tuple(cells)),), notes=(f"{counted(self.dimension, 'parameter')}.",))
 
     def moment(self, power: int = 1) -> Float[Array, ""]:
         """The mean of λ^power over the spectrum: tr(A^power)/d."""

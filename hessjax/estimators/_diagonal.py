@@ -10,8 +10,8 @@ from hessjax._core import _numbers, _tree
 from hessjax._core._messages import checked_count
 from hessjax._core._results import Estimate
 from hessjax._core._types import Block, Key, Matvec, Params, Scalar, Tolerance, readable_defaults, settings
+from hessjax._run._arguments import RunOptions, checked_options
 from hessjax._run._drivers import run
-from hessjax._run._estimator import RunOptions, checked_options
 from hessjax.estimators._samples import (
     Moments,
     Sampling,
@@ -62,7 +62,7 @@ class HutchinsonDiagonal(Sampling):
         relative tolerance the 2-norm of `mean`.
 
     Cost:
-        One product a sample; memory 5·d: probe, product, and three numbers for every parameter.
+        One product a sample; memory 7·d: three numbers for every parameter, old and new, and the probe.
 
     References:
         Bekas, Kokiopoulou & Saad (2007), An estimator for the diagonal of a matrix.
@@ -164,7 +164,7 @@ def diagonal(
         NonFiniteProductError: see `run`.
 
     Cost:
-        At most `num_probes` products; memory 5·d.
+        At most `num_probes` products; memory 7·d.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -211,7 +211,7 @@ class HutchinsonFrobenius(Sampling):
         20 samples).
 
     Cost:
-        One product a sample; memory 2·d.
+        One product a sample; memory 3·d.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -294,7 +294,7 @@ def frobenius_norm(
         NonFiniteProductError: see `run`.
 
     Cost:
-        At most `num_probes` products; memory 2·d.
+        At most `num_probes` products; memory 3·d.
 
     Example:
         >>> import jax, jax.numpy as jnp

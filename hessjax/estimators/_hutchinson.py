@@ -52,7 +52,7 @@ class Hutchinson(Sampling):
         before 20 samples).
 
     Cost:
-        One product a sample; memory 2·d.
+        One product a sample; memory 3·d: probe, product, the next probe.
 
     References:
         Hutchinson (1989), A stochastic estimator of the trace of the influence matrix.

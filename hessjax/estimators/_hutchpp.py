@@ -1,19 +1,20 @@
 """Hutch++: the large part of the trace from a sketch of the range, exactly; the rest by Hutchinson."""
 
 import dataclasses
+from itertools import accumulate
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from hessjax._core import _numbers, _tree
+from hessjax._core import _numbers, _sharding, _tree
 from hessjax._core._messages import checked_count
 from hessjax._core._packing import Packed, Packing
 from hessjax._core._results import Estimate
 from hessjax._core._types import Block, Key, Params, Scalar, assign, settings
 from hessjax._run._estimator import Estimator
-from hessjax.estimators import _krylov
+from hessjax.estimators import _basis
 from hessjax.estimators._samples import (
     Moments,
     check_probe,
@@ -43,7 +44,7 @@ class HutchppState(NamedTuple):
 
     key: Key
     vector: Packed
-    basis: _krylov.Basis
+    basis: _basis.Basis
     largest: Float[Array, ""]
     captured: Float[Array, ""]
     samples: Moments
@@ -81,7 +82,7 @@ class Hutchpp(Estimator):
 
     Cost:
         One product a step; 4·j·d operations for the j-th row of the basis and 4·k·d for a sample; memory
-        (num_matvecs/3 + 2)·d.
+        (num_matvecs/3 + 5)·d.
 
     References:
         Meyer, Musco, Musco & Woodruff (2021), Hutch++: optimal stochastic trace estimation,
@@ -120,7 +121,7 @@ class Hutchpp(Estimator):
             return HutchppState(
                 key, _axis(vector, 0), (), zero, zero, no_samples(zero), jnp.int32(0), packing
             )
-        basis = _krylov.allocate(vector, self.rank)
+        basis = _basis.allocate(vector, self.rank, packing.packed_layouts)
         return HutchppState(key, vector, basis, zero, zero, no_samples(zero), jnp.int32(0), packing)
 
     def _is_enough(self, packing: Packing) -> bool:
@@ -151,12 +152,10 @@ class Hutchpp(Estimator):
         def fresh() -> Packed:
             probe = self.probe(jax.random.fold_in(state.key, i), state.packing.unpack(like))
             # While the basis grows its probes must not depend on it: they are projected onto nothing.
-            return _krylov.project_out(state.basis, jnp.where(i < rank, 0, rank), state.packing.pack(probe))[
-                0
-            ]
+            return _basis.project_out(state.basis, jnp.where(i < rank, 0, rank), state.packing.pack(probe))[0]
 
         def row() -> Packed:
-            return _krylov.read(state.basis, i - rank)
+            return _basis.read(state.basis, i - rank)
 
         return jax.lax.cond((i >= rank) & (i < 2 * rank), row, fresh)
 
@@ -190,10 +189,10 @@ hutchpp = Hutchpp
 
 def _axis(like: Packed, index: Int[Array, ""] | int) -> Packed:
     """The unit vector of one parameter; zero from the last on."""
-    sizes = [x.size for x in like]
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    places = [jax.lax.iota(jnp.int32, size) + start for size, start in zip(sizes, starts, strict=True)]
-    return tuple((at == index).astype(x.dtype).reshape(x.shape) for at, x in zip(places, like, strict=True))
+    starts = accumulate((x.size for x in like), initial=0)
+    places = [_sharding.places(x, start) for x, start in zip(like, starts, strict=False)]
+    at = jnp.asarray(index, jnp.uint32)
+    return tuple((place == at).astype(x.dtype) for place, x in zip(places, like, strict=True))
 
 
 def _check_size(num_matvecs: int, dimension: int) -> None:
@@ -209,7 +208,7 @@ def _sketch(state: HutchppState, product: Packed) -> HutchppState:
     # Judged against the largest product so far: a small one is not noise by itself, but beside a large one.
     largest = jnp.maximum(state.largest, _tree.norm(product))
     tiny = 64 * jnp.finfo(largest.dtype).eps * largest
-    row, _, left = _krylov.orthogonalise(state.basis, state.num_matvecs, product, tiny)
+    row, _, left = _basis.orthogonalise(state.basis, state.num_matvecs, product, tiny)
     # A row of zeros takes no part in any projection, and its product is zero: tr QᵀAQ stays exact.
-    basis = _krylov.write(state.basis, state.num_matvecs, _tree.scale(left > 0, row))
+    basis = _basis.write(state.basis, state.num_matvecs, _tree.scale(left > 0, row))
     return state._replace(basis=basis, largest=largest)

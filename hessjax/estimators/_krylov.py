@@ -1,217 +1,24 @@
-"""An orthonormal basis of packed vectors, and the Lanczos recurrence that grows it."""
+"""The Lanczos recurrence, which grows an orthonormal basis of packed vectors."""
 
-from collections.abc import Sequence
-from itertools import accumulate, pairwise
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from hessjax._core import _numbers, _sharding, _tree
-from hessjax._core._types import Block, Params, Scalar, Vector
-from hessjax.estimators._samples import hashed_signs
-
-CHUNK = 16
-"""Rows to a chunk: below, the products with a chunk no longer run at the memory's full bandwidth."""
-
-STRIP = 2**16
-"""Columns that are rotated at a time."""
-
-Basis: TypeAlias = tuple[Block, ...]
-
-
-def allocate(like: Params, num_rows: int) -> Basis:
-    """A basis of `num_rows` zero rows like `like`, in at least float32."""
-    wide = jax.eval_shape(_tree.wide, like)
-    return tuple(
-        jax.tree.map(lambda x, n=stop - start: _sharding.zero_rows(n, x), wide)
-        for start, stop in _bounds(num_rows)
-    )
-
-
-def read(basis: Basis, index: Int[Array, ""]) -> Vector:
-    """Row `index`."""
-    # A switch over whole chunks: only the one that holds the row is read.
-    readers = [lambda i, j=j: _tree.row(basis[j], i - j * CHUNK) for j in range(len(basis))]
-    return jax.lax.switch(index // CHUNK, readers, index)
-
-
-def write(basis: Basis, index: Int[Array, ""], vector: Vector) -> Basis:
-    """The basis with row `index` replaced; in place where the memory is donated."""
-
-    def write_chunk(chunk: Block, start: int, stop: int) -> Block:
-        # Past the end nothing is written: one scatter to every chunk, and no branch that would copy it.
-        local = jnp.where((start <= index) & (index < stop), index - start, stop - start)
-        return jax.tree.map(
-            lambda rows, x: rows.at[local].set(
-                x.astype(rows.dtype), mode="drop", out_sharding=_sharding.explicit(rows)
-            ),
-            chunk,
-            vector,
-        )
-
-    return tuple(
-        write_chunk(chunk, *bounds) for chunk, bounds in zip(basis, _bounds(_rows(basis)), strict=True)
-    )
-
-
-def project_out(basis: Basis, count: Int[Array, ""], vector: Vector) -> tuple[Vector, Float[Array, " rows"]]:
-    """`vector` less its components along the first `count` rows, and these components.
-
-    One pass of classical Gram–Schmidt. Chunks beyond `count` are not touched.
-    """
-    # All components of the same vector first: classical Gram–Schmidt reads the basis in matrix products,
-    # the modified form row by row.
-    bounds = list(_bounds(_rows(basis)))
-    parts = []
-    for chunk, (start, stop) in zip(basis, bounds, strict=True):
-        inside = jnp.arange(start, stop, dtype=jnp.int32) < count
-        zeros = jnp.zeros(stop - start, _tree.accumulator_dtype(vector))
-        # Rows that are not filled yet are zero: to multiply them would cost their bandwidth for nothing.
-        part = jax.lax.cond(start < count, _tree.block_inner, lambda *_, z=zeros: z, chunk, vector)
-        parts.append(jnp.where(inside, part, 0))
-    for chunk, part, (start, _) in zip(basis, parts, bounds, strict=True):
-        vector = jax.lax.cond(start < count, _subtract, lambda _c, _p, v: v, chunk, part, vector)
-    return vector, jnp.concatenate(parts)
-
-
-class Orthogonal(NamedTuple):
-    """What `orthogonalise` makes of a vector.
-
-    Attributes:
-        vector: of norm 1, orthogonal to the rows.
-        components: (rows,) what was taken out along each row.
-        norm: what was left of the vector; 0 if nothing was, and `vector` is a fresh direction.
-    """
-
-    vector: Vector
-    components: Float[Array, " rows"]
-    norm: Scalar
-
-
-def orthogonalise(basis: Basis, count: Int[Array, ""], vector: Vector, tiny: Scalar) -> Orthogonal:
-    """A unit vector orthogonal to the first `count` rows: passes of `project_out` until one loses little.
-
-    A pass that leaves at least 0.7 of the norm was accurate; "twice is enough" (Parlett 1998, §6.9). A
-    vector of which no more than `tiny` is left was inside the span: a fresh direction takes its place.
-    """
-
-    def unsettled(loop: tuple[Orthogonal, Bool[Array, ""], Int[Array, ""]]) -> Bool[Array, ""]:
-        _, settled, passes = loop
-        return ~settled & (passes < 5)
-
-    def one_pass(
-        loop: tuple[Orthogonal, Bool[Array, ""], Int[Array, ""]],
-    ) -> tuple[Orthogonal, Bool[Array, ""], Int[Array, ""]]:
-        # `norm` is positive here until the vector collapses, then minus the fresh direction's.
-        (vector, components, before), _, passes = loop
-        fresh = before < 0
-        vector, part = project_out(basis, count, vector)
-        after = _tree.norm(vector)
-        # What a pass leaves has errors of eps · before along the rows: where it left much they are
-        # small beside it, where it left little another pass takes them out.
-        collapsed = ~fresh & (after <= tiny)
-        settled = ~collapsed & (after >= 0.7 * jnp.abs(before))
-        vector = jax.lax.cond(collapsed, lambda v: hashed_signs(count, v), lambda v: v, vector)
-        # The norm of a vector of signs.
-        size = jnp.sqrt(jnp.asarray(_tree.size(vector), after.dtype))
-        norm = jnp.where(collapsed, -size, jnp.where(fresh, -after, after))
-        return Orthogonal(vector, components + jnp.where(fresh, 0, part), norm), settled, passes + 1
-
-    nothing = jnp.zeros(_rows(basis), _tree.accumulator_dtype(vector))
-    begin = Orthogonal(vector, nothing, _tree.norm(vector))
-    (vector, components, norm), _, _ = jax.lax.while_loop(
-        unsettled, one_pass, (begin, jnp.asarray(False), jnp.int32(0))
-    )
-    length = jnp.where(norm == 0, 1, jnp.abs(norm))
-    return Orthogonal(_tree.scale(1 / length, vector), components, jnp.maximum(norm, 0))
-
-
-def orthonormal(block: Block) -> Block:
-    """The rows made orthonormal, in order: Gram–Schmidt, in three passes.
-
-    A row that the ones before it span (A maps it to zero, or to one of them) gives way to a fresh direction.
-    """
-    num_rows = jax.tree.leaves(block)[0].shape[0]
-
-    def clean(i: Int[Array, ""], block: Block) -> Block:
-        row = _tree.row(block, i)
-        row = _tree.scale(1 / jnp.maximum(_tree.norm(row), float(jnp.finfo(jnp.float32).tiny)), row)
-        # Two passes are enough where a row keeps a part of its own; the third is for fresh directions.
-        for _ in range(3):
-            components = jnp.where(jnp.arange(num_rows) < i, _tree.block_inner(block, row), 0)
-            row = _tree.add_scaled(row, -1, _tree.combine(components, block))
-            gone = _tree.norm(row) <= 64 * jnp.finfo(components.dtype).eps
-            row = jax.tree.map(
-                lambda x, fresh, gone=gone: jnp.where(gone, fresh, x), row, hashed_signs(i, row)
-            )
-            row = _tree.scale(1 / _tree.norm(row), row)
-        return jax.tree.map(lambda rows, x: rows.at[i].set(x), block, row)
-
-    return jax.lax.fori_loop(0, num_rows, clean, block)
-
-
-def combine(basis: Basis, coefficients: Float[Array, "n rows"]) -> Block:
-    """The n linear combinations of the rows, as a block."""
-    bounds = _bounds(_rows(basis))
-    parts = [_tree.combine(coefficients[:, i:j], c) for c, (i, j) in zip(basis, bounds, strict=True)]
-    return jax.tree.map(lambda *xs: sum(xs[1:], xs[0]), *parts)
-
-
-def rotate(basis: Basis, coefficients: Float[Array, "n rows"]) -> Basis:
-    """The basis whose first n rows are these combinations of the old ones; the others are zero.
-
-    In place, one strip of columns after the other: a basis is too large to have twice.
-    """
-    num_rows = _rows(basis)
-    # One square matrix for all strips: rows of zeros clear what is dropped.
-    square = jnp.pad(coefficients, ((0, num_rows - len(coefficients)), (0, 0)))
-    leaves = [_rotate_leaf(chunks, square) for chunks in zip(*map(jax.tree.leaves, basis), strict=True)]
-    structure = jax.tree.structure(basis[0])
-    return tuple(jax.tree.unflatten(structure, chunk) for chunk in zip(*leaves, strict=True))
-
-
-def _rotate_leaf(chunks: tuple[Array, ...], square: Float[Array, "rows rows"]) -> tuple[Array, ...]:
-    if chunks[0].ndim == 1:
-        return _split(_times(square, chunks))  # a leaf without axes: the rows are all that there is
-    # Never laid flat: that would gather a leaf that is sharded over devices.
-    axis = _sharding.longest_axis(chunks[0], first=1)
-    length = chunks[0].shape[axis]
-    width = min(length, max(1, STRIP * length * len(chunks[0]) // max(chunks[0].size, 1)))
-
-    def strip(chunks: tuple[Array, ...], start: Any, width: int) -> tuple[Array, ...]:
-        columns = [jax.lax.dynamic_slice_in_dim(chunk, start, width, axis) for chunk in chunks]
-        return tuple(
-            jax.lax.dynamic_update_slice_in_dim(chunk, new, start, axis)
-            for chunk, new in zip(chunks, _split(_times(square, columns)), strict=True)
-        )
-
-    whole, rest = divmod(length, width) if width else (0, 0)
-    if whole:
-        chunks = jax.lax.fori_loop(0, whole, lambda i, chunks: strip(chunks, i * width, width), chunks)
-    return strip(chunks, whole * width, rest) if rest else chunks
-
-
-def _times(square: Float[Array, "rows rows"], chunks: Sequence[Array]) -> Float[Array, "rows ..."]:
-    return jnp.tensordot(square.astype(chunks[0].dtype), jnp.concatenate(chunks), axes=1, precision="highest")
-
-
-def _split(rows: Float[Array, "rows ..."]) -> tuple[Array, ...]:
-    return tuple(rows[a:b] for a, b in _bounds(len(rows)))
-
-
-def _subtract(chunk: Block, components: Float[Array, " rows"], vector: Vector) -> Vector:
-    return _tree.add_scaled(vector, -1, _tree.combine(components, chunk))
-
-
-def _rows(basis: Basis) -> int:
-    return sum(jax.tree.leaves(chunk)[0].shape[0] for chunk in basis)
-
-
-def _bounds(num_rows: int) -> list[tuple[int, int]]:
-    sizes = [min(CHUNK, num_rows - start) for start in range(0, num_rows, CHUNK)]
-    return list(pairwise(accumulate(sizes, initial=0)))
+from hessjax._core import _numbers, _tree
+from hessjax._core._sharding import Shardings
+from hessjax._core._types import Block, Scalar, Vector
+from hessjax.estimators._basis import (
+    Basis,
+    allocate,
+    is_narrow,
+    orthogonalise,
+    orthonormal,
+    read,
+    rotate,
+    write,
+)
 
 
 class Krylov(NamedTuple):
@@ -226,12 +33,15 @@ class Krylov(NamedTuple):
         projected: (m + b, m) the components of the products, on and below the diagonal; zero above.
         size: how many rows have been multiplied.
         asymmetry: the largest |qᵢᵀAqⱼ − qⱼᵀAqᵢ| seen; of the size of rounding errors if A is symmetric.
+        rounding: (m,) of rows kept in less than float32: by how much, in norm, each column of AQ = QT +
+            pending·C is off. None for others.
     """
 
     basis: Basis
     projected: Float[Array, "rows m"]
     size: Int[Array, ""]
     asymmetry: Float[Array, ""]
+    rounding: Float[Array, " m"] | None = None
 
     @property
     def capacity(self) -> int:
@@ -248,16 +58,17 @@ class Krylov(NamedTuple):
         return jax.lax.dynamic_slice_in_dim(self.projected, self.size, self.width)
 
 
-def start(block: Block, capacity: int) -> Krylov:
+def start(block: Block, capacity: int, layouts: Shardings = (), basis_dtype: Any = None) -> Krylov:
     """The space to be grown from these vectors, of at most `capacity` rows besides the pending ones."""
     width = jax.tree.leaves(block)[0].shape[0]
-    basis = allocate(_tree.row(block, 0), capacity + width)
+    basis = allocate(_tree.row(block, 0), capacity + width, layouts, basis_dtype)
     # The start is the first pending block: nothing is multiplied yet, so `size` is 0.
     for i, vector in enumerate(_tree.rows(orthonormal(block))):
         basis = write(basis, jnp.int32(i), vector)
     dtype = _tree.accumulator_dtype(block)
     projected = jnp.zeros((capacity + width, capacity), dtype)
-    return Krylov(basis, projected, jnp.int32(0), jnp.zeros((), dtype))
+    rounding = jnp.zeros(capacity, dtype) if is_narrow(basis) else None
+    return Krylov(basis, projected, jnp.int32(0), jnp.zeros((), dtype), rounding)
 
 
 def pending(space: Krylov) -> Block:
@@ -292,10 +103,16 @@ def extend(space: Krylov, product: Vector) -> Krylov:
     column = components.at[k].add(alpha).at[last].set(beta, mode="drop")
     # Row k of T is what earlier products said of qₖᵀAqᵢ; this one says qᵢᵀAqₖ. T keeps the former.
     mirrored = jnp.pad(T[k], (0, space.width))
-    asymmetry = jnp.max(jnp.abs(column.at[previous].add(back) - mirrored), where=index < k, initial=0)
+    differences = jnp.where(index < k, column.at[previous].add(back) - mirrored, 0)
+    asymmetry = jnp.max(jnp.abs(differences))
     T = T.at[:, k].set(jnp.where(index >= k, column, T[:, k]))
     basis = write(space.basis, last, following)
-    return Krylov(basis, T, k + 1, jnp.maximum(space.asymmetry, asymmetry))
+    rounding = space.rounding
+    if rounding is not None:
+        # The row is multiplied as it is kept. Neither its rounding nor what T leaves out lies along a row.
+        lost = _tree.add_scaled(following, -1, read(basis, last))
+        rounding = rounding.at[k].set(beta * _tree.norm(lost) + _tree.norm(differences))
+    return Krylov(basis, T, k + 1, jnp.maximum(space.asymmetry, asymmetry), rounding)
 
 
 def _tiny(projected: Float[Array, "rows m"], product: Vector) -> Scalar:
@@ -313,3 +130,32 @@ def ritz(space: Krylov) -> tuple[Float[Array, " m"], Float[Array, "m m"]]:
     # Where T is not filled stands a number above all its eigenvalues, so that these sort last.
     above = 2 * jnp.max(jnp.sum(jnp.abs(filled), axis=1))
     return _numbers.eigh(filled + jnp.diag(jnp.where(inside, 0, above)))
+
+
+def compressed(
+    space: Krylov, values: Float[Array, " n"], vectors: Float[Array, "m n"], layouts: Shardings
+) -> Krylov:
+    """The space of these Ritz vectors alone (columns, in the basis); the pending rows couple to them all."""
+    keep = len(values)
+    (rows, m), width = space.projected.shape, space.width
+    # The pending rows come along unchanged: they are orthogonal to every Ritz vector.
+    rotation = jnp.zeros((keep + width, rows), values.dtype)
+    rotation = rotation.at[:keep, :m].set(vectors.T)
+    rotation = rotation.at[keep:, m:].set(jnp.eye(width, dtype=values.dtype))
+    # In the basis of Ritz vectors T is diagonal, but for how each couples to the pending rows: an arrow.
+    projected = jnp.zeros_like(space.projected).at[jnp.arange(keep), jnp.arange(keep)].set(values)
+    projected = projected.at[keep : keep + width, :keep].set(coupling_of(space, vectors))
+    rounding = space.rounding
+    if rounding is not None:
+        # Rounded once more, Ritz vectors y become y + d, and A(y + d) is off by Ad − θd.
+        unit = float(jnp.finfo(jnp.bfloat16).eps) / 2
+        anew = 2 * unit * jnp.max(jnp.abs(values))
+        before = jnp.matmul(rounding**2, vectors**2, precision="highest")
+        rounding = jnp.zeros_like(rounding).at[:keep].set(jnp.sqrt(before + anew**2))
+    turned = rotate(space.basis, rotation, layouts)
+    return Krylov(turned, projected, jnp.int32(keep), space.asymmetry, rounding)
+
+
+def coupling_of(space: Krylov, vectors: Array) -> Array:
+    """What of A times these vectors (columns, in the basis) lies along the pending rows: (b, n)."""
+    return jnp.matmul(space.coupling(), vectors, precision="highest")

@@ -25,7 +25,7 @@ from hessjax._core._types import (
     settings,
 )
 from hessjax._run._estimator import Estimator, limit_of
-from hessjax.estimators._krylov import orthonormal
+from hessjax.estimators._basis import orthonormal
 from hessjax.estimators.probes import gaussian
 
 
@@ -71,7 +71,7 @@ class PowerIteration(Estimator):
         ValueError: `k` below 1, or above the number of parameters; `tol` negative or None.
 
     Cost:
-        k products a step, (|λ_k+1| / |λ_k|) less error each; 6k²d operations; memory 3k·d.
+        k products a step, (|λ_k+1| / |λ_k|) less error each; 6k²d operations; memory 7k·d.
 
     References:
         Golub & Van Loan (2013), Matrix Computations, §8.2.4.
@@ -101,7 +101,7 @@ class PowerIteration(Estimator):
         probes = jax.vmap(lambda key: packing.pack(gaussian(key, like)))(jax.random.split(key, k))
         # Orthonormal at every step: otherwise all columns turn into the first eigenvector.
         iterate = orthonormal(probes)
-        none = _tree.zeros_like(iterate)
+        none = _tree.block_of(*[packing.zeros()] * k)
         zeros = jnp.zeros(k, _tree.accumulator_dtype(like))
         unknown = _numbers.or_nan(False, zeros)
         return PowerState(iterate, none, unknown, zeros + jnp.inf, packing, jnp.int32(0))

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from hessjax._core import _numbers, _tree
+from hessjax._core import _numbers, _sharding, _tree
+from hessjax._core._sharding import Shardings
 from hessjax._core._types import Block, Scalar, Vector
-from hessjax.estimators import _krylov
+from hessjax.estimators import _basis, _krylov
 from hessjax.estimators._krylov import Krylov
 
 
@@ -116,14 +117,14 @@ class Recurrence(NamedTuple):
     """A Lanczos recurrence from g start vectors at once.
 
     Attributes:
-        start: `(vectors, capacity) -> space`, for `capacity` steps.
+        start: `(vectors, capacity, layouts) -> space`, for `capacity` steps; where the arrays lie.
         restart: `(space, vectors) -> space`, the same memory begun anew.
         rows: `(space) -> block`, what is to be multiplied next.
         extend: `(space, products) -> space`, one step.
         quadrature: `(space) -> Quadrature`.
     """
 
-    start: Callable[[Block, int], Any]
+    start: Callable[[Block, int, Shardings], Any]
     restart: Callable[[Any, Block], Any]
     rows: Callable[[Any], Block]
     extend: Callable[[Any, Block], Any]
@@ -134,7 +135,7 @@ class Recurrence(NamedTuple):
 
 
 def _restart_basis(space: Krylov, vectors: Block) -> Krylov:
-    basis = _krylov.write(space.basis, jnp.int32(0), _unit(_tree.row(vectors, 0)))
+    basis = _basis.write(space.basis, jnp.int32(0), _unit(_tree.row(vectors, 0)))
     return Krylov(basis, jnp.zeros_like(space.projected), jnp.zeros_like(space.size), space.asymmetry)
 
 
@@ -173,10 +174,12 @@ class TwoVectors(NamedTuple):
     size: Int[Array, ""]
 
 
-def _start_two(vectors: Block, capacity: int) -> TwoVectors:
+def _start_two(vectors: Block, capacity: int, layouts: Shardings = ()) -> TwoVectors:
     num_rows = jax.tree.leaves(vectors)[0].shape[0]
     zeros = jnp.zeros((num_rows, capacity), _tree.accumulator_dtype(vectors))
-    return TwoVectors(jax.vmap(_unit)(vectors), _tree.zeros_like(vectors), zeros, zeros, jnp.int32(0))
+    rows = _tree.row(vectors, 0)
+    nothing = tuple(map(_sharding.zero_rows, [num_rows] * len(rows), rows, layouts or [None] * len(rows)))
+    return TwoVectors(jax.vmap(_unit)(vectors), nothing, zeros, zeros, jnp.int32(0))
 
 
 def _restart_two(space: TwoVectors, vectors: Block) -> TwoVectors:

@@ -13,8 +13,9 @@ from hessjax._core import _tree
 from hessjax._core._messages import check_flags, checked_count
 from hessjax._core._packing import Packing
 from hessjax._core._types import Block, Key, Matvec, Params, Scalar, assign, readable_defaults, settings
+from hessjax._run._arguments import RunOptions, checked_options
 from hessjax._run._drivers import run
-from hessjax._run._estimator import Estimator, RunOptions, checked_options
+from hessjax._run._estimator import Estimator
 from hessjax.estimators._density import SpectralDensity
 from hessjax.estimators._quadrature import Quadrature, Recurrence, with_basis, without_basis
 from hessjax.estimators._samples import check_probe, drawn, estimate, moments_of, when
@@ -77,8 +78,8 @@ class Slq(Estimator):
         ValueError: a number below 1; `at_once` does not fit; `num_matvecs` above the number of parameters.
 
     Cost:
-        `num_probes · num_matvecs` products; memory (num_matvecs + 1)·d, or 2·at_once·d without
-        reorthogonalisation, besides the vectors multiplied and their products.
+        `num_probes · num_matvecs` products; memory (num_matvecs + 6)·d, or 6·at_once·d without
+        reorthogonalisation, of which the state is 2·at_once·d.
 
     References:
         Golub & Meurant (2010), Matrices, Moments and Quadrature; Chen, Trogdon & Ubaru (2021),
@@ -94,6 +95,7 @@ class Slq(Estimator):
     """
 
     init_only = ("leaf",)
+    less_memory = "`reorthogonalise=False`, which keeps two vectors instead of a basis"
 
     num_probes: int = 1
     num_matvecs: int = 80
@@ -138,7 +140,9 @@ class Slq(Estimator):
         dtype, leaf = _tree.accumulator_dtype(like), self.leaf
         dimension = jnp.asarray(sizes.sum() if leaf is None else jnp.asarray(sizes, dtype)[leaf], dtype)
         # With a leaf chosen all vectors are zero elsewhere, and A_ll is met without a program of its own.
-        space = self._recurrence.start(self._draw(key, packing, 0, like, leaf), self.num_matvecs)
+        space = self._recurrence.start(
+            self._draw(key, packing, 0, like, leaf), self.num_matvecs, packing.packed_layouts
+        )
         nothing = jnp.zeros((self.num_probes, self.num_matvecs), dtype)
         return SlqState(key, space, packing, nothing, nothing, jnp.int32(0), leaf, dimension)
 
@@ -168,10 +172,11 @@ class Slq(Estimator):
         count = state.num_matvecs + self.at_once
         state = state._replace(space=self._recurrence.extend(state.space, packed), num_matvecs=count)
         full = (count % (self.at_once * self.num_matvecs) == 0) & (group < self.num_probes // self.at_once)
-        return when(full, self._next_group, state, group, _tree.row(products, 0))
+        return when(full, self._next_group, state, group)
 
-    def _next_group(self, state: SlqState, group: Int[Array, ""], like: Params) -> SlqState:
+    def _next_group(self, state: SlqState, group: Int[Array, ""]) -> SlqState:
         state = _store(state, group * self.at_once, self._recurrence.quadrature(state.space))
+        like = state.packing.unpack(state.packing.zeros())
         vectors = self._draw(state.key, state.packing, group + 1, like, state.leaf)
         return state._replace(space=self._recurrence.restart(state.space, vectors))
 
@@ -274,7 +279,7 @@ def spectral_density(
         NonFiniteProductError: see `run`.
 
     Cost:
-        `num_probes · num_matvecs` products; memory (num_matvecs + 1)·d, or 2·at_once·d without
+        `num_probes · num_matvecs` products; memory (num_matvecs + 6)·d, or 6·at_once·d without
         reorthogonalisation.
 
     Example:

@@ -24,8 +24,9 @@ from hessjax._core._results import (
 from hessjax._core._tables import Table, printable
 from hessjax._core._types import Amount, Key, Matvec, Params, Relative, Tolerance, readable_defaults
 from hessjax._core._words import AxisWords
+from hessjax._run._arguments import RunOptions, checked_options
 from hessjax._run._drivers import run
-from hessjax._run._estimator import RunOptions, checked_options, limit_of
+from hessjax._run._estimator import limit_of
 from hessjax.estimators._density import SpectralDensity
 from hessjax.estimators._eigenpairs import measured
 from hessjax.estimators._lanczos import LanczosState, lanczos
@@ -80,8 +81,8 @@ def spectral_density_by_leaf(
         NonFiniteProductError: see `run`.
 
     Cost:
-        `num_probes · num_matvecs` products of the whole matvec for every leaf; memory as `slq`: 2·d, or
-        (num_matvecs + 1)·d with reorthogonalisation.
+        `num_probes · num_matvecs` products of the whole matvec for every leaf; memory as `slq`: 6·d, or
+        (num_matvecs + 6)·d with reorthogonalisation.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -183,7 +184,7 @@ def spectrum(
 
     Cost:
         `num_matvecs` products, and one for each of the 2k pairs to measure its residual; memory
-        (num_matvecs + 6)·d, and three times the pairs' d at the end.
+        (num_matvecs + 6)·d, and the pairs' d at the end.
 
     References:
         Golub & Meurant (2010), Matrices, Moments and Quadrature.

@@ -14,8 +14,9 @@ from hessjax._core._tables import Column, Row, Table, number, printable
 from hessjax._core._types import BatchMatvec, Key, Matvec, Params, Tolerance, Where, readable_defaults
 from hessjax._core._where import match
 from hessjax._core._words import AxisWords
+from hessjax._run._arguments import RunOptions, checked_options
 from hessjax._run._drivers import run
-from hessjax._run._estimator import Estimator, RunOptions, checked_options
+from hessjax._run._estimator import Estimator
 from hessjax.estimators import _samples
 from hessjax.estimators._hutchinson import hutchinson, hutchinson_by_leaf
 from hessjax.estimators.probes import Probe, rademacher
@@ -92,7 +93,7 @@ def trace(
         NonFiniteProductError: see `run`.
 
     Cost:
-        At most `num_probes` products; memory 2·d, or the other estimator's.
+        At most `num_probes` products; memory 3·d, or the other estimator's.
 
     Example:
         >>> import jax, jax.numpy as jnp

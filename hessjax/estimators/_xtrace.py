@@ -12,7 +12,7 @@ from hessjax._core._packing import Packed, Packing
 from hessjax._core._results import Estimate
 from hessjax._core._types import Block, Key, Params, Scalar, assign, settings
 from hessjax._run._estimator import Estimator
-from hessjax.estimators import _krylov
+from hessjax.estimators import _basis
 from hessjax.estimators._samples import Moments, estimate, moments_of, stopping_error, when
 from hessjax.estimators.probes import gaussian
 
@@ -38,8 +38,8 @@ class XtraceState(NamedTuple):
 
     key: Key
     vector: Packed
-    tests: _krylov.Basis
-    basis: _krylov.Basis
+    tests: _basis.Basis
+    basis: _basis.Basis
     R: Float[Array, "n n"]
     H: Float[Array, "n n"]
     W: Float[Array, "n n"]
@@ -77,7 +77,7 @@ class Xtrace(Estimator):
         ValueError: `num_matvecs` below 2, or, when it meets the params, above twice their number.
 
     Cost:
-        Two products a test vector; 10·j·d operations for the j-th; memory (num_matvecs + 2)·d.
+        Two products a test vector; 10·j·d operations for the j-th; memory (1.6·num_matvecs + 2)·d.
 
     References:
         Epperly, Tropp & Webber (2024), XTrace: making the most of every sample in stochastic trace
@@ -108,7 +108,7 @@ class Xtrace(Estimator):
         packing = Packing.of(like)
         _check_size(self.num_matvecs, packing.size)
         vector = packing.pack(gaussian(jax.random.fold_in(key, 0), like))
-        tests, basis = (_krylov.allocate(vector, self.num_tests) for _ in range(2))
+        tests, basis = (_basis.allocate(vector, self.num_tests, packing.packed_layouts) for _ in range(2))
         zeros = jnp.zeros(self.num_tests, _tree.accumulator_dtype(like))
         square = jnp.zeros((self.num_tests, self.num_tests), zeros.dtype)
         return XtraceState(
@@ -163,14 +163,14 @@ def _take_test(state: XtraceState, product: Packed) -> XtraceState:
     largest = jnp.maximum(jnp.max(jax.vmap(_tree.norm, in_axes=1)(state.R)), _tree.norm(product))
     tiny = 64 * jnp.finfo(largest.dtype).eps * largest
     # The QR factorisation of AΩ, a column at a time: so the estimate may be read at any moment.
-    row, column, left = _krylov.orthogonalise(state.basis, j, product, tiny)
+    row, column, left = _basis.orthogonalise(state.basis, j, product, tiny)
     row = _tree.scale(left > 0, row)
-    tests = _krylov.write(state.tests, j, test)
+    tests = _basis.write(state.tests, j, test)
     # W gains a column (this test along the rows so far) and a row (all tests along the new row).
     return state._replace(
         vector=row,
         tests=tests,
-        basis=_krylov.write(state.basis, j, row),
+        basis=_basis.write(state.basis, j, row),
         R=state.R.at[:, j].set(column).at[j, j].set(left),
         W=state.W.at[:, j].set(_components(state.basis, j, test)).at[j].set(_components(tests, j + 1, row)),
         forms=state.forms.at[j].set(_tree.inner(test, product)),
@@ -189,8 +189,8 @@ def _take_row(state: XtraceState, product: Packed) -> XtraceState:
     )
 
 
-def _components(basis: _krylov.Basis, count: Int[Array, ""], vector: Packed) -> Float[Array, " rows"]:
-    return _krylov.project_out(basis, count, vector)[1]
+def _components(basis: _basis.Basis, count: Int[Array, ""], vector: Packed) -> Float[Array, " rows"]:
+    return _basis.project_out(basis, count, vector)[1]
 
 
 # -- the estimate --------------------------------------------------------------------------------

@@ -1,19 +1,17 @@
 """Random vectors: what stochastic estimators multiply."""
 
+import functools
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
-from hessjax._core import _sharding, _tree
+from hessjax._core import _random, _sharding, _tree
 from hessjax._core._messages import checked_any_key
 from hessjax._core._packing import Packing
 from hessjax._core._types import Key, Params, Vector
-
-_PIECE = 2**18
-"""Entries of a flat array that are drawn at a time."""
 
 Probe: TypeAlias = Callable[[Key, Params], Vector]
 """`(key, like) -> vector` with independent entries of mean 0 and variance 1."""
@@ -35,7 +33,7 @@ def rademacher(key: Key, like: Params) -> Vector:
         >>> sorted(set(hj.probes.rademacher(jax.random.key(0), jnp.zeros(99)).tolist()))
         [-1.0, 1.0]
     """
-    return _sample(jax.random.rademacher, key, like)
+    return _sample(_random.signs, key, like)
 
 
 def gaussian(key: Key, like: Params) -> Vector:
@@ -54,32 +52,47 @@ def gaussian(key: Key, like: Params) -> Vector:
         >>> hj.probes.gaussian(jax.random.key(0), {"w": jnp.zeros((2, 3))})["w"].shape
         (2, 3)
     """
-    return _sample(jax.random.normal, key, like)
+    return _sample(_random.normal, key, like)
 
 
 def _sample(sampler: Callable[..., Array], key: Key, like: Params) -> Vector:
-    """Drawn packed: every draw is a program to compile (a third of a second), and leaves are many."""
+    """Drawn packed: every draw is a program to compile (a tenth of a second), and leaves are many."""
     _tree.check_floating(like, "like")
     key = checked_any_key(key)
+    leaves, structure = jax.tree.flatten(like)
     # As if on one device: where a leaf lies must not change what is drawn for it.
-    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), like)
-    packing = Packing.of(plain)
-    arrays = jax.eval_shape(packing.pack, plain)
-    keys = jax.random.split(key, len(arrays))
-    draws = [_draw(sampler, k, x) for k, x in zip(keys, arrays, strict=True)]
-    return jax.tree.map(_sharding.laid_out_like, packing.unpack(tuple(draws)), like)
+    plain = [jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in leaves]
+    packing = Packing.of(jax.tree.unflatten(structure, plain))
+    keys = jax.random.split(key, len(packing.packed))
+    if any(_sharding.is_split(_sharding.layout(x)) for x in leaves) or _is_huge(packing):
+        wide = tuple(map(_sharding.shape_of, leaves, packing.dtypes))
+        drawn = _leaf_by_leaf(sampler, wide, packing.beginnings, keys, [x for x in leaves if _is_there(x)])
+    else:
+        drawn = jax.tree.leaves(packing.unpack(tuple(map(sampler, keys, packing.packed))))
+    return jax.tree.unflatten(structure, map(_sharding.laid_out_like, drawn, leaves))
 
 
-def _draw(sampler: Callable[..., Array], key: Key, like: jax.ShapeDtypeStruct) -> Array:
-    """Long flat arrays piece by piece: a generator takes three times the memory of what it draws."""
-    if like.ndim != 1 or like.size <= _PIECE:
-        return sampler(key, like.shape, dtype=like.dtype)
+def _is_huge(packing: Packing) -> bool:
+    """Whether a pool has more entries than 32 bits count."""
+    return any(x.size > _random.LOWER for x in packing.packed)
 
-    def piece(i: Int[Array, ""], drawn: Float[Array, " d"]) -> Float[Array, " d"]:
-        numbers = sampler(jax.random.fold_in(key, i), (_PIECE,), dtype=like.dtype)
-        return jax.lax.dynamic_update_slice(drawn, numbers, (i * _PIECE,))  # the last one overlaps
 
-    return jax.lax.fori_loop(0, -(-like.size // _PIECE), piece, jnp.zeros(like.shape, like.dtype))
+def _is_there(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _leaf_by_leaf(
+    sampler: Callable[..., Array],
+    leaves: tuple[jax.ShapeDtypeStruct, ...],
+    places: tuple[tuple[int, int], ...],
+    keys: Array,
+    arrays: list[Array],
+) -> list[Array]:
+    """The same numbers, each leaf's where it lies: none is ever whole on one device."""
+    drawn = [sampler(keys[i], x, start) for x, (i, start) in zip(leaves, places, strict=True)]
+    # The arrays tell jit which mesh it is on, so are not dropped.
+    return jax.lax.optimization_barrier((drawn, arrays))[0]
 
 
 def __dir__() -> list[str]:

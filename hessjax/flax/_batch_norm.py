@@ -11,7 +11,8 @@ from flax import core, linen, nnx, traverse_util
 from jaxtyping import Array, Float, Int
 
 from hessjax._core._messages import shown
-from hessjax.curvature._batches import check_batches
+from hessjax._core._sources import Source, check_source
+from hessjax.curvature._data import check_not_filled, unweighed
 from hessjax.flax._linen import Inputs, LinenModel, arguments, check_hashable, check_module, frozen
 from hessjax.flax._nnx import check_model
 
@@ -29,7 +30,7 @@ class _Pooled(NamedTuple):
 def linen_recalibrate(
     module: Any,
     variables: Any,
-    batches: Iterable[Any],
+    batches: Source,
     *,
     inputs: Inputs = 0,
     rngs: Any = None,
@@ -52,7 +53,7 @@ def linen_recalibrate(
     Args:
         module: a `flax.linen.Module`.
         variables: `{"params": ..., "batch_stats": ...}`, and whatever else the module reads.
-        batches: the data, gone through once: batches of any size, the last one smaller or not.
+        batches: the data, as for `hj.over_batches`, gone through once: of any size, the last smaller or not.
         inputs: what the module takes from a batch, as in `linen_loss`.
         rngs: fixed keys for dropout and the like, `{"dropout": key}`, where training mode needs them.
         **apply_kwargs: static arguments of `module.apply` that put BatchNorm into training mode, such as
@@ -85,7 +86,8 @@ def linen_recalibrate(
     check_module(module)
     if not isinstance(variables, (dict, core.FrozenDict)):
         raise TypeError(f"`variables` must be a mapping, as `module.init` gives it, got {shown(variables)}.")
-    check_batches(batches)
+    check_source(batches)
+    check_not_filled(batches)
     if "batch_stats" not in variables:
         raise ValueError(
             f'`variables` must hold the collection "batch_stats", got {sorted(variables)}: without BatchNorm '
@@ -95,7 +97,7 @@ def linen_recalibrate(
     identity = frozen(module)
     check_hashable(module=identity, inputs=inputs, **apply_kwargs)
     model = LinenModel(module, identity, inputs, tuple(sorted(apply_kwargs.items())))
-    pooled = _pool(lambda batch: _linen_moments(model, variables, batch, rngs), batches, inputs)
+    pooled = _pool(lambda batch: _linen_moments(model, variables, batch, rngs), unweighed(batches), inputs)
     if not pooled:
         raise ValueError(
             _NO_NORM.format("`apply_kwargs`", "such as `train=True` or `use_running_average=False`")
@@ -113,7 +115,7 @@ def _replaced(stats: Any, pooled: Moments) -> Any:
     return jax.tree.unflatten(jax.tree.structure(stats), leaves)
 
 
-def nnx_recalibrate(model: Any, batches: Iterable[Any], *, inputs: Inputs = 0, **call_kwargs: Any) -> Any:
+def nnx_recalibrate(model: Any, batches: Source, *, inputs: Inputs = 0, **call_kwargs: Any) -> Any:
     """The running statistics of an nnx model's BatchNorms, taken over `batches`.
 
     As `linen_recalibrate`, for `nnx.BatchNorm`s. The model runs in the mode that it is in, so that those that
@@ -122,7 +124,7 @@ def nnx_recalibrate(model: Any, batches: Iterable[Any], *, inputs: Inputs = 0, *
 
     Args:
         model: an `nnx.Module`; a copy runs, dropout with the keys that it holds.
-        batches: the data, gone through once.
+        batches: the data, as for `hj.over_batches`, gone through once.
         inputs: what the model takes from a batch, as in `nnx_loss`.
         **call_kwargs: further static arguments of the model's call, such as `train=True`.
 
@@ -146,11 +148,12 @@ def nnx_recalibrate(model: Any, batches: Iterable[Any], *, inputs: Inputs = 0, *
         3.0
     """
     check_model(model)
-    check_batches(batches)
+    check_source(batches)
+    check_not_filled(batches)
     inputs = tuple(inputs) if isinstance(inputs, list) else inputs
     check_hashable(inputs=inputs, **call_kwargs)
     # As a graph whatever flax's setting: in its tree mode a shared module is refused.
-    copy, batches = nnx.clone(model, graph=True), iter(batches)
+    copy, batches = nnx.clone(model, graph=True), unweighed(batches)
     norms = _nnx_norms(copy)
     for norm in norms.values():
         norm.momentum = 0.0  # so that a call leaves the batch's own moments

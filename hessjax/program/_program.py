@@ -133,6 +133,20 @@ class Use(NamedTuple):
         return None if None in trips else math.prod(n for n in trips if n is not None)
 
 
+def reached(body: Body, seeds: Iterable[Value]) -> set[Value]:
+    """All values that depend on these, in the bodies of loops and branches too."""
+    found = set(seeds)
+    for operation in body.operations:
+        if found.isdisjoint(operation.inputs):
+            continue
+        found |= set(operation.outputs)
+        for inner in operation.bodies:
+            # What a loop carries may take in anything of the others.
+            pairs = zip(inner.inputs, inner.sources, strict=True)
+            found |= reached(inner, [v for v, source in pairs if source is None or source in found])
+    return found
+
+
 def evaluate(
     body: Body, inputs: Iterable[Any], apply: Callable[[Operation, list[Any]], Sequence[Any]]
 ) -> list[Any]:

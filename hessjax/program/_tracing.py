@@ -11,7 +11,7 @@ from jax.extend.core import Literal
 from hessjax.program._program import Body, Leaves, Operation, Program, Value
 
 
-def read(fn: Callable[..., Any], params: Any, *args: Any) -> Program:
+def read(fn: Callable[..., Any], params: Any, *args: Any, to_differentiate: bool = False) -> Program:
     """The program of `fn` for inputs of these shapes. It is traced; nothing is compiled or run.
 
     Calls (`jit`, `checkpoint`, functions with derivatives of their own) are opened where they stand. Mutable
@@ -21,6 +21,8 @@ def read(fn: Callable[..., Any], params: Any, *args: Any) -> Program:
         fn: `fn(params, *args)`, any pytrees in and out.
         params: arrays or `jax.ShapeDtypeStruct`s.
         *args: the same.
+        to_differentiate: functions with derivatives of their own stay closed, all that no leaf enters and
+            those not of jax; arrays that `fn` closes over, and rows looked up in a leaf, count as data.
 
     Returns:
         The program.
@@ -39,7 +41,8 @@ def read(fn: Callable[..., Any], params: Any, *args: Any) -> Program:
     leaves = [frozenset((i,)) if i < num_params else None for i in range(len(closed.in_avals))]
     inputs = [Value(aval, made_of) for aval, made_of in zip(closed.in_avals, leaves, strict=True)]
     rules = tuple(dict.fromkeys(_rules(closed)))
-    return Program(_body(closed, inputs), num_params, jax.tree.structure(shapes), rules)
+    body = _body(_Frame(to_differentiate), closed, inputs)
+    return Program(body, num_params, jax.tree.structure(shapes), rules)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,18 +50,20 @@ class _Frame:
     """A body that is being read.
 
     Attributes:
+        to_differentiate: see `read`.
         operations: those read so far.
         consts: the constants so far.
         held: what every mutable array holds at this point of the program.
     """
 
+    to_differentiate: bool = False
     operations: list[Operation] = field(default_factory=list)
     consts: dict[Value, Any] = field(default_factory=dict)
     held: dict[Value, Value] = field(default_factory=dict)
 
 
-def _body(closed: Any, inputs: Sequence[Value], sources: Sequence[Value | None] = ()) -> Body:
-    frame = _Frame()
+def _body(outer: _Frame, closed: Any, inputs: Sequence[Value], sources: Sequence[Value | None] = ()) -> Body:
+    frame = _Frame(outer.to_differentiate)
     return _close(frame, inputs, _open(frame, closed, inputs), sources)
 
 
@@ -79,7 +84,7 @@ def _open(frame: _Frame, closed: Any, inputs: Sequence[Value]) -> list[Value]:
     jaxpr = getattr(closed, "jaxpr", closed)  # since jax 0.12 they are one; before, a call may have either
     known = dict(zip(jaxpr.invars, inputs, strict=True))
     for variable, const in zip(jaxpr.constvars, getattr(closed, "consts", ()), strict=True):
-        known[variable] = Value(variable.aval, frozenset())
+        known[variable] = Value(variable.aval, None if frame.to_differentiate else frozenset())
         frame.consts[known[variable]] = const
     for eqn in jaxpr.eqns:
         read_eqn = _EQUATIONS.get(eqn.primitive.name, _operation)
@@ -103,6 +108,8 @@ def _operation(frame: _Frame, eqn: Any, inputs: list[Value]) -> list[Value]:
     leaves = [_made_of(inputs)] * len(eqn.outvars)
     if eqn.primitive.name == "optimization_barrier":  # it has every operand as a result, and mixes none
         leaves = [v.leaves for v in inputs]
+    if frame.to_differentiate and eqn.primitive.name == "gather":
+        leaves = [None]  # a lookup, even where the rows are always the same, as those of positions
     outputs = [Value(v.aval, made_of) for v, made_of in zip(eqn.outvars, leaves, strict=True)]
     _add(frame, eqn, eqn.primitive.name, inputs, outputs)
     return outputs
@@ -121,6 +128,10 @@ def _add(
 
 def _call(frame: _Frame, eqn: Any, inputs: list[Value]) -> list[Value]:
     """One that merely calls a function; it stays an operation where it takes something else as well."""
+    # What only rearranges leaves has to be seen; of jax's own the inside has the same derivatives.
+    opened = f" at {_JAX}" in _source(eqn) and any(v.leaves for v in inputs)
+    if frame.to_differentiate and eqn.primitive.name.startswith(_RULED) and not opened:
+        return _operation(frame, eqn, inputs)
     # jit and remat have a `jaxpr`, custom rules a `call_jaxpr` (a `fun_jaxpr` before), custom_vmap a `call`.
     names = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call")
     inner = next((eqn.params[name] for name in names if eqn.params.get(name) is not None), None)
@@ -138,7 +149,7 @@ def _custom_jvp(frame: _Frame, eqn: Any, inputs: list[Value]) -> list[Value]:
     return _call(frame, eqn, inputs)
 
 
-_JAX = os.path.dirname(jax.__file__)
+_JAX, _RULED = os.path.dirname(jax.__file__), ("custom_jvp", "custom_vjp")
 
 
 def _source(eqn: Any) -> str:
@@ -151,7 +162,7 @@ def _source(eqn: Any) -> str:
 def _rules(closed: Any) -> Iterator[str]:
     """The functions with derivative rules of their own that a jaxpr calls, but for those of jax."""
     for eqn in getattr(closed, "jaxpr", closed).eqns:
-        if eqn.primitive.name.startswith(("custom_jvp", "custom_vjp")):
+        if eqn.primitive.name.startswith(_RULED):
             source = _source(eqn)
             if f" at {_JAX}" not in source:
                 yield source.split(" at ")[0] or eqn.primitive.name
@@ -174,7 +185,7 @@ def _scan(frame: _Frame, eqn: Any, inputs: list[Value]) -> list[Value]:
     carried = range(end - num_carry, end)
     sources = [None if i in carried else v for i, v in enumerate(inputs)]
     steps = _entries(closed.in_avals, sources)
-    body = _body(closed, steps, sources)
+    body = _body(frame, closed, steps, sources)
     # Whatever the state starts from, data may enter it on the way: it does not count as made of leaves.
     made = [None] * num_carry + [v.leaves for v in body.outputs[num_carry:]]
     outputs = [Value(v.aval, leaves) for v, leaves in zip(eqn.outvars, made, strict=True)]
@@ -198,7 +209,7 @@ def _while(frame: _Frame, eqn: Any, inputs: list[Value]) -> list[Value]:
     end = start + eqn.params["body_nconsts"]
     carried = [None] * (len(inputs) - end)
     parts = [("cond_jaxpr", inputs[:start]), ("body_jaxpr", inputs[start:end])]
-    bodies = [_inner(eqn.params[name], [*consts, *carried]) for name, consts in parts]
+    bodies = [_inner(frame, eqn.params[name], [*consts, *carried]) for name, consts in parts]
     outputs = [Value(v.aval) for v in eqn.outvars]
     rest = {"bodies": tuple(bodies), "trips": None, "carried": range(end, len(inputs))}
     _add(frame, eqn, "while", inputs, outputs, **rest)
@@ -206,7 +217,7 @@ def _while(frame: _Frame, eqn: Any, inputs: list[Value]) -> list[Value]:
 
 
 def _cond(frame: _Frame, eqn: Any, inputs: list[Value]) -> list[Value]:
-    bodies = [_inner(branch, inputs[1:]) for branch in eqn.params["branches"]]
+    bodies = [_inner(frame, branch, inputs[1:]) for branch in eqn.params["branches"]]
     # Each result is one of the branches': made of leaves alone if it is so in all of them.
     ends = zip(*(body.outputs for body in bodies), strict=True)
     outputs = [Value(v.aval, _made_of(each)) for v, each in zip(eqn.outvars, ends, strict=True)]
@@ -214,8 +225,8 @@ def _cond(frame: _Frame, eqn: Any, inputs: list[Value]) -> list[Value]:
     return outputs
 
 
-def _inner(closed: Any, sources: Sequence[Value | None]) -> Body:
-    return _body(closed, _entries(closed.in_avals, sources), sources)
+def _inner(frame: _Frame, closed: Any, sources: Sequence[Value | None]) -> Body:
+    return _body(frame, closed, _entries(closed.in_avals, sources), sources)
 
 
 # -- what jax writes since 0.12, behind flags ------------------------------------------------------
@@ -230,6 +241,8 @@ def _high(frame: _Frame, eqn: Any, inputs: list[Value]) -> list[Value]:
     if inner is None and hasattr(primitive, "traced"):
         inner = primitive.traced.jaxpr
         if hasattr(primitive, "drop_fwd_consts"):  # a custom_vjp: some operands are for the derivative only
+            if frame.to_differentiate:
+                return _operation(frame, eqn, inputs)
             inputs = jax.tree.leaves(primitive.drop_fwd_consts(*primitive.in_tree.unflatten(inputs)))
     if inner is None or len(inner.in_avals) != len(inputs):
         return _operation(frame, eqn, inputs)
@@ -248,7 +261,7 @@ def _mutable_scan(frame: _Frame, eqn: Any, inputs: list[Value]) -> list[Value]:
     avals = [getattr(primitive.jaxpr.in_avals[i], "inner_aval", primitive.jaxpr.in_avals[i]) for i in order]
     entries = _entries(avals, sources)
     # Inside, every array is what is carried in; after the last operation it holds what is carried out.
-    inner, known = _Frame(), dict(zip(order, entries, strict=True))
+    inner, known = _Frame(frame.to_differentiate), dict(zip(order, entries, strict=True))
     arrays = {i: Value(inputs[i].aval) for i in refs}
     inner.held.update({arrays[i]: known[i] for i in refs})
     stacked = _open(inner, primitive.jaxpr, [arrays.get(i, known[i]) for i in range(len(inputs))])

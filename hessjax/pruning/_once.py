@@ -10,16 +10,17 @@ import jax.numpy as jnp
 import optax
 
 from hessjax._core import _numbers, _tree
+from hessjax._core._counting import num_set_in_all
 from hessjax._core._layout import kernels, selected
 from hessjax._core._messages import check_functions, checked_count, checked_number
 from hessjax._core._types import Block, Params, Scalar, Where
 from hessjax._core._words import AxisWords
-from hessjax._fisher._rows import row
+from hessjax._fisher._blocking import row
 from hessjax.pruning._pruned import Pruned, PruneStep
 from hessjax.pruning._ranking import check_sparsity
 from hessjax.pruning.allocations._allocation import AllocationRule, allocated, global_threshold
 from hessjax.pruning.patterns._pattern import Laid, Patterns, unstructured
-from hessjax.pruning.saliencies._saliency import Context, Saliency, checked_saliency, drop_others, is_hole
+from hessjax.pruning.saliencies._saliency import Context, Saliency, checked_ranking, drop_others, is_hole
 
 
 def prune_once(
@@ -89,7 +90,7 @@ def prune_once(
     check_sparsity(sparsity)
     recomputes = checked_count("recomputes", recomputes, 1, ", the number of steps")
     given = saliency if isinstance(saliency, Sequence) and not isinstance(saliency, str) else (saliency,)
-    rules = tuple(checked_saliency("saliency", rule) for rule in given)
+    rules = tuple(checked_ranking("saliency", rule) for rule in given)
     check_functions(grads_fn=grads_fn, loss_fn=loss_fn)
     _check_loss(rules, loss_fn, max_ratio)
     if grads_fn is None and any(rule.needs_grads for rule in rules):
@@ -199,6 +200,9 @@ class _Task:
         return _Trial(landed, mask, increase, self.loss_at(landed))
 
 
+_num_set = jax.jit(num_set_in_all)
+
+
 def _goes_too_far(point: _Point, trial: _Trial, max_ratio: float | int) -> bool:
     """Whether the loss rises by more than so many times the prediction, and a shorter step is possible."""
     rounding = 1e-5 * (1 + abs(float(point.loss)))  # of a loss in float32, where the prediction is near 0
@@ -217,8 +221,8 @@ def _halfway(point: _Point, trial: _Trial) -> float:
 def _counts(point: _Point, trial: _Trial) -> tuple[int, int, int]:
     """Weights left before and after, and all."""
     pairs = list(zip(jax.tree.leaves(point.active), jax.tree.leaves(trial.mask), strict=True))
-    before = sum(int(jnp.sum(active)) for active, _ in pairs)
-    after = sum(int(jnp.sum(active & mask)) for active, mask in pairs)
+    before = sum(_num_set(active).exactly() for active, _ in pairs)
+    after = sum(_num_set(active & mask).exactly() for active, mask in pairs)
     return before, after, sum(active.size for active, _ in pairs)
 
 
@@ -247,7 +251,7 @@ def _targets(active: Params, sparsity: float | int, recomputes: int) -> list[Any
     flags = jax.tree.leaves(active)
     start = 1.0  # inside `jit`, where zeros cannot be counted yet
     if not any(isinstance(flag, jax.core.Tracer) for flag in flags):
-        start = sum(int(flag.sum()) for flag in flags) / sum(flag.size for flag in flags)
+        start = sum(_num_set(flag).exactly() for flag in flags) / sum(flag.size for flag in flags)
     ratio = min((1 - sparsity) / start, 1.0) if start else 1.0  # more zeros than asked for stay
     between = [max(1 - start * ratio ** (i / recomputes), 0.0) for i in range(1, recomputes)]
     return [*(min(s, sparsity) for s in between), sparsity]  # not beyond it by rounding

@@ -1,7 +1,7 @@
 """How a ranking ranks: how many zeros, the order of scores, and which are the smallest."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from hessjax._core import _numbers, _sharding
+from hessjax._core._counting import Total, count_where, total, totals_before
 from hessjax._core._messages import checked_number
 
 Sparsity: TypeAlias = float | int | Float[Array, ""]
@@ -27,22 +28,35 @@ def check_sparsity(sparsity: Any, note: str = "", argument: str = "sparsity") ->
 
 
 def num_zeros(sparsity: Sparsity, size: int) -> Any:
-    """`round(sparsity · size)`, halves to even, without the rounding of a float32 product.
-
-    In float32 0.9 · 25,000,001 is off by more than one weight, so that a traced sparsity is written as a
-    multiple of 2⁻³¹ (exact from 2⁻⁷ up, and within half a weight below) and multiplied in integers.
-    """
+    """`round(sparsity · size)` of fewer than 2³¹, halves to even: a Python integer, or a traced one."""
     if not isinstance(sparsity, jax.Array):
         return round(float(sparsity) * size)
+    return num_zeros_in_all(sparsity, size).clipped()
+
+
+def num_zeros_in_all(sparsity: Sparsity, size: int) -> Total:
+    """`round(sparsity · size)` of up to 2⁴⁷, without the rounding of a float32 product.
+
+    In float32 0.9 · 25,000,001 is off by more than one weight, so that a traced sparsity is written as a
+    multiple of 2⁻³¹ (exact from 2⁻⁷ up, and within half a weight of every 2³¹ below) and multiplied in
+    integers.
+    """
+    if not isinstance(sparsity, jax.Array):
+        return Total.of(num_zeros(sparsity, size))
     # What cannot raise inside `jit` is taken to the nearest end; NaN fails the comparison and becomes 0.
     inside = jnp.where(sparsity > 0, jnp.minimum(sparsity, 1), 0)
     if inside.dtype == jnp.float64:
-        return jnp.round(inside * size).astype(jnp.int32)
-    high, low = _product((inside.astype(jnp.float32) * 2.0**31).astype(jnp.uint32), size)
-    quotient, rest = high * 2 + (low >> 31), low & jnp.uint32(2**31 - 1)
+        number = jnp.round(inside * size)
+        high = jnp.floor(number / 2**16)
+        return Total(high.astype(jnp.int32), (number - high * 2**16).astype(jnp.int32))
+    units = (inside.astype(jnp.float32) * 2.0**31).astype(jnp.uint32)
+    high, low = _product(units, size % 2**31)
+    quotient, rest = Total.of((high * 2 + (low >> 31)).astype(jnp.int32)), low & jnp.uint32(2**31 - 1)
+    if size >= 2**31:  # of every 2³¹ weights a whole number goes
+        quotient = quotient.plus(Total.of_words(*_product(units, size >> 31)))
     # Halves to even, as Python's `round` for numbers that are not traced.
-    up = (rest > 2**30) | ((rest == 2**30) & (quotient % 2 == 1))
-    return quotient.astype(jnp.int32) + up.astype(jnp.int32)
+    up = (rest > 2**30) | ((rest == 2**30) & (quotient.low % 2 == 1))
+    return quotient.plus(Total.of(up.astype(jnp.int32)))
 
 
 def _product(a: Array, b: int) -> tuple[Array, Array]:
@@ -83,84 +97,170 @@ def ordered_keys(scores: Sequence[Float[Array, "..."]]) -> list[UInt[Array, "...
 @jax.jit
 def smallest(
     keys: Sequence[UInt[Array, "..."]],
-    n: int | Int[Array, ""] | Int[Array, " arrays"],
+    n: int | Total | Int[Array, ""] | Int[Array, " arrays"],
     sizes: Int[Array, " arrays"] | None = None,
-) -> list[Bool[Array, "..."]]:
+) -> tuple[list[Bool[Array, "..."]], Int[Array, " arrays"]]:
     """Marks exactly `n` entries: the smallest over all arrays; of equal ones, those that come first.
 
     With `sizes`, entries count for more than one, and it marks the longest run of the smallest that counts
     for `n` at most.
 
     Args:
-        keys: unsigned integers of one type (`ordered_keys`), any shapes, under 2³¹ entries in all.
+        keys: unsigned integers of one type (`ordered_keys`), any shapes, under 2³¹ entries in each (and such
+            as count for fewer than 2³¹).
         n: how many to mark, between 0 and the number of entries; may be traced. A vector, one number per
             array, ranks every array on its own.
-        sizes: what an entry of each array counts for; None for one each. With a scalar n only.
+        sizes: what an entry of each array counts for; None for one each. With a number for all arrays only.
 
     Returns:
-        Booleans in the shapes of the keys; the same as the first `n` of a stable argsort of them all.
+        Booleans in the shapes of the keys, the same as the first `n` of a stable argsort of them all, and how
+        many are set in each.
 
     Cost:
-        One pass over the keys per bit (32 for float32) and no memory beyond keys and result; when equal
-        keys straddle the cut, one more pass per bit of the number of entries. Two loops to compile, however
-        many arrays.
+        One pass over the keys for every two bits (16 for float32) and no memory beyond keys and result; when
+        equal keys straddle the cut, one more pass per axis. On a CPU the keys are read piece by piece, so
+        that a pass takes as long as reading them.
     """
-    total, n = sum(k.size for k in keys), jnp.asarray(n, jnp.int32)
-
-    def below(cut: Array) -> Array:
-        return _count([k < c for k, c in zip(keys, _each(cut, keys), strict=True)], n, sizes)
-
-    # The n-th smallest key by bisection over its bits: counting passes need no memory, a sort needs twice
-    # the keys and, across leaves, a copy of all of them.
-    cut = _largest(below, n, keys[0].dtype.itemsize * 8, keys[0].dtype)
-    missing = n - below(cut)
-    cuts = _each(cut, keys)
-
-    def ties_before(last: Array) -> list[Array]:
-        # Made anew at every count, so that places and ties fuse into it and take no memory of their own.
-        columns = zip(keys, cuts, _places(keys), _each(last, keys), strict=True)
-        return [(k == c) & (i < x) for k, c, i, x in columns]
-
-    # No equal keys straddle the cut: then there is nothing to search for, and the loop runs no times.
-    bits = jnp.where(jnp.any(missing > 0), total.bit_length(), 0)
-    last = _largest(lambda t: _count(ties_before(t), n, sizes), missing, bits, jnp.dtype("uint32"))
-    return [(k < c) | tie for k, c, tie in zip(keys, cuts, ties_before(last), strict=True)]
+    shapes, keys = [k.shape for k in keys], [jnp.atleast_1d(k) for k in keys]
+    if not isinstance(n, Total) and jnp.ndim(n) == 1:
+        cut = _cut_in_each(keys, jnp.asarray(n))
+    else:
+        cut = _cut_over_all(keys, n if isinstance(n, Total) else Total.of(n), sizes)
+    depth = max(k.ndim for k in keys)
+    # Where all ties or none go there is nothing to search for.
+    stops = lax.cond(
+        jnp.any((cut.taken > 0) & (cut.taken < cut.ties)),
+        lambda: _stops(keys, cut, depth),
+        lambda: jnp.broadcast_to(_END * (cut.taken > 0).astype(jnp.int32)[:, None], (len(keys), depth)),
+    )
+    gone = [
+        (k < key) | ((k == key) & _comes_before(k.shape, stop))
+        for k, key, stop in zip(keys, cut.keys, stops, strict=True)
+    ]
+    return [flags.reshape(shape) for flags, shape in zip(gone, shapes, strict=True)], cut.below + cut.taken
 
 
-def _largest(count_below: Callable[[Array], Array], n: Array, bits: Any, dtype: Any) -> Array:
-    """The largest integer t of `bits` bits with `count_below(t) <= n`, its bits found from the top."""
+class _Cut(NamedTuple):
+    """Where arrays are cut: the key below which all go, and of how many equal ones how many are taken."""
+
+    keys: UInt[Array, " arrays"]
+    below: Int[Array, " arrays"]
+    ties: Int[Array, " arrays"]
+    taken: Int[Array, " arrays"]
+
+
+def _cut_in_each(keys: Sequence[Array], n: Int[Array, " arrays"]) -> _Cut:
+    """After so many in every array."""
+    cuts = _last_that_fits(keys, lambda counts: counts <= n[None], (len(keys),))
+    below, ties = _around(keys, cuts)
+    return _Cut(cuts, below, ties, n - below)
+
+
+def _cut_over_all(keys: Sequence[Array], n: Total, sizes: Array | None) -> _Cut:
+    """After what counts for so many, or as many as fit, over all arrays."""
+    weights = jnp.ones(len(keys), jnp.int32) if sizes is None else sizes
+
+    def fits(counts: Int[Array, "cuts arrays"]) -> Array:
+        return total(counts * weights[None]).at_most(n)
+
+    cuts = jnp.broadcast_to(_last_that_fits(keys, fits, ()), (len(keys),))
+    below, ties = _around(keys, cuts)
+    # Of equal ones those in the first arrays go first, as far as whole ones fit.
+    left = n.minus(total(below * weights))
+    room = Total(left.high[None], left.low[None]).minus(totals_before(ties * weights))
+    return _Cut(cuts, below, ties, jnp.clip(room.clipped() // weights, 0, ties))
+
+
+def _around(keys: Sequence[Array], cuts: Array) -> tuple[Array, Array]:
+    """How many lie below the cut of each array, and how many are equal to it."""
+    below, up_to = count_where(lambda i, k: [k < cuts[i], k <= cuts[i]], keys)
+    return below, up_to - below
+
+
+def _last_that_fits(keys: Sequence[Array], fits: Callable[[Array], Array], shape: tuple[int, ...]) -> Array:
+    """The largest integers that no more keys lie below of than fit, found from the top, two bits at a time.
+
+    Counting passes need no memory; a sort needs twice the keys and, over several arrays, a copy of them all.
+    """
+    bits, dtype = keys[0].dtype.itemsize * 8, keys[0].dtype
+    digits = jnp.arange(1, 4, dtype=dtype).reshape(3, *(1 for _ in shape))
 
     def body(i: Any, t: Array) -> Array:
-        # A bit stays set while no more than n lie below: t ends as the largest such integer.
-        candidate = t | (jnp.ones((), dtype) << jnp.asarray(bits - 1 - i, dtype))
-        return jnp.where(count_below(candidate) <= n, candidate, t)
+        shift = jnp.asarray(bits - 2 - 2 * i, dtype)
+        candidates = t[None] | (digits << shift)
+        each = jnp.broadcast_to(candidates.reshape(3, -1), (3, len(keys)))
+        counts = count_where(lambda place, k: [k < each[j, place] for j in range(3)], keys)
+        # What fits below a larger digit fits below all smaller ones.
+        return t | (jnp.sum(fits(counts), axis=0).astype(dtype) << shift)
 
-    return lax.fori_loop(0, bits, body, jnp.zeros(n.shape, dtype))
-
-
-def _count(flags: Sequence[Array], n: Array, sizes: Array | None) -> Array:
-    """What the set flags count for: over all arrays for a scalar n, in each for a vector."""
-    counts = jnp.stack([num_set(flag) for flag in flags])
-    counts = counts if sizes is None else counts * sizes
-    return counts if n.ndim else jnp.sum(counts, dtype=jnp.int32)
+    return lax.fori_loop(0, bits // 2, body, jnp.zeros(shape, dtype))
 
 
-def num_set(flags: Array) -> Array:
-    """How many are set; along one axis in 16 bits first.
-
-    On a CPU, XLA writes out what it is going to sum: in 32 bits two fifths of a ranking's time go there.
-    """
-    short = next((axis for axis, length in enumerate(flags.shape) if length < 2**16), None)
-    partial = flags if short is None else jnp.sum(flags, axis=short, dtype=jnp.uint16)
-    return jnp.sum(partial, dtype=jnp.int32)
+_END = 2**31 - 1
+"""Beyond every index."""
 
 
-def _each(values: Array, keys: Sequence[Array]) -> Array:
-    """One value per array."""
-    return jnp.broadcast_to(values, (len(keys),))
+def _stops(keys: Sequence[Array], cut: _Cut, depth: int) -> Int[Array, "arrays axes"]:
+    """The index in each array, axis by axis, before which those lie that are taken of equal ones."""
+    stops: list[Array] = []
+    taken = cut.taken
+    for axis in range(depth):
+        # Along one axis at a time: no places of single entries have to be counted, or sent between devices.
+        lines = [
+            _line((k == c) & _is_at(k.shape, [s[i] for s in stops]), axis)
+            for i, (k, c) in enumerate(zip(keys, cut.keys, strict=True))
+        ]
+        stop = _last_index(lines, taken)
+        taken = taken - _before(lines, stop)
+        stops.append(stop)
+    return jnp.stack(stops, axis=1)
 
 
-def _places(keys: Sequence[Array]) -> list[Array]:
-    """The position of every entry in the concatenation of all arrays."""
-    starts = [sum(k.size for k in keys[:i]) for i in range(len(keys))]
-    return [_sharding.places(k, start) for k, start in zip(keys, starts, strict=True)]
+def _line(flags: Array, axis: int) -> Int[Array, " length"]:
+    """How many are set at each index along an axis; on every device whole."""
+    others = tuple(i for i in range(flags.ndim) if i != axis)
+    if axis >= flags.ndim:
+        return jnp.zeros(1, jnp.int32)
+    return _sharding.gathered(jnp.sum(flags, axis=others, dtype=jnp.int32))
+
+
+def _last_index(lines: Sequence[Array], n: Array) -> Int[Array, " arrays"]:
+    """In each the largest index that no more than n are set before."""
+    bits = max(line.size for line in lines).bit_length()
+
+    def body(i: Any, t: Array) -> Array:
+        candidate = t | (jnp.ones((), jnp.int32) << jnp.asarray(bits - 1 - i, jnp.int32))
+        return jnp.where(_before(lines, candidate) <= n, candidate, t)
+
+    return lax.fori_loop(0, bits, body, jnp.zeros(len(lines), jnp.int32))
+
+
+def _before(lines: Sequence[Array], stops: Array) -> Int[Array, " arrays"]:
+    return jnp.stack(
+        [
+            jnp.sum(jnp.where(jnp.arange(line.size, dtype=jnp.int32) < stop, line, 0), dtype=jnp.int32)
+            for line, stop in zip(lines, stops, strict=True)
+        ]
+    )
+
+
+def _is_at(shape: tuple[int, ...], start: Sequence[Array]) -> Array:
+    """Which entries have these first indices."""
+    there = jnp.ones((1,) * len(shape), bool)
+    for axis, index in enumerate(start[: len(shape)]):
+        there &= _index(shape, axis) == index
+    return there
+
+
+def _comes_before(shape: tuple[int, ...], stop: Array) -> Array:
+    """Which entries come before this index, in row-major order."""
+    before = jnp.zeros((1,) * len(shape), bool)
+    for axis in reversed(range(len(shape))):
+        index = _index(shape, axis)
+        before = (index < stop[axis]) | ((index == stop[axis]) & before)
+    return before
+
+
+def _index(shape: tuple[int, ...], axis: int) -> Array:
+    """Of every entry along an axis."""
+    return lax.broadcasted_iota(jnp.int32, tuple(n if i == axis else 1 for i, n in enumerate(shape)), axis)

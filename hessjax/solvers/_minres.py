@@ -90,7 +90,7 @@ class Minres(System, Estimator):
         ValueError: `rhs` or `damping` is not finite.
 
     Cost:
-        One product a step, 20·d operations, memory 7·d. No basis is kept. Where `conjugate_gradient` works
+        One product a step, 20·d operations, memory 10·d. No basis is kept. Where `conjugate_gradient` works
         it takes about as many products and less memory. Other arrays compile nothing anew.
 
     References:
@@ -119,7 +119,7 @@ class Minres(System, Estimator):
         _tree.check_like(self.rhs, like, "rhs", "like")
         packing = Packing.of(like)
         rhs, unit, limit = self.scaled(packing)
-        zero, nothing = jnp.zeros_like(unit), _tree.zeros_like(rhs)
+        zero, nothing = jnp.zeros_like(unit), packing.zeros()
         return MinresState(
             # From zero: the residual is then b, and its norm 1 in units of ‖b‖.
             x=nothing,

@@ -39,7 +39,20 @@ def test_it_is_traced_once_for_each_shape():
     traces.clear()
     for x in (X, X[:2], X[2:4], X):
         small.model_fn(small.params, x)
-    assert traces == [(2, 4)]
+    assert traces == [(5, 4), (2, 4)]  # `compact` itself asked for exact products
+
+
+@pytest.mark.parametrize("precision", ["default", "highest"])
+def test_products_are_as_exact_as_is_asked_for(precision):
+    """On a GPU the default rounds to ten bits: what compares asks for more, what is deployed need not."""
+    small = hj.compact(model, PARAMS, X)
+    with jax.default_matmul_precision(precision):
+        small_program, program = (
+            jax.make_jaxpr(small.model_fn)(small.params, X),
+            jax.make_jaxpr(model)(PARAMS, X),
+        )
+    asked = lambda jaxpr: [e.params["precision"] for e in jaxpr.eqns if e.primitive.name == "dot_general"]
+    assert asked(small_program) == asked(program.jaxpr)
 
 
 def test_gradients_are_the_models_own_at_zero_too():

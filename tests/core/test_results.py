@@ -22,6 +22,10 @@ RESULTS = {
     "Estimate": (lambda: hj.trace(A, KEY, PARAMS, 4, **RUN), "18 ± 0 (4 samples)"),
     "Estimate of a tree": (lambda: hj.diagonal(A, KEY, PARAMS, 4, **RUN), "a/kernel  2×3     2.5      0"),
     "Eigenpairs": (lambda: hj.eigenpairs(A, KEY, PARAMS, k=2, **RUN), "Eigenvalue  Residual  Converged"),
+    "SpectralDensity": (
+        lambda: hj.spectral_density(A, KEY, PARAMS, 2, 3, **RUN),
+        "2         6\n9 parameters.",
+    ),
     "Spectrum": (lambda: hj.spectrum(A, KEY, PARAMS, 2, 5, **RUN), "\nTrace "),
     "Solution": (lambda: hj.solve(A, PARAMS, 0.5, **RUN), "Residual  Converged  Products"),
     "InverseFisher": (lambda: hj.inverse_fisher(GRADS, 0.1), "      9       1          2    0.100"),

@@ -18,7 +18,8 @@ from etils import epath
 from jax.tree_util import Partial
 
 import hessjax as hj
-from hessjax._run import _checkpoint_files, _identity
+from hessjax._core import _processes
+from hessjax._run import _checkpoint_files, _identity, _store
 
 KEY = jax.random.key(0)
 ROLL = Partial(jnp.roll, shift=1)
@@ -291,11 +292,13 @@ def test_numbers_of_every_kind_come_back(tmp_path):
     leaves = [*arrays, *(x[0, 1] for x in arrays), jnp.zeros((0, 3))]
     wide = np.arange(6.0)
     gathered = {"a/b": wide, "turned": wide.reshape(2, 3).T, "swapped": wide.astype(">f8"), "none": wide[:0]}
-    with contextlib.closing(_checkpoint_files.Store(tmp_path)) as store:
+    alone = _processes.Group((0,))
+    with contextlib.closing(_store.Store(tmp_path, alone)) as store:
         for kept in (leaves, leaves[-1:]):
             saved = _checkpoint_files.Saved(kept, gathered, len(kept))
-            _checkpoint_files.write(store, {}, saved)
-            found = _checkpoint_files.read(store, {}, [jnp.zeros_like(x) for x in kept])
+            run = _checkpoint_files.Run({}, "", [jnp.zeros_like(x) for x in kept])
+            _checkpoint_files.write(store, run, saved)
+            found = _checkpoint_files.read(store, run)
             identical(saved.leaves, found.leaves)
             assert found.gathered.keys() == gathered.keys()
             for name, x in gathered.items():
@@ -304,7 +307,7 @@ def test_numbers_of_every_kind_come_back(tmp_path):
 
 
 def ours(folder):
-    return folder / _checkpoint_files.FOLDER
+    return folder / _store.FOLDER
 
 
 def names(folder):
@@ -455,7 +458,10 @@ def test_other_software_is_named(tmp_path, monkeypatch, name):
     whole = hj.trace(ROLL, KEY, jnp.zeros(9), 10)
     with monkeypatch.context() as patched:
         patched.setattr(sys.modules[name], "__version__", "0.0.1")
-        with pytest.warns(UserWarning, match=rf"made by other software: {name} .*, now 0.0.1. The run goes"):
+        with pytest.warns(
+            UserWarning,
+            match=rf"made by other software or on other devices: {name} .*, now 0.0.1. The run goes",
+        ):
             rolled(tmp_path, 7)
     with pytest.warns(UserWarning, match=f"{name} 0.0.1, now "):
         identical(whole, rolled(tmp_path, 10))
@@ -471,8 +477,8 @@ def test_another_state_is_refused_whatever_the_versions(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"(?s)another one.*state .*saved .*now \(none\).*by jax .*0.0.1"):
         rolled(tmp_path)
     monkeypatch.undo()
-    monkeypatch.setattr(_checkpoint_files, "_FORMAT", 2)
-    with pytest.raises(ValueError, match="must be of format 2, but it is of format 1, by hessjax "):
+    monkeypatch.setattr(_checkpoint_files, "_FORMAT", 3)
+    with pytest.raises(ValueError, match="must be of format 3, but it is of format 2, by hessjax "):
         rolled(tmp_path)
     assert on_disk == contents(tmp_path)
 

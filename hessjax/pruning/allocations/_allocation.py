@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from hessjax._core import _tree
+from hessjax._core._counting import Total, count_where, total
 from hessjax._core._messages import checked_function, checked_number, shown, uncalled
 from hessjax._core._types import Params, settings
-from hessjax.pruning._ranking import Sparsity, check_sparsity, num_zeros, smallest
+from hessjax.pruning._ranking import Sparsity, check_sparsity, num_zeros, num_zeros_in_all, smallest
 from hessjax.pruning._units import Units, units_of
 from hessjax.pruning.patterns._pattern import Pattern, Patterns, unstructured
 
@@ -159,13 +160,15 @@ def check_floor(floor: float | int) -> None:
 def rank_globally(units: Units, sparsity: Sparsity, floor: float | int) -> Params:
     """The mask of one ranking over all units."""
     check_sparsity(sparsity)
-    zeros = num_zeros(sparsity, sum(units.num_weights))
     kept = [_least(count, floor, sparsity) for count in units.counts]
     caps = [smaller(count - k, most) for count, k, most in zip(units.counts, kept, units.most, strict=True)]
-    allowed = sum(cap * size for cap, size in zip(caps, units.sizes, strict=True))
-    _check_floors(zeros, allowed, units, sparsity)
+    if not isinstance(sparsity, jax.Array):
+        allowed = sum(cap * size for cap, size in zip(caps, units.sizes, strict=True))
+        _check_floors(num_zeros(sparsity, sum(units.num_weights)), allowed, units, sparsity)
     most = jnp.stack([jnp.asarray(cap, jnp.int32) for cap in caps])
-    pruned = _smallest_under_caps(units.keys(), jnp.minimum(zeros, allowed), most, tuple(units.sizes))
+    zeros = num_zeros_in_all(sparsity, sum(units.num_weights))
+    zeros = zeros.least(total(most * jnp.asarray(units.sizes, jnp.int32)))
+    pruned = _smallest_under_caps(units.keys(), zeros, most, tuple(units.sizes))
     return units.spread([~flags for flags in pruned])
 
 
@@ -176,7 +179,7 @@ def rank_each(units: Units, zeros: list[Any], sparsity: Sparsity) -> Params:
         if not isinstance(number, jax.Array) and number // size > most:
             raise ValueError(_too_sparse(sparsity, f"{', '.join(path)} loses at most {most * size} weights"))
     whole = [jnp.minimum(n // size, cap) for n, size, cap in zip(zeros, units.sizes, caps, strict=True)]
-    pruned = smallest(units.keys(), jnp.stack([jnp.asarray(n, jnp.int32) for n in whole]))
+    pruned, _ = smallest(units.keys(), jnp.stack([jnp.asarray(n, jnp.int32) for n in whole]))
     return units.spread([~flags for flags in pruned])
 
 
@@ -207,10 +210,10 @@ def _least(count: int, floor: float | int, sparsity: Sparsity) -> Any:
     return jnp.maximum(1, jnp.floor(share).astype(jnp.int32))
 
 
-def _check_floors(zeros: Any, allowed: Any, units: Units, sparsity: Sparsity) -> None:
+def _check_floors(zeros: int, allowed: int, units: Units, sparsity: Sparsity) -> None:
     """Raise a ValueError if the floors let fewer weights go than are asked for."""
     # By less than a group whole groups may miss any number: that is rounding, and no error.
-    if isinstance(sparsity, jax.Array) or zeros <= allowed or max(units.sizes) > zeros - allowed:
+    if zeros <= allowed or max(units.sizes) > zeros - allowed:
         return
     check_most(units, sparsity)
     total = sum(units.num_weights)
@@ -228,41 +231,44 @@ def _too_sparse(sparsity: Sparsity, what: str) -> str:
 # Compiled once: outside `jit`, `cond` would compile its branches at every call.
 @functools.partial(jax.jit, static_argnames="sizes")
 def _smallest_under_caps(
-    keys: list[Array], n: Array, caps: Int[Array, " leaves"], sizes: tuple[int, ...]
+    keys: list[Array], n: Total, caps: Int[Array, " leaves"], sizes: tuple[int, ...]
 ) -> list[Array]:
     """The smallest that count for n at most, taking no more than its cap from any leaf."""
-    free = _smallest_that_fit(keys, n, sizes)
-    over = jnp.stack([jnp.sum(leaf, dtype=jnp.int32) for leaf in free]) > caps
+    free, numbers = _smallest_that_fit(keys, n, sizes)
 
     def capped() -> list[Array]:
         top = ~jnp.zeros((), keys[0].dtype)  # above every key, so never taken, as n <= sum(caps · sizes)
-        open_ = smallest(keys, caps)
+        open_, _ = smallest(keys, caps)
         return _smallest_that_fit(
             [jnp.where(o, key, top) for o, key in zip(open_, keys, strict=True)], n, sizes
-        )
+        )[0]
 
     # Whatever the floors hold is kept by the free ranking already when no leaf exceeds its cap.
-    return jax.lax.cond(jnp.any(over), capped, lambda: free)
+    return jax.lax.cond(jnp.any(numbers > caps), capped, lambda: free)
 
 
-def _smallest_that_fit(keys: list[Array], n: Array, sizes: tuple[int, ...]) -> list[Array]:
-    """The smallest up to the first that does not fit into n, then smaller units that still do."""
+def _smallest_that_fit(
+    keys: list[Array], n: Total, sizes: tuple[int, ...]
+) -> tuple[list[Array], Int[Array, " leaves"]]:
+    """The smallest up to the first that does not fit into n, then smaller units that still do; how many."""
     if set(sizes) == {1}:
         return smallest(keys, n)
-    taken = smallest(keys, n, jnp.asarray(sizes, jnp.int32))
+    weights = jnp.asarray(sizes, jnp.int32)
+    taken, numbers = smallest(keys, n, weights)
     top = ~jnp.zeros((), keys[0].dtype)
     # Behind the first that does not fit only smaller ones can: one more ranking for every size.
     for limit in sorted(set(sizes), reverse=True)[1:]:
-        left = n - sum(jnp.sum(t, dtype=jnp.int32) * size for t, size in zip(taken, sizes, strict=True))
+        left = n.minus(total(numbers * weights))
         fitting = [i for i, size in enumerate(sizes) if size <= limit]
+        places = jnp.asarray(fitting)
         open_ = [jnp.where(taken[i], top, keys[i]) for i in fitting]
-        small = [sizes[i] for i in fitting]
         # Asked for more than there is, `smallest` would mark those at `top` too.
-        most = sum(jnp.sum(k < top, dtype=jnp.int32) * size for k, size in zip(open_, small, strict=True))
-        more = smallest(open_, jnp.minimum(left, most), jnp.asarray(small, jnp.int32))
+        most = total(count_where(lambda _, k: [k < top], open_)[0] * weights[places])
+        more, added = smallest(open_, left.least(most), weights[places])
+        numbers = numbers.at[places].add(added)
         for i, flags in zip(fitting, more, strict=True):
             taken[i] |= flags
-    return taken
+    return taken, numbers
 
 
 global_threshold, uniform = GlobalThreshold, Uniform

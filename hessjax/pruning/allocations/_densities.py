@@ -12,9 +12,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from hessjax._core._axes import Axes, stacked
+from hessjax._core._counting import Total, total
 from hessjax._core._messages import checked_number, shown
 from hessjax._core._types import Params, settings
-from hessjax.pruning._ranking import Sparsity, check_sparsity, num_zeros
+from hessjax.pruning._ranking import Sparsity, check_sparsity, num_zeros, num_zeros_in_all
 from hessjax.pruning._units import Member, Units, units_of
 from hessjax.pruning.allocations._allocation import (
     Allocation,
@@ -62,7 +63,7 @@ class ErdosRenyi(Allocation):
         units = units_of(scores, pattern)
         check_most(units, sparsity)
         sizes = np.asarray(units.num_weights)
-        zeros = num_zeros(sparsity, int(sizes.sum()))
+        zeros = num_zeros_in_all(sparsity, int(sizes.sum()))
         each = _by_shares(jnp.asarray(_shares(units), jnp.float32), sizes, zeros)
         caps = jnp.asarray(
             [cap * size for cap, size in zip(caps_of(units), units.sizes, strict=True)], jnp.int32
@@ -76,10 +77,10 @@ def _shares(units: Units) -> np.ndarray:
     return np.array([fan / max(number, 1) for fan, number in zip(fans, units.num_weights, strict=True)])
 
 
-def _by_shares(shares: Float[Array, " leaves"], sizes: np.ndarray, zeros: Any) -> Array:
+def _by_shares(shares: Float[Array, " leaves"], sizes: np.ndarray, zeros: Total) -> Array:
     """The zeros of every leaf, with densities min(1, ε · share) and ε such that they add up."""
     numbers = jnp.asarray(sizes, jnp.float32)
-    kept = jnp.asarray(int(sizes.sum()) - zeros, jnp.float32)
+    kept = Total.of(int(sizes.sum())).minus(zeros).rounded()
 
     def halve(_: Any, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends
@@ -94,16 +95,17 @@ def _by_shares(shares: Float[Array, " leaves"], sizes: np.ndarray, zeros: Any) -
     return jnp.round((1 - jnp.minimum(1, epsilon * shares)) * numbers).astype(jnp.int32)
 
 
-def _within_caps(each: Array, caps: Array, total: Any) -> Array:
+def _within_caps(each: Array, caps: Array, zeros: Total) -> Array:
     """Within the caps, and adding up: what is missing or over goes to the leaves with the largest caps."""
     each = jnp.minimum(each, caps)
 
-    def one(missing: Array, i: Array) -> tuple[Array, Array]:
-        moved = jnp.clip(each[i] + missing, 0, caps[i])
-        return missing - (moved - each[i]), moved
+    def one(missing: Total, i: Array) -> tuple[Total, Array]:
+        # No leaf holds 2³¹, so that the nearest integer below that is as good as the number itself.
+        moved = jnp.clip(missing.plus(Total.of(each[i])).clipped(), 0, caps[i])
+        return missing.minus(Total.of(moved - each[i])), moved
 
     order = jnp.argsort(-caps)
-    _, moved = jax.lax.scan(one, total - jnp.sum(each, dtype=jnp.int32), order)
+    _, moved = jax.lax.scan(one, zeros.minus(total(each)), order)
     return each.at[order].set(moved)
 
 

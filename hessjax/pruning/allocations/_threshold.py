@@ -1,11 +1,15 @@
 """A level of the scores in the place of a sparsity."""
 
 import dataclasses
+import functools
 import math
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from hessjax._core._counting import count_where
 from hessjax._core._messages import checked_number, checked_schedule
 from hessjax._core._types import Params, settings
 from hessjax.pruning._ranking import Schedule, smallest
@@ -58,17 +62,25 @@ class Threshold:
         # `not above` rather than `at most`: a NaN goes first, as in every ranking. A level that is NaN, as a
         # schedule may give inside `jit`, prunes nothing, and shows in the sparsity.
         some = ~jnp.isnan(level)
-        low = [
-            jnp.sum(~(x > level) & (some if free is None else some & free), dtype=jnp.int32)
-            for x, free in zip(units.scores, units.free, strict=True)
-        ]
+        low = [_num_low(x, free, level) for x, free in zip(units.scores, units.free, strict=True)]
         counts = zip(units.counts, units.most, strict=True)
         caps = [min(most, n - math.ceil(self.least * n)) for n, most in counts]
-        zeros = [jnp.minimum(number, cap) for number, cap in zip(low, caps, strict=True)]
-        mask = units.spread([~flags for flags in smallest(units.keys(), jnp.stack(zeros))])
+        zeros = [jnp.where(some, jnp.minimum(number, cap), 0) for number, cap in zip(low, caps, strict=True)]
+        gone, _ = smallest(units.keys(), jnp.stack(zeros))
+        mask = units.spread([~flags for flags in gone])
         weights = sum(n.astype(jnp.float32) * size for n, size in zip(zeros, units.sizes, strict=True))
         share = jnp.asarray(weights / sum(units.num_weights), jnp.float32)
         return mask, jnp.where(some, share, jnp.nan)
+
+
+@jax.jit
+def _num_low(scores: Array, free: Array | None, level: Any) -> Array:
+    """How many are not above the level, of those that may go."""
+
+    def is_low(_: int, score: Array, *free: Array) -> list[Array]:
+        return [functools.reduce(jnp.logical_and, free, ~(score > level))]
+
+    return count_where(is_low, *([x] for x in (scores, free) if x is not None))[0, 0]
 
 
 threshold = Threshold

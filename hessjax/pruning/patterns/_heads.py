@@ -9,7 +9,7 @@ from jaxtyping import Array, Shaped
 from hessjax._core._axes import Attention, Axes
 from hessjax._core._messages import checked_count
 from hessjax._core._types import assign, settings
-from hessjax.pruning.patterns._pattern import Kept, Pattern, check_divides, place_of
+from hessjax.pruning.patterns._pattern import Grid, Gridded, Kept, Pattern, check_divides, place_of
 
 
 @settings()
@@ -125,7 +125,7 @@ class Heads(Pattern):
 
 
 @settings()
-class HeadGroups(Pattern):
+class HeadGroups(Gridded):
     """Runs of indices along an axis go as a whole, the first of every part together, the second, and so on.
 
     Args:
@@ -154,8 +154,19 @@ class HeadGroups(Pattern):
         """The attention."""
         return self.attention
 
+    def grid(self, shape: tuple[int, ...]) -> Grid | None:
+        """The axis in parts, and each part in runs; None if the parts are not of one length."""
+        if len(set(self.parts)) > 1:
+            return None
+        place, number = place_of(self.axis, shape), len(self.parts)
+        cuts = {place: (number, self.groups, shape[place] // (number * self.groups))}
+        parts = tuple(cuts.get(axis, (n,)) for axis, n in enumerate(shape))
+        return Grid(parts, tuple(axis for axis in range(len(shape) + 2) if axis != place + 1))
+
     def group(self, leaf: Shaped[Array, "..."]) -> Shaped[Array, "groups size"]:
         """The weights of each run in a row."""
+        if len(set(self.parts)) == 1:
+            return super().group(leaf)
         first = jnp.moveaxis(leaf, place_of(self.axis, leaf.shape), 0)
         width = math.prod(first.shape[1:])
         parts = jnp.split(first, self._cuts(first.shape[0]))
@@ -165,6 +176,8 @@ class HeadGroups(Pattern):
 
     def ungroup(self, rows: Shaped[Array, "groups size"], shape: tuple[int, ...]) -> Shaped[Array, "..."]:
         """Back along the axis."""
+        if len(set(self.parts)) == 1:
+            return super().ungroup(rows, shape)
         place = place_of(self.axis, shape)
         rest = (*shape[:place], *shape[place + 1 :])
         width, cuts = math.prod(rest), self._cuts(shape[place])

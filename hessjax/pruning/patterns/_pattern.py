@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 from jaxtyping import Array, Shaped
 
@@ -54,6 +56,65 @@ class Pattern:
     def ungroup(self, rows: Shaped[Array, "groups size"], shape: tuple[int, ...]) -> Shaped[Array, "..."]:
         """The inverse of `group`: a leaf of this shape."""
         raise NotImplementedError(f"{self.name} must have a method `ungroup(rows, shape)`.")
+
+
+class Grid(NamedTuple):
+    """A leaf whose axes are cut in place, so that every group is what some of the parts run over.
+
+    Attributes:
+        parts: of each axis of the leaf, the lengths of its parts; most have one.
+        within: the axes, of those that are cut, that a group extends over.
+    """
+
+    parts: tuple[tuple[int, ...], ...]
+    within: tuple[int, ...]
+
+    @property
+    def fine(self) -> tuple[int, ...]:
+        """The shape of the leaf after the cuts."""
+        return tuple(itertools.chain(*self.parts))
+
+    @property
+    def across(self) -> tuple[int, ...]:
+        """The axes that count groups."""
+        return tuple(axis for axis in range(len(self.fine)) if axis not in self.within)
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """How many groups there are, along the axes that count them."""
+        return tuple(self.fine[axis] for axis in self.across)
+
+    @property
+    def size(self) -> int:
+        """How many weights a group has."""
+        return math.prod(self.fine[axis] for axis in self.within)
+
+
+class Gridded(Pattern):
+    """A pattern whose groups are cut out of a leaf axis by axis, so that shards stay where they are."""
+
+    def grid(self, shape: tuple[int, ...]) -> Grid | None:
+        """The cuts; None if there are none that will do."""
+        raise NotImplementedError(f"{self.name} must have a method `grid(shape)`.")
+
+    def group(self, leaf: Shaped[Array, "..."]) -> Shaped[Array, "groups size"]:
+        """The weights of each group in a row."""
+        grid = self._grid(leaf.shape)
+        rows = leaf.reshape(grid.fine).transpose(*grid.across, *grid.within)
+        return rows.reshape(math.prod(grid.groups), grid.size)
+
+    def ungroup(self, rows: Shaped[Array, "groups size"], shape: tuple[int, ...]) -> Shaped[Array, "..."]:
+        """Each back in its place."""
+        grid = self._grid(shape)
+        order = (*grid.across, *grid.within)
+        moved = rows.reshape([grid.fine[axis] for axis in order])
+        # The inverse permutation: where each axis came from.
+        return moved.transpose([order.index(axis) for axis in range(len(order))]).reshape(shape)
+
+    def _grid(self, shape: tuple[int, ...]) -> Grid:
+        found = self.grid(shape)
+        assert found is not None
+        return found
 
 
 PatternRule: TypeAlias = Callable[[str, Any], Pattern]
@@ -148,6 +209,13 @@ def place_of(axis: int, shape: tuple[int, ...]) -> int:
     if not -len(shape) <= axis < len(shape):
         raise ValueError(f"there is no axis {axis}")
     return axis % len(shape)
+
+
+def cut_axes(shape: tuple[int, ...], cuts: Mapping[int, tuple[int, ...]], inner: Sequence[int]) -> Grid:
+    """The grid of a leaf some of whose axes are cut; of those in `inner` a group has the last part."""
+    parts = tuple(cuts.get(axis, (n,)) for axis, n in enumerate(shape))
+    ends = list(itertools.accumulate(map(len, parts)))
+    return Grid(parts, tuple(ends[axis] - 1 for axis in inner))
 
 
 def check_divides(size: int, length: int, name: str) -> None:

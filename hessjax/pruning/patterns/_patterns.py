@@ -1,35 +1,33 @@
 """Patterns: n of m, blocks, whole channels, filters and rows."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Shaped
 
 from hessjax._core._axes import Axes
 from hessjax._core._layout import tree_axes
 from hessjax._core._messages import checked_int
 from hessjax._core._types import assign, settings
-from hessjax.pruning.patterns._pattern import Pattern, check_divides, place_of
+from hessjax.pruning.patterns._pattern import Grid, Gridded, check_divides, cut_axes, place_of
 
 
 def _axis(axis: Any) -> int | None:
     return None if axis is None else checked_int("axis", axis)
 
 
-class _ByAxis(Pattern):
+class _ByAxis(Gridded):
     """A pattern whose axes depend on the leaf: alone, it takes the leaf for the kernel of one layer."""
 
-    def group(self, leaf: Shaped[Array, "..."]) -> Shaped[Array, "groups size"]:
-        """As for a kernel that is all there is."""
-        return self.along(_alone(leaf.shape)).group(leaf)
+    def along(self, axes: Axes) -> Gridded:
+        """The pattern along the axes of one leaf."""
+        raise NotImplementedError
 
-    def ungroup(self, rows: Shaped[Array, "groups size"], shape: tuple[int, ...]) -> Shaped[Array, "..."]:
+    def grid(self, shape: tuple[int, ...]) -> Grid | None:
         """As for a kernel that is all there is."""
-        return self.along(_alone(shape)).ungroup(rows, shape)
+        return self.along(_alone(shape)).grid(shape)
 
 
 def _alone(shape: tuple[int, ...]) -> Axes:
@@ -85,7 +83,7 @@ class NOfM(_ByAxis):
         """M − n."""
         return self.m - self.n
 
-    def along(self, axes: Axes) -> Pattern:
+    def along(self, axes: Axes) -> Gridded:
         """Along the axis that is summed over, if none is given."""
         if self.axis is not None:
             return NOfM(self.n, self.m, axes.in_layer(self.axis))
@@ -98,25 +96,17 @@ class NOfM(_ByAxis):
         # A vector has one axis at most, which is then the one meant.
         return NOfM(self.n, self.m, (axes.input or axes.output or (0,))[-1])
 
-    def group(self, leaf: Shaped[Array, "..."]) -> Shaped[Array, "groups m"]:
-        """Consecutive weights along the axis in a row."""
+    def grid(self, shape: tuple[int, ...]) -> Grid | None:
+        """Consecutive weights along the axis."""
         if self.axis is None:
-            return super().group(leaf)
-        last = jnp.moveaxis(leaf, place_of(self.axis, leaf.shape), -1)
-        check_divides(self.m, last.shape[-1], f"axis {self.axis}")
-        return last.reshape(-1, self.m)
-
-    def ungroup(self, rows: Shaped[Array, "groups m"], shape: tuple[int, ...]) -> Shaped[Array, "..."]:
-        """Back along the axis."""
-        if self.axis is None:
-            return super().ungroup(rows, shape)
+            return super().grid(shape)
         place = place_of(self.axis, shape)
-        last = (*shape[:place], *shape[place + 1 :], shape[place])
-        return jnp.moveaxis(rows.reshape(last), -1, place)
+        check_divides(self.m, shape[place], f"axis {self.axis}")
+        return cut_axes(shape, {place: (shape[place] // self.m, self.m)}, [place])
 
 
 @settings()
-class Blocks(Pattern):
+class Blocks(Gridded):
     """Rectangular blocks over the last axes of a leaf go as a whole.
 
     Args:
@@ -150,32 +140,19 @@ class Blocks(Pattern):
     def __repr__(self) -> str:
         return f"blocks({self.shape})"
 
-    def group(self, leaf: Shaped[Array, "..."]) -> Shaped[Array, "groups size"]:
-        """The weights of each block in a row."""
-        fine, order = self._cut(leaf.shape)
-        return leaf.reshape(fine).transpose(order).reshape(-1, math.prod(self.shape))
-
-    def ungroup(self, rows: Shaped[Array, "groups size"], shape: tuple[int, ...]) -> Shaped[Array, "..."]:
-        """The blocks in their places."""
-        fine, order = self._cut(shape)
-        moved = rows.reshape([fine[i] for i in order])
-        # The inverse permutation: where each axis of the blocks came from.
-        return moved.transpose([order.index(i) for i in range(len(order))]).reshape(shape)
-
-    def _cut(self, full: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The leaf's shape with each of its last axes in two, and the order that brings blocks together."""
-        k, lead = len(self.shape), len(full) - len(self.shape)
+    def grid(self, shape: tuple[int, ...]) -> Grid:
+        """Each of the last axes in two."""
+        k, lead = len(self.shape), len(shape) - len(self.shape)
         if lead < 0:
-            raise ValueError(f"it needs {k} axes, and there are {len(full)}")
+            raise ValueError(f"it needs {k} axes, and there are {len(shape)}")
         for place, size in enumerate(self.shape, start=lead):
-            check_divides(size, full[place], f"axis {place}")
-        pairs = [part for n, size in zip(full[lead:], self.shape, strict=True) for part in (n // size, size)]
-        outer, inner = range(lead, lead + 2 * k, 2), range(lead + 1, lead + 2 * k, 2)
-        return (*full[:lead], *pairs), (*range(lead), *outer, *inner)
+            check_divides(size, shape[place], f"axis {place}")
+        cuts = {place: (shape[place] // size, size) for place, size in enumerate(self.shape, start=lead)}
+        return cut_axes(shape, cuts, list(cuts))
 
 
 @settings()
-class Along(Pattern):
+class Along(Gridded):
     """All weights with the same index along one axis, or along several together, go as a whole.
 
     Args:
@@ -191,28 +168,16 @@ class Along(Pattern):
     def __repr__(self) -> str:
         return self.called
 
-    def group(self, leaf: Shaped[Array, "..."]) -> Shaped[Array, "groups size"]:
-        """The weights of each index in a row."""
-        places = self._places(leaf.shape)
-        first = jnp.moveaxis(leaf, places, range(len(places)))
-        # Not by −1, which is undefined for a leaf without entries.
-        return first.reshape(*(math.prod(part) for part in _cut(first.shape, len(places))))
-
-    def ungroup(self, rows: Shaped[Array, "groups size"], shape: tuple[int, ...]) -> Shaped[Array, "..."]:
-        """Back along the axes."""
+    def grid(self, shape: tuple[int, ...]) -> Grid:
+        """No cuts: a group runs over all other axes."""
         places = self._places(shape)
-        rest = [n for axis, n in enumerate(shape) if axis not in places]
-        first = rows.reshape(*(shape[axis] for axis in places), *rest)
-        return jnp.moveaxis(first, range(len(places)), places)
+        rest = tuple(axis for axis in range(len(shape)) if axis not in places)
+        return Grid(tuple((n,) for n in shape), rest)
 
     def _places(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(
             place_of(axis, shape) for axis in (self.axis if isinstance(self.axis, tuple) else (self.axis,))
         )
-
-
-def _cut(shape: tuple[int, ...], at: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    return shape[:at], shape[at:]
 
 
 @settings()
@@ -247,7 +212,7 @@ class Channels(_ByAxis):
     def __repr__(self) -> str:
         return f"channels({'' if self.axis is None else self.axis})"
 
-    def along(self, axes: Axes) -> Pattern:
+    def along(self, axes: Axes) -> Gridded:
         """Along the input channels, if no axis is given."""
         if self.axis is not None:
             return Along(axes.in_layer(self.axis), repr(self))
@@ -263,7 +228,7 @@ class Filters(_ByAxis):
     def __repr__(self) -> str:
         return "filters()"
 
-    def along(self, axes: Axes) -> Pattern:
+    def along(self, axes: Axes) -> Gridded:
         """Along the output channels."""
         return Along(axes.output, "filters()")
 
@@ -279,7 +244,7 @@ class Rows(_ByAxis):
     def __repr__(self) -> str:
         return "rows()"
 
-    def along(self, axes: Axes) -> Pattern:
+    def along(self, axes: Axes) -> Gridded:
         """Along the inputs."""
         if axes.spatial:
             raise ValueError("a convolution has no rows, but input channels: `channels()`")

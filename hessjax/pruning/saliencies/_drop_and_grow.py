@@ -2,19 +2,25 @@
 
 import dataclasses
 import itertools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from hessjax._core import _tree
+from hessjax._core import _random, _sharding, _tree
 from hessjax._core._messages import checked_key, checked_schedule
 from hessjax._core._types import Params, settings
 from hessjax.pruning._ranking import Schedule, ordered_keys, smallest
 from hessjax.pruning._units import units_of
 from hessjax.pruning.saliencies._first_order import Magnitude
-from hessjax.pruning.saliencies._saliency import Context, MaskChange, Saliency, checked_saliency
+from hessjax.pruning.saliencies._saliency import (
+    Context,
+    MaskChange,
+    Saliency,
+    checked_ranking,
+    of_the_largest,
+)
 
 _MAGNITUDE = Magnitude()
 
@@ -31,6 +37,7 @@ class DropAndGrow(MaskChange):
     """
 
     fraction: float | int | Schedule
+    grows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         checked_schedule("fraction", self.fraction)
@@ -53,7 +60,7 @@ class DropAndGrow(MaskChange):
         share = self.fraction(seen.step) if callable(self.fraction) else self.fraction
         worth, fresh = _from_zero(_tree.wide(scores)), self.growth(seen)
         bands = _bands(seen, worth, fresh, share)
-        shares = _relative(worth), _relative(fresh)
+        shares = of_the_largest(worth), of_the_largest(fresh)
         below = jax.tree.map(lambda b, w, f: b + jnp.where(b == GONE, w, f) / 2, bands, *shares)
         return jax.tree.map(lambda b, w, x: jnp.where(b == 0, w, x), bands, worth, below)
 
@@ -76,10 +83,9 @@ class RandomGrowth(DropAndGrow):
         """Uniform in [0, 1)."""
         leaves, treedef = jax.tree.flatten(seen.weights)
         now, ends = jax.random.fold_in(self.key, seen.step), itertools.accumulate(x.size for x in leaves)
-        # One draw for all leaves: every draw compiles slowly.
-        numbers = jax.random.uniform(now, (_tree.size(leaves),), jnp.float32)
-        parts = zip(jnp.split(numbers, list(ends)[:-1]), leaves, strict=True)
-        return jax.tree.unflatten(treedef, [part.reshape(x.shape) for part, x in parts])
+        shapes = [_sharding.shape_of(x, jnp.float32) for x in leaves]
+        parts = [_random.uniform(now, x, end - x.size) for x, end in zip(shapes, ends, strict=True)]
+        return jax.tree.unflatten(treedef, parts)
 
 
 @settings()
@@ -88,7 +94,7 @@ class GradientGrowth(DropAndGrow):
 
     def growth(self, seen: Context) -> Params:
         """|G|; zeros before the first gradient, when nothing is pruned that could come back."""
-        grads = jax.tree.map(jnp.zeros_like, seen.weights) if seen.grads is None else seen.grads
+        grads = _tree.zeros_like(seen.weights) if seen.grads is None else seen.grads
         return _tree.wide(jax.tree.map(lambda g, w: jnp.abs(g).astype(w.dtype), grads, seen.weights))
 
 
@@ -179,7 +185,7 @@ class SparseEvolution(_Rewired):
 
     def __post_init__(self) -> None:
         _ = self.change  # which refuses what it cannot use
-        checked_saliency("score", self.score)
+        checked_ranking("score", self.score)
 
     @property
     def change(self) -> MaskChange:  # type: ignore[override]
@@ -228,7 +234,7 @@ class Rigl(_Rewired):
 
     def __post_init__(self) -> None:
         _ = self.change  # which refuses what it cannot use
-        checked_saliency("score", self.score)
+        checked_ranking("score", self.score)
 
     @property
     def change(self) -> MaskChange:  # type: ignore[override]
@@ -248,8 +254,8 @@ def _bands(seen: Context, worth: Params, fresh: Params, share: Any) -> Params:
     )
     low, high = ordered_keys(units.scores), ordered_keys(units_of(fresh, seen.pattern).scores)
     # The integer above all keys for those that are out of question, and below all once it is turned round.
-    gone = smallest([jnp.where(k, x, ~(x & 0)) for k, x in zip(kept, low, strict=True)], number)
-    back = smallest([~jnp.where(k, x & 0, x) for k, x in zip(kept, high, strict=True)], number)
+    gone, _ = smallest([jnp.where(k, x, ~(x & 0)) for k, x in zip(kept, low, strict=True)], number)
+    back, _ = smallest([~jnp.where(k, x & 0, x) for k, x in zip(kept, high, strict=True)], number)
     old, new = [jnp.where(g, GONE, 0.0) for g in gone], [jnp.where(b, BACK, AWAY) for b in back]
     return units.spread(list(map(jnp.where, kept, old, new)))
 
@@ -259,12 +265,6 @@ def _from_zero(tree: Params) -> Params:
     lows = [jnp.min(x, initial=0, where=jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
     low = jnp.min(jnp.stack(lows))
     return jax.tree.map(lambda x: x - low.astype(x.dtype), tree)
-
-
-def _relative(tree: Params) -> Params:
-    """By the largest number in the tree; NaN stays NaN."""
-    top = jnp.max(jnp.stack([jnp.nanmax(x, initial=0) for x in jax.tree.leaves(tree)]))
-    return jax.tree.map(lambda x: x / jnp.where(top > 0, top, 1).astype(x.dtype), tree)
 
 
 sparse_evolution, rigl = SparseEvolution, Rigl

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, Key
 
-from hessjax._core import _tree
+from hessjax._core import _random, _sharding, _tree
 from hessjax._core._messages import checked_key, checked_number
 from hessjax._core._types import Params, settings
 from hessjax.pruning.saliencies._saliency import Context, MaskChange, Saliency
@@ -88,7 +88,9 @@ class Gradient(Saliency):
 
     def init(self, weights: Params) -> MeanGradient:
         """A mean of nothing."""
-        return MeanGradient(jax.tree.map(jnp.zeros_like, _tree.wide(weights)), jnp.zeros((), jnp.int32))
+        wide = _tree.wide(weights)
+        zeros = jax.tree.map(lambda x: _sharding.born_like(jnp.zeros_like(x), x), wide)
+        return MeanGradient(zeros, jnp.zeros((), jnp.int32))
 
     def update(self, state: MeanGradient, seen: Context) -> MeanGradient:
         """The mean with one more gradient in it."""
@@ -136,9 +138,8 @@ class Random(Saliency):
         """The numbers."""
         leaves, treedef = jax.tree.flatten(seen.weights)
         keys = jax.random.split(self.key, len(leaves))
-        return jax.tree.unflatten(
-            treedef, [jax.random.uniform(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-        )
+        shapes = [_sharding.shape_of(x, jnp.float32) for x in leaves]
+        return jax.tree.unflatten(treedef, list(map(_random.uniform, keys, shapes)))
 
 
 @settings()
@@ -177,7 +178,8 @@ class Static(Saliency):
         found = {path: given[path] for path in wanted if path in given}
         _tree.check_like(found, wanted, "scores", "params[where]")
         _tree.check_floating(_tree.wide(found), "scores")
-        copies = [jnp.array(found[path], copy=True) for path in wanted]  # the loop may donate the state
+        # Copies, as the loop may donate the state.
+        copies = [_sharding.born_like(jnp.array(found[path], copy=True), x) for path, x in wanted.items()]
         return jax.tree.unflatten(jax.tree.structure(weights), copies)
 
     def scores(self, state: Params, seen: Context) -> Params:

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, Key
 
-from hessjax._core import _tree
+from hessjax._core import _random, _sharding, _tree
 from hessjax._core._messages import checked_count, checked_key, checked_number
 from hessjax._core._types import Params, settings
 from hessjax.pruning._ranking import cond_now
 from hessjax.pruning.saliencies._movement import check_optimizer, check_penalty, named
-from hessjax.pruning.saliencies._saliency import Context, Saliency, stepped
+from hessjax.pruning.saliencies._saliency import Context, Saliency, first_state, stepped
 
 BETA, LOW, HIGH = 2 / 3, -0.1, 1.1
 """The temperature of the concrete distribution, and the interval it is stretched to before clipping."""
@@ -107,9 +107,11 @@ class HardConcrete(Saliency):
     def init(self, weights: Params) -> Gates:
         """Gates wide open, whose law is the one asked for."""
         at_start = math.log(self.start_open / (1 - self.start_open)) + _SHIFT
-        log_alpha = jax.tree.map(lambda w: jnp.full_like(w, at_start), _tree.wide(weights))
-        ones = jax.tree.map(jnp.ones_like, log_alpha)
-        return Gates(log_alpha, ones, self.optimizer.init(log_alpha), jnp.zeros((), jnp.int32))
+        log_alpha, ones = (
+            jax.tree.map(lambda w, x=number: _sharding.born_like(jnp.full_like(w, x), w), _tree.wide(weights))
+            for number in (at_start, 1)
+        )
+        return Gates(log_alpha, ones, first_state(self.optimizer, log_alpha), jnp.zeros((), jnp.int32))
 
     def update(self, state: Gates, seen: Context) -> Gates:
         """One step of the optimizer of log α, and new gates."""
@@ -153,7 +155,7 @@ def _gates(log_alpha: Params, key: Array, count: Array, is_random: Array) -> Par
 
     def leaf(key: Array, x: Array) -> Array:
         # Away from 0 and 1, where the logit is infinite.
-        u = jax.random.uniform(key, x.shape, x.dtype, minval=1e-6, maxval=1 - 1e-6)
+        u = 1e-6 + (1 - 2e-6) * _random.uniform(key, _sharding.shape_of(x, x.dtype))
         return _stretched(jax.nn.sigmoid((jnp.log(u) - jnp.log1p(-u) + x) / BETA))
 
     def drawn() -> Params:

@@ -9,10 +9,17 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from hessjax._core import _tree
+from hessjax._core import _sharding, _tree
 from hessjax._core._messages import checked_function, checked_schedule, shown
 from hessjax._core._types import Params, settings
-from hessjax.pruning.saliencies._saliency import Context, Saliency, stepped
+from hessjax.pruning.saliencies._saliency import (
+    Context,
+    Saliency,
+    first_state,
+    of_the_largest,
+    promoting,
+    stepped,
+)
 
 
 def named(optimizer: optax.GradientTransformation, text: str) -> optax.GradientTransformationExtraArgs:
@@ -68,6 +75,9 @@ class Movement(Saliency):
     that has learned its task begin at its magnitudes, move a leaf's scores in proportion to their slopes, by
     a share of their own size, and make masks often: the second example.
 
+    After the first gradient Adam's scores are all of one size, that of its learning rate, and rounding would
+    rank them: a mask made then takes them in proportion to their slopes G⊙W, as gradient descent has them.
+
     `sparsity` should start at 0, as scores have to be learned. The paper ranks every matrix on its own,
     `allocation=uniform()`, at every step, `every=1`: with `every=10` the gradient answers to a mask that is
     out of date, and the scores may run away.
@@ -116,13 +126,13 @@ class Movement(Saliency):
     def _first(self, weights: Array) -> Array:
         scores = self.start(weights)
         _tree.check_like(scores, weights, "start(weights)", "weights")
-        return jnp.array(scores, copy=True)
+        return _sharding.born_like(jnp.array(scores, copy=True), weights)
 
     def init(self, weights: Params) -> Scores:
         """The first scores."""
         # A copy, as `start` may give back w itself, and the loop may donate params and state together.
         scores = jax.tree.map(self._first, _tree.wide(weights))
-        return Scores(scores, self.optimizer.init(scores), jnp.zeros((), jnp.int32))
+        return Scores(scores, first_state(self.optimizer, scores), jnp.zeros((), jnp.int32))
 
     def update(self, state: Scores, seen: Context) -> Scores:
         """One step of the optimizer along G⊙W."""
@@ -130,7 +140,9 @@ class Movement(Saliency):
 
     def scores(self, state: Scores, seen: Context) -> Params:
         """S."""
-        return state.scores
+        if not self.needs_grads or seen.grads is None:
+            return state.scores
+        return _told_apart(self.optimizer, state, lambda: _slopes(state, seen))
 
 
 def from_magnitudes(weights: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -201,17 +213,25 @@ class SoftMovement(Saliency):
 
     def update(self, state: Scores, seen: Context) -> Scores:
         """One step of the optimizer along G⊙W and the gradient of the penalty."""
-        amount = self.penalty(state.num_updates) if callable(self.penalty) else self.penalty
-        amount = amount / _tree.size(state.scores)
-        # d/dS of λ · mean σ(S); σ(−S) instead of 1 − σ(S), which is 0 in float32 from S = 17 on.
-        pull = jax.tree.map(
-            lambda s: jnp.asarray(amount, s.dtype) * jax.nn.sigmoid(s) * jax.nn.sigmoid(-s), state.scores
-        )
-        return _stepped(self.optimizer, state, jax.tree.map(jnp.add, _slopes(state, seen), pull))
+        return _stepped(self.optimizer, state, self._slopes(state, seen))
 
     def scores(self, state: Scores, seen: Context) -> Params:
         """σ(S)."""
-        return jax.tree.map(jax.nn.sigmoid, state.scores)
+        scores = state.scores
+        if seen.grads is not None:
+            first = Scores(jax.tree.map(lambda s: s * 0, scores), None, jnp.zeros((), jnp.int32))
+            scores = _told_apart(self.optimizer, state, lambda: self._slopes(first, seen))
+        return jax.tree.map(jax.nn.sigmoid, scores)
+
+    def _slopes(self, state: Scores, seen: Context) -> Params:
+        """G⊙W, and d/dS of λ · mean σ(S)."""
+        amount = self.penalty(state.num_updates) if callable(self.penalty) else self.penalty
+        amount = amount / _tree.size(state.scores)
+        # σ(−S) instead of 1 − σ(S), which is 0 in float32 from S = 17 on.
+        pull = jax.tree.map(
+            lambda s: jnp.asarray(amount, s.dtype) * jax.nn.sigmoid(s) * jax.nn.sigmoid(-s), state.scores
+        )
+        return jax.tree.map(jnp.add, _slopes(state, seen), pull)
 
 
 def _slopes(state: Scores, seen: Context) -> Params:
@@ -219,6 +239,34 @@ def _slopes(state: Scores, seen: Context) -> Params:
     return jax.tree.map(
         lambda s, g, w: g.astype(s.dtype) * w.astype(s.dtype), state.scores, seen.grads, seen.weights
     )
+
+
+def _told_apart(
+    optimizer: optax.GradientTransformation, state: Scores, slopes: Callable[[], Params]
+) -> Params:
+    """S; after a first step of one size for all, S in proportion to the slopes.
+
+    Adam's first step is lr · sign(slope) up to rounding, which would decide the ranking: differently under
+    `vmap`, or on several devices. In the order of the slopes it is that of plain gradient descent.
+    """
+    is_first = state.num_updates == 1
+    if not isinstance(is_first, jax.core.Tracer) and not is_first:
+        return state.scores
+    if not _first_steps_are_alike(optimizer, state.scores):
+        return state.scores
+    sizes = of_the_largest(jax.tree.map(jnp.abs, slopes()))
+    return jax.tree.map(lambda s, size: jnp.where(is_first, s * size, s), state.scores, sizes)
+
+
+def _first_steps_are_alike(optimizer: optax.GradientTransformation, like: Params) -> bool:
+    """Whether the first step is as long for a slope of 1 as for one of 2, as Adam's is: tried on both."""
+    with jax.ensure_compile_time_eval(), promoting():
+        # A tree like the scores, as some optimizers tell leaves apart.
+        slopes = jax.tree.map(lambda s: jnp.ones((*(1 for _ in s.shape[1:]), 2)).at[..., 1].set(2), like)
+        zeros = jax.tree.map(jnp.zeros_like, slopes)
+        steps = jax.tree.leaves(optimizer.update(slopes, optimizer.init(zeros), zeros)[0])
+        short, long = (jnp.abs(jnp.stack([step.ravel()[i] for step in steps])) for i in (0, 1))
+        return bool(jnp.any((long > 0) & (long < 1.001 * short)))
 
 
 def _stepped(optimizer: optax.GradientTransformation, state: Scores, slopes: Params) -> Scores:

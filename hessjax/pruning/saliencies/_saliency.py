@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from hessjax._core._messages import checked_instance
+from hessjax._core import _sharding
+from hessjax._core._messages import checked_instance, shown
 from hessjax._core._types import Block, Params, settings
 from hessjax.pruning.patterns._pattern import Patterns, unstructured
 
@@ -40,7 +41,13 @@ class Context(NamedTuple):
 
 
 class MaskChange:
-    """How the next mask follows from scores; by itself a new ranking of all weights at every mask step."""
+    """How the next mask follows from scores; by itself a new ranking of all weights at every mask step.
+
+    Attributes:
+        grows: whether weights come back by a rule of its own, which takes one mask step after the other.
+    """
+
+    grows: ClassVar[bool] = False
 
     def order(self, scores: Params, seen: Context) -> Params:
         """What is ranked: floating-point arrays in the shapes of the scores, of which the lowest go."""
@@ -150,6 +157,21 @@ def checked_saliency(argument: str, rule: Any) -> Saliency:
     return checked_instance(argument, rule, Saliency, "magnitude()")
 
 
+def checked_ranking(argument: str, rule: Any) -> Saliency:
+    """The rule itself.
+
+    Raises:
+        TypeError: it is no saliency.
+        ValueError: it is more than one, a way from mask to mask in training.
+    """
+    if checked_saliency(argument, rule).change.grows:
+        raise ValueError(
+            f"`{argument}` must rank weights, but {shown(rule)} drops and grows them, from one mask step of "
+            "`prune` to the next: pass what it ranks by, such as `magnitude()`."
+        )
+    return rule
+
+
 @settings(arrays=("choose", "by"))
 class Compensated(Saliency):
     """Scores of one saliency, moves of the kept weights of another.
@@ -162,7 +184,7 @@ class Compensated(Saliency):
 
     Raises:
         TypeError: if `choose` or `by` is no saliency.
-        ValueError: if `by` is a saliency that does not compensate.
+        ValueError: if `by` is a saliency that does not compensate, or one that drops and grows weights.
 
     Cost:
         The updates of both; the scores of the first, the move of the second.
@@ -182,7 +204,7 @@ class Compensated(Saliency):
 
     def __post_init__(self) -> None:
         checked_saliency("choose", self.choose)
-        if not checked_saliency("by", self.by).compensates:
+        if not checked_ranking("by", self.by).compensates:
             raise ValueError(
                 "`by` must be a saliency that moves the kept weights, such as `obs()`, got one that does not."
             )
@@ -228,9 +250,20 @@ class Compensated(Saliency):
 compensated = Compensated
 
 
+def of_the_largest(tree: Params) -> Params:
+    """By the largest number in the tree; NaN stays NaN."""
+    top = jnp.max(jnp.stack([jnp.nanmax(x, initial=0) for x in jax.tree.leaves(tree)]))
+    return jax.tree.map(lambda x: x / jnp.where(top > 0, top, 1).astype(x.dtype), tree)
+
+
 def promoting() -> AbstractContextManager[Any]:
     """Around what optax computes: its Adam raises a float to an int32, which strict promotion forbids."""
     return jax.numpy_dtype_promotion("standard")
+
+
+def first_state(optimizer: optax.GradientTransformation, scores: Params) -> Any:
+    """The first state of their optimizer, laid out over devices as they are."""
+    return _sharding.born_like_tree(optimizer.init(scores), scores)
 
 
 def stepped(

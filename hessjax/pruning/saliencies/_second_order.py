@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from hessjax._core import _numbers, _tree
+from hessjax._core import _numbers, _sharding, _tree
 from hessjax._core._messages import checked_choice, checked_count, checked_number
 from hessjax._core._types import Amount, Block, Params, Scalar, Tolerance, assign, settings
 from hessjax._fisher import _model, _scores
+from hessjax._fisher._blocking import Blocking, Parts, row
 from hessjax._fisher._inverse_fisher import InverseFisher, verdict_of
 from hessjax._fisher._readout import INACCURATE, Verdict
-from hessjax._fisher._rows import Blocking, Parts, num_grads, row
+from hessjax._fisher._rows import num_grads
 from hessjax.pruning._units import together
 from hessjax.pruning.patterns._fitting import patterns_of
 from hessjax.pruning.patterns._pattern import Pattern, Patterns, unstructured
@@ -53,7 +54,7 @@ class _FromGradients(Saliency):
         """A ring of gradients, if asked for."""
         ring = None
         if self.num_grads is not None:
-            ring = jax.tree.map(lambda x: jnp.zeros((self.num_grads, *x.shape), x.dtype), weights)
+            ring = jax.tree.map(functools.partial(_empty_rows, self.num_grads), weights)
         return Gradients(ring, jnp.zeros((), jnp.int32))
 
     def update(self, state: Gradients, seen: Context) -> Gradients:
@@ -85,11 +86,15 @@ class _FromGradients(Saliency):
         return state.ring, jnp.clip(state.num_seen, 1, self.num_grads)
 
 
+def _empty_rows(number: int, weights: Array) -> Array:
+    return _sharding.zero_rows(number, weights, _sharding.layout(weights))
+
+
 class _Kind(NamedTuple):
     """What the compiled functions depend on; a damping of another size compiles nothing."""
 
     update: str
-    block_size: int | None
+    blocking: Blocking
     with_slope: bool
     patterns: tuple[Pattern, ...] = ()
 
@@ -119,22 +124,22 @@ class SecondOrder(_FromGradients):
         grads, count = self.gradients(state, seen)
         # Single scores and the moves that do not follow from them share what is compiled.
         update = "greedy" if self.update_by == "greedy" else "none"
-        kind = _Kind(update, self.block_size, self.with_slope, _grouping(seen.pattern, seen.weights))
+        blocking = Blocking.of(grads, self.block_size)
+        kind = _Kind(update, blocking, self.with_slope, _grouping(seen.pattern, seen.weights))
         numbers = (self.damping, self.batch_size, count)
         scores, verdict = _scored(kind, grads, numbers, seen.mask, seen.weights)
-        _check(verdict, grads, self.block_size)
+        _check(verdict, blocking)
         return scores
 
     def compensate(self, state: Gradients, seen: Context, mask: Params) -> tuple[Params, Float[Array, ""]]:
         """The move of the kept ones."""
         grads, count = self.gradients(state, seen)
-        kind = _Kind(
-            "joint" if self.update_by == "greedy" else self.update_by, self.block_size, self.with_slope
-        )
+        blocking = Blocking.of(grads, self.block_size)
+        kind = _Kind("joint" if self.update_by == "greedy" else self.update_by, blocking, self.with_slope)
         numbers = (self.damping, self.batch_size, count)
         moved, increase, verdict = _moved(kind, grads, numbers, seen.mask, seen.weights, mask)
         if verdict is not None:
-            _check(verdict, grads, self.block_size)
+            _check(verdict, blocking)
         return moved, increase
 
 
@@ -194,11 +199,10 @@ def _checked(damping: Any) -> Amount:
     return made
 
 
-def _check(verdict: Verdict, grads: Block, block_size: int | None) -> None:
+def _check(verdict: Verdict, blocking: Blocking) -> None:
     """An error if some block's damping is too weak for the precision; nothing inside `jit`."""
     # By no argument's name: they may come from `grads_fn`, `per_example_grads` or the training loop.
-    blocking, subject = Blocking.of(row(grads), block_size), "the gradients that make the Fisher"
-    verdict.check(blocking, subject, "A smaller `block_size` helps")
+    verdict.check(blocking, "the gradients that make the Fisher", "A smaller `block_size` helps")
 
 
 # -- compiled ------------------------------------------------------------------------------------
@@ -229,7 +233,10 @@ def _with_lost(inverse: InverseFisher, scores: Parts, u: Parts) -> Verdict:
     lost = [
         functools.reduce(
             jnp.logical_or,
-            [jnp.any(jnp.isnan(s) & jnp.isfinite(x), axis=-1) for s, x in zip(*part, strict=True)],
+            [
+                jnp.any(jnp.isnan(s) & jnp.isfinite(x), axis=range(1, x.ndim))
+                for s, x in zip(*part, strict=True)
+            ],
         )
         for part in zip(*map(inverse.blocking.coupled, (scores, u)), strict=True)
     ]
@@ -266,7 +273,9 @@ def _moved(
         is_good = [x <= INACCURATE for x in inverse.residuals]
         increases = [jnp.where(good, x, jnp.nan) for good, x in zip(is_good, increases, strict=True)]
         parts = zip(is_good, coupled(moves), strict=True)
-        moves = tuple(jnp.where(good[:, None], x, 0) for good, part in parts for x in part)
+        moves = tuple(
+            jnp.where(good.reshape(-1, *[1] * (x.ndim - 1)), x, 0) for good, part in parts for x in part
+        )
     # A pruned weight keeps its dense copy: the mask is what makes it zero.
     moved = jax.tree.map(
         lambda w, f, s: jnp.where(f, jnp.add(*_numbers.promoted(w, s)).astype(w.dtype), w),
@@ -274,14 +283,14 @@ def _moved(
         free,
         model.blocking.join(moves),
     )
-    increase = jnp.sum(jnp.concatenate(increases))
+    increase = jnp.sum(jnp.stack([jnp.sum(x) for x in increases]))
     return moved, increase, None if inverse is None else verdict_of(inverse)
 
 
 def _model_of(kind: _Kind, grads: Block, numbers: _Numbers, there: Params) -> _model.Model:
     damping, batch_size, count = numbers
     return _model.model_of(
-        grads, there, damping, kind.block_size, batch_size, count, with_slope=kind.with_slope
+        kind.blocking, grads, there, damping, batch_size, count, with_slope=kind.with_slope
     )
 
 

@@ -1,5 +1,6 @@
 """What `prune` refuses: foreign states, params that are not sparse any more, rankings without information."""
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +11,8 @@ import optax
 from jaxtyping import Array, Int
 
 from hessjax._core import _tree
+from hessjax._core._counting import Test, count_where, total
 from hessjax._core._types import Block, Params
-from hessjax.pruning._ranking import num_set
 from hessjax.pruning.saliencies._first_order import Static
 from hessjax.pruning.saliencies._movement import check_optimizer
 from hessjax.pruning.saliencies._saliency import Context, Saliency, drop_others, is_hole
@@ -149,10 +150,11 @@ def most_undone(state: PruneState, params: Params) -> Int[Array, ""]:
     Raises:
         ValueError: outside `jit`, if there are any.
     """
-    wrong = jax.tree.map(_not_zero, state.mask, params, is_leaf=is_hole)
-    number = jnp.where(state.num_updates > 0, _total(wrong), 0)
+    wrong = _counts(_is_undone, state.mask, drop_others(params, state.mask))
+    number = jnp.where(state.num_updates > 0, total(wrong).clipped(), 0)
     if not isinstance(number, jax.core.Tracer) and number > 0:
-        raise ValueError(f"`params` must be 0 where they are pruned, but {_where(wrong)} not. {UNDONE}")
+        said = _where(state.mask, wrong)
+        raise ValueError(f"`params` must be 0 where they are pruned, but {said} not. {UNDONE}")
     return jnp.maximum(state.num_undone, number)
 
 
@@ -163,35 +165,45 @@ def num_stuck(mask: Params, params: Params) -> Int[Array, ""]:
         FloatingPointError: outside `jit`, if there are any.
     """
     # The mask before is not asked for: read after the new one is made, it would be copied at every update.
-    wrong = jax.tree.map(lambda m, p: jnp.logical_and(~m, ~jnp.isfinite(p)), mask, params)
-    number = _total(wrong)
+    wrong = _counts(_is_stuck, mask, params)
+    number = total(wrong).clipped()
     if not isinstance(number, jax.core.Tracer) and number > 0:
+        said = _where(mask, wrong)
         raise FloatingPointError(
-            f"`params` must be finite where they are pruned, but {_where(wrong)} not: no update makes 0 of "
+            f"`params` must be finite where they are pruned, but {said} not: no update makes 0 of "
             "NaN or an infinity. Keep such leaves out by `where=`, and bad steps by `optax.apply_if_finite`."
         )
     return number
 
 
 def num_nan(scores: Params) -> Int[Array, ""]:
-    """How many are."""
-    return sum((jnp.sum(jnp.isnan(x), dtype=jnp.int32) for x in jax.tree.leaves(scores)), jnp.int32(0))
+    """How many are, or 2³¹ − 1 if they are more."""
+    return total(_counts(_is_nan, scores)).clipped()
 
 
-def _not_zero(mask: Any, param: Any) -> Any:
-    # Restored ones may be numpy's.
-    return mask if is_hole(mask) else jnp.logical_and(jnp.logical_not(mask), jnp.asarray(param) != 0)
+def _is_undone(_: int, mask: Array, param: Array) -> list[Array]:
+    return [~mask & (param != 0)]
 
 
-def _total(flags: Params) -> Int[Array, ""]:
-    return sum(map(num_set, jax.tree.leaves(flags)), jnp.zeros((), jnp.int32))
+def _is_stuck(_: int, mask: Array, param: Array) -> list[Array]:
+    return [~mask & ~jnp.isfinite(param)]
 
 
-def _where(flags: Params) -> str:
+def _is_nan(_: int, score: Array) -> list[Array]:
+    return [jnp.isnan(score)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _counts(test: Test, *trees: Params) -> Int[Array, " leaves"]:
+    """Of every leaf, how many entries are such and such."""
+    return count_where(test, *map(jax.tree.leaves, trees))[0]
+
+
+def _where(mask: Params, numbers: Int[Array, " leaves"]) -> str:
     """How many of which leaves."""
-    numbers = {p: int(x.sum()) for p, x in zip(_tree.leaf_paths(flags), jax.tree.leaves(flags), strict=True)}
-    named = [f"{number} of {path}" for path, number in numbers.items() if number]
-    return f"{', '.join(named)} {'is' if sum(numbers.values()) == 1 else 'are'}"
+    found = dict(zip(_tree.leaf_paths(mask), numbers.tolist(), strict=True))
+    named = [f"{number} of {path}" for path, number in found.items() if number]
+    return f"{', '.join(named)} {'is' if sum(found.values()) == 1 else 'are'}"
 
 
 # -- scores that say nothing ---------------------------------------------------------------------

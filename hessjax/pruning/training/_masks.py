@@ -73,6 +73,17 @@ def _prune_states(tree: Any) -> list[PruneState]:
     return [state for node in found for state in (node, *_prune_states(node.inner))]
 
 
+def check_apart(mask: Params, inner: Any) -> None:
+    """Raise a ValueError if a `prune` inside has masks for leaves of this one."""
+    ours = set(_tree.leaf_paths(mask))
+    theirs = [path for state in _prune_states(inner) for path in _tree.leaf_paths(state.mask)]
+    if both := sorted(ours.intersection(theirs)):
+        raise ValueError(
+            "`inner` must not prune what the `prune` around it does, but both have a mask for "
+            f"{', '.join(both)}: give each leaves of its own by `where`."
+        )
+
+
 def _warn_undone(states: list[PruneState]) -> None:
     numbers = jax.tree.leaves([state.num_undone for state in states])  # out of Variables, as nnx has them
     known = [x for x in numbers if isinstance(x, jax.Array | np.ndarray)]

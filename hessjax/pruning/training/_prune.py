@@ -94,8 +94,9 @@ def prune(
     Raises:
         ValueError: for `sparsity` outside [0, 1), `every` < 1, `start` < 0, `start` > `stop`, or `regrow` off
             under a saliency with gates or with a `dense_dtype`; by `init`, if `where` matches no leaf, if a
-            pattern does not fit its leaf, if the floors of the allocation cannot be met, or if a schedule
-            leaves [0, 1) or has not reached its last value at `stop`.
+            pattern does not fit its leaf, if a `prune` inside `inner` has the same leaves, if the floors of
+            the allocation cannot be met, or if a schedule leaves [0, 1) or has not reached its last value at
+            `stop`.
             A schedule is tried at `start`, at `start + every · 2ᵏ` up to `stop` (or k = 20) and at `stop`;
             what it gives elsewhere cannot raise inside `jit`: it is taken to the nearest end of [0, 1] and
             stands in `PruneState.sparsity`. By `update`, if `params` is missing or `grads` differs from it in

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from hessjax._core import _tree
+from hessjax._core import _sharding, _tree
 from hessjax._core._layout import selected
 from hessjax._core._types import Block, Params, Where
 from hessjax._core._words import AxisWords
@@ -26,6 +26,7 @@ from hessjax.pruning.training._checks import (
     rows_of,
     warn_uninformed,
 )
+from hessjax.pruning.training._masks import check_apart
 from hessjax.pruning.training._state import (
     Budget,
     Choice,
@@ -78,7 +79,7 @@ class Pruning:
         scorer, compensates = self.saliency.init(dense), self.saliency.compensates
         if compensates or self.saliency.needs_grads:
             self.budget.check_first(self.steps.start, compensates)
-        full = jax.tree.map(lambda x: jnp.full_like(x, True, dtype=bool), dense)
+        full = jax.tree.map(lambda x: _sharding.born_like(jnp.full_like(x, True, dtype=bool), x), dense)
         # No array stands twice in the state, so that a loop may donate it.
         increase = jnp.zeros((), jnp.float32) if compensates else None
         none = jnp.zeros((), jnp.int32)
@@ -87,7 +88,9 @@ class Pruning:
             seen = Context(dense, full, count, pattern=pattern)
             choice = self._choose(scorer, seen, params)
             warn_uninformed(self.saliency, scorer, seen, choice.mask, self.budget)
-        inner = self.inner.init(params if self.dense_dtype is None else on_selected(second, params, dense))
+        seen_by_inner = params if self.dense_dtype is None else on_selected(second, params, dense)
+        inner = _sharding.born_like_tree(self.inner.init(seen_by_inner), seen_by_inner)
+        check_apart(full, inner)
         return self._state(count, inner, dense, scorer, choice)
 
     def update(

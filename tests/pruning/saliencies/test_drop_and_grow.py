@@ -57,6 +57,18 @@ def chances(t, size):
     return np.asarray(jax.random.uniform(jax.random.fold_in(KEY, t), (size,)), np.float64)
 
 
+def test_what_comes_back_is_drawn_evenly():
+    weights = {"a": jnp.ones((200, 100)), "b": jnp.ones((20_000,))}
+    rule = hj.saliencies.sparse_evolution(0.5, KEY).change
+    first, second = (rule.growth(seen(weights, None, step=t)) for t in (1, 2))
+    columns = np.stack([np.ravel(x) for draw in (first, second) for x in jax.tree.leaves(draw)])
+    counts = np.stack([np.histogram(x, 20, (0, 1))[0] for x in columns])
+    assert abs(counts - 1000).max() < 5 * 31  # five standard deviations of a bin
+    # No pair of leaves or steps, and no neighbours, go together.
+    pairs = np.corrcoef(np.concatenate([columns[:, :-1], columns[:1, 1:]]))
+    assert abs(pairs - np.eye(5)).max() < 0.04
+
+
 def oracle(mask, worth, fresh, leaf, fraction, zeros):
     """The next mask, weight by weight: `zeros` in all, or by leaf."""
     rank = np.empty(mask.size, int)  # 3 stays, 2 comes back, 1 stays away, 0 has just gone

@@ -232,3 +232,52 @@ def test_a_first_state_with_gates_or_scores_may_be_donated():
         step(tx.init(params), params)
         step(tx.init(params), params)
     assert jax.random.uniform(key).shape == ()
+
+
+@pytest.mark.parametrize("rule", ["movement", "soft_movement"])
+def test_a_first_mask_is_not_left_to_rounding(rule):
+    """Adam's first step is one size for all: networks trained side by side get the masks of each alone."""
+    saliency = hj.saliencies.movement() if rule == "movement" else hj.saliencies.soft_movement(0.1)
+    tx = hj.prune(optax.adam(1e-2), saliency, 0.5, every=1, start=1)
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = jax.vmap(lambda k: {"one": jax.random.normal(k, (5, 8)), "two": jax.random.normal(k, (8, 3))})(
+        keys
+    )
+    batches = jax.random.normal(jax.random.key(1), (3, 4, 16, 5))
+
+    def step(params, state, x):
+        updates, state = tx.update(jax.grad(loss)(params, x), state, params)
+        return optax.apply_updates(params, updates), state
+
+    together, states = params, jax.vmap(tx.init)(params)
+    alone = [jax.tree.map(lambda x, i=i: x[i], params) for i in range(4)]
+    own = [tx.init(p) for p in alone]
+    side_by_side, by_itself = jax.jit(jax.vmap(step)), jax.jit(step)
+    for x in batches:
+        together, states = side_by_side(together, states, x)
+        for i in range(4):
+            alone[i], own[i] = by_itself(alone[i], own[i], x[i])
+            mine = jax.tree.map(lambda m, i=i: m[i], states.mask)
+            jax.tree.map(np.testing.assert_array_equal, mine, own[i].mask)
+    oracles.close(together, jax.tree.map(lambda *xs: jnp.stack(xs), *alone), rtol=1e-4, atol=1e-5)
+
+
+def test_first_scores_of_one_size_are_ranked_by_their_slopes():
+    weights = {"a": jnp.array([1.0, -2.0, 3.0, 0.5]), "b": jnp.array([2.0, 1.0])}
+    grads = {"a": jnp.array([0.1, 0.2, -0.3, 0.4]), "b": jnp.array([0.05, -1.0])}
+    now = seen(weights, grads)
+    slopes = jax.tree.map(jnp.multiply, grads, weights)
+    for optimizer in (optax.adam(1e-2), optax.sign_sgd(0.1), optax.lion(1e-3)):
+        rule = hj.saliencies.movement(optimizer)
+        state = rule.update(rule.init(weights), now)
+        size = float(jnp.abs(state.scores["a"][0]))
+        oracles.close(
+            rule.scores(state, now), jax.tree.map(lambda s, size=size: -size * s, slopes), rtol=1e-5
+        )
+        # From the second gradient on, and in proportion to the slopes, S is what is ranked.
+        state = rule.update(state, now)
+        jax.tree.map(np.testing.assert_array_equal, rule.scores(state, now), state.scores)
+    for optimizer in (optax.sgd(0.1), optax.sgd(0.1, momentum=0.9)):
+        rule = hj.saliencies.movement(optimizer)
+        state = rule.update(rule.init(weights), now)
+        jax.tree.map(np.testing.assert_array_equal, rule.scores(state, now), state.scores)

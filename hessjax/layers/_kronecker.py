@@ -1,0 +1,238 @@
+"""Kronecker-factored matrices as matvecs: products, inverses, traces, determinants, diagonals."""
+
+import dataclasses
+import functools
+import math
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+from jaxtyping import Array, Float
+
+from hessjax._core import _tree
+from hessjax._core._messages import checked_choice
+from hessjax._core._types import Amount, Scalar, Vector
+from hessjax.program._origins import Moves
+
+Damping: TypeAlias = Literal["exact", "factored"]
+"""How λ enters an inverse: added to every eigenvalue, or in parts to those of both factors."""
+
+
+class Factors(NamedTuple):
+    """U_L ⊗ U_R times a diagonal times its transpose, for each matrix of a leaf's stack.
+
+    Attributes:
+        left: eigenvectors, (stack, left, left); None: those are the unit vectors.
+        right: likewise.
+        values: the eigenvalues, (stack, left, right).
+        sides: those of both factors, (stack, left) and (stack, right), where `values` are their products.
+    """
+
+    left: Array | None
+    right: Array | None
+    values: Array
+    sides: tuple[Array, Array] | None
+
+    def rotated(self, x: Float[Array, "s l r"], *, back: bool = False) -> Float[Array, "s l r"]:
+        """U_Lᵀ X U_R, or U_L X U_Rᵀ."""
+        if self.left is not None:
+            x = jnp.matmul(self.left if back else self.left.mT, x, precision="highest")
+        if self.right is not None:
+            x = jnp.matmul(x, self.right.mT if back else self.right, precision="highest")
+        return x
+
+    def times(self, x: Float[Array, "s l r"]) -> Float[Array, "s l r"]:
+        """The product with a vector, as matrices."""
+        return self.rotated(self.values * self.rotated(x), back=True)
+
+    def diagonal(self) -> Float[Array, "s l r"]:
+        """The diagonal, as matrices: that of UDUᵀ is (U∘U)D."""
+        left, right = (None if u is None else u**2 for u in (self.left, self.right))
+        return Factors(left, right, self.values, None).rotated(self.values, back=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Structure:
+    """How vectors are cut into the leaves' matrices.
+
+    Attributes:
+        tree: of the params.
+        moves: for every leaf from the leaf to (stack, left, right).
+    """
+
+    tree: Any
+    moves: tuple[Moves, ...]
+
+    @property
+    def like(self) -> Any:
+        """A tree like the params, of shapes."""
+        return jax.tree.unflatten(self.tree, [jax.ShapeDtypeStruct(m.shape, jnp.float32) for m in self.moves])
+
+    def cut(self, vector: Vector) -> list[Array]:
+        """The leaves as matrices, in at least float32."""
+        return [m.apply(_tree.wide(x)) for m, x in zip(self.moves, jax.tree.leaves(vector), strict=True)]
+
+    def join(self, matrices: list[Array]) -> Vector:
+        """The leaves again."""
+        leaves = [m.undo(x) for m, x in zip(self.moves, matrices, strict=True)]
+        return jax.tree.unflatten(self.tree, leaves)
+
+    def __call__(self, leaves: tuple[Factors, ...], vector: Vector) -> Vector:
+        """The product."""
+        _tree.check_vector(vector, self.like)
+        return _product(self, leaves, vector)
+
+
+class Kronecker(Partial):
+    """A block-diagonal matrix, for every leaf of the params U_L ⊗ U_R · D · (U_L ⊗ U_R)ᵀ; a matvec.
+
+    Made by `kfac` and `ekfac`. It is a pytree and goes through `jit` as an argument, as other matvecs do: so
+    do its inverse, and the inverse's own trace and diagonal. Leaves that a `scan` or a `vmap` stacks have a
+    matrix for each of the stack.
+
+    Attributes:
+        leaves: eigenvectors `left` and `right` and eigenvalues `values` of every leaf.
+        size: the number of parameters.
+    """
+
+    func: Structure
+
+    @property
+    def leaves(self) -> tuple[Factors, ...]:
+        """Eigenvectors and eigenvalues of every leaf."""
+        return self.args[0]
+
+    @property
+    def size(self) -> int:
+        """The number of parameters."""
+        return sum(math.prod(moves.shape) for moves in self.func.moves)
+
+    def inverse(self, damping: Any, form: Damping = "exact") -> "Kronecker":
+        """(K + λI)⁻¹, by both eigenbases.
+
+        Args:
+            damping: λ, in the units of K, or `relative(r)`: r times the mean of K's diagonal.
+            form: `"exact"` adds λ to every eigenvalue; `"factored"` has (L + π√λ I) ⊗ (R + √λ/π I) in its
+                place with π² = (tr L / dim L) / (tr R / dim R), as K-FAC optimizers do.
+
+        Returns:
+            The matvec, a `Kronecker`.
+
+        Raises:
+            TypeError, ValueError: `damping` is negative or no number; `form` is neither, or `"factored"`
+                where eigenvalues are no products; K + λI is singular to rounding (the leaf is named, and a
+                damping that would do). Traced code cannot raise: such a leaf then holds NaN.
+
+        Cost:
+            d operations; a product 4·(left + right)·d, left and right being the sides of a leaf's matrices.
+        """
+        checked_choice("form", form, ("exact", "factored"))
+        if form == "factored" and any(leaf.sides is None for leaf in self.leaves):
+            raise ValueError('`form` must be "exact" where eigenvalues are no products, as those of `ekfac`.')
+        shift = _shift(damping, self.trace() / self.size)
+        inverted, least = _inverted(form, self.leaves, shift)
+        self._check_regular(least, shift)
+        return Kronecker(self.func, inverted)
+
+    def log_determinant(self, damping: Any = 0.0) -> Scalar:
+        """The logarithm of det(K + λI), in nats; −∞ where K + λI is singular.
+
+        Args:
+            damping: λ, a number or `relative(r)`, as in `inverse`.
+
+        Cost:
+            d logarithms.
+        """
+        shift = _shift(damping, self.trace() / self.size)
+        return _total([jnp.log(leaf.values + shift.astype(leaf.values.dtype)) for leaf in self.leaves])
+
+    def trace(self) -> Scalar:
+        """The sum of the eigenvalues, which are those of K exactly."""
+        return _total([leaf.values for leaf in self.leaves])
+
+    def diagonal(self) -> Vector:
+        """The diagonal, like the params, in at least float32, exactly.
+
+        Cost:
+            2·(left + right) operations for each weight.
+        """
+        return _diagonal(self.func, self.leaves)
+
+    def _check_regular(self, least: list[tuple[Scalar, Scalar]], shift: Scalar) -> None:
+        if any(isinstance(x, jax.core.Tracer) for pair in least for x in pair):
+            return
+        paths = _tree.leaf_paths(self.func.like)
+        found = zip(paths, jax.device_get(least), strict=True)
+        bad = [f"  {path}: {top:.3g}" for path, (low, top) in found if not low > 0]
+        if bad:
+            raise ValueError(
+                f"`damping` must make K + λI regular, got {float(shift):.3g}, but the moments of these "
+                "leaves are singular. A damping of at least this would do:\n" + "\n".join(bad)
+            )
+
+    def __repr__(self) -> str:
+        return f"Kronecker({len(self.leaves)} leaves, {self.size:,} parameters)"
+
+
+jax.tree_util.register_pytree_node(
+    Kronecker,
+    lambda matrix: ((matrix.args,), matrix.func),
+    lambda structure, children: Kronecker(structure, *children[0]),
+)
+
+
+@jax.jit
+def _total(arrays: list[Array]) -> Scalar:
+    dtype = _tree.accumulator_dtype(arrays)
+    return sum((jnp.sum(x.astype(dtype)) for x in arrays), jnp.zeros((), dtype))
+
+
+def _shift(damping: Any, mean: Scalar) -> Scalar:
+    amount = Amount.of(damping, "damping")
+    dtype = mean.dtype
+    return jnp.asarray(amount.limit(mean), dtype)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _inverted(
+    form: Damping, leaves: tuple[Factors, ...], shift: Scalar
+) -> tuple[tuple[Factors, ...], list[tuple[Scalar, Scalar]]]:
+    """The inverses, NaN where there is none; and for every leaf what tells."""
+    damped = [_damped(leaf, shift, form) for leaf in leaves]
+    least = [_numbers_of(values) for values in damped]
+    inverted = [
+        leaf._replace(values=jnp.where(low > 0, 1 / values, jnp.nan), sides=None)
+        for leaf, values, (low, _) in zip(leaves, damped, least, strict=True)
+    ]
+    return tuple(inverted), least
+
+
+def _damped(leaf: Factors, shift: Scalar, form: Damping) -> Array:
+    if form == "exact" or leaf.sides is None:
+        return leaf.values + shift.astype(leaf.values.dtype)
+    left, right = leaf.sides
+    means = [jnp.mean(x, axis=-1, keepdims=True) for x in (left, right)]
+    root = jnp.sqrt(shift)
+    # Where a side has no trace the split is even.
+    ratio = jnp.sqrt(jnp.where((means[0] > 0) & (means[1] > 0), means[0] / means[1], 1))
+    return (left + ratio * root)[:, :, None] * (right + root / ratio)[:, None, :]
+
+
+def _numbers_of(values: Array) -> tuple[Scalar, Scalar]:
+    """Whether the least eigenvalue is above rounding errors of the largest: by how much, and these."""
+    eps = float(jnp.finfo(values.dtype).eps) * jnp.max(values, initial=0)
+    return jnp.min(values, initial=jnp.inf) - eps, 2 * eps
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _product(structure: Structure, leaves: tuple[Factors, ...], vector: Vector) -> Vector:
+    pairs = zip(leaves, structure.cut(vector), strict=True)
+    return _tree.cast_like(
+        structure.join([leaf.times(x.astype(leaf.values.dtype)) for leaf, x in pairs]), vector
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _diagonal(structure: Structure, leaves: tuple[Factors, ...]) -> Vector:
+    return structure.join([leaf.diagonal() for leaf in leaves])
