@@ -72,6 +72,7 @@ def answer(
     """Each peer's plain way, and, where that was not right, the first of its other ways that was.
 
     The ways to a density differ in their steps, and none is plain: only the first that is near enough counts.
+    Those to a trace are different estimators, and all are shown. Ratios are to our first that is right.
     """
     found: dict[tuple[str, int], Row] = {}
     for name in group.usable:
@@ -79,17 +80,17 @@ def answer(
             said = group.workers[name].ask(task, way=way, **given)
             line = row(question, name, words, said, **({} if "failed" in said else judge(said)))
             found[name, way] = line
-            if line.get("right") or "failed" in said:
+            if "failed" in said or (line.get("right") and task != "trace"):
                 break
-            shown = way + 1 == len(group.ways(name, task)) if task == "density" else way == 0
-            if not shown:
+            last = way + 1 == len(group.ways(name, task))
+            if not {"trace": True, "density": last}.get(task, way == 0):
                 del found[name, way]
     again = {key: line for key, line in found.items() if line["first"] and line["first"] < 60}
     calls = {
         (name, way): functools.partial(group.workers[name].ask, task, way=way, **given) for name, way in again
     }
     times = rounds(calls, count)
-    ours = times.get(("hessjax", max((w for n, w in times if n == "hessjax"), default=0)), [])
+    ours = next((times[key] for key in times if key[0] == "hessjax" and found[key].get("right")), [])
     for key, line in found.items():
         yield timed(line, times.get(key, []), ours)
 
@@ -123,8 +124,8 @@ def product(group: Group, question: str, kind: str, count: int) -> Iterator[Row]
     first = {name: said for name, said in first.items() if "absent" not in said}
     times = rounds({name: calls[name] for name, said in first.items() if "seconds" in said}, count)
     for name, said in first.items():
-        more = {} if "failed" in said or kind == "gradient" else same(said, first["hessjax"])
-        yield timed(row(question, name, kind, said, **more), times.get(name, []), times["hessjax"])
+        more = {} if "failed" in said or kind == "gradient" else same(said, first.get("hessjax", {}))
+        yield timed(row(question, name, kind, said, **more), times.get(name, []), times.get("hessjax", []))
 
 
 def same(said: Answer, ours: Answer) -> Row:
@@ -176,7 +177,9 @@ def inverse_fisher(quick: bool, path_of: Paths) -> Iterator[Row]:
             whole = {p: [t / first[p].get("share", 1) for t in ts] for p, ts in times.items()}
             for peer, said in first.items():
                 way = "all gradients" if "share" not in said else "one gradient after the other"
-                yield timed(row(f"inverse Fisher: {name}", peer, way, said), whole[peer], whole["hessjax"])
+                yield timed(
+                    row(f"inverse Fisher: {name}", peer, way, said), whole[peer], whole.get("hessjax", [])
+                )
 
 
 def start(quick: bool, path_of: Paths) -> Iterator[Row]:
@@ -191,7 +194,7 @@ def start(quick: bool, path_of: Paths) -> Iterator[Row]:
             worker.close()
     for name, times in spent.items():
         line = row("start: first eigenvalue", name, "fresh interpreter", said[name])
-        yield {**timed(line, times, spent["hessjax"]), "first": statistics.median(times)}
+        yield {**timed(line, times, spent.get("hessjax", [])), "first": statistics.median(times)}
 
 
 def unusable(group: Group, question: str) -> Iterator[Row]:

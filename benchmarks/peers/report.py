@@ -45,7 +45,8 @@ def head(result: dict[str, Any]) -> str:
     """Where it was measured, and with what."""
     packages = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     where = f"{result['device']}, {result['processor']}, Python {result['python']}, {result['date']}"
-    return f"`make peers{' QUICK=1' * result['quick']}` on {where}; {packages}."
+    small = " Sizes are smaller than the titles say: the figures mean little." * result["quick"]
+    return f"`make peers{' QUICK=1' * result['quick']}` on {where}; {packages}.{small}"
 
 
 def answers(rows: list[Row]) -> str:

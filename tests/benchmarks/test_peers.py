@@ -189,3 +189,33 @@ def test_a_figure_is_drawn_also_of_nothing(tmp_path):
 def test_kinds_of_problems_are_known_to_both_sides():
     assert set(in_jax.OPTIONS) == set(in_jax.MODULES)
     assert Problem("MLP", {}, {"params/a/b": np.ones(1)}, []).tree("params") == {"a": {"b": np.ones(1)}}
+
+
+class Multiplier:
+    """Gives the same product as ours, another one, or none."""
+
+    def __init__(self, norm):
+        self.norm = norm
+
+    def ask(self, task, name):
+        return {"absent": name} if self.norm is None else {"norm": self.norm, "along": 1.0, "seconds": 1.0}
+
+
+def test_a_product_that_is_not_ours_is_marked():
+    group = Group(
+        hessjax=Multiplier(2.0), same=Multiplier(2.0001), other=Multiplier(2.1), none=Multiplier(None)
+    )
+    found = {line["peer"]: line for line in questions.product(group, "mlp: Hessian", "Hessian", 3)}
+    assert {peer: line["right"] for peer, line in found.items()} == {
+        "hessjax": True,
+        "same": True,
+        "other": False,
+    }
+    assert found["other"]["ratio"] == 1.0
+
+
+def test_estimates_count_what_their_errors_hold():
+    said = {"means": [1.0, 1.1], "errors": [0.01, 0.01]}
+    assert questions.estimated("q", "matfree", "XTrace", said, 1.0)["coverage"] == 0.5
+    assert questions.estimated("q", "curvlinops", "XTrace", {**said, "errors": None}, 1.0)["coverage"] is None
+    assert questions.estimated("q", "matfree", "XTrace", {"failed": "no"}, 1.0)["failed"] == "no"
