@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from hessjax._core import _numbers, _tree
+from hessjax._core import _numbers, _sharding, _tree
 from hessjax._core._results import is_known, is_single
 from hessjax._core._tables import Column, Row, Table, number
 from hessjax._core._types import Scalar, as_text
@@ -40,7 +40,8 @@ def diagonal(like: Like, factor: Factor, shift: Scalar) -> Parts:
 
 def dense(place: int, like: Like, factor: Factor, shift: Scalar) -> Array:
     """The blocks of (A + κI)⁻¹ of one group, with all their entries."""
-    a = joined([factor.columns(like, shift)[place]], lead=2)
+    # Every device has all columns of a leaf whose entries are all asked for.
+    a = _sharding.gathered(joined([factor.columns(like, shift)[place]], lead=2))
     constant = factor.constant(shift).astype(a.dtype) * jnp.eye(a.shape[-1], dtype=a.dtype)[None]
     return constant + factor.sign * jnp.einsum("bki,bkj->bij", a, a, precision="highest")
 
