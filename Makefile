@@ -7,12 +7,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 READY_DOCS := $(VENV)/.ready-docs
 READY_TOUR := $(VENV)/.ready-tour
+READY_PEERS := $(VENV)-peers/.ready
 VENV_IS_GOOD := $(BIN)/python -m pip --version >/dev/null 2>&1
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
 QUICK ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install tour test smoke check notebooks bench docs dist clean
+.PHONY: help install tour test smoke check notebooks bench peers docs dist clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -57,6 +58,21 @@ notebooks: $(READY)  ## execute every notebook (QUICK=1 for a short form that wr
 
 bench: $(READY)  ## every benchmark, and the table of their results (QUICK=1 for small sizes)
 	$(BIN)/python benchmarks/run_all.py $(if $(QUICK),--quick)
+
+# PyTorch is large, so the peers have an environment of their own. One that cannot be installed is a row that
+# says so: where the extra fails as a whole, its packages are tried one by one.
+PEERS_PIP = $(VENV)-peers/bin/python -m pip install --quiet --disable-pip-version-check
+PEERS_NAMES = $(VENV)-peers/bin/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))\
+  ['project']['optional-dependencies']['peers'][1:], sep='\n')"
+$(READY_PEERS): pyproject.toml
+	@$(VENV)-peers/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)-peers
+	@echo "Installing the peers into $(VENV)-peers, some minutes the first time."
+	$(PEERS_PIP) --editable '.[peers]' || { $(PEERS_PIP) --editable '.[benchmarks]' && $(PEERS_NAMES) | \
+	  while read -r peer; do $(PEERS_PIP) "$$peer" || echo "$$peer cannot be installed here."; done; }
+	@touch $@
+
+peers: $(READY_PEERS)  ## what a reader would pick instead, on the same weights and data (QUICK=1 for small sizes)
+	PYTHONPATH=benchmarks $(VENV)-peers/bin/python -m peers $(if $(QUICK),--quick)
 
 docs: $(READY_DOCS)  ## the site, in docs/_build/html; warnings are errors
 	$(BIN)/python -m sphinx -W --keep-going -q -a -b html docs docs/_build/html

@@ -1,5 +1,7 @@
 """What does pruning add to a training step?"""
 
+import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +15,7 @@ import hessjax as hj
 
 PROBLEMS = {"MLP": (models.mlp, 60), "transformer": (models.transformer, 15), "ResNet-20": (models.resnet, 7)}
 EVERY = 100
+LARGE_ROUNDS = 5
 
 
 def measure(quick: bool) -> table.Measured:
@@ -24,7 +27,36 @@ def measure(quick: bool) -> table.Measured:
         times = timing.interleave(steps, 3 if quick else rounds)
         raw[name] = times
         figures += figures_of(name, times)
+    raw["update alone"] = times = updates(10**6 if quick else 10**8)
+    figures.append(beside(times))
     return figures, raw
+
+
+def updates(number: int) -> timing.Times:
+    """Updates of so many weights under Adam, without a model: every other one is a mask step."""
+    side = math.isqrt(number // 8)
+    params = {f"Dense_{i}": {"kernel": jax.random.normal(jax.random.key(i), (side, side))} for i in range(8)}
+    schedule = optax.polynomial_schedule(0.0, 0.9, 3, 1000)
+    tx = hj.prune(optax.adam(1e-4), hj.saliencies.magnitude(), schedule, every=2, start=2)
+
+    def step(params: Any, state: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(params, state, params)  # gradients of their own would only take memory
+        return optax.apply_updates(params, updates), state
+
+    compiled, carry = jax.jit(step, donate_argnums=(0, 1)), (params, jax.jit(tx.init)(params))
+    times: list[float] = []
+    for _ in range(2 * (1 + LARGE_ROUNDS)):
+        start = time.perf_counter()
+        carry = jax.block_until_ready(compiled(*carry))
+        times.append(time.perf_counter() - start)
+    return {"between": times[2::2], "mask step": times[3::2]}
+
+
+def beside(times: timing.Times) -> table.Figure:
+    """A mask step beside the step before it."""
+    found = timing.ratio(times, "mask step", "between")
+    note = f"step between {timing.milliseconds(times['between']):.1f} ms"
+    return table.Figure("mask step over a step between, no model", found.median, "×", 4.0, found[1:], note)
 
 
 def optimizers() -> dict[str, optax.GradientTransformation]:

@@ -23,6 +23,7 @@ SCRIPTS = (
     "pruning_in_training",
     "transfer_learning",
     "compilations",
+    "many_devices",
     "startup",
 )
 

@@ -9,8 +9,8 @@ from hessjax._core._memory import MemoryLimitWarning as MemoryLimitWarning
 from hessjax._core._results import Eigenpairs as Eigenpairs
 from hessjax._core._results import Estimate as Estimate
 from hessjax._core._types import relative as relative
+from hessjax._fisher._build import inverse_fisher as inverse_fisher
 from hessjax._fisher._inverse_fisher import InverseFisher as InverseFisher
-from hessjax._fisher._inverse_fisher import inverse_fisher as inverse_fisher
 from hessjax._run._bar import progress_bar as progress_bar
 from hessjax._run._callbacks import checkpoint as checkpoint
 from hessjax._run._drivers import NonFiniteProductError as NonFiniteProductError

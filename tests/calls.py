@@ -143,7 +143,7 @@ KINDS = {
     "vector": "vector start? diagonal directions other state?",
     "flag": """linearize on_device reorthogonalise drop_constants progress transient regrow straight_through
         linear log""",
-    "choice": "mode which update positions",
+    "choice": "mode which update positions basis_dtype?",
     "axis": "filter_axis?",
     "path": "path",
     "text": "description unit",

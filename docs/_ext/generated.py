@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import reference
 
 DOCS = Path(__file__).parent.parent
 ROOT = DOCS.parent
+sys.path.append(str(ROOT / "benchmarks"))
 
 
 def setup(app: Any) -> dict[str, bool]:
@@ -22,6 +24,7 @@ def _write_all() -> None:
     reference.write(DOCS / "reference")
     _copy_notebooks(DOCS / "tutorials")
     _put(DOCS / "project" / "benchmarks.md", benchmarks())
+    _put(DOCS / "_generated" / "peers.md", peers(DOCS / "_generated"))
     _put(DOCS / "project" / "changelog.md", (ROOT / "CHANGELOG.md").read_text())
     _put(DOCS / "project" / "contributing.md", (ROOT / "CONTRIBUTING.md").read_text())
 
@@ -60,6 +63,21 @@ def benchmarks() -> str:
         json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))
     ]
     return "\n".join([_BENCHMARKS, *map(_section, found)])
+
+
+def peers(folder: Path) -> str:
+    """What `make peers` found, for the page of comparisons; a part for each machine."""
+    from peers import report
+
+    parts = []
+    for path in sorted((ROOT / "benchmarks" / "results" / "peers").glob("*.json")):
+        figure = path.with_suffix(".png")
+        picture = f"![Time of each peer over ours](../_generated/peers-{figure.name})\n"
+        if figure.exists():
+            folder.mkdir(exist_ok=True)
+            shutil.copy(figure, folder / f"peers-{figure.name}")
+        parts += [picture * figure.exists(), report.markdown(json.loads(path.read_text()))]
+    return "\n".join(parts) or "No result is committed yet: `make peers` makes one on your machine.\n"
 
 
 _BENCHMARKS = """# Benchmarks

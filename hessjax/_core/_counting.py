@@ -31,14 +31,19 @@ def count_where(test: Test, *columns: Sequence[Array]) -> Int[Array, "flags arra
     return jnp.stack([found[place] for place in range(len(rows))], axis=1)
 
 
-def num_set(flags: Array) -> Int[Array, ""]:
-    """How many are set, or 2³¹ − 1 if they are more; along one axis in 16 bits first.
+def counts_together(arrays: Sequence[Array]) -> bool:
+    """Whether several flags of an entry are counted in nearly the time of one."""
+    return jax.default_backend() != "cpu" or any(_is_cut(x.size) for x in arrays)
 
-    On a CPU, XLA writes out what it is going to sum: in 32 bits two fifths of a ranking's time go there.
-    """
+
+def num_set(flags: Array) -> Int[Array, ""]:
+    """How many are set, or 2³¹ − 1 if they are more."""
     if flags.size >= 2**31:
         return num_set_in_all(flags).clipped()
-    short = next((axis for axis, length in enumerate(flags.shape) if length < 2**16), None)
+    # On a CPU, XLA writes out what it is going to sum: in 32 bits two fifths of the time would go there.
+    # Accelerators sum as they read, and take all sums over one array together.
+    on_cpu = jax.default_backend() == "cpu"
+    short = next((axis for axis, length in enumerate(flags.shape) if on_cpu and length < 2**16), None)
     partial = flags if short is None else jnp.sum(flags, axis=short, dtype=jnp.uint16)
     return jnp.sum(partial, dtype=jnp.int32)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt
 
-from hessjax._core import _archive, _processes, _sharding
+from hessjax._core import _archive, _processes, _sharding, _tree
 
 
 def digests(arrays: Sequence[Any]) -> list[str]:
@@ -24,6 +24,33 @@ def digests(arrays: Sequence[Any]) -> list[str]:
     """
     found = jax.device_get(_processes.by_devices(_sums, [_as_given(x) for x in arrays]))
     return [f"{int(a):08x}{int(b):08x}" for a, b in found]
+
+
+def check_alike(params: Any, args: Any) -> None:
+    """Raise a ValueError naming what is not the same in every process, though it does not span them.
+
+    Beside params that span processes jax takes such arrays for copies of one, and does not look.
+    """
+    if len((group := _processes.holders(params)).members) == 1:
+        return
+    leaves = jax.tree_util.tree_leaves_with_path(args)
+    own = [(path, x) for path, x in leaves if hasattr(x, "dtype") and not _processes.spans(x)]
+    # Not those that are traced: their numbers are known to nobody yet.
+    if not own or any(isinstance(x, jax.core.Tracer) for _, x in own):
+        return
+    words = group.exchanged(" ".join(digests([_numbers(x) for _, x in own])))
+    columns = zip(*(word.split() for word in words), strict=True)
+    for (path, _), column in zip(own, columns, strict=True):
+        if len(set(column)) > 1:
+            raise ValueError(
+                f"`args` must be the same in all processes, or span them as `params` do, but "
+                f"{_tree.path_name(path)} differs from process to process: make one array of the parts, "
+                '`jax.make_array_from_process_local_data(NamedSharding(mesh, P("data")), part)`.'
+            )
+
+
+def _numbers(x: Any) -> Any:
+    return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
 
 
 def _as_given(x: Any) -> Any:

@@ -20,7 +20,9 @@ _COUNTS: collections.Counter[tuple[int, ...]] = collections.Counter()
 
 def spans(leaf: Any) -> bool:
     """Whether parts of an array lie where this process cannot read them."""
-    return isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+    if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array):
+        return False  # of a traced array nobody knows yet
+    return not leaf.is_fully_addressable
 
 
 def on_host(leaf: Any) -> np.ndarray:
@@ -85,10 +87,14 @@ class Group(NamedTuple):
         from jax._src import distributed  # jax shows its store of words nowhere else
 
         client: Any = distributed.global_state.client
+        mine = jax.process_index()
         _COUNTS[self.members] += 1
-        place = f"hessjax/{'-'.join(map(str, self.members))}/{_COUNTS[self.members]}"
-        client.key_value_set(f"{place}/{jax.process_index()}", word)
-        return [self._heard(client, place, member) for member in self.members]
+        place, before = (f"hessjax/{self.members}/{_COUNTS[self.members] - back}" for back in (0, 1))
+        client.key_value_set(f"{place}/{mine}", word)
+        words = [self._heard(client, place, member) for member in self.members]
+        # Whoever has spoken now has heard what was said before.
+        client.key_value_delete(f"{before}/{mine}")
+        return words
 
     @staticmethod
     def _heard(client: Any, place: str, member: int) -> str:

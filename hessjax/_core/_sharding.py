@@ -78,6 +78,38 @@ def _plain(sharding: NamedSharding) -> NamedSharding:
     return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
+def different_places(leaves: Sequence[Any]) -> list[str]:
+    """In words, where each leaf lies, if no program can take them all; nothing of those that can be moved."""
+    if jax.device_count() == 1:
+        return []
+    kept = [x.sharding if isinstance(x, jax.Array) and not _is_movable(x) else None for x in leaves]
+    found = [sharding for sharding in kept if sharding is not None]
+    if all(_is_same_place(sharding, found[0]) for sharding in found):
+        return []
+    return ["" if sharding is None else _described(sharding) for sharding in kept]
+
+
+def _is_movable(x: jax.Array) -> bool:
+    return isinstance(x, jax.core.Tracer) or not x.committed
+
+
+def _is_same_place(a: Any, b: Any) -> bool:
+    """The compiler chooses among the axes of any mesh of the same devices; types know one mesh only."""
+    ours, theirs = getattr(a, "mesh", None), getattr(b, "mesh", None)
+    if ours == theirs and ours is not None:
+        return True
+    explicit_axes = any(mesh is not None and AxisType.Explicit in mesh.axis_types for mesh in (ours, theirs))
+    return a.device_set == b.device_set and not (explicit_axes and ours is not None and theirs is not None)
+
+
+def _described(sharding: Any) -> str:
+    devices = sorted(device.id for device in sharding.device_set)
+    mesh = getattr(sharding, "mesh", None)
+    axes = "" if mesh is None else f"mesh {dict(mesh.shape)} of "
+    listed = ", ".join(map(str, devices[:8])) + " …" * (len(devices) > 8)
+    return f"{axes}device{'s' * (len(devices) > 1)} {listed}"
+
+
 # -- putting arrays there --------------------------------------------------------------------------
 
 
@@ -245,6 +277,15 @@ class Layouts:
         found = tuple(map(layout, jax.tree.leaves(tree)))
         return cls(found) if any(found) else UNKNOWN
 
+    @classmethod
+    def of_rows(cls, params: Any, batch: Any = None) -> "Layouts":
+        """Those of one gradient for each example: spread as the params are, and as the examples besides."""
+        leaves = [layout(x) for x in jax.tree.leaves(batch) if jnp.ndim(x)] if jax.device_count() > 1 else []
+        examples = next(filter(is_split, leaves), None)
+        mine = [layout(x) or whole(examples) for x in jax.tree.leaves(params)]
+        found = tuple(x and _rows(x, examples) for x in mine)
+        return cls(found) if any(map(is_split, found)) else UNKNOWN
+
     def __hash__(self) -> int:
         return self._hash
 
@@ -274,6 +315,14 @@ class Layouts:
     def whole(self) -> NamedSharding | None:
         """The layout of what every device of the leaves' mesh holds whole."""
         return whole(next(filter(None, self.shardings), None))
+
+
+def _rows(like: NamedSharding, examples: NamedSharding | None) -> NamedSharding:
+    used = {name for axis in like.spec for name in _names(axis)}
+    names = () if examples is None or examples.mesh != like.mesh else _names(examples.spec[0])
+    free = tuple(name for name in names if name not in used)
+    # As jax writes it: one name is itself.
+    return NamedSharding(like.mesh, PartitionSpec(free[0] if len(free) == 1 else free or None, *like.spec))
 
 
 UNKNOWN = Layouts()

@@ -49,6 +49,14 @@ def check_floating(params: Params, argument: str = "params") -> None:
         raise TypeError(
             f"`{argument}` must have real floating-point leaves only, got\n{_listed(bad)}\n{_way_out(bad)}"
         )
+    if places := _sharding.different_places(jax.tree.leaves(params)):
+        lines = [
+            f"  {path}: {place}" for path, place in zip(leaf_paths(params), places, strict=True) if place
+        ]
+        raise ValueError(
+            f"`{argument}` must lie on one mesh, or on the same devices, got\n" + "\n".join(lines) + "\n"
+            "Move them to one, `jax.device_put(params, shardings)`."
+        )
     if not any(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(params)):
         raise ValueError(f"`{argument}` must hold at least one number, got a tree without any.")
 

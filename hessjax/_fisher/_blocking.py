@@ -15,7 +15,8 @@ from jaxtyping import Array, Float
 from hessjax._core import _sharding
 from hessjax._core._packing import Packing
 from hessjax._core._types import Block, Params, Vector
-from hessjax._fisher._shards import Cutting, Home, Shards, manual, padded
+from hessjax._fisher._cutting import Cutting
+from hessjax._fisher._shards import Home, Shards, manual, padded
 
 Rows = Float[Array, "_ _ *_"]
 """(blocks, m, width): gradients of the blocks of a group; (1, m, *shape) of a leaf in one block with all."""
@@ -128,6 +129,14 @@ class Blocking:
         return max(group.width for group in self.groups)
 
     @property
+    def everywhere(self) -> Home | None:
+        """All devices that hold different weights or gradients; None where nothing is known of that."""
+        known = [shards for shards in self.shards if shards is not None]
+        names = {name for shards in known for names in (shards.examples, *shards.spec) for name in names}
+        axes = known and tuple(name for name in known[0].mesh.axis_names if name in names)
+        return Home(known[0].mesh, axes) if axes else None
+
+    @property
     def num_blocks(self) -> int:
         """How many there are."""
         return 1 if self.block_size is None else sum(sum(group.counts) for group in self.groups)
@@ -174,7 +183,7 @@ class Blocking:
     def _joined(self, group: Group, part: Cut) -> Sequence[Array]:
         if self.block_size is None:
             shards = self.shards[group.members[0]]
-            return [_sharding.laid_out(part[0], shards and shards.of_vector())]
+            return [_sharding.laid_out(part[0], None if shards is None else shards.of_vector())]
         if group.cuttings:
             home, local = group.cuttings[0].home, functools.partial(_join_here, group.cuttings)
             specs = tuple(cut.shards.of_vector().spec for cut in group.cuttings)

@@ -89,8 +89,8 @@ class Dual(NamedTuple):
 
     With one block in all, its leaves are never laid end to end. 512 gradients of 25 M weights are 51 GB in
     float32: with every leaf's gradients sharded along the weights as the weights are, GGᵀ is a sum over
-    devices of 512 × 512 products (1 MB, one all-reduce), its factor is everywhere the same, F⁻¹v needs one
-    more all-reduce of 512 numbers, and all else is local.
+    devices of 512 × 512 products (1 MB, an all-reduce for each leaf), its factor is everywhere the same, F⁻¹v
+    needs one more of 512 numbers, and all else is local.
     """
 
     rows: tuple[Rows, ...]

@@ -12,14 +12,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from hessjax._core import _sharding
 from hessjax._core._types import Params, Scalar
 from hessjax._fisher._blocking import Parts
 from hessjax._fisher._factors import Columns, Factor, Like, each
 from hessjax._fisher._inverse_fisher import InverseFisher
 from hessjax._fisher._readout import determined
 from hessjax._fisher._rows import ends, joined, split
+from hessjax._fisher._shards import padded
 
 dot = functools.partial(jnp.matmul, precision="highest")
 
@@ -129,7 +132,7 @@ def set_scores(inverse: InverseFisher, u: Params, active: Params, sets: Sequence
         weights, owner, is_there = (
             jnp.concatenate([gather(tree[i]) for gather, i in places], axis=1) for tree in trees
         )
-        found = _costs(inverse, a.swapaxes(0, 1), weights, owner, is_there, tied.in_turn)
+        found = _spread(inverse, tied.in_turn, (a.swapaxes(0, 1), weights, owner, is_there))
         widths = [jax.eval_shape(gather, leaves[i]).shape[1] for gather, i in places]
         pieces = jnp.split(found, ends(widths), axis=1)
         for i, scatter, piece in zip(tied.members, tied.scatter, pieces, strict=True):
@@ -173,22 +176,34 @@ def _columns(like: Like, factor: Factor, shift: Scalar, count: Array) -> list[Co
     return [jnp.sqrt(count.astype(a.dtype)) * a for a in factor.columns(like, shift)]
 
 
+def _spread(inverse: InverseFisher, in_turn: bool, sets: tuple[Array, ...]) -> Float[Array, "sets n"]:
+    """What the sets cost, wherever the weights lie: as many sets on every device."""
+    # Only a dual has fewer rows than a set may have weights.
+    is_wide = inverse.blocking.block_size is None and sets[0].shape[2] > sets[0].shape[1]
+    costs: Any = functools.partial(_costs, in_turn, is_wide)
+    home = inverse.blocking.everywhere
+    if home is None:
+        return costs(*sets, inverse.damping)
+    number, layout = len(sets[0]), NamedSharding(home.mesh, PartitionSpec(home.axes))
+    laid = [_sharding.laid_out(padded(x, home.size, 0), layout) for x in sets]
+    return _sharding.laid_out(home.run(costs, *laid, inverse.damping), _sharding.whole(layout))[:number]
+
+
 def _costs(
-    inverse: InverseFisher,
+    in_turn: bool,
+    is_wide: bool,
     a: Float[Array, "sets k n"],
     u: Float[Array, "sets n"],
     owner: Float[Array, "sets n"],
     active: Bool[Array, "sets n"],
-    in_turn: bool,
+    damping: Scalar,
 ) -> Float[Array, "sets n"]:
     # What is gone has no gradients, so couples with nothing in F⁻¹: with u = 0 it costs nothing.
     u = jnp.where(active, u, 0)
     # The factor's c, times m as all of F⁻¹: m/κ = 1/λ.
-    constant = jnp.where(owner < 0, 1 / inverse.damping.astype(a.dtype), 0)
+    constant = jnp.where(owner < 0, 1 / damping.astype(a.dtype), 0)
     if in_turn:
         return jnp.where(active, each(_costs_in_turn, a, u, owner, constant, active), -jnp.inf)
-    # Only a dual has fewer rows than a set may have weights.
-    is_wide = inverse.blocking.block_size is None and a.shape[2] > a.shape[1]
     costs = each(_wide_cost if is_wide else _cost, a, u, owner, constant)
     number = jnp.maximum(jnp.sum(active, axis=1, keepdims=True, dtype=costs.dtype), 1)
     return jnp.where(active, costs[:, None] / number, -jnp.inf)

@@ -1,5 +1,6 @@
 """Streams of gradients: block after block, each checked, and how much its gradients count."""
 
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from hessjax._core._sources import check_source, opened
 from hessjax._core._types import Block, Scalar
 from hessjax._fisher._blocking import row
 from hessjax._fisher._rows import num_grads
+from hessjax._fisher._shards import Shards, end_to_end
 
 
 class Counted(NamedTuple):
@@ -111,11 +113,19 @@ def gathered(blocks: Iterator[Counted], count: int | None) -> Counted:
     while (count is None or held < count) and (more := next(blocks, None)) is not None:
         gathered.append(more)
         held += jax.tree.leaves(more.block)[0].shape[0]
-    return gathered[0] if len(gathered) == 1 else _joined(gathered)
+    if len(gathered) == 1:
+        return gathered[0]
+    shards = [
+        tuple(map(Shards.of, leaves))
+        for leaves in zip(*(jax.tree.leaves(x.block) for x in gathered), strict=True)
+    ]
+    return _joined(tuple(shards), gathered)
 
 
-@jax.jit
-def _joined(counted: list[Counted]) -> Counted:
+@functools.partial(jax.jit, static_argnums=0)
+def _joined(shards: tuple[tuple[Shards | None, ...], ...], counted: list[Counted]) -> Counted:
     blocks, totals = zip(*counted, strict=True)
     total = None if totals[0] is None else jnp.sum(jnp.stack(totals))
-    return Counted(jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *blocks), total)
+    leaves = zip(*map(jax.tree.leaves, blocks), strict=True)
+    joined = [end_to_end(mine, rows) for mine, rows in zip(shards, leaves, strict=True)]
+    return Counted(jax.tree.unflatten(jax.tree.structure(blocks[0]), joined), total)

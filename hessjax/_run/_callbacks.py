@@ -33,11 +33,17 @@ def checkpoint(path: str | os.PathLike[str], *, every: int = 10) -> "_Checkpoint
     with (a right-hand side, a damping), and, for a matvec that hessjax makes of one batch, another loss by
     name or another batch (16 numbers of each array are compared). What is not noticed: a change in the code
     of a loss, and other data behind a matvec that is just a function, or that streams batches. Other versions
-    of hessjax or jax, or another device, are warned of: the result may then differ in its last digits.
+    of hessjax or jax, or other devices, are warned of: the result may then differ in its last digits.
+
+    Where `like`, the matvec's arrays or the key span several processes (`jax.distributed`), all of these
+    make the call: each writes its parts, and process 0 sees to the rest. A checkpoint may be gone on from on
+    another mesh, by more or fewer devices and processes, as long as the same leaves are divided: vectors of
+    leaves that lie whole on a device are packed together, and one of the other kind is refused.
 
     Args:
-        path: a folder, made if it is not there; `~` is the home. All is written by Orbax to
-            `hessjax-checkpoints` in it; other files are not touched. Delete that to start anew.
+        path: a folder, made if it is not there; `~` is the home; several processes must all see it. All is
+            written by Orbax to `hessjax-checkpoints` in it; other files are not touched. Delete that to start
+            anew.
         every: products between two checkpoints. `run` calls its callbacks every few products, so it may be
             a few more. The end of the run is saved always.
 
@@ -46,15 +52,17 @@ def checkpoint(path: str | os.PathLike[str], *, every: int = 10) -> "_Checkpoint
 
     Raises:
         ValueError: `every` below 1; `path` is empty, or a URL; when the run starts, `path` holds another run,
-            or one with more products than `max_matvecs`, or nothing that can be read.
+            or one with more products than `max_matvecs`, or nothing that can be read; processes that begin
+            different runs, or do not see one folder; a run without process 0.
         BlockingIOError: another run, of this process or another one, uses `path`.
         OSError: `path` cannot be written to, which shows before the first product; the disk is full, in which
             case the checkpoint before is still good.
+        TimeoutError: one of several processes does not come to where the others wait for it.
 
     Cost:
         Of disk twice the state, three times while saving: a checkpoint is written beside the others and
-        renamed, and only then the oldest deleted. Of memory a copy on the host. The run waits meanwhile. One
-        process only.
+        renamed, and only then the oldest deleted. Of memory a copy on the host, of each process's parts. The
+        run waits meanwhile. Checksums are made where the arrays lie, by two passes over them.
 
     Example:
         >>> import tempfile

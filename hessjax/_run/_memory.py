@@ -178,7 +178,7 @@ def _on_the_host(estimator: Estimator, matvec: Any, like: Params, state: Any) ->
     """What steps take beyond what is held."""
     dtypes = tuple(jnp.result_type(leaf) for leaf in jax.tree.leaves(like))
     query = Program.of(_estimator.query, estimator, dtypes, Layouts.of(like), state)
-    product = Program.of(_applied, matvec, (query.result[0],), {})
+    product = Program.of(_applied, Layouts.of((matvec, query.result[0])), matvec, (query.result[0],), {})
     # All vectors of a block are there from the first product on, all products at the last.
     waiting = on_each(query.result) + on_each(product.result) * (len(query.result) - 1)
     yield "multiplying", max(query.beyond, waiting + product.beyond)
@@ -226,7 +226,7 @@ def _of_call(function: Callable[..., Any], args: tuple[Any, ...], keywords: Any)
     settings = {name: x for name, x in keywords.items() if name not in arrays}
     function = functools.partial(function, **settings) if settings else function
     function, keywords = _drivers.as_partial(function), arrays
-    program = Program.of(_parts_of, function, args, keywords)
+    program = Program.of(_parts_of, Layouts.of((function, args, keywords)), function, args, keywords)
     held = on_each((function, args, keywords))
     rows = (
         MemoryRow("arguments", held, False),
@@ -241,15 +241,18 @@ def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct, np.ndarray))
 
 
-@compiled()
-def _applied(function: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-    return function(*args, **keywords)
+# Told where its arguments lie, as a product is that is called with arrays instead of traced.
+@compiled(static_argnums=0)
+def _applied(layouts: Layouts, function: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    with layouts.told((function, args, keywords)):
+        return function(*args, **keywords)
 
 
-@compiled()
-def _parts_of(function: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> list[Any]:
+@compiled(static_argnums=0)
+def _parts_of(layouts: Layouts, function: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> list[Any]:
     # Without their structure: what a type says of its arrays need not hold for shapes.
-    return jax.tree.leaves(function(*args, **keywords))
+    with layouts.told((function, args, keywords)):
+        return jax.tree.leaves(function(*args, **keywords))
 
 
 @compiled()

@@ -15,7 +15,6 @@ from hessjax._core._compiled import compiled
 from hessjax._core._types import LossFn, Params, Vector
 from hessjax.analysis._comparisons import CheckRow, loss_and_gradient, named, norms
 from hessjax.curvature._data import Batches
-from hessjax.curvature._gradients import of_each
 from hessjax.curvature._product import at_precision, scalar
 from hessjax.curvature._weights import (
     Weights,
@@ -23,6 +22,7 @@ from hessjax.curvature._weights import (
     by_example,
     check_count,
     leading_axis,
+    of_each,
     shares_of,
     weighed,
     without_absent,

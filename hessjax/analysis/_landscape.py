@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 from rich.progress import Progress
 
-from hessjax._core import _tree
+from hessjax._core import _digests, _tree
 from hessjax._core._compiled import compiled
 from hessjax._core._messages import check_flags, checked_count, shown
 from hessjax._core._results import by_shapes, counted, is_known, with_error
@@ -148,6 +148,7 @@ def landscape(
     if batches is not None:
         check_source(batches)
     check_call("loss_fn", loss_fn, args if batches is None else (0, *args))
+    _digests.check_alike(params, args)
     points_at_once = checked_count("points_at_once", points_at_once)
     check_precision(precision)
     check_flags(progress=progress)

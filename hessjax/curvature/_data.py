@@ -262,6 +262,7 @@ def _of_all(weight: float, index: int) -> float:
     without = np.flatnonzero(found < 0)
     if 0 < without.size < found.size:
         raise ValueError(
-            f"`batches` must be as many on every process, but there is no batch {index} on {list(without)}."
+            "`batches` must be as many on every process, but there is no batch "
+            f"{index} on {without.tolist()}."
         )
     return float(found.sum())

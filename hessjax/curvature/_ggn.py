@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float
 
-from hessjax._core import _tree
+from hessjax._core import _digests, _tree
 from hessjax._core._compiled import compiled
 from hessjax._core._messages import check_flags, checked_any_key, checked_count, checked_instance, shown
 from hessjax._core._types import Key, LossFn, Matvec, ModelFn, Params
@@ -102,6 +102,7 @@ def ggn(
     _tree.check_floating(params)
     check_call("model_fn", model_fn, args)
     check_call("output_loss", output_loss, args, "outputs")
+    _digests.check_alike(params, args)
     check_flags(linearize=linearize)
     check_precision(precision)
     curvature = Partial(_loss_curvature, as_pytree(output_loss))
@@ -180,6 +181,7 @@ def fisher(
     """
     _tree.check_floating(params)
     check_call("model_fn", model_fn, args)
+    _digests.check_alike(params, args)
     check_likelihood(likelihood)
     check_flags(linearize=linearize)
     check_precision(precision)

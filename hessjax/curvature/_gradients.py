@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,9 +9,10 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from hessjax._core import _tree
+from hessjax._core import _digests, _tree
 from hessjax._core._compiled import compiled
 from hessjax._core._messages import check_flags, checked_count
+from hessjax._core._sharding import Layouts
 from hessjax._core._types import Block, LossFn, Matvec, Params, Vector
 from hessjax.curvature._batches import add, divide, zero
 from hessjax.curvature._product import (
@@ -24,7 +24,15 @@ from hessjax.curvature._product import (
     sandwich,
     scalar,
 )
-from hessjax.curvature._weights import Weights, by_example, num_examples, of_examples, scaled_rows, weighed
+from hessjax.curvature._weights import (
+    Weights,
+    by_example,
+    num_examples,
+    of_each,
+    of_examples,
+    scaled_rows,
+    weighed,
+)
 
 
 def per_example_grads(
@@ -65,7 +73,9 @@ def per_example_grads(
             another shape, negative, not finite, or all zero. (Inside `jit` such values give NaN.)
 
     Cost:
-        The gradients, and num_examples · d numbers of memory. Activations of `microbatch` examples at once.
+        The gradients, and num_examples · d numbers of memory; on several devices each holds of every gradient
+        what it holds of the params, and of params that it shares with others only those of its own examples
+        (with `microbatch` all). Activations of `microbatch` examples at once.
         The loop is unrolled: under an outer `jit` it compiles once for each microbatch.
 
     Example:
@@ -105,11 +115,12 @@ def _block(
     precision: str | None,
 ) -> Block:
     if microbatch is None or microbatch >= count:
-        return _grads(precision, loss_fn, params, args)
+        return _grads(precision, Layouts.of_rows(params, args[0]), loss_fn, params, args)
     # Unrolled on the host: XLA's CPU code for a convolution's gradient is 15 to 45 times slower in a loop.
-    block = _empty_block(count, params)
+    layouts = Layouts.of_rows(params)
+    block = _empty_block(count, layouts, params)
     for start, size in _cuts(count, microbatch):
-        block = _fill(precision, size, block, start, loss_fn, params, args)
+        block = _fill(precision, size, layouts, block, start, loss_fn, params, args)
     return block
 
 
@@ -185,11 +196,9 @@ def _checked(loss_fn: Any, params: Any, args: tuple[Any, ...], microbatch: Any, 
     _tree.check_floating(params)
     if args:  # else `num_examples` says what is missing
         check_call("loss_fn", loss_fn, args)
+        _digests.check_alike(params, args)
     check_precision(precision)
     return None if microbatch is None else checked_count("microbatch", microbatch)
-
-
-# -- examples ------------------------------------------------------------------------------------
 
 
 def _cuts(count: int, microbatch: int) -> list[tuple[int, int]]:
@@ -207,38 +216,30 @@ def _cut(args: tuple[Any, ...], start: ArrayLike, size: int) -> tuple[Any, ...]:
     return jax.tree.map(leaf, args[0]), *args[1:]
 
 
-def of_each(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """`function(args)` for every example, as a batch of one; results stacked."""
-    leaves, structure = jax.tree.flatten(args[0])
-    axes = tuple(0 if jnp.ndim(x) else None for x in leaves)
-
-    def one(*example: Any) -> Any:
-        # vmap takes the axis of examples away; as a batch of one the model gets it back.
-        cut = [x if axis is None else x[None] for x, axis in zip(example, axes, strict=True)]
-        return function((jax.tree.unflatten(structure, cut), *args[1:]))
-
-    return jax.vmap(one, in_axes=axes)(*leaves)
-
-
 # -- gradients -----------------------------------------------------------------------------------
 
 
 @explained("loss_fn")
-@compiled(static_argnums=0)
-def _grads(precision: str | None, loss_fn: LossFn, params: Params, args: tuple[Any, ...]) -> Block:
+@compiled(static_argnums=(0, 1))
+def _grads(
+    precision: str | None, layouts: Layouts, loss_fn: LossFn, params: Params, args: tuple[Any, ...]
+) -> Block:
     with at_precision(precision):
-        return of_each(lambda example: jax.grad(scalar(loss_fn, example))(params), args)
+        return layouts.laid(of_each(lambda example: jax.grad(scalar(loss_fn, example))(params), args))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _empty_block(count: int, params: Params) -> Block:
-    return jax.tree.map(lambda x: jnp.zeros((count, *jnp.shape(x)), jnp.result_type(x)), params)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _empty_block(count: int, layouts: Layouts, params: Params) -> Block:
+    # Of the params, for `jit` drops arguments without use, and knows by them on which devices it is.
+    zeros = jax.tree.map(lambda x: jnp.where(False, x, jnp.zeros_like(x)), params)
+    return layouts.laid(jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *jnp.shape(x))), zeros))
 
 
-@compiled(static_argnums=(0, 1), donate_argnums=2)
+@compiled(static_argnums=(0, 1, 2), donate_argnums=3)
 def _fill(
     precision: str | None,
     size: int,
+    layouts: Layouts,
     block: Block,
     start: Int[Array, ""],
     loss_fn: LossFn,
@@ -246,7 +247,7 @@ def _fill(
     args: tuple[Any, ...],
 ) -> Block:
     """The block with the gradients of `size` examples in their rows, in the memory of the block."""
-    rows = jax.tree.leaves(_grads(precision, loss_fn, params, _cut(args, start, size)))
+    rows = jax.tree.leaves(_grads(precision, layouts, loss_fn, params, _cut(args, start, size)))
     leaves, structure = jax.tree.flatten(block)  # jax holds two dataclasses of as many fields for one type
     filled = [
         jax.lax.dynamic_update_slice_in_dim(x, new, start, 0) for x, new in zip(leaves, rows, strict=True)

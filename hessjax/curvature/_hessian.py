@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 import jax
 from jax.tree_util import Partial
 
-from hessjax._core import _tree
+from hessjax._core import _digests, _tree
 from hessjax._core._compiled import compiled
 from hessjax._core._messages import check_flags, checked_choice
 from hessjax._core._sharding import Layouts
@@ -92,6 +92,7 @@ def hessian(
     """
     _tree.check_floating(params)
     check_call("loss_fn", loss_fn, args)
+    _digests.check_alike(params, args)
     check_flags(linearize=linearize)
     check_precision(precision)
     products: dict[str, Any] = _LINEARIZED if linearize else _PRODUCTS

@@ -8,15 +8,24 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
-from hessjax._core import _tree
+from hessjax._core import _digests, _sharding, _tree
 from hessjax._core._compiled import compiled
 from hessjax._core._messages import checked_any_key, checked_count, checked_number
+from hessjax._core._sharding import Layouts
 from hessjax._core._types import Block, Key, LossFn, ModelFn, Params
 from hessjax.curvature import likelihoods
 from hessjax.curvature._ggn import check_likelihood
-from hessjax.curvature._gradients import example_grads, of_each
+from hessjax.curvature._gradients import example_grads
 from hessjax.curvature._product import as_pytree, at_precision, check_call, check_precision, explained
-from hessjax.curvature._weights import Weights, by_example, by_position, of_examples, present, scaled_rows
+from hessjax.curvature._weights import (
+    Weights,
+    by_example,
+    by_position,
+    of_each,
+    of_examples,
+    present,
+    scaled_rows,
+)
 from hessjax.curvature.likelihoods import Likelihood
 
 
@@ -76,7 +85,8 @@ def ggn_roots(
     if not isinstance(temperature, jax.core.Tracer) and not 0 < temperature < math.inf:
         raise ValueError(f"`temperature` must be positive and finite, got {temperature}.")
     information = as_pytree(likelihood.information)
-    return _ggn_roots(precision, as_pytree(model_fn), information, params, args, shares, temperature)
+    layouts = Layouts.of_rows(params, args[0])
+    return _ggn_roots(precision, layouts, as_pytree(model_fn), information, params, args, shares, temperature)
 
 
 def sampled_grads(
@@ -123,7 +133,10 @@ def sampled_grads(
     args, shares, count = of_examples(weights, args)
     keys = jax.random.split(checked_any_key(key), count)
     score = as_pytree(likelihood.score)
-    return _sampled_grads(precision, num_samples, as_pytree(model_fn), score, params, args, shares, keys)
+    layouts = Layouts.of_rows(params, args[0])
+    return _sampled_grads(
+        precision, layouts, num_samples, as_pytree(model_fn), score, params, args, shares, keys
+    )
 
 
 def empirical_fisher_roots(
@@ -176,14 +189,16 @@ def _check(model_fn: Any, params: Any, args: tuple[Any, ...], likelihood: Any, p
     _tree.check_floating(params)
     if args:  # else `num_examples` says what is missing
         check_call("model_fn", model_fn, args)
+        _digests.check_alike(params, args)
     check_likelihood(likelihood)
     check_precision(precision)
 
 
 @explained("model_fn")
-@compiled(static_argnums=0)
+@compiled(static_argnums=(0, 1))
 def _ggn_roots(
     precision: str | None,
+    layouts: Layouts,
     model_fn: Partial,
     information: Partial,
     params: Params,
@@ -207,13 +222,14 @@ def _ggn_roots(
         return jax.vmap(lambda t: pullback(t)[0])(cotangents)
 
     with at_precision(precision):
-        return _end_to_end(of_each(of_example, ((args[0], shares), *args[1:])))
+        return layouts.laid(_end_to_end(of_each(of_example, ((args[0], shares), *args[1:]))))
 
 
 @explained("model_fn")
-@compiled(static_argnums=(0, 1))
+@compiled(static_argnums=(0, 1, 2))
 def _sampled_grads(
     precision: str | None,
+    layouts: Layouts,
     num_samples: int,
     model_fn: Partial,
     score: Partial,
@@ -235,7 +251,7 @@ def _sampled_grads(
         return jax.vmap(lambda t: pullback(scale * t)[0])(scores.astype(outputs.dtype))
 
     with at_precision(precision):
-        return _end_to_end(of_each(of_example, ((args[0], keys, shares), *args[1:])))
+        return layouts.laid(_end_to_end(of_each(of_example, ((args[0], keys, shares), *args[1:]))))
 
 
 def _weighed(outputs: Array, own: Array | None, shares: Array | None) -> tuple[Array, Array | None]:
@@ -267,4 +283,8 @@ def _checked(outputs: Any) -> Float[Array, "... c"]:
 
 def _end_to_end(rows: Block) -> Block:
     """Several vectors for each example, as one block."""
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
+
+    def leaf(x: Array) -> Array:
+        return _sharding.merge_axes(x, [x.shape[:2], *((n,) for n in x.shape[2:])])
+
+    return jax.tree.map(leaf, rows)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from hessjax._core import _tree
+from hessjax._core import _processes, _tree
 from hessjax._core._messages import checked_function
 from hessjax._core._types import Block
 
@@ -112,7 +112,7 @@ def _on_host(found: Any, place: str) -> np.ndarray:
     """The weights as numbers, checked."""
     if getattr(found, "dtype", None) is None and not isinstance(found, (int, float, list, tuple)):
         raise TypeError(f"`weights` must give an array, got a {type(found).__name__} for {place}.")
-    array = np.asarray(jax.device_get(found))
+    array = _processes.on_host(found)
     if not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool) or array.dtype.kind == "c":
         raise TypeError(f"`weights` must give real numbers, got {array.dtype} for {place}.")
     array = array.astype(float)
@@ -232,3 +232,16 @@ def of_examples(weights: Weights | None, args: tuple[Any, ...]) -> tuple[tuple[A
     shares = shares_of(weights, args)
     check_count(shares, count)
     return without_absent(args, by_example(shares) > 0), shares, count
+
+
+def of_each(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """`function(args)` for every example, as a batch of one; results stacked."""
+    leaves, structure = jax.tree.flatten(args[0])
+    axes = tuple(0 if jnp.ndim(x) else None for x in leaves)
+
+    def one(*example: Any) -> Any:
+        # vmap takes the axis of examples away; as a batch of one the model gets it back.
+        cut = [x if axis is None else x[None] for x, axis in zip(example, axes, strict=True)]
+        return function((jax.tree.unflatten(structure, cut), *args[1:]))
+
+    return jax.vmap(one, in_axes=axes)(*leaves)

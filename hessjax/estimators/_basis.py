@@ -1,4 +1,4 @@
-"""An orthonormal basis of packed vectors: rows in chunks, Gram–Schmidt against them, rotations of them."""
+"""Orthonormal rows of packed vectors: written, read, projected out, combined and rotated."""
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
@@ -23,9 +23,13 @@ STRIP = 2**16
 Basis: TypeAlias = tuple[Block, ...]
 
 
-def allocate(like: Params, num_rows: int, layouts: Shardings = ()) -> Basis:
-    """A basis of `num_rows` zero rows like `like`, in at least float32, where its leaves are said to lie."""
+def allocate(like: Params, num_rows: int, layouts: Shardings = (), dtype: Any = None) -> Basis:
+    """A basis of `num_rows` zero rows like `like`, where its leaves are said to lie.
+
+    In at least float32 or, if a dtype is given, in that: sums over narrow rows are still taken in float32.
+    """
     leaves, structure = jax.tree.flatten(jax.eval_shape(_tree.wide, like))
+    leaves = leaves if dtype is None else [_sharding.shape_of(x, dtype) for x in leaves]
     pairs = list(zip(leaves, layouts or [None] * len(leaves), strict=True))
     return tuple(
         jax.tree.unflatten(structure, [_sharding.zero_rows(stop - start, x, layout) for x, layout in pairs])
@@ -34,10 +38,15 @@ def allocate(like: Params, num_rows: int, layouts: Shardings = ()) -> Basis:
 
 
 def read(basis: Basis, index: Int[Array, ""]) -> Vector:
-    """Row `index`."""
+    """Row `index`, in at least float32."""
     # A switch over whole chunks: only the one that holds the row is read.
     readers = [lambda i, j=j: _tree.row(basis[j], i - j * CHUNK) for j in range(len(basis))]
-    return jax.lax.switch(index // CHUNK, readers, index)
+    return _tree.wide(jax.lax.switch(index // CHUNK, readers, index))
+
+
+def is_narrow(rows: Basis | Block) -> bool:
+    """Whether they are kept in less than float32."""
+    return any(jnp.finfo(x.dtype).bits < 32 for x in jax.tree.leaves(rows))
 
 
 def write(basis: Basis, index: Int[Array, ""], vector: Vector) -> Basis:
@@ -72,7 +81,7 @@ def project_out(basis: Basis, count: Int[Array, ""], vector: Vector) -> tuple[Ve
         inside = jnp.arange(start, stop, dtype=jnp.int32) < count
         zeros = jnp.zeros(stop - start, _tree.accumulator_dtype(vector))
         # Rows that are not filled yet are zero: to multiply them would cost their bandwidth for nothing.
-        part = jax.lax.cond(start < count, _tree.block_inner, lambda *_, z=zeros: z, chunk, vector)
+        part = jax.lax.cond(start < count, _inner, lambda *_, z=zeros: z, chunk, vector)
         parts.append(jnp.where(inside, part, 0))
     for chunk, part, (start, _) in zip(basis, parts, bounds, strict=True):
         vector = jax.lax.cond(start < count, _subtract, lambda _c, _p, v: v, chunk, part, vector)
@@ -160,7 +169,9 @@ def combine(basis: Basis, coefficients: Float[Array, "n rows"]) -> Block:
     bounds = _bounds(_rows(basis))
 
     def one(coefficients: Float[Array, " rows"]) -> Vector:
-        parts = [_tree.combine(coefficients[i:j], c) for c, (i, j) in zip(basis, bounds, strict=True)]
+        # Tied to the turn of the loop: the compiler would else widen narrow rows once, before it.
+        rows, coefficients = jax.lax.optimization_barrier((basis, coefficients))
+        parts = [_sum_of(coefficients[i:j], c) for c, (i, j) in zip(rows, bounds, strict=True)]
         return jax.tree.map(lambda *xs: sum(xs[1:], xs[0]), *parts)
 
     # One by one: all at once would have all their parts, by chunk, in memory beside themselves.
@@ -216,7 +227,10 @@ def _rotate_leaf(chunks: tuple[Array, ...], square: Float[Array, "rows rows"]) -
 
 
 def _times(square: Float[Array, "rows rows"], chunks: Sequence[Array]) -> Float[Array, "rows ..."]:
-    return jnp.tensordot(square.astype(chunks[0].dtype), jnp.concatenate(chunks), axes=1, precision="highest")
+    # A strip at a time, so that narrow rows may be widened: their sums are taken in float32.
+    wide = _tree.wide(jnp.concatenate(chunks))
+    turned = jnp.tensordot(square.astype(wide.dtype), wide, axes=1, precision="highest")
+    return turned.astype(chunks[0].dtype)
 
 
 def _split(rows: Float[Array, "rows ..."]) -> tuple[Array, ...]:
@@ -224,7 +238,32 @@ def _split(rows: Float[Array, "rows ..."]) -> tuple[Array, ...]:
 
 
 def _subtract(chunk: Block, components: Float[Array, " rows"], vector: Vector) -> Vector:
-    return _tree.add_scaled(vector, -1, _tree.combine(components, chunk))
+    return _tree.add_scaled(vector, -1, _sum_of(components, chunk))
+
+
+def _inner(chunk: Block, vector: Vector) -> Float[Array, " rows"]:
+    """The inner products of the rows with a vector."""
+    if not is_narrow(chunk):
+        return _tree.block_inner(chunk, vector)
+
+    def leaf(rows: Array, x: Array) -> Array:
+        # Not a matrix product, which would have the rows in float32 beside themselves: the cast is fused.
+        return jnp.sum(rows.astype(x.dtype) * x[None], axis=tuple(range(1, rows.ndim)))
+
+    parts: list[Array] = jax.tree.leaves(jax.tree.map(leaf, chunk, vector))
+    return sum(parts[1:], parts[0])
+
+
+def _sum_of(coefficients: Float[Array, " rows"], chunk: Block) -> Vector:
+    """The rows times these, added up, in at least float32."""
+    if not is_narrow(chunk):
+        return _tree.combine(coefficients, chunk)
+
+    def leaf(rows: Array) -> Array:
+        each = coefficients.reshape(-1, *[1] * (rows.ndim - 1))
+        return jnp.sum(each * rows.astype(coefficients.dtype), axis=0)
+
+    return jax.tree.map(leaf, chunk)
 
 
 def _rows(basis: Basis) -> int:

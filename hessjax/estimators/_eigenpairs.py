@@ -41,6 +41,7 @@ def eigenpairs(
     basis_size: int | None = None,
     block_size: int = 1,
     start: Block | None = None,
+    basis_dtype: Any = None,
     **options: Unpack[RunOptions],
 ) -> Eigenpairs:
     """The extreme eigenpairs of a symmetric matvec, by thick-restart Lanczos.
@@ -61,6 +62,7 @@ def eigenpairs(
         start: block of vectors to start near: the `vectors` found a few training steps ago save a third of
             the products, or more where little has changed. Ask for a pair or two more than you watch: one
             that is about to overtake the others is then among them.
+        basis_dtype: see `lanczos`: `jnp.bfloat16` halves the memory of the basis.
         **options: `callbacks` and `on_device`, see `run`.
 
     Returns:
@@ -84,7 +86,15 @@ def eigenpairs(
         ([4.0, -1.0], [True, True])
     """
     checked = checked_options("eigenpairs", options)
-    estimator = lanczos(k, which, basis_size=basis_size, block_size=block_size, start=start, tol=tol)
+    estimator = lanczos(
+        k,
+        which,
+        basis_size=basis_size,
+        block_size=block_size,
+        start=start,
+        tol=tol,
+        basis_dtype=basis_dtype,
+    )
     pairs, state = run(estimator, matvec, key, like, max_matvecs=max_matvecs, tol=tol, **checked)
     limit = limit_of(estimator, Amount.of(tol), state)
     return measured(pairs, matvec, like, limit, options.get("on_device", False))

@@ -1,6 +1,6 @@
-"""The Lanczos recurrence: an orthonormal basis of a Krylov space, and the matrix in it."""
+"""The Lanczos recurrence, which grows an orthonormal basis of packed vectors."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,16 @@ from jaxtyping import Array, Float, Int
 from hessjax._core import _numbers, _tree
 from hessjax._core._sharding import Shardings
 from hessjax._core._types import Block, Scalar, Vector
-from hessjax.estimators._basis import Basis, allocate, orthogonalise, orthonormal, read, write
+from hessjax.estimators._basis import (
+    Basis,
+    allocate,
+    is_narrow,
+    orthogonalise,
+    orthonormal,
+    read,
+    rotate,
+    write,
+)
 
 
 class Krylov(NamedTuple):
@@ -24,12 +33,15 @@ class Krylov(NamedTuple):
         projected: (m + b, m) the components of the products, on and below the diagonal; zero above.
         size: how many rows have been multiplied.
         asymmetry: the largest |qᵢᵀAqⱼ − qⱼᵀAqᵢ| seen; of the size of rounding errors if A is symmetric.
+        rounding: (m,) of rows kept in less than float32: by how much, in norm, each column of AQ = QT +
+            pending·C is off. None for others.
     """
 
     basis: Basis
     projected: Float[Array, "rows m"]
     size: Int[Array, ""]
     asymmetry: Float[Array, ""]
+    rounding: Float[Array, " m"] | None = None
 
     @property
     def capacity(self) -> int:
@@ -46,16 +58,17 @@ class Krylov(NamedTuple):
         return jax.lax.dynamic_slice_in_dim(self.projected, self.size, self.width)
 
 
-def start(block: Block, capacity: int, layouts: Shardings = ()) -> Krylov:
+def start(block: Block, capacity: int, layouts: Shardings = (), basis_dtype: Any = None) -> Krylov:
     """The space to be grown from these vectors, of at most `capacity` rows besides the pending ones."""
     width = jax.tree.leaves(block)[0].shape[0]
-    basis = allocate(_tree.row(block, 0), capacity + width, layouts)
+    basis = allocate(_tree.row(block, 0), capacity + width, layouts, basis_dtype)
     # The start is the first pending block: nothing is multiplied yet, so `size` is 0.
     for i, vector in enumerate(_tree.rows(orthonormal(block))):
         basis = write(basis, jnp.int32(i), vector)
     dtype = _tree.accumulator_dtype(block)
     projected = jnp.zeros((capacity + width, capacity), dtype)
-    return Krylov(basis, projected, jnp.int32(0), jnp.zeros((), dtype))
+    rounding = jnp.zeros(capacity, dtype) if is_narrow(basis) else None
+    return Krylov(basis, projected, jnp.int32(0), jnp.zeros((), dtype), rounding)
 
 
 def pending(space: Krylov) -> Block:
@@ -90,10 +103,16 @@ def extend(space: Krylov, product: Vector) -> Krylov:
     column = components.at[k].add(alpha).at[last].set(beta, mode="drop")
     # Row k of T is what earlier products said of qₖᵀAqᵢ; this one says qᵢᵀAqₖ. T keeps the former.
     mirrored = jnp.pad(T[k], (0, space.width))
-    asymmetry = jnp.max(jnp.abs(column.at[previous].add(back) - mirrored), where=index < k, initial=0)
+    differences = jnp.where(index < k, column.at[previous].add(back) - mirrored, 0)
+    asymmetry = jnp.max(jnp.abs(differences))
     T = T.at[:, k].set(jnp.where(index >= k, column, T[:, k]))
     basis = write(space.basis, last, following)
-    return Krylov(basis, T, k + 1, jnp.maximum(space.asymmetry, asymmetry))
+    rounding = space.rounding
+    if rounding is not None:
+        # The row is multiplied as it is kept. Neither its rounding nor what T leaves out lies along a row.
+        lost = _tree.add_scaled(following, -1, read(basis, last))
+        rounding = rounding.at[k].set(beta * _tree.norm(lost) + _tree.norm(differences))
+    return Krylov(basis, T, k + 1, jnp.maximum(space.asymmetry, asymmetry), rounding)
 
 
 def _tiny(projected: Float[Array, "rows m"], product: Vector) -> Scalar:
@@ -111,3 +130,32 @@ def ritz(space: Krylov) -> tuple[Float[Array, " m"], Float[Array, "m m"]]:
     # Where T is not filled stands a number above all its eigenvalues, so that these sort last.
     above = 2 * jnp.max(jnp.sum(jnp.abs(filled), axis=1))
     return _numbers.eigh(filled + jnp.diag(jnp.where(inside, 0, above)))
+
+
+def compressed(
+    space: Krylov, values: Float[Array, " n"], vectors: Float[Array, "m n"], layouts: Shardings
+) -> Krylov:
+    """The space of these Ritz vectors alone (columns, in the basis); the pending rows couple to them all."""
+    keep = len(values)
+    (rows, m), width = space.projected.shape, space.width
+    # The pending rows come along unchanged: they are orthogonal to every Ritz vector.
+    rotation = jnp.zeros((keep + width, rows), values.dtype)
+    rotation = rotation.at[:keep, :m].set(vectors.T)
+    rotation = rotation.at[keep:, m:].set(jnp.eye(width, dtype=values.dtype))
+    # In the basis of Ritz vectors T is diagonal, but for how each couples to the pending rows: an arrow.
+    projected = jnp.zeros_like(space.projected).at[jnp.arange(keep), jnp.arange(keep)].set(values)
+    projected = projected.at[keep : keep + width, :keep].set(coupling_of(space, vectors))
+    rounding = space.rounding
+    if rounding is not None:
+        # Rounded once more, Ritz vectors y become y + d, and A(y + d) is off by Ad − θd.
+        unit = float(jnp.finfo(jnp.bfloat16).eps) / 2
+        anew = 2 * unit * jnp.max(jnp.abs(values))
+        before = jnp.matmul(rounding**2, vectors**2, precision="highest")
+        rounding = jnp.zeros_like(rounding).at[:keep].set(jnp.sqrt(before + anew**2))
+    turned = rotate(space.basis, rotation, layouts)
+    return Krylov(turned, projected, jnp.int32(keep), space.asymmetry, rounding)
+
+
+def coupling_of(space: Krylov, vectors: Array) -> Array:
+    """What of A times these vectors (columns, in the basis) lies along the pending rows: (b, n)."""
+    return jnp.matmul(space.coupling(), vectors, precision="highest")

@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from hessjax._core import _numbers, _sharding
-from hessjax._core._counting import Total, count_where, total, totals_before
+from hessjax._core._counting import Total, count_where, counts_together, total, totals_before
 from hessjax._core._messages import checked_number
 
 Sparsity: TypeAlias = float | int | Float[Array, ""]
@@ -117,9 +117,9 @@ def smallest(
         many are set in each.
 
     Cost:
-        One pass over the keys for every two bits (16 for float32) and no memory beyond keys and result; when
-        equal keys straddle the cut, one more pass per axis. On a CPU the keys are read piece by piece, so
-        that a pass takes as long as reading them.
+        A pass over the keys for every bit (32 for float32) or, of large arrays and on accelerators, for every
+        two, and no memory beyond keys and result; when equal keys straddle the cut, one more pass per axis.
+        On one CPU large arrays are read piece by piece, so that a pass takes as long as reading them.
     """
     shapes, keys = [k.shape for k in keys], [jnp.atleast_1d(k) for k in keys]
     if not isinstance(n, Total) and jnp.ndim(n) == 1:
@@ -178,22 +178,25 @@ def _around(keys: Sequence[Array], cuts: Array) -> tuple[Array, Array]:
 
 
 def _last_that_fits(keys: Sequence[Array], fits: Callable[[Array], Array], shape: tuple[int, ...]) -> Array:
-    """The largest integers that no more keys lie below of than fit, found from the top, two bits at a time.
+    """The largest integers that no more keys lie below of than fit, found from the top.
 
     Counting passes need no memory; a sort needs twice the keys and, over several arrays, a copy of them all.
     """
     bits, dtype = keys[0].dtype.itemsize * 8, keys[0].dtype
-    digits = jnp.arange(1, 4, dtype=dtype).reshape(3, *(1 for _ in shape))
+    # Two bits at a time, by three counts, only where these take no longer: they take longer to compile.
+    width = 2 if counts_together(keys) else 1
+    number = 2**width - 1
+    digits = jnp.arange(1, number + 1, dtype=dtype).reshape(number, *(1 for _ in shape))
 
     def body(i: Any, t: Array) -> Array:
-        shift = jnp.asarray(bits - 2 - 2 * i, dtype)
+        shift = jnp.asarray(bits - width * (i + 1), dtype)
         candidates = t[None] | (digits << shift)
-        each = jnp.broadcast_to(candidates.reshape(3, -1), (3, len(keys)))
-        counts = count_where(lambda place, k: [k < each[j, place] for j in range(3)], keys)
+        each = jnp.broadcast_to(candidates.reshape(number, -1), (number, len(keys)))
+        counts = count_where(lambda place, k: [k < each[j, place] for j in range(number)], keys)
         # What fits below a larger digit fits below all smaller ones.
         return t | (jnp.sum(fits(counts), axis=0).astype(dtype) << shift)
 
-    return lax.fori_loop(0, bits // 2, body, jnp.zeros(shape, dtype))
+    return lax.fori_loop(0, bits // width, body, jnp.zeros(shape, dtype))
 
 
 _END = 2**31 - 1
@@ -206,22 +209,23 @@ def _stops(keys: Sequence[Array], cut: _Cut, depth: int) -> Int[Array, "arrays a
     taken = cut.taken
     for axis in range(depth):
         # Along one axis at a time: no places of single entries have to be counted, or sent between devices.
-        lines = [
-            _line((k == c) & _is_at(k.shape, [s[i] for s in stops]), axis)
-            for i, (k, c) in enumerate(zip(keys, cut.keys, strict=True))
-        ]
+        lines = [_line(k, cut.keys[i], [s[i] for s in stops], axis) for i, k in enumerate(keys)]
         stop = _last_index(lines, taken)
         taken = taken - _before(lines, stop)
         stops.append(stop)
     return jnp.stack(stops, axis=1)
 
 
-def _line(flags: Array, axis: int) -> Int[Array, " length"]:
-    """How many are set at each index along an axis; on every device whole."""
-    others = tuple(i for i in range(flags.ndim) if i != axis)
-    if axis >= flags.ndim:
+def _line(keys: Array, cut: Array, start: Sequence[Array], axis: int) -> Int[Array, " length"]:
+    """How many are equal to the cut at each index along an axis, after these along those before it."""
+    if axis >= keys.ndim:
         return jnp.zeros(1, jnp.int32)
-    return _sharding.gathered(jnp.sum(flags, axis=others, dtype=jnp.int32))
+    flags = (keys == cut) & _is_at(keys.shape, start)
+    others = [i for i in range(flags.ndim) if i != axis]
+    # As in `num_set`, one axis in 16 bits first; and on every device whole.
+    short = next((i for i in others if flags.shape[i] < 2**16), None)
+    partial = flags if short is None else jnp.sum(flags, axis=short, keepdims=True, dtype=jnp.uint16)
+    return _sharding.gathered(jnp.sum(partial, axis=tuple(others), dtype=jnp.int32))
 
 
 def _last_index(lines: Sequence[Array], n: Array) -> Int[Array, " arrays"]:

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import oracles
+import programs
 import pytest
 from jax.experimental.sparse import BCOO
+from jax.sharding import PartitionSpec as P
 
 import hessjax as hj
 
@@ -72,6 +74,23 @@ def test_every_number_comes_back(tmp_path, x64):
         assert back[name].dtype == x.dtype
         assert back[name].shape == x.shape
         np.testing.assert_array_equal(*(np.asarray(a).astype(float) for a in (back[name], x)), err_msg=name)
+
+
+@pytest.mark.parametrize("kind", programs.MESH_KINDS)
+def test_arrays_come_back_to_where_they_lay(tmp_path, kind):
+    mesh = programs.mesh_of(kind)
+    tree = {"w": sparse_array((8, 6), 0.5), "b": jnp.arange(3.0)}
+    placed = programs.placed(tree, mesh, {"w": P("data", "model"), "b": P()})
+    hj.save_npz(tmp_path / "x", placed)
+    structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), placed)
+    for like in (placed, structs):
+        back = hj.load_npz(tmp_path / "x", like)
+        for name, x in tree.items():
+            assert back[name].sharding == placed[name].sharding
+            np.testing.assert_array_equal(back[name], x)
+    assert not hj.load_npz(tmp_path / "x", {"w": jnp.zeros((8, 6)), "b": np.zeros(3, np.float32)})[
+        "w"
+    ].committed
 
 
 def test_what_jax_would_round_is_refused(tmp_path):

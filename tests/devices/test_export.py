@@ -52,6 +52,15 @@ def selected(p, b):
     return hj.hvp(part.restrict(loss_fn), part.part, part.part, b)
 
 
+def kronecker(p, b):
+    moments = hj.layers.moments(model_fn, p, [b], likelihood=hj.likelihoods.gaussian)
+    return hj.layers.kfac(moments), hj.layers.ekfac(moments, [b])
+
+
+def applied(K, p):
+    return K(p), K.inverse(0.1)(p), K.log_determinant(0.1), K.trace(), K.diagonal()
+
+
 def distilled(p, b):
     return hj.distillation(model_fn, lambda batch: batch[1], output_loss)(p, b)
 
@@ -129,6 +138,12 @@ TRACED = {
     "hj.probes.gaussian": lambda p, b: hj.probes.gaussian(KEY, p),
     "hj.directions.random": lambda p, b: hj.directions.random(KEY, p),
     "hj.directions.line": lambda p, b: hj.directions.line(p, p),
+    "hj.layers.capture": lambda p, b: hj.layers.capture(loss_fn, p, b),
+    "hj.layers.moments": lambda p, b: (
+        hj.layers.moments(model_fn, p, [b], likelihood=hj.likelihoods.gaussian).leaves
+    ),
+    "hj.layers.kfac": lambda p, b: applied(kronecker(p, b)[0], p),
+    "hj.layers.ekfac": lambda p, b: applied(kronecker(p, b)[1], p),
     "hj.saliencies.magnitude": by(S.magnitude()),
     "hj.saliencies.random": by(S.random(KEY)),
     "hj.saliencies.gradient": by(S.gradient()),
@@ -168,20 +183,22 @@ ON_THE_HOST = {
     "hj.landscape": lambda p, b: hj.landscape(loss_fn, p, b, directions=p, distances=[0.0, 1.0]),
     "hj.sensitivity": lambda p, b: hj.sensitivity(lambda at: loss_fn(at, b), p, [0.5]),
     "hj.summary": lambda p, b: hj.summary(p),
+    "hj.layers.quality": lambda p, b: hj.layers.quality(hessian(p, b), hessian(p, b), KEY, p, num_probes=1),
     "hj.check": lambda p, b: hj.check(loss_fn, p, b),
 }
 """What reads numbers between its programs."""
 
 NOTHING_COMPUTED = """
     relative progress_bar checkpoint mask_of load_recipe save_npz load_npz to_sparse compact memory_estimate
-    estimators.Estimator likelihoods.Likelihood likelihoods.categorical likelihoods.gaussian
+    layers.coverage estimators.Estimator likelihoods.Likelihood likelihoods.categorical likelihoods.gaussian
     saliencies.Saliency patterns.Pattern allocations.Allocation allocations.threshold
 """
 """Settings that others take, and what only moves numbers on the host."""
 
 CALLS_OUT = {
     "eigh": """ggn_roots eigenpairs spectral_density spectral_density_by_leaf spectrum
-        estimators.lanczos estimators.power_iteration estimators.slq""",
+        estimators.lanczos estimators.power_iteration estimators.slq
+        layers.moments layers.kfac layers.ekfac""",
     "cholesky": """inverse_fisher prune_once saliencies.obs saliencies.wood_taylor saliencies.compensated""",
 }
 """Who calls libraries at all."""

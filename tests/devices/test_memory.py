@@ -10,14 +10,15 @@ from jax.sharding import PartitionSpec as P
 import hessjax as hj
 
 E = hj.estimators
-ONE = {"a": jax.ShapeDtypeStruct((2048, 2048), jnp.float32)}
-SIZE = 4 * 2048**2
+ONE = {"a": jax.ShapeDtypeStruct((2048, 512), jnp.float32)}
+SIZE = 4 * 2048 * 512
 
 # Each beside what its docstring says, in vectors: of what it takes besides the params and a product's own.
 FORMULAS = {
     "lanczos": (E.lanczos(2, basis_size=20), 20 + 3 + 3),
     "lanczos, blocks": (E.lanczos(2, basis_size=20, block_size=3), 20 + 3 * 3 + 3),
     "lanczos, many pairs": (E.lanczos(9, basis_size=20), 20 + 1 + 18 + 4),
+    "lanczos, bfloat16": (E.lanczos(2, basis_size=20, basis_dtype=jnp.bfloat16), 21 / 2 + 4 + 4),
     "power_iteration": (E.power_iteration(3), 7 * 3),
     "hutchinson": (E.hutchinson(), 3),
     "hutchinson_by_leaf": (E.hutchinson_by_leaf(), 3),

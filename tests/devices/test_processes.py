@@ -102,6 +102,18 @@ def test_two_processes_give_the_numbers_of_one(runs, layout):
                 np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
+def test_each_process_reads_its_own_part_of_the_data(runs):
+    params, batch = local_run()
+    seven = jax.tree.map(lambda x: x[:7], batch)
+    wanted = hj.hessian(two_processes.loss_fn, params, seven)(params)
+    for found in runs["first"]:
+        for name, want in wanted.items():
+            np.testing.assert_allclose(found["parts"][name], want, rtol=1e-4, atol=1e-5)
+        assert found["fewer"] == (
+            "`batches` must be as many on every process, but there is no batch 1 on [0]."
+        )
+
+
 def test_a_killed_process_ends_the_other_which_says_so(runs):
     assert runs["first codes"][0] in (1, -signal.SIGABRT)  # an error of the collective, or jax's own end
     assert runs["first codes"][1] == -signal.SIGKILL
@@ -161,6 +173,7 @@ def test_what_cannot_be_done_is_refused_in_both(runs):
     words = {
         "to_sparse": "`params` must lie in one process, but v spans several",
         "compact": "`params` must lie in one process, but v spans several",
+        "args": "`args` must be the same in all processes, or span them as `params` do, but 0 differs",
         "busy": "`path` of `checkpoint` must be used by one run at a time",
         "keys": "must be of the same run in every process, but process 0's (`saved`) is not process 1's",
         "unseen": "`path` of `checkpoint` must be a folder that all 2 processes of the run see",

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import programs
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import hessjax as hj
@@ -112,3 +112,70 @@ def test_a_state_stays_where_the_params_lie(x64, kind, name):
     if "lanczos" in name:  # what it says of rounding errors is one
         result, want = (pairs._replace(asymmetry=None) for pairs in (result, want))
     assert programs.difference(result, want) < 1e-6
+
+
+class Longest(hj.estimators.Estimator):
+    """Somebody's own, that knows nothing of layouts."""
+
+    def init(self, key, like):
+        return hj.probes.gaussian(key, like), jnp.zeros(())
+
+    def query(self, state):
+        return jax.tree.map(lambda x: x[None], state[0])
+
+    def update(self, state, products):
+        vector = jax.tree.map(lambda x: x[0], products)
+        length = jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(vector)))
+        return jax.tree.map(lambda x: x / length, vector), length
+
+    def result(self, state):
+        return state[1]
+
+    def error(self, state):
+        return jnp.inf
+
+
+@pytest.mark.parametrize("kind", programs.MESH_KINDS)
+def test_so_does_the_state_of_an_estimator_of_ones_own(kind):
+    mesh, alone = programs.mesh_of(kind), diagonal()
+    placed = programs.placed(alone, mesh, SPECS)
+    with programs.recorded() as texts:
+        length, state = run(Longest(), 4)(jax.tree_util.Partial(product, placed), placed)
+    assert programs.apart(state[0], placed) == []
+    assert sum("jit_absorb" in text.split(",", 1)[0] for text in texts) == 1
+    want, _ = run(Longest(), 4)(jax.tree_util.Partial(product, alone), alone)
+    assert float(length) == pytest.approx(float(want), rel=1e-6)
+
+
+def test_one_device_keeps_its_arrays_free_to_move():
+    like = diagonal()
+    _, state = run(by.lanczos(1, "largest", basis_size=5), 6)(jax.tree_util.Partial(product, like), like)
+    assert not any(leaf.committed for leaf in jax.tree.leaves(state))
+
+
+def test_a_state_of_an_earlier_run_goes_on_where_it_lies():
+    mesh = programs.mesh_of("Auto")
+    placed = programs.placed(diagonal(), mesh, SPECS)
+    matvec, half = jax.tree_util.Partial(product, placed), by.hutchinson_diagonal()
+    _, state = hj.run(half, matvec, KEY, placed, max_matvecs=2)
+    result, more = hj.run(half, matvec, KEY, placed, max_matvecs=2, state=state)
+    want, _ = hj.run(half, matvec, KEY, placed, max_matvecs=4)
+    assert strays((result, more), mesh, placed) == []
+    assert programs.difference(result, want) == 0
+
+
+def test_params_on_two_meshes_are_named():
+    mesh, like = programs.mesh_of("Auto"), diagonal()
+    other = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    mixed = programs.placed({**like}, mesh, SPECS) | {
+        "bias": jax.device_put(like["bias"], NamedSharding(other, P()))
+    }
+    with pytest.raises(
+        ValueError, match=r"must lie on one mesh.*\n  bias: mesh \{'data': 2\} of devices 0, 1\n"
+    ):
+        hj.trace(jax.tree_util.Partial(product, like), KEY, mixed)
+    with pytest.raises(ValueError, match="`params` must lie on one mesh"):
+        hj.hessian(lambda params: jnp.sum(params["bias"]), mixed)
+    # What is bound to no device goes where the others are.
+    loose = programs.placed(like, mesh, SPECS) | {"bias": like["bias"]}
+    assert float(hj.trace(jax.tree_util.Partial(product, like), KEY, loose, 2).mean) > 0

@@ -168,6 +168,7 @@ def refusals(folder, params, batch):
     found = {
         "to_sparse": message(lambda: hj.to_sparse(params), ValueError),
         "compact": message(lambda: hj.compact(model_fn, params, batch), ValueError),
+        "args": message(lambda: hessian(params, np.full((2, 8, 4), index, np.float32)), ValueError),
         "busy": message(nested, BlockingIOError),
         "keys": message(others, ValueError),
         "unseen": message(lambda: trace(0, params, folder / f"of-{index}"), ValueError),
@@ -187,6 +188,37 @@ def files(folder, mesh, params):
     return exact(back) == exact(params)
 
 
+def parts(rows):
+    """What this process has of the data, 4 examples or 3, two at a time."""
+    mine = [x[:4] if jax.process_index() == 0 else x[4:7] for x in numbers()[1]]
+    return hj.batches(
+        [tuple(x[place] for x in mine) for place in (slice(2), slice(2, 4))],
+        with_weights=lambda batch, weights: (*batch, weights),
+        sharding=rows,
+    )
+
+
+def weighted_loss(params, batch):
+    *batch, weights = batch
+    losses = jnp.mean((model_fn(params, batch) - batch[1]) ** 2, axis=1)
+    return jnp.sum(weights * losses) / jnp.sum(weights)
+
+
+def over_parts(mesh, params):
+    """A product over data that every process reads its own part of, and what too few are refused with."""
+    rows = NamedSharding(mesh, P("data"))
+    over = lambda data: hj.over_batches(lambda b: hj.hessian(weighted_loss, params, b), data)
+    fewer = hj.batches([x[:2] for x in [numbers()[1][0]] * (1 + jax.process_index())], sharding=rows)
+    refused = message(
+        lambda: hj.over_batches(lambda b: jax.tree_util.Partial(_same), fewer)(params), ValueError
+    )
+    return over(parts(rows))(params), refused
+
+
+def _same(vector):
+    return vector
+
+
 def first(folder):
     """All there is; at the end one of the two is killed."""
     found = {}
@@ -198,6 +230,8 @@ def first(folder):
     local = jax.tree.map(jnp.asarray, numbers()[0])
     found["local"] = {name: CALLS[name](local, batch) for name in CHEAP}
     found = jax.tree.map(on_host, found)
+    product, found["fewer"] = over_parts(mesh, params)
+    found["parts"] = jax.tree.map(on_host, product)
     found["files"] = files(folder, mesh, params)
     found["messages"] = refusals(folder, params, batch)
     restored = hj.checkpoint(folder / "of-one")

@@ -198,3 +198,44 @@ def test_a_step_needs_little_memory_beyond_its_state():
     carry = Carry(state, *(jax.ShapeDtypeStruct((), jnp.int32) for _ in range(2)))
     program = absorb.lower(estimator, UNKNOWN, *carry, (like,)).compile()
     assert program.memory_analysis().temp_size_in_bytes < 8 * like.nbytes
+
+
+class TestNarrowBasis:
+    """Vectors kept in bfloat16, sums taken in float32."""
+
+    SPECTRUM = np.concatenate([np.linspace(-1, 1, 294), [100, 60, 30, 20, -8, -5]]).astype(np.float32)
+
+    def mixed(self, n=300):
+        u = np.random.default_rng(0).normal(size=n).astype(np.float32)
+        return jax.tree_util.Partial(
+            reflected, jnp.asarray(self.SPECTRUM), jnp.asarray(u / np.linalg.norm(u))
+        )
+
+    @pytest.mark.parametrize("basis_size", [40, 12], ids=["once", "restarted"])
+    def test_values_keep_their_digits_and_residuals_are_true(self, basis_size):
+        options = {"basis_dtype": jnp.bfloat16, "basis_size": basis_size, "tol": 0.0, "max_matvecs": 36}
+        pairs = hj.eigenpairs(self.mixed(), KEY, jnp.zeros(300), 2, **options)
+        np.testing.assert_allclose(pairs.values, [100, 60, -5, -8], rtol=1e-4)
+        assert np.all(pairs.residuals < 2e-3 * 100)
+        np.testing.assert_allclose(jnp.linalg.norm(pairs.vectors, axis=1), 1, rtol=1e-5)
+        # What the recurrence says of itself is never less than what is there.
+        estimator = hj.estimators.lanczos(2, basis_dtype=jnp.bfloat16, basis_size=basis_size)
+        said, state = hj.run(estimator, self.mixed(), KEY, jnp.zeros(300), max_matvecs=36)
+        assert np.all(said.residuals >= 0.99 * pairs.residuals)
+        assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(state.space.basis))
+
+    def test_a_tolerance_that_rounding_hides_is_not_met_in_silence(self):
+        options = {"tol": hj.relative(1e-6), "max_matvecs": 30, "basis_dtype": jnp.bfloat16}
+        pairs = hj.eigenpairs(self.mixed(), KEY, jnp.zeros(300), 1, **options)
+        assert not np.any(pairs.converged)
+
+    def test_other_dtypes_are_refused(self):
+        for dtype in (jnp.float16, "narrow", jnp.float32, 3):
+            with pytest.raises(ValueError, match="`basis_dtype` must be None or `jnp.bfloat16`, got"):
+                hj.estimators.lanczos(2, basis_dtype=dtype)
+
+
+def reflected(spectrum, u, v):
+    v = v - 2 * u * jnp.vdot(u, v)
+    product = spectrum * v
+    return product - 2 * u * jnp.vdot(u, product)

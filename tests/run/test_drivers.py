@@ -1,5 +1,6 @@
 import contextlib
 import dataclasses
+import weakref
 from typing import Any
 
 import jax
@@ -441,3 +442,37 @@ def test_host_and_device_agree_to_ten_units_in_the_last_place(method):
     for host, device in pairs:
         unit = np.spacing(np.float32(max(size, np.max(np.abs(host)))))
         assert np.all(np.abs(np.float64(host) - np.float64(device)) <= 10 * unit)
+
+
+@pytest.mark.parametrize("width", [1, 6])
+def test_where_nobody_looks_the_host_runs_a_few_steps_ahead_and_no_further(width, monkeypatch):
+    matvec, like = problem(20, jnp.float32)
+    monkeypatch.setattr(hj._run._drivers._estimator, "error", None)  # nobody asks for it
+    alive, most = set(), []
+
+    def multiply(vector):
+        product = matvec(vector)
+        (first, *_) = jax.tree.leaves(product)
+        alive.add(id(first))
+        weakref.finalize(first, alive.discard, id(first))
+        most.append(len(alive))
+        return product
+
+    hj.run(hj.estimators.power_iteration(width), multiply, KEY, like, max_matvecs=20 * width)
+    assert len(most) == 20 * width
+    assert max(most) <= 3 * width
+
+
+def test_a_product_that_is_not_finite_ends_a_run_that_nobody_looks_at():
+    matvec, like = problem(20, jnp.float32)
+    asked = []
+
+    def multiply(vector):
+        asked.append(None)
+        factor = jnp.nan if len(asked) == 4 else 1.0
+        return jax.tree.map(lambda x: factor * x, matvec(vector))
+
+    with pytest.raises(hj.NonFiniteProductError, match="product 4 is not finite") as caught:
+        hj.run(hj.estimators.hutchinson(), multiply, KEY, like, max_matvecs=1000)
+    assert caught.value.num_matvecs == 3
+    assert len(asked) < 10

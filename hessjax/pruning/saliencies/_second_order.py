@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from hessjax._core import _numbers, _tree
+from hessjax._core import _numbers, _sharding, _tree
 from hessjax._core._messages import checked_choice, checked_count, checked_number
 from hessjax._core._types import Amount, Block, Params, Scalar, Tolerance, assign, settings
 from hessjax._fisher import _model, _scores
@@ -54,7 +54,7 @@ class _FromGradients(Saliency):
         """A ring of gradients, if asked for."""
         ring = None
         if self.num_grads is not None:
-            ring = jax.tree.map(lambda x: jnp.zeros((self.num_grads, *x.shape), x.dtype), weights)
+            ring = jax.tree.map(functools.partial(_empty_rows, self.num_grads), weights)
         return Gradients(ring, jnp.zeros((), jnp.int32))
 
     def update(self, state: Gradients, seen: Context) -> Gradients:
@@ -84,6 +84,10 @@ class _FromGradients(Saliency):
             )
         # At least 1: F is a mean over as many, and before the first gradient that of zeros.
         return state.ring, jnp.clip(state.num_seen, 1, self.num_grads)
+
+
+def _empty_rows(number: int, weights: Array) -> Array:
+    return _sharding.zero_rows(number, weights, _sharding.layout(weights))
 
 
 class _Kind(NamedTuple):

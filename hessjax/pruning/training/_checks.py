@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Int
 
 from hessjax._core import _tree
-from hessjax._core._counting import Test, count_where, total
+from hessjax._core._counting import Test, count_where, num_set, total
 from hessjax._core._types import Block, Params
 from hessjax.pruning.saliencies._first_order import Static
 from hessjax.pruning.saliencies._movement import check_optimizer
@@ -178,7 +178,8 @@ def num_stuck(mask: Params, params: Params) -> Int[Array, ""]:
 
 def num_nan(scores: Params) -> Int[Array, ""]:
     """How many are, or 2³¹ − 1 if they are more."""
-    return total(_counts(_is_nan, scores)).clipped()
+    # Not by pieces, for which scores would be written out that no one else needs as such.
+    return total(jnp.stack([num_set(jnp.isnan(x)) for x in jax.tree.leaves(scores)])).clipped()
 
 
 def _is_undone(_: int, mask: Array, param: Array) -> list[Array]:
@@ -187,10 +188,6 @@ def _is_undone(_: int, mask: Array, param: Array) -> list[Array]:
 
 def _is_stuck(_: int, mask: Array, param: Array) -> list[Array]:
     return [~mask & ~jnp.isfinite(param)]
-
-
-def _is_nan(_: int, score: Array) -> list[Array]:
-    return [jnp.isnan(score)]
 
 
 @functools.partial(jax.jit, static_argnums=0)
