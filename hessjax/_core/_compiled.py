@@ -111,7 +111,10 @@ def _replaced(x: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def _other_settings(x: Any, change: Callable[[Any], Any]) -> Any:
-    held = {name: _replaced(change(value), change) for name, value in vars(x).items()}
+    # A `Partial` in a field for arrays is a tree of them: only what it calls is a function.
+    arrays = type(x)._array_fields
+    own = {name: value if name in arrays else change(value) for name, value in vars(x).items()}
+    held = {name: _replaced(value, change) for name, value in own.items()}
     if all(held[name] is value for name, value in vars(x).items()):
         return x
     # Not by the constructor, whose checks refuse slots.

@@ -98,6 +98,7 @@ def settings(*, arrays: tuple[str, ...] = ()) -> Callable[[type[Class]], type[Cl
             made.__repr__ = settings_as_text
         # Both forms, since every call of a compiled step flattens, and does it faster without keys.
         jax.tree_util.register_pytree_with_keys(made, flatten_with_keys, unflatten, flatten)
+        made._array_fields = arrays
         _SETTINGS.add(made)
         return made
 

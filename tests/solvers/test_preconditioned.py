@@ -40,10 +40,10 @@ def test_it_solves_what_numpy_solves(x64, damping):
 
 
 def test_with_the_inverse_it_takes_one_step(x64):
-    A, P, rhs, _, _ = problem(np.geomspace(1, 1e6, 30))
-    solution = hj.solve(A, rhs, method=functools.partial(PCG, preconditioner=P), tol=hj.relative(1e-9))
-    assert int(solution.num_matvecs) == 2  # one, and one to measure the residual
-    assert solution.converged
+    A, P, rhs, matrix, b = problem(np.geomspace(1, 1e6, 30))
+    found, _ = hj.run(PCG(rhs, preconditioner=P), A, KEY, rhs, max_matvecs=1)
+    np.testing.assert_allclose(flat(found.x), np.linalg.solve(matrix, b), rtol=1e-6)
+    assert found.converged
 
 
 def test_without_scaling_it_is_conjugate_gradients(x64):
@@ -57,14 +57,15 @@ def test_without_scaling_it_is_conjugate_gradients(x64):
 
 
 def test_negative_curvature_ends_it_at_the_last_good_iterate(x64):
-    A, P, rhs, _, _ = problem([-1.0, *np.linspace(1, 9, 9)])
+    A, _, rhs, _, _ = problem([-1.0, *np.linspace(1, 9, 9)])
     identity = jax.tree_util.Partial(lambda v: v)
     solution = hj.solve(A, rhs, method=functools.partial(PCG, preconditioner=identity), max_matvecs=20)
     assert solution.negative_curvature
     assert not solution.converged
     assert float(solution.curvature) < 0
-    found, _ = hj.run(PCG(rhs, preconditioner=P), A, KEY, rhs, max_matvecs=20, tol=None)
-    assert np.isnan(found.residual)  # P is not positive definite
+    turned = jax.tree_util.Partial(lambda v: jax.tree.map(jnp.negative, v))
+    found, _ = hj.run(PCG(rhs, preconditioner=turned), A, KEY, rhs, max_matvecs=3)
+    assert np.isnan(found.residual)  # that is not positive definite
 
 
 def test_zero_has_the_solution_zero(x64):
@@ -78,16 +79,14 @@ def test_zero_has_the_solution_zero(x64):
 def test_kfac_saves_half_of_the_products():
     keys = jax.random.split(KEY, 4)
     params = {"u": jax.random.normal(keys[0], (8, 12)) / 3, "v": jax.random.normal(keys[1], (12, 4)) / 3}
-    x = jax.random.normal(keys[2], (64, 8)) * jnp.geomspace(0.1, 10, 8)[None]
+    x = jax.random.normal(keys[2], (256, 8)) * jnp.geomspace(0.1, 10, 8)[None]
     model_fn = lambda p, x: jnp.tanh(x @ p["u"]) @ p["v"]
     options = {"likelihood": hj.likelihoods.categorical}
     F = hj.fisher(model_fn, params, x, **options)
-    P = hj.layers.kfac(hj.layers.moments(model_fn, params, [x], **options)).inverse(1e-3)
+    P = hj.layers.kfac(hj.layers.moments(model_fn, params, [x], **options)).inverse(1e-4)
     rhs = jax.tree.map(lambda p: jax.random.normal(keys[3], p.shape), params)
-    plain = hj.solve(F, rhs, 1e-3, tol=hj.relative(1e-3), max_matvecs=500)
-    ours = hj.solve(
-        F, rhs, 1e-3, tol=hj.relative(1e-3), max_matvecs=500, method=functools.partial(PCG, preconditioner=P)
-    )
-    assert plain.converged
+    tol = hj.relative(1e-3)
+    plain, _ = hj.run(hj.estimators.conjugate_gradient(rhs, 1e-4, tol=tol), F, KEY, rhs, max_matvecs=300)
+    ours, _ = hj.run(PCG(rhs, 1e-4, preconditioner=P, tol=tol), F, KEY, rhs, max_matvecs=150)
+    assert not plain.converged
     assert ours.converged
-    assert int(ours.num_matvecs) <= int(plain.num_matvecs) / 2, (ours.num_matvecs, plain.num_matvecs)
