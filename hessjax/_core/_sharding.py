@@ -4,8 +4,6 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
-import itertools
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -61,6 +59,11 @@ def everywhere(x: Array) -> NamedSharding | None:
     Sums over a sharded axis must be told where they go.
     """
     return whole(explicit(x))
+
+
+def mesh_axes(axis: Any) -> tuple[Any, ...]:
+    """The mesh axes that an axis is sharded along."""
+    return () if axis is None else axis if isinstance(axis, tuple) else (axis,)
 
 
 def whole(sharding: NamedSharding | None) -> NamedSharding | None:
@@ -179,58 +182,6 @@ def shape_of(like: Any, dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(jnp.shape(like), dtype, sharding=layout(like))
 
 
-def split_axes(x: Array, parts: Sequence[tuple[int, ...]]) -> Array:
-    """`x` with each axis cut into parts of these lengths, most into one.
-
-    An axis that is sharded explicitly is so afterwards along its first part of more than 1, and is gathered
-    only if shards would not hold whole ones of it.
-    """
-    shape, sharding = tuple(itertools.chain(*parts)), explicit(x)
-    if sharding is None or shape == x.shape:
-        return x.reshape(shape)
-    names = (*sharding.spec, *(None for _ in range(x.ndim - len(sharding.spec))))
-    sizes = [math.prod(sharding.mesh.shape[name] for name in _names(axis)) for axis in names]
-    kept = [
-        None if part[_first(part)] % n else name for name, part, n in zip(names, parts, sizes, strict=True)
-    ]
-    x = laid_out(x, NamedSharding(sharding.mesh, PartitionSpec(*kept)))
-    spec = [
-        name if i == _first(part) else None
-        for name, part in zip(kept, parts, strict=True)
-        for i in range(len(part))
-    ]
-    return jax.lax.reshape(x, shape, out_sharding=NamedSharding(sharding.mesh, PartitionSpec(*spec)))
-
-
-def merge_axes(x: Array, parts: Sequence[tuple[int, ...]]) -> Array:
-    """The inverse of `split_axes`."""
-    shape, sharding = tuple(map(math.prod, parts)), explicit(x)
-    if sharding is None or shape == x.shape:
-        return x.reshape(shape)
-    names = (*sharding.spec, *(None for _ in range(x.ndim - len(sharding.spec))))
-    starts = [0, *itertools.accumulate(map(len, parts))]
-    spec = PartitionSpec(
-        *(names[start + _first(part)] for start, part in zip(starts[:-1], parts, strict=True))
-    )
-    return jax.lax.reshape(x, shape, out_sharding=NamedSharding(sharding.mesh, spec))
-
-
-def _first(part: tuple[int, ...]) -> int:
-    """Of the parts of an axis the first that is longer than 1, along which it can be sharded."""
-    return next((i for i, length in enumerate(part) if length > 1), 0)
-
-
-def _names(axis: Any) -> tuple[Any, ...]:
-    """The mesh axes that an axis is sharded along."""
-    return () if axis is None else axis if isinstance(axis, tuple) else (axis,)
-
-
-def longest_axis(x: Any, first: int = 0) -> int:
-    """Of the axes from `first` on the longest that is not sharded explicitly; if all are, the longest."""
-    spec = sharding.spec if (sharding := explicit(x)) else [None] * jnp.ndim(x)
-    return max(range(first, jnp.ndim(x)), key=lambda axis: (spec[axis] is None, jnp.shape(x)[axis]))
-
-
 def places(like: Any, start: int = 0, axes: Iterable[int] | None = None) -> UInt[Array, "..."]:
     """The position of every entry in row-major order along these axes, or all, plus `start`, modulo 2³²."""
     # Not `arange(n).reshape(shape)`: reshapes of sharded axes gather them, and explicit meshes refuse them.
@@ -318,8 +269,8 @@ class Layouts:
 
 
 def _rows(like: NamedSharding, examples: NamedSharding | None) -> NamedSharding:
-    used = {name for axis in like.spec for name in _names(axis)}
-    names = () if examples is None or examples.mesh != like.mesh else _names(examples.spec[0])
+    used = {name for axis in like.spec for name in mesh_axes(axis)}
+    names = () if examples is None or examples.mesh != like.mesh else mesh_axes(examples.spec[0])
     free = tuple(name for name in names if name not in used)
     # As jax writes it: one name is itself.
     return NamedSharding(like.mesh, PartitionSpec(free[0] if len(free) == 1 else free or None, *like.spec))

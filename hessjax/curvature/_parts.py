@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
-from hessjax._core import _sharding, _tree
+from hessjax._core import _reshaping, _tree
 from hessjax._core._compiled import compiled
 from hessjax._core._messages import checked_count
 from hessjax._core._sharding import Layouts
@@ -77,7 +77,7 @@ class _Cut:
         if len(x) != self.size * self.number:
             return jax.lax.dynamic_slice_in_dim(x, self.start + index * self.size, self.size)
         # Every so manieth example: if devices share the batch, each has its share of every part.
-        split = _sharding.split_axes(x, [(self.size, self.number), *((n,) for n in x.shape[1:])])
+        split = _reshaping.split_axes(x, [(self.size, self.number), *((n,) for n in x.shape[1:])])
         return jax.lax.dynamic_index_in_dim(split, index, axis=1, keepdims=False)
 
 

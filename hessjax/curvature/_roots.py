@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
-from hessjax._core import _digests, _sharding, _tree
+from hessjax._core import _digests, _reshaping, _tree
 from hessjax._core._compiled import compiled
 from hessjax._core._messages import checked_any_key, checked_count, checked_number
 from hessjax._core._sharding import Layouts
@@ -285,6 +285,6 @@ def _end_to_end(rows: Block) -> Block:
     """Several vectors for each example, as one block."""
 
     def leaf(x: Array) -> Array:
-        return _sharding.merge_axes(x, [x.shape[:2], *((n,) for n in x.shape[2:])])
+        return _reshaping.merge_axes(x, [x.shape[:2], *((n,) for n in x.shape[2:])])
 
     return jax.tree.map(leaf, rows)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from hessjax._core import _sharding, _tree
+from hessjax._core import _reshaping, _sharding, _tree
 from hessjax._core._sharding import Shardings
 from hessjax._core._types import Block, Params, Scalar, Vector
 from hessjax.estimators._samples import hashed_signs
@@ -209,7 +209,7 @@ def _rotate_leaf(chunks: tuple[Array, ...], square: Float[Array, "rows rows"]) -
     if chunks[0].ndim == 1:
         return _split(_times(square, chunks))  # a leaf without axes: the rows are all that there is
     # Never laid flat: that would gather a leaf that is sharded over devices.
-    axis = _sharding.longest_axis(chunks[0], first=1)
+    axis = _reshaping.longest_axis(chunks[0], first=1)
     length = chunks[0].shape[axis]
     width = min(length, max(1, STRIP * length * len(chunks[0]) // max(chunks[0].size, 1)))
 

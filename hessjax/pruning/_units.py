@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped, UInt
 
-from hessjax._core import _sharding, _tree
+from hessjax._core import _reshaping, _sharding, _tree
 from hessjax._core._axes import Axes, layers_of, stacked
 from hessjax._core._types import Params
 from hessjax.pruning._ranking import ordered_keys
@@ -190,7 +190,9 @@ def _sums(leaf: Array, pattern: Pattern) -> tuple[Array, Array]:
     grid = _grid(pattern, leaf.shape)
     within: tuple[int, ...] = (1,) if grid is None else grid.within
     # Cut where they lie, along the leaf's own axes: shards that hold whole groups stay where they are.
-    fine = pattern.group(_sharding.gathered(leaf)) if grid is None else _sharding.split_axes(leaf, grid.parts)
+    fine = (
+        pattern.group(_sharding.gathered(leaf)) if grid is None else _reshaping.split_axes(leaf, grid.parts)
+    )
     gone = jnp.isneginf(fine)
     return jnp.sum(jnp.where(gone, 0, fine), axis=within), jnp.sum(gone, axis=within, dtype=jnp.int32)
 
@@ -201,8 +203,8 @@ def _free(leaf: Array, pattern: Pattern, number: int) -> tuple[Array, int]:
     if grid is None or len(grid.within) > 1:
         rows = pattern.group(_sharding.gathered(leaf))
         return pattern.ungroup(_lowest(rows, 1, number), leaf.shape), rows.shape[0]
-    lowest = _lowest(_sharding.split_axes(leaf, grid.parts), grid.within[0], number)
-    return _sharding.merge_axes(lowest, grid.parts), math.prod(grid.groups)
+    lowest = _lowest(_reshaping.split_axes(leaf, grid.parts), grid.within[0], number)
+    return _reshaping.merge_axes(lowest, grid.parts), math.prod(grid.groups)
 
 
 def _grid(pattern: Pattern, shape: tuple[int, ...]) -> Grid | None:
@@ -222,7 +224,7 @@ def _spread(units: Array, pattern: Pattern, shape: tuple[int, ...]) -> Array:
     if grid is None:
         return pattern.ungroup(jnp.broadcast_to(units[:, None], (rows, width)), shape)
     wide = jnp.expand_dims(units.reshape(grid.groups), grid.within)
-    return _sharding.merge_axes(jnp.broadcast_to(wide, grid.fine), grid.parts)
+    return _reshaping.merge_axes(jnp.broadcast_to(wide, grid.fine), grid.parts)
 
 
 def _lowest(fine: Float[Array, "..."], axis: int, number: int) -> Bool[Array, "..."]:
