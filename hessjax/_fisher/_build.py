@@ -65,9 +65,10 @@ def inverse_fisher(
         for each weight whenever κ = mλ has doubled, and once at the end. The error in float32 is about
         1e-7·√(λmax/λ) times a modest factor, at worst 1e-7·λmax/λ.
         On s devices each does and holds a part of that, as the gradients are sharded, over weights, examples
-        or both: a dual m·d/s numbers (three times that while it is made), roots B·d/s, and beside them m²
-        numbers. The numbers are those of one device, blocks the same B consecutive weights. Without blocks m²
-        numbers are sent for each leaf, and m for a product. With blocks nothing is, where devices hold whole
+        or both: a dual m·d/s numbers, roots B·d/s, and beside them m² numbers. While they are made it holds
+        2·m·d/s more beside the gradients, about 5·m·d/s where shares are exchanged (as below). The numbers
+        are those of one device, blocks the same B consecutive weights. Without blocks m² numbers are sent for
+        each leaf, and m for a product. With blocks nothing is, where devices hold whole
         blocks: where B divides the stretches in which weights of a device follow each other, the columns of a
         device if a matrix is sharded along columns. Else the shares are exchanged first, m·d/s numbers each
         way; so are those of gradients sharded over examples. Results are laid out as one gradient is. Inside
