@@ -30,9 +30,9 @@ def judge_top(answer: Answer, problem: Problem) -> Row:
 
 
 def judge_trace(answer: Answer, problem: Problem) -> Row:
-    """Whether the standard error is 5 %, as asked, and the truth within three of them."""
+    """Whether the standard error is 5 % of the estimate, as asked, and the truth within three of that."""
     truth = float(problem.arrays["truth/trace"])
-    stderr, error = answer["stderr"] / abs(truth), abs(answer["mean"] / truth - 1)
+    stderr, error = answer["stderr"] / abs(answer["mean"]), abs(answer["mean"] / truth - 1)
     return {"error": error, "stderr": stderr, "right": stderr < 1.1 * STDERR and error < 3 * STDERR}
 
 
