@@ -83,9 +83,14 @@ def _check_estimator(estimator: Any) -> None:
     jax.tree_util.register_static(kind)
 
 
+def is_traced(tree: Any) -> bool:
+    """Whether any leaf is a value that only a trace knows."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
 def refuse_tracers(tree: Any) -> None:
     """The loop on the host reads numbers, which traced values do not have."""
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
+    if is_traced(tree):
         raise TypeError(
             "`run` loops on the host by default and cannot be traced: inside `jit`, `vmap` or `scan` pass "
             "`on_device=True`."

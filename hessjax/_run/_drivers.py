@@ -17,7 +17,7 @@ from hessjax._core._messages import causes_of_nan, checked_count
 from hessjax._core._sharding import UNKNOWN, Layouts
 from hessjax._core._types import Amount, Block, Key, Matvec, Params, Relative, Tolerance
 from hessjax._run import _estimator
-from hessjax._run._arguments import check_products, check_run, refuse_tracers, width_of
+from hessjax._run._arguments import check_products, check_run, is_traced, refuse_tracers, width_of
 from hessjax._run._estimator import Beginning, Callback, Carry, Estimator, Progress, begun, entered
 
 CHECK_EVERY = 5
@@ -153,7 +153,8 @@ def run(
     loop = Loop(left, matvec, like, width, max_matvecs // width, limit, callbacks, layouts)
     if on_device:
         both = layouts, Layouts.of(carry.state)
-        carry = loop_on_device(left, both, as_partial(matvec), like, loop.max_steps, limit, carry)
+        looped = loop_within if is_traced((carry, matvec, like)) else loop_on_device
+        carry = looped(left, both, as_partial(matvec), like, loop.max_steps, limit, carry)
     else:
         beginning = Beginning(estimator, matvec, key, like, carry.state)
         # Entered first: a checkpoint locks its folder before it reads there.
@@ -259,8 +260,7 @@ def _look(loop: Loop, carry: Carry, step: int) -> bool:
 # -- on the device ---------------------------------------------------------------------------------
 
 
-@compiled(static_argnums=1, donate_argnums=6)
-def loop_on_device(
+def _loop(
     estimator: Estimator,
     layouts: tuple[Layouts, Layouts],
     matvec: Matvec,
@@ -277,6 +277,11 @@ def loop_on_device(
         return (carry.steps < max_steps) & (carry.failed_leaf < 0) & ~satisfied
 
     return jax.lax.while_loop(go_on, step, (carry, jnp.asarray(False)))[0]
+
+
+loop_on_device = compiled(static_argnums=1, donate_argnums=6)(_loop)
+# Inside `jit` memory is the outer program's, and under `vmap` a state may grow an axis: nothing is donated.
+loop_within = compiled(static_argnums=1)(_loop)
 
 
 def _step_on_device(

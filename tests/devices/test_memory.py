@@ -30,6 +30,7 @@ FORMULAS = {
     "slq, two vectors": (E.slq(2, 20, reorthogonalise=False, at_once=2), 6 * 2),
     "conjugate_gradient": (E.conjugate_gradient(ONE), 5),
     "minres": (E.minres(ONE), 10),
+    "preconditioned_conjugate_gradient": (E.preconditioned_conjugate_gradient(ONE, 0.0, preconditioner=jnp.negative), 5),
 }
 
 
