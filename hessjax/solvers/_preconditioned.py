@@ -86,7 +86,7 @@ class PreconditionedConjugateGradient(System, Estimator):
         ValueError: as `conjugate_gradient`.
 
     Cost:
-        One product of each a step, 12·d operations, memory 5·d.
+        One product of each a step, 12·d operations, memory 5·d and what P takes.
 
     References:
         Hestenes & Stiefel (1952), Methods of conjugate gradients for solving linear systems.

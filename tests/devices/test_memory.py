@@ -13,6 +13,11 @@ E = hj.estimators
 ONE = {"a": jax.ShapeDtypeStruct((2048, 512), jnp.float32)}
 SIZE = 4 * 2048 * 512
 
+
+def scaled(params, vector):
+    return jax.tree.map(jnp.multiply, params, vector)
+
+
 # Each beside what its docstring says, in vectors: of what it takes besides the params and a product's own.
 FORMULAS = {
     "lanczos": (E.lanczos(2, basis_size=20), 20 + 3 + 3),
@@ -30,12 +35,11 @@ FORMULAS = {
     "slq, two vectors": (E.slq(2, 20, reorthogonalise=False, at_once=2), 6 * 2),
     "conjugate_gradient": (E.conjugate_gradient(ONE), 5),
     "minres": (E.minres(ONE), 10),
-    "preconditioned_conjugate_gradient": (E.preconditioned_conjugate_gradient(ONE, 0.0, preconditioner=jnp.negative), 5),
+    "preconditioned_conjugate_gradient": (
+        E.preconditioned_conjugate_gradient(ONE, 0.0, preconditioner=jax.tree_util.Partial(scaled, ONE)),
+        5 + 1,  # its own
+    ),
 }
-
-
-def scaled(params, vector):
-    return jax.tree.map(jnp.multiply, params, vector)
 
 
 @pytest.mark.parametrize("name", FORMULAS)
