@@ -1,6 +1,7 @@
 """The compact model as a function, for arguments of any shape."""
 
 import functools
+import operator
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -78,7 +79,8 @@ class CompactModel:
 def signature(args: Any) -> Hashable:
     """What a program depends on: its arguments, and how exactly products are asked for where it is traced."""
     leaves, structure = jax.tree.flatten(args)
-    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    # By name: types of older jax do not know it.
+    precision = operator.attrgetter("jax_default_matmul_precision")(jax.config)
     return structure, precision, tuple((jnp.shape(x), str(getattr(x, "dtype", type(x)))) for x in leaves)
 
 
