@@ -243,7 +243,8 @@ lanczos = Lanczos
 def _checked_dtype(dtype: Any) -> np.dtype:
     # Not float16: the entries of a unit vector of 10⁹ weights are below its smallest normal number.
     try:
-        if (found := np.dtype(dtype)) == jnp.bfloat16:
+        # Of an array NumPy still takes the dtype, with a warning.
+        if not isinstance(dtype, jax.Array | np.ndarray) and (found := np.dtype(dtype)) == jnp.bfloat16:
             return found
     except TypeError:
         pass
