@@ -40,8 +40,8 @@ install: $(READY)  ## the environment alone; the other targets make it when they
 tour: $(READY_TOUR)  ## train a network, measure its curvature, prune it: tables, report.json and figures (QUICK=1 for a short one)
 	$(BIN)/hessjax tour --force --out tour-out $(if $(QUICK),--quick)
 
-test: $(READY)  ## the whole test suite, docstrings, README and pages included (about 10 minutes on two cores)
-	@echo "The whole suite: about 10 minutes on two cores, less the second time. The essential part: make smoke"
+test: $(READY)  ## the whole test suite, docstrings, README and pages included (about 20 minutes on two cores)
+	@echo "The whole suite: about 20 minutes on two cores, less the second time. The essential part: make smoke"
 	$(BIN)/python -m pytest
 
 smoke: $(READY)  ## the essential part of the suite, in two minutes
