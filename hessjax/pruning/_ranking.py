@@ -167,8 +167,8 @@ def _cut_over_all(keys: Sequence[Array], n: Total, sizes: Array | None) -> _Cut:
     below, ties = _around(keys, cuts)
     # Of equal ones those in the first arrays go first, as far as whole ones fit.
     left = n.minus(total(below * weights))
-    room = Total(left.high[None], left.low[None]).minus(totals_before(ties * weights))
-    return _Cut(cuts, below, ties, jnp.clip(room.clipped() // weights, 0, ties))
+    rest = Total(left.high[None], left.low[None]).minus(totals_before(ties * weights))
+    return _Cut(cuts, below, ties, jnp.clip(rest.clipped() // weights, 0, ties))
 
 
 def _around(keys: Sequence[Array], cuts: Array) -> tuple[Array, Array]:
