@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
+from hessjax._core import _sharding
 from hessjax._core._attention import Role
 
 Kind: TypeAlias = Literal["kernel", "embedding", "vector"]
@@ -122,6 +124,10 @@ def layers_of(leaf: Shaped[Array, "..."], axes: Axes) -> list[Shaped[Array, "...
         return [leaf]
     # By index, not by a reshape, which would gather what is sharded.
     first = jnp.moveaxis(leaf, axes.stack, range(len(axes.stack)))
+    if (layout := _sharding.explicit(first)) is not None:
+        # An index along an axis that is divided has no layout: these layers come to all devices.
+        spec = PartitionSpec(*(None for _ in axes.stack), *layout.spec[len(axes.stack) :])
+        first = _sharding.laid_out(first, NamedSharding(layout.mesh, spec))
     return [first[index] for index in axes.layer_indices()]
 
 

@@ -236,3 +236,17 @@ def test_curvature_and_pruning_in_one_jitted_scan(kind):
     close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-5)
     jax.tree.map(close, found, params)
     jax.tree.map(close, numbers, curvature)
+
+
+@pytest.mark.parametrize("kind", MESH_KINDS)
+def test_a_stack_divided_by_layers_is_pruned_as_on_one_device(kind):
+    params = {
+        "layers": {"kernel": jax.random.normal(jax.random.key(3), (4, 8, 16)), "bias": jnp.ones((4, 16))}
+    }
+    mesh = mesh_of(kind)
+    whole = hj.prune_once(params, hj.saliencies.magnitude(), 0.5).mask
+    with jax.set_mesh(mesh):
+        split = placed(params, mesh, {"layers": {"kernel": P("data", None, "model"), "bias": P("data")}})
+        found = hj.prune_once(split, hj.saliencies.magnitude(), 0.5).mask
+    assert found["layers"]["kernel"].sharding.spec == P("data", None, "model")
+    jax.tree.map(np.testing.assert_array_equal, found, whole)
