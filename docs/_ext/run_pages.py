@@ -20,8 +20,8 @@ FLAGS = (
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register the hook."""
     os.environ.setdefault("MPLBACKEND", "Agg")
-    # Networks are tiny: what a page costs is compiling. The tests run the same pages: compiled as there, it is
-    # done once for both.
+    # Networks are tiny: what a page costs is compiling. Compiled as the tests of the same pages do it, it is done
+    # once for both.
     os.environ.setdefault("XLA_FLAGS", FLAGS)
     jax.config.update(
         "jax_compilation_cache_dir",
