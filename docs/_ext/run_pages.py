@@ -20,7 +20,7 @@ FLAGS = (
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register the hook."""
     os.environ.setdefault("MPLBACKEND", "Agg")
-    # Networks are tiny: what a page costs is compiling. Compiled as the tests of the same pages do it, it is done
+    # Networks are tiny: what a page costs is compiling. Compiled as the tests of the same pages do, it is done
     # once for both.
     os.environ.setdefault("XLA_FLAGS", FLAGS)
     jax.config.update(
