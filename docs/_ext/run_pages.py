@@ -20,8 +20,8 @@ FLAGS = (
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register the hook."""
     os.environ.setdefault("MPLBACKEND", "Agg")
-    # Networks are tiny: what a page costs is compiling. Compiled as the tests of the same pages do, it is done
-    # once for both.
+    # Networks are tiny: a page costs what compiling costs. Compiled as the tests of the same pages do, once
+    # is enough for both.
     os.environ.setdefault("XLA_FLAGS", FLAGS)
     jax.config.update(
         "jax_compilation_cache_dir",
