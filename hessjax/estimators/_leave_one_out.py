@@ -66,10 +66,11 @@ def combined(found: Estimates, inside: Bool[Array, " n"], count: Int[Array, ""])
     # Of few pairs the mean may be negative: then nothing is taken off.
     shared = unit * jnp.sqrt(jnp.maximum(jnp.sum(pairs * pairs.T), 0) / (n * (n - 1)))
     sampled = jnp.sum(jnp.where(inside, found.sampled, 0)) / n
+    # Student's factor is for the spread of n numbers; the pairs are many, and theirs is known better.
+    alone = students_factor(count, n.dtype) * standard_error(spread, count)
     # A quarter of what `_moments.estimate` adds for skewness: the pairs, skewed themselves, add the rest.
     skewed = 1 + skewness_share(spread, sampled, moments.skewness, count) / 2
-    widened = students_factor(count, n.dtype) * skewed
-    stderr = widened * longer(standard_error(spread, count), shared)
+    stderr = skewed * longer(alone, shared)
     return Estimate(_numbers.or_nan(count > 0, moments.mean), stderr, count)
 
 

@@ -39,9 +39,11 @@ def leave_one_out(matrix, tests):
     for i, j in itertools.permutations(range(n), 2):
         if is_needed[j]:
             changes[i, j] = estimates[i] - estimate_of(matrix, tests, i, but(i, j))[0]
-    variance = estimates.var(ddof=1) / n + max(np.sum(changes * changes.T), 0) / (n * (n - 1))
+    variance = oracles.student(n) ** 2 * estimates.var(ddof=1) / n + max(np.sum(changes * changes.T), 0) / (
+        n * (n - 1)
+    )
     share = oracles.skewness_share(estimates, sampled) if np.ptp(estimates) else 0
-    return estimates.mean(), np.sqrt(variance) * oracles.student(n) * (1 + share / 2)
+    return estimates.mean(), np.sqrt(variance) * (1 + share / 2)
 
 
 def drawn(like, num):
