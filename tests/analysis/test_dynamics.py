@@ -24,7 +24,8 @@ def loss_fn(params, batch):
 def network(count, seed=0, dtype=jnp.float32):
     rng = np.random.default_rng(seed)
     params = {"in": rng.normal(size=(4, 3)) / 2, "out": rng.normal(size=3) / 2}
-    data = rng.normal(size=(count, 4)), rng.normal(size=count) + 1
+    x = rng.normal(size=(count, 4))
+    data = x, x @ [1, -1, 0.5, 2] + rng.normal(size=count)
     return jax.tree.map(lambda x: jnp.asarray(x, dtype), (params, data))
 
 
@@ -232,10 +233,8 @@ def covered(estimate, truth):
 
 
 def test_two_standard_errors_hold_the_dense_values():
-    """Batches of 256 out of 3000 examples, 400 of them, at weights part of the way through training."""
+    """Batches of 256 out of 3000 examples, 400 of them; the noise scale is 6."""
     params, data = network(3000, seed=1)
-    for _ in range(20):
-        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(loss_fn)(params, data))
     grads = hj.per_example_grads(loss_fn, params, data)
     update = jax.tree.map(lambda g: -0.1 * jnp.mean(g, axis=0), grads)
 
@@ -250,19 +249,25 @@ def test_two_standard_errors_hold_the_dense_values():
     rows = oracles.rows(grads).astype(float)
     spread, mean = np.sum(np.var(rows, axis=0)), rows.mean(axis=0)
     assert covered(noise.scale, spread / (mean @ mean)) >= 0.93
-    assert covered(noise.noise, spread) >= 0.93
+    assert covered(noise.noise, spread) >= 0.9  # squares of gradients have heavy tails
+    assert float(jnp.median(noise.scale.stderr / noise.scale.mean)) < 0.4  # no empty claims
     for leaf, name in ((noise.leaves["in"], "in"), (noise.leaves["out"], "out")):
         part = oracles.rows(grads[name]).astype(float)
         own = np.sum(np.var(part, axis=0)) / np.sum(part.mean(axis=0) ** 2)
-        assert covered(leaf.scale, own) >= 0.92
+        assert covered(leaf.scale, own) >= 0.93
     assert covered(sharpness, second_derivatives(params, data, update)) >= 0.93
     whole = D.critical_sharpness(loss_fn, params, data, update=update, learning_rate=0.1, tol=1e-4)
-    assert covered(critical, whole.sharpness.mean) >= 0.92
+    assert covered(critical, whole.sharpness.mean) >= 0.93
+    assert float(jnp.median(critical.stderr / critical.mean)) < 0.3
 
 
-def density(values, seed=0, probes=4):
-    A = jax.tree_util.Partial(jnp.multiply, jnp.asarray(values))
-    return hj.spectral_density(A, jax.random.key(seed), jnp.zeros(len(values)), probes, 20)
+def density(low, high, seed=0, probes=4):
+    """Nodes and weights of a quadrature: what the distances are made from, whoever found them."""
+    rng = np.random.default_rng(seed)
+    nodes = np.sort(rng.uniform(low, high, size=(probes, 20)), axis=1)
+    count = jnp.int32(probes)
+    weights = jnp.asarray(rng.dirichlet(5 * np.ones(20), size=probes))
+    return hj.SpectralDensity(jnp.asarray(nodes), weights, count, 20 * count, jnp.asarray(50.0))
 
 
 def distance_by_hand(p, q):
@@ -273,8 +278,8 @@ def distance_by_hand(p, q):
 
 
 def test_heterogeneity_is_that_of_its_definition(x64):
-    spectra = {"a": np.linspace(0, 1, 50), "b": np.linspace(0, 30, 60), "c": np.linspace(-2, 2, 40)}
-    densities = {name: density(x, i) for i, (name, x) in enumerate(spectra.items())}
+    ranges = {"a": (0, 1), "b": (0, 30), "c": (-2, 2)}
+    densities = {name: density(*ends, i) for i, (name, ends) in enumerate(ranges.items())}
     found = D.heterogeneity(densities)
     unit = 1e-3 * max(float(jnp.max(jnp.abs(x.nodes))) for x in densities.values())
     places = {name: np.arcsinh(np.asarray(x.nodes) / unit) for name, x in densities.items()}
@@ -301,13 +306,12 @@ def test_heterogeneity_is_that_of_its_definition(x64):
 
 
 def test_like_spectra_are_near_and_unlike_ones_far():
-    alike = D.heterogeneity({str(i): density(np.linspace(0.1, 1, 500), i) for i in range(3)})
+    alike = D.heterogeneity({str(i): density(0.1, 1.0, i) for i in range(3)})
     assert float(alike.mean.mean) < 0.1
-    scales = D.heterogeneity(
-        {"1": density(np.linspace(0.1, 1, 500)), "100": density(np.linspace(10, 100, 500))}
-    )
+    spread = {str(scale): density(0.1 * scale, 1.0 * scale) for scale in (1, 100)}
+    scales = D.heterogeneity(spread)
     assert float(scales.mean.mean) > 0.95
-    one = D.heterogeneity({str(i): density(np.linspace(0.1, 1, 50), i, probes=1) for i in range(2)})
+    one = D.heterogeneity({str(i): density(0.0, 1.0, i, 1) for i in range(2)})
     assert np.isinf(one.mean.stderr)
 
 
@@ -329,10 +333,10 @@ BAD = {
         "`update` must have the structure of `params`",
     ),
     "one leaf": (
-        lambda: D.heterogeneity({"a": density(np.ones(30))}), "`densities` must be of at least two leaves, got 1"
+        lambda: D.heterogeneity({"a": density(0, 1)}), "`densities` must be of at least two leaves, got 1"
     ),
     "densities of several calls": (
-        lambda: D.heterogeneity({"a": density(np.ones(30)), "b": density(np.ones(30), probes=2)}),
+        lambda: D.heterogeneity({"a": density(0, 1), "b": density(0, 1, 0, 2)}),
         "`densities` must have nodes of one shape",
     ),
 }  # fmt: skip

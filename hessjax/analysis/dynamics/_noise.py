@@ -58,7 +58,7 @@ def noise_scale(grads: Block, batch_size: Any = 1, *, weights: Any = None) -> No
         >>> round(float(found.noise.mean), 3), round(float(found.gradient.mean), 3)
         (0.667, 15.833)
         >>> f"{found.scale.mean:.3f} ± {found.scale.stderr:.3f}"
-        '0.042 ± 0.038'
+        '0.042 ± 0.048'
     """
     weights = _checked(grads, batch_size, weights)
     named = zip(_tree.unique_paths(grads, "grads"), jax.tree.leaves(grads), strict=True)
