@@ -27,9 +27,7 @@ def layers(quick: bool, path_of: Any) -> Iterator[Row]:
                         yield from asked(group, f"{name}: {task}, {fisher}", task, fisher, positions, quick)
 
 
-def asked(
-    group: Group, question: str, task: str, fisher: str, positions: str, quick: bool
-) -> Iterator[Row]:
+def asked(group: Group, question: str, task: str, fisher: str, positions: str, quick: bool) -> Iterator[Row]:
     """Of both: the first call builds what later ones use, so products are timed, and factors built anew."""
     given = {"name": task, "fisher": fisher, "positions": positions}
     calls = {n: functools.partial(group.workers[n].ask, "layers", **given) for n in group.usable}

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from hessjax._core import _tree
 from hessjax._core._messages import checked_choice
+from hessjax._core._sharding import Layouts
 from hessjax._core._types import Amount, Scalar, Vector
 from hessjax.program._origins import Moves
 
@@ -88,7 +89,7 @@ class Structure:
     def __call__(self, leaves: tuple[Factors, ...], vector: Vector) -> Vector:
         """The product."""
         _tree.check_vector(vector, self.like)
-        return _product(self, leaves, vector)
+        return _product(self, Layouts.of(vector), leaves, vector)
 
 
 class Kronecker(Partial):
@@ -260,12 +261,11 @@ def _numbers_of(values: Array, shift: Scalar) -> tuple[Scalar, Scalar]:
     return jnp.min(values, initial=jnp.inf) - jnp.where(shift > 0, 0, eps), 2 * eps
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _product(structure: Structure, leaves: tuple[Factors, ...], vector: Vector) -> Vector:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _product(structure: Structure, layouts: Layouts, leaves: tuple[Factors, ...], vector: Vector) -> Vector:
     pairs = zip(leaves, structure.cut(vector), strict=True)
-    return _tree.cast_like(
-        structure.join([leaf.times(x.astype(leaf.values.dtype)) for leaf, x in pairs]), vector
-    )
+    product = structure.join([leaf.times(x.astype(leaf.values.dtype)) for leaf, x in pairs])
+    return layouts.laid(_tree.cast_like(product, vector))
 
 
 @functools.partial(jax.jit, static_argnums=0)
