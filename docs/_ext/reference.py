@@ -31,6 +31,7 @@ GROUPS: dict[str, list[str]] = {
     ],
     "Solutions": ["solve Solution", "inverse_fisher InverseFisher"],
     "Landscape": ["landscape Landscape"],
+    "Report": ["report Report Problem"],
     "Running": [
         "run Progress NonFiniteProductError",
         "memory_estimate MemoryEstimate MemoryLimitWarning",
