@@ -36,7 +36,8 @@ def cell(rows: list[Row], ours: float | None) -> str:
     if theirs is None:
         return "wrong" if any("later" in line for line in rows) else ""
     ratio = theirs / ours
-    return f"{ratio:.2g}" if ratio >= 1 else f"**{ratio:.2g}**"
+    words = f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.2g}"
+    return words if ratio >= 1 else f"**{words}**"
 
 
 def best(rows: list[Row]) -> float | None:
