@@ -31,10 +31,11 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def cell(rows: list[Row], ours: float | None) -> str:
-    """Of one peer: the ratio, `wrong` where no answer was right, nothing where it has no such thing."""
+    """Of one peer: the ratio, how far off it was where no answer was right, nothing where it has no such thing."""
     theirs = best(rows)
     if theirs is None:
-        return "wrong" if any("later" in line for line in rows) else ""
+        errors = [line["error"] for line in rows if "error" in line]
+        return f"off by {100 * min(errors):.2g} %" if errors else ""
     ratio = theirs / ours
     words = f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.2g}"
     return words if ratio >= 1 else f"**{words}**"
