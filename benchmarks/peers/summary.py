@@ -31,7 +31,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def cell(rows: list[Row], ours: float | None) -> str:
-    """Of one peer: the ratio, how far off it was where no answer was right, nothing where it has no such thing."""
+    """Of one peer: the ratio, or how far off it was if never right; nothing where it has no such thing."""
     theirs = best(rows)
     if theirs is None:
         errors = [line["error"] for line in rows if "error" in line]
