@@ -51,7 +51,8 @@ class HutchinsonDiagonal(Sampling):
 
     (Av)_i = a_ii·v_i + noise from the row's other entries, so this is the slope of a regression through the
     origin, and its standard error is √(Σ (Av − slope⊙v)² / ((n − 1)·Σ v⊙v)), times Student's factor where
-    samples are few (see `hutchinson`). With signs v⊙v = 1: a mean and its standard error, and the variance of one sample of entry i is Σ_{j≠i} a_ij².
+    samples are few (see `hutchinson`). With signs v⊙v = 1: a mean and its standard error, and the variance of
+    one sample of entry i is Σ_{j≠i} a_ij².
     Few samples of few parameters are often all equal, with an error of 0: see `hutchinson`.
 
     Args:
