@@ -14,6 +14,7 @@ SCRIPTS = (
     "estimator_cost",
     "eigenpairs_products",
     "trace_accuracy",
+    "error_bars",
     "density_accuracy",
     "density_memory",
     "inverse_fisher_cost",
