@@ -11,6 +11,9 @@ from hessjax._core._results import Estimate as Estimate
 from hessjax._core._types import relative as relative
 from hessjax._fisher._build import inverse_fisher as inverse_fisher
 from hessjax._fisher._inverse_fisher import InverseFisher as InverseFisher
+from hessjax._report._problem import Problem as Problem
+from hessjax._report._verb import Report as Report
+from hessjax._report._verb import report as report
 from hessjax._run._bar import progress_bar as progress_bar
 from hessjax._run._callbacks import checkpoint as checkpoint
 from hessjax._run._drivers import NonFiniteProductError as NonFiniteProductError

@@ -131,12 +131,12 @@ WRONG = {
 
 KINDS = {
     "number": """damping temperature alpha b2 eps eps_root shift factor decay start_open floor least
-        least_sparsity confidence batch_size max_ratio? dense_accuracy? sparsity learning_rate bandwidth
-        small_size large_size""",
+        least_sparsity confidence batch_size max_ratio? dense_accuracy? minutes? sparsity learning_rate
+        bandwidth small_size large_size""",
     "schedule": "penalty fraction level",
     "count": """num_probes num_matvecs max_matvecs k block_size basis_size? at_once every num_samples?
         recomputes microbatch? num_grads? chunk_size points_at_once steps_per_epoch? n m num_heads?
-        max_width max_evaluations num_points""",
+        max_width max_evaluations num_points top seed budget?""",
     "integer": "axis?",
     "function": """loss_fn model_fn output_loss matvec make_matvec metric grads_fn? teacher_fn information
         score loss weights? fn approximation
@@ -145,10 +145,10 @@ KINDS = {
     "params": "params like rhs grads scores",
     "vector": "vector start? diagonal directions other state? update",
     "flag": """linearize on_device reorthogonalise drop_constants progress transient regrow straight_through
-        linear log by_leaf""",
+        linear log by_leaf per_layer landscape layers resume force anyway""",
     "choice": "mode which update positions basis_dtype?",
     "axis": "filter_axis?",
-    "path": "path",
+    "path": "path out?",
     "text": "description unit",
     "tol": "tol",
     "where": "where",
@@ -169,7 +169,7 @@ KINDS = {
     "counts": "shape",
     "functions": "matvecs",
     "mapping": "groups? curvature sparsities curves densities",
-    "result": "opt_state density traces result eigenpairs? ax? axes? labels moments pairs?",
+    "result": "opt_state density traces result eigenpairs? ax? axes? labels moments pairs? problem",
     "module": "module model",
     "inputs": "inputs",
 }
@@ -223,6 +223,7 @@ INSTEAD = {
         **PRUNED, "diagonal": (None, "vector?"), "path": (None, "path?"), "metric": (size_of, "function?"),
     },
     "hj.compact": {"params": (PARAMS, "tree"), "model_fn": (dense, "function"), "x": (WIDE, "args")},
+    "hj.report": {"density": (True, "flag"), "problem": (hj.Problem(loss, W, [X]), "result")},
     "hj.summary": {**PRUNED, "model_fn": (dense, "function"), "x": (WIDE, "args")},
     "hj.to_sparse": PRUNED,
     "hj.save_npz": {"params": (PARAMS, "tree")},

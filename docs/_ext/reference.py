@@ -32,6 +32,7 @@ GROUPS: dict[str, list[str]] = {
     "Solutions": ["solve Solution", "inverse_fisher InverseFisher"],
     "Landscape": ["landscape Landscape"],
     "Training data": ["influence Influence", "self_influence"],
+    "Report": ["report Report Problem"],
     "Running": [
         "run Progress NonFiniteProductError",
         "memory_estimate MemoryEstimate MemoryLimitWarning",

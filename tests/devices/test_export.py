@@ -207,8 +207,8 @@ ON_THE_HOST = {
 
 NOTHING_COMPUTED = """
     relative progress_bar checkpoint mask_of load_recipe save_npz load_npz to_sparse compact memory_estimate
-    layers.coverage estimators.Estimator likelihoods.Likelihood likelihoods.categorical likelihoods.gaussian
-    saliencies.Saliency patterns.Pattern allocations.Allocation allocations.threshold
+    report layers.coverage estimators.Estimator likelihoods.Likelihood likelihoods.categorical
+    likelihoods.gaussian saliencies.Saliency patterns.Pattern allocations.Allocation allocations.threshold
 """
 """Settings that others take, and what only moves numbers on the host."""
 
