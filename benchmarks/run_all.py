@@ -21,6 +21,7 @@ SCRIPTS = (
     "pruning_cost",
     "compact_speed",
     "one_shot_pruning",
+    "influence_accuracy",
     "pruning_in_training",
     "transfer_learning",
     "compilations",
