@@ -30,7 +30,7 @@ r = hj.relative
 
 @dataclasses.dataclass(frozen=True)
 class KFAC(hj.saliencies.Saliency):
-    """K-FAC for the Fisher: scores ½ w² / [K⁻¹]_qq, and the single moves added up, as WoodFisher's paper has it.
+    """K-FAC for the Fisher: scores ½ w² / [K⁻¹]_qq, and the single moves added up, as in WoodFisher's paper.
 
     Attributes:
         damping: λ.
@@ -44,9 +44,11 @@ class KFAC(hj.saliencies.Saliency):
     compensates: ClassVar[bool] = True
 
     def scores(self, state: Any, seen: Any) -> Params:
+        """½ w² / [K⁻¹]_qq."""
         return jax.tree.map(lambda w, d: w**2 / (2 * d), seen.weights, self._inverse(seen).diagonal())
 
     def compensate(self, state: Any, seen: Any, mask: Params) -> tuple[Params, jax.Array]:
+        """The weights less K⁻¹(w_q / [K⁻¹]_qq), over all q that go."""
         inverse, gone = self._inverse(seen), jax.tree.map(jnp.not_equal, seen.mask, mask)
         diagonal = inverse.diagonal()
         parts = jax.tree.map(lambda w, d, g: jnp.where(g, w / d, 0), seen.weights, diagonal, gone)
