@@ -27,12 +27,12 @@ NAMESPACES = {
     "estimators": """Estimator lanczos power_iteration hutchinson hutchinson_by_leaf hutchpp xtrace
         hutchinson_diagonal hutchinson_frobenius slq conjugate_gradient minres
         preconditioned_conjugate_gradient""",
-    "layers": "coverage capture moments kfac ekfac quality",
+    "layers": "coverage capture moments kfac ekfac quality reconstruct",
     "probes": "rademacher gaussian",
     "likelihoods": "Likelihood categorical gaussian",
     "directions": "random line",
     "saliencies": """Saliency magnitude random gradient movement soft_movement hard_concrete obd obs
-        wood_taylor static sparse_evolution rigl compensated from_magnitudes""",
+        wood_taylor static sparse_evolution rigl compensated from_magnitudes wanda obc sparsegpt""",
     "patterns": "Pattern unstructured n_of_m blocks channels filters rows heads",
     "allocations": "Allocation global_threshold uniform erdos_renyi explicit by_curvature threshold",
 }
