@@ -139,6 +139,16 @@ class LayerWise(Saliency):
 
     References:
         Frantar et al., Optimal brain compression (2022), arXiv 2208.11580.
+
+    Example:
+        >>> import jax.numpy as jnp, hessjax as hj
+        >>> def model_fn(w, x):
+        ...     return x @ w
+        >>> w, x = jnp.array([[1.0], [2.0]]), jnp.array([[1.0, 1.0], [2.0, 2.0]])  # the inputs are the same
+        >>> moments = hj.layers.moments(model_fn, w, [x], likelihood=hj.likelihoods.gaussian)
+        >>> rule = hj.saliencies.obc(moments, damping=1e-4)
+        >>> hj.prune_once(w, rule, 0.5, where="*").params.round(2).ravel().tolist()
+        [0.0, 3.0]
     """
 
     moments: LayerMoments
@@ -276,6 +286,16 @@ class SparseGPT(LayerWise):
     References:
         Frantar and Alistarh, SparseGPT: massive language models can be accurately pruned in one-shot (2023),
         arXiv 2301.00774.
+
+    Example:
+        >>> import jax.numpy as jnp, hessjax as hj
+        >>> def model_fn(w, x):
+        ...     return x @ w
+        >>> w, x = jnp.array([[1.0], [2.0]]), jnp.array([[1.0, 1.0], [2.0, 2.0]])  # the inputs are the same
+        >>> moments = hj.layers.moments(model_fn, w, [x], likelihood=hj.likelihoods.gaussian)
+        >>> rule = hj.saliencies.sparsegpt(moments, damping=0.01)
+        >>> hj.prune_once(w, rule, 0.5, where="*").params.round(2).ravel().tolist()
+        [0.0, 3.0]
     """
 
     block_size: int = 16
