@@ -28,12 +28,11 @@ def test_the_samples_kept_are_all_there_and_the_truth_first():
     assert len(found) == len(rows) - 2 == settings.repeats * len(settings.epochs) * len(settings.sizes)
 
 
-def test_a_study_of_small_samples_measures_with_bars():
+def test_a_small_sample_is_measured_with_bars_and_put_to_others():
     draw = np.random.default_rng(0)
     data = draw.standard_normal((64, 5)).astype(np.float32), draw.integers(10, size=64)
-    settings = small_samples.Settings((1,), (64,), 1, num_batches=2, num_probes=2, num_lanczos=4, hidden=3)
-    whole, sample = small_samples.study(data, settings)
-    assert whole["repeat"] == -1
-    assert sample["size"] == 64
-    assert min(sample["trace_data"], sample["top_data"], sample["distance"]) > 0
-    assert sample["held_out"] < sample["top"]
+    settings = small_samples.Settings((1,), num_batches=2, num_probes=2, num_lanczos=4, hidden=3)
+    params = small_samples.train(data, settings)[1]
+    row, vectors, _ = small_samples.measure(params, data, settings)
+    assert min(row["trace_data"], row["top_data"]) > 0
+    assert small_samples.held_out(params, vectors, data) == pytest.approx(row["top"], rel=1e-4)
