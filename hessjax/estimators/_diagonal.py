@@ -12,15 +12,16 @@ from hessjax._core._results import Estimate
 from hessjax._core._types import Block, Key, Matvec, Params, Scalar, Tolerance, readable_defaults, settings
 from hessjax._run._arguments import RunOptions, checked_options
 from hessjax._run._drivers import run
-from hessjax.estimators._samples import (
+from hessjax.estimators._moments import (
     Moments,
-    Sampling,
     estimate,
     longer,
     no_samples,
     push,
     stopping_error,
+    students_factor,
 )
+from hessjax.estimators._samples import Sampling
 from hessjax.estimators.probes import Probe, rademacher
 
 
@@ -49,8 +50,9 @@ class HutchinsonDiagonal(Sampling):
     """The diagonal as Σ v⊙Av / Σ v⊙v over random v.
 
     (Av)_i = a_ii·v_i + noise from the row's other entries, so this is the slope of a regression through the
-    origin, and its standard error is √(Σ (Av − slope⊙v)² / ((n − 1)·Σ v⊙v)). With signs v⊙v = 1: a mean
-    and its standard error, and the variance of one sample of entry i is Σ_{j≠i} a_ij².
+    origin, and its standard error is √(Σ (Av − slope⊙v)² / ((n − 1)·Σ v⊙v)), times Student's factor where
+    samples are few (see `hutchinson`). With signs v⊙v = 1: a mean and its standard error, and the variance of
+    one sample of entry i is Σ_{j≠i} a_ij².
     Few samples of few parameters are often all equal, with an error of 0: see `hutchinson`.
 
     Args:
@@ -125,9 +127,10 @@ def _longer(
 def _slope_error(
     residual: Float[Array, "..."], weight: Float[Array, "..."], n: Int[Array, ""]
 ) -> Float[Array, "..."]:
-    """√(Σ (Av − slope⊙v)² / ((n − 1)·Σ v⊙v)), infinite with fewer than two samples."""
+    """√(Σ (Av − slope⊙v)² / ((n − 1)·Σ v⊙v)) by Student's factor, infinite with fewer than two samples."""
     lengths = jnp.sqrt(jnp.maximum(n - 1, 1).astype(weight.dtype) * jnp.where(weight > 0, weight, 1))
-    return jnp.where(n > 1, residual / lengths, jnp.inf)
+    # Not widened for skewness: an entry's samples are sums of products of signs, which have none.
+    return jnp.where(n > 1, students_factor(n, weight.dtype) * residual / lengths, jnp.inf)
 
 
 hutchinson_diagonal = HutchinsonDiagonal
@@ -199,8 +202,8 @@ class FrobeniusState(NamedTuple):
 class HutchinsonFrobenius(Sampling):
     """The Frobenius norm: E‖Av‖² = ‖A‖²_F = Σ λᵢ² over random v, and the root of the mean.
 
-    The standard error of the norm is that of the square over twice the norm (the delta method). The root of
-    a mean is low by about stderr²/(2·norm), far less than the standard error.
+    The standard error of the norm is that of the square over twice the norm (the delta method), widened as
+    `hutchinson` says. The root of a mean is low by about stderr²/(2·norm), far less than the standard error.
     Few samples of few parameters are often all equal, with an error of 0: see `hutchinson`.
 
     Args:

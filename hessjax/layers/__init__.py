@@ -11,3 +11,6 @@ from hessjax.layers._moments import LayerMoments as LayerMoments
 from hessjax.layers._moments import moments as moments
 from hessjax.layers._quality import Quality as Quality
 from hessjax.layers._quality import quality as quality
+from hessjax.layers._reconstruct import Rebuilt as Rebuilt
+from hessjax.layers._reconstruct import Reconstruction as Reconstruction
+from hessjax.layers._reconstruct import reconstruct as reconstruct

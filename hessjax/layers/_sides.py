@@ -54,7 +54,7 @@ def use_moments(
         shares: the weights of examples, or of examples and positions.
     """
     is_diagonal = diagonal[::-1] if layout.swapped else diagonal
-    weights = _by_position(layout.positions, shares).astype(use.gradients.dtype)
+    weights = by_position(layout.positions, shares).astype(use.gradients.dtype)
     gradients = use.gradients
     if positions == "reduce":
         gradients = gradients.sum(axis=2, keepdims=True)
@@ -66,7 +66,7 @@ def use_moments(
     return Moments(outputs, inputs) if layout.swapped else Moments(inputs, outputs)
 
 
-def _by_position(positions: tuple[int, ...], shares: Float[Array, "n ..."]) -> Float[Array, "n p"]:
+def by_position(positions: tuple[int, ...], shares: Float[Array, "n ..."]) -> Float[Array, "n p"]:
     """The weight of every example at every position of a use.
 
     Where the positions are those that the weights tell apart, as the tokens of a padding mask, they count by

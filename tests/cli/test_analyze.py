@@ -98,7 +98,7 @@ def test_a_problem_that_is_not_there_is_one_line(folder, target):
 FIELDS = {
     "loss_fn=3": "field `loss_fn` of the problem: `loss_fn` must be a function",
     "params={'w': 'x'}": "field `params` of the problem: `params`",
-    "batches=p.batches[0]": "field `batches` of the problem: `loss_fn(params, batch)` must work for each of `batches`",
+    "batches=p.batches[0]": "field `batches` of the problem: `loss_fn(params, batch)` must work for each of",
     "batches=[]": "field `batches` of the problem: `batches` must hold at least one batch",
     "metric=0.5": "field `metric` of the problem: `metric` must be a function",
     "likelihood='categorical'": "field `likelihood` of the problem: `likelihood` must be",

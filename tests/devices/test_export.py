@@ -52,6 +52,10 @@ def selected(p, b):
     return hj.hvp(part.restrict(loss_fn), part.part, part.part, b)
 
 
+def by_moments(make):
+    return lambda p, b: once(make(hj.layers.moments(loss_fn, p, [b])), p, b)
+
+
 def kronecker(p, b):
     moments = hj.layers.moments(model_fn, p, [b], likelihood=hj.likelihoods.gaussian)
     return hj.layers.kfac(moments), hj.layers.ekfac(moments, [b])
@@ -141,6 +145,18 @@ TRACED = {
     "hj.probes.gaussian": lambda p, b: hj.probes.gaussian(KEY, p),
     "hj.directions.random": lambda p, b: hj.directions.random(KEY, p),
     "hj.directions.line": lambda p, b: hj.directions.line(p, p),
+    "hj.dynamics.noise_scale": lambda p, b: hj.dynamics.noise_scale(grads(p, b)),
+    "hj.dynamics.noise_scale_from_norms": lambda p, b: hj.dynamics.noise_scale_from_norms(
+        2 * p["in"]["bias"], p["in"]["bias"], 1, 2
+    ),
+    "hj.dynamics.critical_batch_size": lambda p, b: hj.dynamics.critical_batch_size(grads(p, b), ridge(p, b)),
+    "hj.dynamics.directional_sharpness": lambda p, b: hj.dynamics.directional_sharpness(
+        loss_fn, p, b, update=p
+    ),
+    "hj.dynamics.critical_sharpness": lambda p, b: hj.dynamics.critical_sharpness(loss_fn, p, b, update=p),
+    "hj.dynamics.heterogeneity": lambda p, b: hj.dynamics.heterogeneity(
+        hj.spectral_density_by_leaf(hessian(p, b), KEY, p, 1, 4, **DEVICE)
+    ),
     "hj.layers.capture": lambda p, b: hj.layers.capture(loss_fn, p, b),
     "hj.layers.moments": lambda p, b: (
         hj.layers.moments(model_fn, p, [b], likelihood=hj.likelihoods.gaussian).leaves
@@ -156,6 +172,9 @@ TRACED = {
     "hj.saliencies.obd": by(S.obd()),
     "hj.saliencies.obs": lambda p, b: [by(S.obs(block_size=size))(p, b) for size in (None, 8)],
     "hj.saliencies.wood_taylor": by(S.wood_taylor()),
+    "hj.saliencies.wanda": by_moments(S.wanda),
+    "hj.saliencies.obc": by_moments(S.obc),
+    "hj.saliencies.sparsegpt": by_moments(S.sparsegpt),
     "hj.saliencies.static": by(S.static(PARAMS)),
     "hj.saliencies.sparse_evolution": in_training(S.sparse_evolution(0.3, KEY)),
     "hj.saliencies.rigl": in_training(S.rigl(0.3)),
@@ -183,6 +202,8 @@ ON_THE_HOST = {
     "hj.over_batches": lambda p, b: hj.over_batches(lambda part: hessian(p, part), [b, b])(p),
     "hj.batches": lambda p, b: list(hj.batches([b])),
     "hj.trace": lambda p, b: hj.trace(hessian(p, b), KEY, p, 3),
+    "hj.influence": lambda p, b: hj.influence(loss_fn, p, [b], [b], inverse=None),
+    "hj.self_influence": lambda p, b: hj.self_influence(loss_fn, p, [b], inverse=None),
     "hj.landscape": lambda p, b: hj.landscape(loss_fn, p, b, directions=p, distances=[0.0, 1.0]),
     "hj.sensitivity": lambda p, b: hj.sensitivity(lambda at: loss_fn(at, b), p, [0.5]),
     "hj.summary": lambda p, b: hj.summary(p),
@@ -193,16 +214,18 @@ ON_THE_HOST = {
 
 NOTHING_COMPUTED = """
     relative progress_bar checkpoint mask_of load_recipe save_npz load_npz to_sparse compact memory_estimate
-    report layers.coverage estimators.Estimator likelihoods.Likelihood likelihoods.categorical
-    likelihoods.gaussian saliencies.Saliency patterns.Pattern allocations.Allocation allocations.threshold
+    report layers.coverage layers.reconstruct estimators.Estimator
+    likelihoods.Likelihood likelihoods.categorical likelihoods.gaussian
+    saliencies.Saliency patterns.Pattern allocations.Allocation allocations.threshold
 """
-"""Settings that others take, and what only moves numbers on the host."""
+"""Settings that others take, and what only moves numbers on the host, or reads its masks there."""
 
 CALLS_OUT = {
     "eigh": """ggn_roots eigenpairs spectral_density spectral_density_by_leaf spectrum
-        estimators.lanczos estimators.power_iteration estimators.slq
+        estimators.lanczos estimators.power_iteration estimators.slq dynamics.heterogeneity
         layers.moments layers.kfac layers.ekfac""",
-    "cholesky": """inverse_fisher prune_once saliencies.obs saliencies.wood_taylor saliencies.compensated""",
+    "cholesky": """inverse_fisher prune_once saliencies.obs saliencies.wood_taylor saliencies.compensated
+        saliencies.obc saliencies.sparsegpt""",
 }
 """Who calls libraries at all."""
 

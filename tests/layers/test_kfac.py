@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import hessjax as hj
-from tests.layers.cases import CASES
+from tests.layers.cases import CASES, Case
 from tests.oracles import close, flat, matrix_of
 
 CATEGORICAL = hj.likelihoods.categorical
@@ -68,9 +68,17 @@ def test_in_linear_networks_with_square_loss_it_is_the_fisher_block(x64, num):
         np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-14)
 
 
-@pytest.mark.parametrize("name", CASES)
+def embedded(p, x):
+    return jnp.tanh(p["e"][x]).sum(axis=1) @ p["v"]
+
+
+EKFAC_CASES = {**CASES, "embedding": Case(embedded, {"e": (3, 4), "v": (4, 2)}, (5,), vocab=3)}
+"""With tokens that come more than once."""
+
+
+@pytest.mark.parametrize("name", EKFAC_CASES)
 def test_ekfac_has_the_fishers_own_diagonal_and_is_never_worse(x64, name):
-    case = CASES[name]
+    case = EKFAC_CASES[name]
     x, _ = case.batch(3)
     moments = moments_of(case, [x])
     K, E = hj.layers.kfac(moments), hj.layers.ekfac(moments, [x])
@@ -117,6 +125,19 @@ def test_factored_damping_is_that_of_both_factors(x64):
     left, right = left + ratio * np.sqrt(0.1) * np.eye(4), right + np.sqrt(0.1) / ratio * np.eye(3)
     expected = np.kron(np.linalg.inv(left), np.linalg.inv(right))
     np.testing.assert_allclose(inverse[-12:, -12:], expected, rtol=1e-9)
+    right = np.asarray(moments.of("b")[0].right[0])
+    np.testing.assert_allclose(inverse[:3, :3], np.linalg.inv(right + 0.1 * np.eye(3)), rtol=1e-9)
+
+
+def test_factored_inverses_are_read_off_as_others_are(x64):
+    """With embeddings, whose one side is diagonal, and biases, which have a number for one."""
+    case = CASES["tied embedding"]
+    params, (x, _) = case.params(), case.batch(3)
+    inverse = hj.layers.kfac(moments_of(case, [x])).inverse(0.1, "factored")
+    dense = matrix_of(inverse, params)
+    np.testing.assert_allclose(inverse.trace(), np.trace(dense), rtol=1e-10)
+    np.testing.assert_allclose(flat(inverse.diagonal()), np.diag(dense), rtol=1e-9)
+    np.testing.assert_allclose(inverse.log_determinant(), np.linalg.slogdet(dense)[1], rtol=1e-10)
 
 
 def test_a_matrix_used_twice_has_the_nearest_product_to_both(x64):

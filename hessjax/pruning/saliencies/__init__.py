@@ -7,6 +7,9 @@ from hessjax.pruning.saliencies._first_order import magnitude as magnitude
 from hessjax.pruning.saliencies._first_order import random as random
 from hessjax.pruning.saliencies._first_order import static as static
 from hessjax.pruning.saliencies._hard_concrete import hard_concrete as hard_concrete
+from hessjax.pruning.saliencies._layerwise import obc as obc
+from hessjax.pruning.saliencies._layerwise import sparsegpt as sparsegpt
+from hessjax.pruning.saliencies._layerwise import wanda as wanda
 from hessjax.pruning.saliencies._movement import from_magnitudes as from_magnitudes
 from hessjax.pruning.saliencies._movement import movement as movement
 from hessjax.pruning.saliencies._movement import soft_movement as soft_movement

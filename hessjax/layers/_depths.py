@@ -1,0 +1,93 @@
+"""In what order a program uses the leaves of its params: those that know nothing of each other together."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from hessjax.layers._taps import read_uses
+from hessjax.layers._uses import LeafUses
+from hessjax.program._program import Body, Operation, Value
+
+
+class Depth(NamedTuple):
+    """Leaves whose inputs do not depend on one another's outputs.
+
+    Attributes:
+        leaves: their numbers.
+        parts: slices of the stack of matrices of each, one after the other: steps of the loop that they are
+            in, if it hands each step matrices of its own.
+    """
+
+    leaves: tuple[int, ...]
+    parts: tuple[tuple[slice, ...], ...]
+
+
+def depths_of(fn: Any, params: Any, args: tuple[Any, ...], wanted: Sequence[int]) -> list[Depth]:
+    """The leaves that are wanted, each where it is used last.
+
+    Args:
+        fn: `fn(params, *args)`.
+        params: the params.
+        args: first the batch.
+        wanted: numbers of leaves that are covered.
+    """
+    example = jax.eval_shape(lambda batch: jax.tree.map(lambda x: x[:1], batch), args[0])
+    program, leaves = read_uses(fn, params, (example, *args[1:]))
+    last = {leaf: _outermost(program.body, leaves[leaf])[-1] for leaf in wanted}
+    order = _levels(program.body, set(last.values()))
+    return [
+        Depth(tuple(found), _parts(leaves, found))
+        for level in order
+        if (found := [leaf for leaf in wanted if last[leaf] in level])
+    ]
+
+
+def _outermost(body: Body, leaf: LeafUses) -> list[Operation]:
+    """The operations of the program itself that a leaf is used in, or within, in their order."""
+    own = [use.loops[0] if use.loops else use.operation for use in leaf.uses]
+    return [operation for operation in body.operations if operation in own]
+
+
+def _levels(body: Body, wanted: set[Operation]) -> list[set[Operation]]:
+    """These operations, cut where one depends on another before it."""
+    levels: list[set[Operation]] = [set()]
+    reached: set[Value] = set()
+    for operation in body.operations:
+        depends = not reached.isdisjoint(operation.inputs)
+        if operation in wanted:
+            if depends:
+                levels.append(set())
+                reached = set()
+            levels[-1].add(operation)
+        if operation in wanted or depends:
+            reached |= set(operation.outputs)
+    return levels
+
+
+def _parts(leaves: Sequence[LeafUses], found: Iterable[int]) -> tuple[tuple[slice, ...], ...]:
+    """For every step of a loop a slice of every leaf's stack; leaves that all steps share come last."""
+    lengths = [_own_steps(leaves[leaf]) for leaf in found]
+    stacks = [leaves[leaf].uses[0].moves.end[0] for leaf in found]
+    steps = max(length for length, _ in lengths)
+    order = range(steps)[::-1] if any(backwards for _, backwards in lengths) else range(steps)
+    last = order[-1]
+    return tuple(
+        tuple(_slice(stack, length, step, last) for stack, (length, _) in zip(stacks, lengths, strict=True))
+        for step in order
+    )
+
+
+def _slice(stack: int, length: int, step: int, last: int) -> slice:
+    if length == 1:
+        return slice(0, stack) if step == last else slice(0, 0)
+    size = stack // length
+    return slice(step * size, (step + 1) * size)
+
+
+def _own_steps(leaf: LeafUses) -> tuple[int, bool]:
+    """How many steps of the outermost loop have matrices of their own, and whether it runs backwards."""
+    use = leaf.uses[0]
+    if len(leaf.uses) > 1 or not use.loops or not use.scanned[0]:
+        return 1, False
+    return use.loops[0].trips or 1, bool(use.loops[0].params.get("reverse"))
