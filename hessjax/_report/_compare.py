@@ -135,14 +135,14 @@ def _densities(reports: Sequence[Compared], charts: dict[str, Any]) -> list[Html
         return []
     top = max(real(y) for density in found.values() for y in density["share"])
     floor = _FLOOR * top
-    series = [
+    series: list[dict[str, Any]] = [
         {
             "name": name,
             "points": [(real(x), max(real(y), floor)) for x, y in zip(d["grid"], d["share"], strict=True)],
         }
         for name, d in found.items()
     ]
-    xs = [x for one in series for x, _ in one["points"]]  # type: ignore[misc]
+    xs: list[float] = [x for one in series for x, _ in one["points"]]
     axis = {"label": "eigenvalue", "type": "symlog", "domain": [min(xs), max(xs)],
             "constant": min(d["threshold"] for d in found.values())}  # fmt: skip
     share = {"label": "share per unit of the axis", "type": "log", "domain": [floor, 2 * top]}

@@ -27,7 +27,7 @@ app = typer.Typer(
 )
 
 Target = Annotated[
-    str, typer.Argument(metavar="MODULE:PROBLEM", help="Where `problem()` is, or `file.py:problem`.")
+    str, typer.Argument(metavar="MODULE:PROBLEM", help="Where `problem()` is, `file.py:problem`, or `tour`.")
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only.")]
@@ -55,6 +55,8 @@ def main(
 ANALYZE = """Examples:
 
   hessjax init                                   a problem.py to start from
+
+  hessjax analyze tour --out report --density    a network for digits, to have a look
 
   hessjax analyze problem.py --out report        self-test, trace, eigenvalues, what could be pruned
 

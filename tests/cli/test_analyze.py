@@ -98,22 +98,22 @@ def test_a_problem_that_is_not_there_is_one_line(folder, target):
 FIELDS = {
     "loss_fn=3": "field `loss_fn` of the problem: `loss_fn` must be a function",
     "params={'w': 'x'}": "field `params` of the problem: `params`",
-    "batches=p.batches[0]": "field `batches` of the problem: `batches` must be an iterable of batches",
+    "batches=p.batches[0]": "field `batches` of the problem: `loss_fn(params, batch)` must work for each of",
     "batches=[]": "field `batches` of the problem: `batches` must hold at least one batch",
     "metric=0.5": "field `metric` of the problem: `metric` must be a function",
     "likelihood='categorical'": "field `likelihood` of the problem: `likelihood` must be",
     "optimizer='adam'": "field `optimizer` of the problem: `optimizer` must be an optax optimizer",
     "step=len": "field `step` of the problem: `step` must",
     "groups=['a']": "field `groups` of the problem: `groups` must map names",
-    "loss_fn=lambda p, b: b[0]": "field `batches` of the problem: `loss_fn` must return one real number",
+    "loss_fn=lambda p, b: b[0]": "TypeError: `loss_fn` must return one real number",
 }
 
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_a_field_that_is_wrong_is_named(folder, field):
     name = f"wrong_{abs(hash(field))}.py"
-    text = f"from reporting import small_problem\np = small_problem()\ndef problem():\n    return p._replace({field})\n"
-    (folder / name).write_text(text)
+    text = "from reporting import small_problem\np = small_problem()\ndef problem():\n    return p._replace"
+    (folder / name).write_text(f"{text}({field})\n")
     done = hessjax("analyze", name, "--out", "out")
     assert done.exit_code == 2
     assert FIELDS[field] in done.stderr
@@ -132,8 +132,10 @@ def test_what_a_problem_raises_is_told_with_its_place_and_debug_shows_it(folder)
 
 
 def test_a_self_test_that_fails_has_an_exit_code_of_its_own(folder):
-    text = "from reporting import small_problem, small_loss\ndef problem():\n    return small_problem()._replace("
-    (folder / "inf.py").write_text(text + "loss_fn=lambda p, b: small_loss(p, b) / 0.0)\n")
+    text = "from reporting import small_problem, small_loss\ndef problem():\n    return "
+    (folder / "inf.py").write_text(
+        text + "small_problem()._replace(loss_fn=lambda p, b: small_loss(p, b) / 0)\n"
+    )
     done = hessjax("analyze", "inf.py", "--out", "out")
     assert done.exit_code == _errors.CHECK_FAILED
     assert "finite loss: the loss is inf" in done.stderr
@@ -178,7 +180,8 @@ def test_prune_to_a_rise_of_the_loss_stays_below_it(folder):
     assert done.exit_code == 0, done.output
     record = json.loads(done.stdout)
     assert 0 < record["after"]["loss"] - record["before"]["loss"] <= 0.05
-    masks = np.load(folder / "out" / "masks.npz")
+    with np.load(folder / "out" / "masks.npz") as file:
+        masks = dict(file)
     params = jax.tree.map(np.asarray, restored(folder / "out" / "checkpoint"))
     assert set(masks) == {"a/kernel", "b/kernel"}
     assert not params["a"]["kernel"][~masks["a/kernel"]].any()
