@@ -13,7 +13,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --ed
 QUICK ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install tour test smoke check notebooks bench peers docs dist clean
+.PHONY: help install install-peers tour test smoke check notebooks bench peers docs dist clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -70,6 +70,8 @@ $(READY_PEERS): pyproject.toml
 	$(PEERS_PIP) --editable '.[peers]' || { $(PEERS_PIP) --editable '.[benchmarks]' && $(PEERS_NAMES) | \
 	  while read -r peer; do $(PEERS_PIP) "$$peer" || echo "$$peer cannot be installed here."; done; }
 	@touch $@
+
+install-peers: $(READY_PEERS)
 
 peers: $(READY_PEERS)  ## what a reader would pick instead, on the same weights and data (QUICK=1 for small sizes)
 	PYTHONPATH=benchmarks $(VENV)-peers/bin/python -m peers $(if $(QUICK),--quick)

@@ -46,16 +46,21 @@ class Trained(NamedTuple):
         wrong: rows of the test sentences that it gets wrong in the end.
         curve: updates and the errors after them, in percent of the test sentences.
         seconds: of the training alone, the first step's compilation included.
+        state: of the optimizer, at the end.
     """
 
     params: Any
     wrong: list[int]
     curve: list[tuple[int, float]]
     seconds: float
+    state: Any = None
 
 
-def problem(layers: int, length: int, number: int | None) -> Task:
-    """The pretrained encoder's first layers before so many sentences, all for None, cut at a length."""
+def problem(layers: int, length: int, number: int | None, seed: int = 0) -> Task:
+    """The pretrained encoder's first layers before so many sentences, all for None, cut at a length.
+
+    Other sentences are held out for another seed.
+    """
     pretrained = encoder.load(layers)
     sentences, labels = movie_reviews.load()
     encoded = movie_reviews.encode(sentences, labels, pretrained.vocabulary, length)
@@ -63,15 +68,15 @@ def problem(layers: int, length: int, number: int | None) -> Task:
     classifier = {"kernel": jnp.zeros((width, 2)), "bias": jnp.zeros(2)}
     params = {"encoder": pretrained.params, "classifier": classifier}
     module = encoder.Classifier(encoder.Encoder(layers))
-    parts = (part[:number] for part in movie_reviews.split(encoded))
+    parts = (part[:number] for part in movie_reviews.split(encoded, seed=seed))
     return Task(module, pretrained.embeddings, params, *parts)
 
 
-def train(task: Task, tx: optax.GradientTransformation, steps: int, size: int) -> Trained:
-    """The encoder and the classifier, the embeddings frozen."""
+def train(task: Task, tx: optax.GradientTransformation, steps: int, size: int, seed: int = 0) -> Trained:
+    """The encoder and the classifier, the embeddings frozen; sentences in another order for another seed."""
     params = jax.tree.map(lambda x: jnp.array(x, copy=True), task.params)
     state, curve, begin = tx.init(params), [], time.perf_counter()
-    chosen = movie_reviews.batches(len(task.train.labels), size, steps, seed=0)
+    chosen = movie_reviews.batches(len(task.train.labels), size, steps, seed)
     for i, rows in enumerate(chosen, 1):
         batch = (*task.train[rows], None if task.teacher is None else task.teacher[rows])
         params, state = step(tx, task.module, params, state, task.embeddings, batch)
@@ -79,7 +84,7 @@ def train(task: Task, tx: optax.GradientTransformation, steps: int, size: int) -
             wrong = mistakes(task, params)
             curve.append((i, 100 * len(wrong) / len(task.test.labels)))
             print(f"step {i}: {curve[-1][1]:.1f} % errors, {time.perf_counter() - begin:.0f} s", flush=True)
-    return Trained(params, wrong, curve, time.perf_counter() - begin)
+    return Trained(params, wrong, curve, time.perf_counter() - begin, state)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))

@@ -149,11 +149,11 @@ def errors(params: Params) -> float:
     return 100 * float(jnp.mean(jnp.argmax(logits(params, x), axis=-1) != y))
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def trained(seed: int, epochs: int) -> Params:
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def trained(seed: int, epochs: int, sizes: tuple[int, ...] = (64, 40, 20, 10)) -> Params:
     """Adam with a cosine schedule; noise on the images, so that it generalises."""
     x, y = data()[0]
-    key, sizes = jax.random.key(seed), (64, 40, 20, 10)
+    key = jax.random.key(seed)
     shapes = list(itertools.pairwise(sizes))
     keys = jax.random.split(key, len(shapes))
     params = tuple(jax.random.normal(k, s) * jnp.sqrt(2 / s[0]) for k, s in zip(keys, shapes, strict=True))

@@ -11,6 +11,9 @@ from hessjax._core._results import Estimate as Estimate
 from hessjax._core._types import relative as relative
 from hessjax._fisher._build import inverse_fisher as inverse_fisher
 from hessjax._fisher._inverse_fisher import InverseFisher as InverseFisher
+from hessjax._report._problem import Problem as Problem
+from hessjax._report._verb import Report as Report
+from hessjax._report._verb import report as report
 from hessjax._run._bar import progress_bar as progress_bar
 from hessjax._run._callbacks import checkpoint as checkpoint
 from hessjax._run._drivers import NonFiniteProductError as NonFiniteProductError
@@ -19,10 +22,14 @@ from hessjax._run._estimator import Progress as Progress
 from hessjax._run._memory import MemoryEstimate as MemoryEstimate
 from hessjax._run._memory import memory_estimate as memory_estimate
 from hessjax.analysis import directions as directions
+from hessjax.analysis import dynamics as dynamics
 from hessjax.analysis._check import check as check
 from hessjax.analysis._comparisons import Check as Check
+from hessjax.analysis._influence import influence as influence
+from hessjax.analysis._influence import self_influence as self_influence
 from hessjax.analysis._landscape import Landscape as Landscape
 from hessjax.analysis._landscape import landscape as landscape
+from hessjax.analysis._scores import Influence as Influence
 from hessjax.analysis._sensitivity import Sensitivity as Sensitivity
 from hessjax.analysis._sensitivity import sensitivity as sensitivity
 from hessjax.analysis._summary import summary as summary

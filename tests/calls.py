@@ -35,6 +35,7 @@ WIDE, MAGNITUDE, ADAM = jnp.ones((2, 4)), hj.saliencies.magnitude(), optax.adam(
 GRADS = {"kernel": jnp.arange(1.0, 33.0).reshape(2, 4, 4), "bias": jnp.ones((2, 4))}
 UNFILTERED = {"kernel": jnp.ones((4, 4)), "act": jax.nn.relu, "size": 7}
 A = jax.tree_util.Partial(jnp.multiply, jnp.arange(1.0, 4.0))
+A2 = jax.tree_util.Partial(jax.tree.map, A)
 VARIABLES = linen.Dense(2).init(KEY, X)
 FOLDER = pathlib.Path(tempfile.gettempdir()) / "hessjax-calls"
 
@@ -116,6 +117,7 @@ WRONG = {
     "one array": [*TREES, None, {}, 3, jnp.arange(3), {"w": W}],
     "weights": ["0.5", [None, 1], Thing(), len, ["a", "b"], jnp.ones(3), [-1.0, 1.0], {"w": 1}],
     "numbers": [None, "0.5", {}, Thing(), len, ["a"], [None]],
+    "norms": [*TREES, None, {}, 3, jnp.arange(3), {"w": True}, jnp.ones(()), jnp.ones((2, 2))],
     "counts": [None, "ab", 3, {}, Thing(), ["a"], [2.5], [0], [None]],
     "functions": [None, A, "A", [], [1], {}, X, Thing()],
     "mapping": [None, 1, "a", [1], X, loss, Thing()],
@@ -129,23 +131,24 @@ WRONG = {
 
 KINDS = {
     "number": """damping temperature alpha b2 eps eps_root shift factor decay start_open floor least
-        least_sparsity confidence batch_size max_ratio? dense_accuracy? sparsity""",
+        least_sparsity confidence batch_size max_ratio? dense_accuracy? minutes? sparsity learning_rate
+        bandwidth small_size large_size""",
     "schedule": "penalty fraction level",
     "count": """num_probes num_matvecs max_matvecs k block_size basis_size? at_once every num_samples?
         recomputes microbatch? num_grads? chunk_size points_at_once steps_per_epoch? n m num_heads?
-        max_width""",
+        max_width max_evaluations num_points top seed budget?""",
     "integer": "axis?",
     "function": """loss_fn model_fn output_loss matvec make_matvec metric grads_fn? teacher_fn information
         score loss weights? fn approximation
-        preconditioner""",
+        preconditioner query_fn? inverse?""",
     "key": "key",
     "params": "params like rhs grads scores",
-    "vector": "vector start? diagonal directions other state?",
+    "vector": "vector start? diagonal directions other state? update",
     "flag": """linearize on_device reorthogonalise drop_constants progress transient regrow straight_through
-        linear log""",
+        linear log by_leaf per_layer landscape layers resume force anyway""",
     "choice": "mode which update positions basis_dtype? within empty",
     "axis": "filter_axis?",
-    "path": "path",
+    "path": "path out?",
     "text": "description unit",
     "tol": "tol",
     "where": "where",
@@ -159,13 +162,14 @@ KINDS = {
     "callbacks": "callbacks",
     "optimizer": "inner optimizer",
     "precision": "precision",
-    "batches": "batches",
+    "batches": "batches train query",
     "args": "x",
     "numbers": "levels distances? steps values accuracy residuals?",
+    "norms": "small large",
     "counts": "shape",
     "functions": "matvecs",
-    "mapping": "groups? curvature sparsities curves",
-    "result": "opt_state density traces result eigenpairs? ax? axes? labels moments pairs?",
+    "mapping": "groups? curvature sparsities curves densities",
+    "result": "opt_state density traces result eigenpairs? ax? axes? labels moments pairs? problem",
     "module": "module model",
     "inputs": "inputs",
 }
@@ -185,6 +189,8 @@ RIGHT = {
     "fn": model, "approximation": A, "preconditioner": A,
     "make_matvec": lambda batch: hj.hessian(loss, W, batch), "matvecs": [A, A], "diagonal": W, "other": W,
     "teacher_fn": dense, "metric": size_of, "information": loss, "scores": PARAMS, "steps": [0, 1],
+    "train": [X], "query": [X], "inverse": A, "update": W,
+    "small": 2 * W, "large": W, "small_size": 2, "large_size": 3,
     "values": [1.0, 2.0], "accuracy": [0.5, 1.0], "curves": {"a": ([0.1, 1.0], [0.5, 1.0])},
 }  # fmt: skip
 
@@ -217,12 +223,17 @@ INSTEAD = {
         **PRUNED, "diagonal": (None, "vector?"), "path": (None, "path?"), "metric": (size_of, "function?"),
     },
     "hj.compact": {"params": (PARAMS, "tree"), "model_fn": (dense, "function"), "x": (WIDE, "args")},
+    "hj.report": {"density": (True, "flag"), "problem": (hj.Problem(loss, W, [X]), "result")},
     "hj.summary": {**PRUNED, "model_fn": (dense, "function"), "x": (WIDE, "args")},
     "hj.to_sparse": PRUNED,
     "hj.save_npz": {"params": (PARAMS, "tree")},
     "hj.load_npz": {"like": (PARAMS, "vector?")},
     "hj.load_recipe": {"path": ("tests/recipes/recipe.yaml", "path"), "steps_per_epoch": (10, "count?")},
     "hj.directions.random": PRUNED,
+    "hj.influence": {"x": (jnp.ones(()), "args")},
+    "hj.self_influence": {"x": (jnp.ones(()), "args")},
+    "hj.dynamics.noise_scale": {"grads": (jnp.eye(3), "params"), "weights": (None, "numbers?")},
+    "hj.dynamics.critical_batch_size": {"grads": (jnp.eye(3), "params"), "weights": (None, "numbers?")},
     "hj.likelihoods.Likelihood": {"score": (loss, "function")},
     "hj.saliencies.movement": {"start": (jnp.zeros_like, "function")},
     "hj.saliencies.rigl": {"score": (hj.saliencies.magnitude(), "saliency")},
@@ -254,6 +265,9 @@ def results():
     moments = hj.layers.moments(model, W, [X], likelihood=hj.likelihoods.gaussian)
     of_all = hj.layers.moments(dense, PARAMS, [WIDE], likelihood=hj.likelihoods.gaussian)
     return {
+        "hj.dynamics.heterogeneity": {
+            "densities": (hj.spectral_density_by_leaf(A2, KEY, [W, W], 1, 3), "mapping"),
+        },
         "hj.layers.kfac": {"moments": (moments, "result")},
         **{f"hj.saliencies.{name}": {"moments": (of_all, "result"), "damping": (1.0, "tol")}
            for name in ("obc", "sparsegpt")},

@@ -1,14 +1,9 @@
-"""What is public, on four simulated devices beside one: run by `test_meshes.py`, in a process of its own."""
-
-import json
-import sys
+"""What is public, called on a small network: for the tests of devices."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 import hessjax as hj
 
@@ -34,9 +29,6 @@ def normal(seed, *shape):
 
 PARAMS = {"in": {"kernel": normal(0, 8, 16), "bias": normal(1, 16)}, "out": {"kernel": normal(2, 16, 8) / 4}}
 BATCH = normal(3, 12, 8), normal(4, 12, 8)
-# The batch over one axis of the mesh, the outputs of the last layer over the other.
-PARAM_SPECS = {"in": {"kernel": P(None, None), "bias": P(None)}, "out": {"kernel": P(None, "x")}}
-BATCH_SPECS = P("y", None), P("y", "x")
 
 
 def hessian(params, batch):
@@ -120,16 +112,3 @@ def difference(ours, theirs):
     pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
     pairs = [(np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in pairs]
     return max(float(np.max(np.abs(a - b))) / max(float(np.max(np.abs(a))), 1e-30) for a, b in pairs)
-
-
-if __name__ == "__main__":
-    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(getattr(AxisType, sys.argv[1]),) * 2)
-    placed = lambda tree, specs: jax.tree.map(
-        lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, specs
-    )
-    whole = {name: call(PARAMS, BATCH) for name, call in CALLS.items()}
-    params, batch = placed(PARAMS, PARAM_SPECS), placed(BATCH, BATCH_SPECS)
-    with jax.set_mesh(mesh):
-        print(
-            json.dumps({name: difference(whole[name], call(params, batch)) for name, call in CALLS.items()})
-        )

@@ -19,7 +19,7 @@ VERBS = """
     hessian hvp ggn fisher empirical_fisher per_example_grads empirical_fisher_roots
     ggn_roots sampled_grads over_batches batches select weighted_sum preconditioned adam_preconditioner
     eigenpairs trace trace_by_leaf diagonal frobenius_norm spectral_density spectral_density_by_leaf spectrum
-    solve inverse_fisher landscape check
+    solve inverse_fisher landscape check influence self_influence report
     prune prune_once mask_of summary sensitivity compact to_sparse save_npz load_npz load_recipe distillation
     run memory_estimate relative progress_bar checkpoint
 """
@@ -31,6 +31,8 @@ NAMESPACES = {
     "probes": "rademacher gaussian",
     "likelihoods": "Likelihood categorical gaussian",
     "directions": "random line",
+    "dynamics": """noise_scale noise_scale_from_norms critical_batch_size directional_sharpness
+        critical_sharpness heterogeneity""",
     "saliencies": """Saliency magnitude random gradient movement soft_movement hard_concrete obd obs
         wood_taylor static sparse_evolution rigl compensated from_magnitudes wanda obc sparsegpt""",
     "patterns": "Pattern unstructured n_of_m blocks channels filters rows heads",
@@ -82,7 +84,7 @@ def test_families_stand_in_namespaces(name):
 
 def test_no_package_that_holds_the_code_is_shown():
     modules = {name for name in dir(hj) if isinstance(getattr(hj, name), ModuleType)}
-    where_imported = {"flax", "plot", "report", "cli"}
+    where_imported = {"flax", "plot", "cli"}
     assert modules - where_imported == set(NAMESPACES)
 
 

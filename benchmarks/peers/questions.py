@@ -11,6 +11,7 @@ import numpy as np
 
 from peers import problems
 from peers.asking import Answer, Group, Worker, rounds
+from peers.layers import layers
 from peers.problems import Problem
 from peers.rows import Row, coverage, row, timed, wasserstein
 
@@ -209,5 +210,6 @@ SECTIONS = {
     "products": products,
     "estimates": estimates,
     "inverse_fisher": inverse_fisher,
+    "layers": layers,
     "start": start,
 }

@@ -34,7 +34,7 @@ ASKED = {
 def markdown(result: dict[str, Any]) -> str:
     """All sections."""
     sections = {"answers": answers, "products": products, "estimates": estimates}
-    sections |= {"inverse_fisher": plain("Inverse Fisher"), "start": plain("Start")}
+    sections |= {"inverse_fisher": plain("Inverse Fisher"), "layers": answers, "start": plain("Start")}
     parts = [
         make(result["sections"][name]) for name, make in sections.items() if result["sections"].get(name)
     ]

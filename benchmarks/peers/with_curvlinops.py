@@ -6,8 +6,11 @@ import numpy as np
 import torch
 from curvlinops import (
     EFLinearOperator,
+    EKFACLinearOperator,
     GGNLinearOperator,
     HessianLinearOperator,
+    KFACInverseLinearOperator,
+    KFACLinearOperator,
     hutchinson_trace,
     hutchpp_trace,
     lanczos_approximate_spectrum,
@@ -17,9 +20,10 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 
 from peers import in_torch
 from peers.in_torch import Network, loss
+from peers.layers import of_matrix
 from peers.problems import Problem
 
-__all__ = ["density", "estimate", "load", "loss", "product", "top", "trace"]
+__all__ = ["density", "estimate", "layers", "load", "loss", "product", "top", "trace"]
 
 TOLERANCES = [1e-4, 1e-6, 0]
 STEPS = [10, 20, 40, 80, 160]
@@ -112,3 +116,46 @@ def estimate(problem: Problem, matrix: str, estimator: str, budget: int, trials:
     A, function = torch.from_numpy(problem.arrays[f"matrix/{matrix}"]), ESTIMATORS[estimator]
     torch.manual_seed(0)
     return {"means": [float(function(A, budget)) for _ in range(trials)], "errors": None}
+
+
+def layers(network: Network, name: str, fisher: str, positions: str) -> dict[str, Any]:
+    """Of the layers that it has: dense ones and convolutions."""
+    kind = EKFACLinearOperator if name == "EKFAC" else KFACLinearOperator
+    key = f"{kind.__name__}, {fisher}, {positions}"
+    if name in ("factors", "EKFAC") or key not in _KEPT:
+        _KEPT[key] = _kronecker(network, kind, fisher, positions)
+    if name == "factors":
+        return _factors(_KEPT[key])
+    if name == "inverse":
+        inverse = f"inverse, {key}"
+        if inverse not in _KEPT:
+            _KEPT[inverse] = KFACInverseLinearOperator(_KEPT[key], damping=1e-2, use_exact_damping=True)
+        key = inverse
+    _, vector = _covered(network)
+    return {**in_torch.summary(_KEPT[key] @ vector, vector), "compared": ["norm", "along"]}
+
+
+def _kronecker(network: Network, kind: Any, fisher: str, positions: str) -> Any:
+    params, _ = _covered(network)
+    options = {"fisher_type": {"exact": "type-2"}.get(fisher, fisher), "kfac_approx": positions}
+    matrix = kind(
+        network.model, network.criterion, params, network.batches, check_deterministic=False, **options
+    )
+    if kind is KFACLinearOperator:
+        matrix.compute_kronecker_factors()
+    return matrix
+
+
+def _factors(matrix: Any) -> dict[str, Any]:
+    names = list(matrix._input_covariances)
+    sides = {"left": matrix._input_covariances, "right": matrix._gradient_covariances}
+    found = {side: [of_matrix(factors[n].numpy()) for n in names] for side, factors in sides.items()}
+    return {**found, "compared": list(found)}
+
+
+def _covered(network: Network) -> tuple[list[Any], torch.Tensor]:
+    """Its params, and the vector's part on them."""
+    modules = [m for m in network.model.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
+    chosen = {id(p) for m in modules for p in m.parameters()}
+    pairs = [(p, v) for p, v in zip(network.params, network.vector, strict=True) if id(p) in chosen]
+    return [p for p, _ in pairs], in_torch.flat([v for _, v in pairs])

@@ -21,9 +21,10 @@ from jax.tree_util import Partial
 import hessjax as hj
 from peers import in_jax
 from peers.in_jax import Network, loss
+from peers.layers import of_matrix
 from peers.problems import Problem
 
-__all__ = ["density", "estimate", "inverse_fisher", "load", "loss", "product", "top", "trace"]
+__all__ = ["density", "estimate", "inverse_fisher", "layers", "load", "loss", "product", "top", "trace"]
 
 STEPS = [10, 20, 40, 80, 160]
 WAYS = {
@@ -171,3 +172,45 @@ def _grads(problem: Problem) -> jax.Array:
     if "grads" not in _KEPT:
         _KEPT["grads"] = jnp.asarray(problem.arrays["grads"])
     return _KEPT["grads"]
+
+
+def layers(network: Network, name: str, fisher: str, positions: str) -> dict[str, Any]:
+    """Of the dense layers and convolutions, as curvlinops has no others."""
+    part, vector = (hj.select(tree, _covered) for tree in (network.params, network.vector))
+    key = f"{fisher}, {positions}"
+    if name == "factors" or f"moments, {key}" not in _KEPT:
+        _KEPT[f"moments, {key}"] = _moments(network, part, fisher, positions)
+    moments = _KEPT[f"moments, {key}"]
+    if name == "factors":
+        return _factors(moments)
+    if name == "EKFAC":
+        matrix = hj.layers.ekfac(moments, network.batches)
+    else:
+        matrix = _kept_matrix(moments, name, key)
+    return {**in_jax.summary(matrix(vector.part), vector.part), "compared": ["norm", "along"]}
+
+
+def _moments(network: Network, part: Any, fisher: str, positions: str) -> Any:
+    likelihood = hj.likelihoods.categorical if fisher == "exact" else None
+    fn = part.restrict(network.model_fn if fisher == "exact" else network.loss_fn)
+    data = network.batches, *network.state
+    found = hj.layers.moments(fn, part.part, *data, likelihood=likelihood, positions=positions)
+    return jax.block_until_ready(found)
+
+
+def _covered(path: str, leaf: Any) -> bool:
+    return path.startswith(("Conv", "Dense"))
+
+
+def _kept_matrix(moments: Any, name: str, key: str) -> Any:
+    if f"{name}, {key}" not in _KEPT:
+        kfac = hj.layers.kfac(moments)
+        _KEPT[f"{name}, {key}"] = kfac.inverse(1e-2) if name == "inverse" else kfac
+    return _KEPT[f"{name}, {key}"]
+
+
+def _factors(moments: Any) -> dict[str, Any]:
+    """Those of the weights, in the order of the layers."""
+    kernels = [moments.of(path)[0] for path in moments.problem.paths if path.endswith("kernel")]
+    found = {side: [of_matrix(getattr(x, side)[0]) for x in kernels] for side in ("left", "right")}
+    return {**found, "compared": list(found)}

@@ -31,6 +31,8 @@ GROUPS: dict[str, list[str]] = {
     ],
     "Solutions": ["solve Solution", "inverse_fisher InverseFisher"],
     "Landscape": ["landscape Landscape"],
+    "Training data": ["influence Influence", "self_influence"],
+    "Report": ["report Report Problem"],
     "Running": [
         "run Progress NonFiniteProductError",
         "memory_estimate MemoryEstimate MemoryLimitWarning",
@@ -48,6 +50,7 @@ GROUPS: dict[str, list[str]] = {
 # Families of choices, a page for each namespace.
 FAMILIES = {
     "estimators": "Estimators", "probes": "Probes", "likelihoods": "Likelihoods", "directions": "Directions",
+    "dynamics": "Dynamics of training",
     "saliencies": "Saliencies", "patterns": "Patterns", "allocations": "Allocations", "layers": "Layers",
     "flax": "Flax adapters", "plot": "Figures",
 }  # fmt: skip

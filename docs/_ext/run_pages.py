@@ -4,19 +4,31 @@ import os
 import tempfile
 from pathlib import Path
 
+import jax
 import page_code
 from sphinx.application import Sphinx
 from sphinx.errors import ExtensionError
 
 FIGURES = "_generated"
+FLAGS = (
+    "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 "
+    "--xla_force_host_platform_device_count=8 "
+)
+"""The flags of `tests/conftest.py`, to the letter: they are part of a program's key."""
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register the hook."""
     os.environ.setdefault("MPLBACKEND", "Agg")
-    # Networks are tiny: what a page costs is compiling, and a quarter of that is optimisation.
-    cheap = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    os.environ.setdefault("XLA_FLAGS", cheap)
+    # Networks are tiny: a page costs what compiling costs. Compiled as the tests of the same pages do, once
+    # is enough for both.
+    os.environ.setdefault("XLA_FLAGS", FLAGS)
+    jax.config.update(
+        "jax_compilation_cache_dir",
+        str(page_code.DOCS.parent / ".pytest_cache" / "programs"),
+    )
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     app.connect("source-read", _run)
     return {"parallel_read_safe": True}
 

@@ -16,7 +16,8 @@ from rich import get_console
 from rich.progress import track
 
 import hessjax as hj
-from hessjax import plot, report
+from hessjax import _report as report
+from hessjax import plot
 from hessjax._core._results import Eigenpairs
 from hessjax._core._tables import written
 from hessjax._core._types import Key, Params

@@ -12,15 +12,16 @@ from hessjax._core._results import Estimate
 from hessjax._core._types import Block, Key, Matvec, Params, Scalar, Tolerance, readable_defaults, settings
 from hessjax._run._arguments import RunOptions, checked_options
 from hessjax._run._drivers import run
-from hessjax.estimators._samples import (
+from hessjax.estimators._moments import (
     Moments,
-    Sampling,
     estimate,
     longer,
     no_samples,
     push,
     stopping_error,
+    students_factor,
 )
+from hessjax.estimators._samples import Sampling
 from hessjax.estimators.probes import Probe, rademacher
 
 
@@ -125,9 +126,10 @@ def _longer(
 def _slope_error(
     residual: Float[Array, "..."], weight: Float[Array, "..."], n: Int[Array, ""]
 ) -> Float[Array, "..."]:
-    """√(Σ (Av − slope⊙v)² / ((n − 1)·Σ v⊙v)), infinite with fewer than two samples."""
+    """√(Σ (Av − slope⊙v)² / ((n − 1)·Σ v⊙v)) by Student's factor, infinite with fewer than two samples."""
     lengths = jnp.sqrt(jnp.maximum(n - 1, 1).astype(weight.dtype) * jnp.where(weight > 0, weight, 1))
-    return jnp.where(n > 1, residual / lengths, jnp.inf)
+    # Not widened for skewness: an entry's samples are sums of products of signs, which have none.
+    return jnp.where(n > 1, students_factor(n, weight.dtype) * residual / lengths, jnp.inf)
 
 
 hutchinson_diagonal = HutchinsonDiagonal

@@ -10,8 +10,9 @@ from jaxtyping import Array, Float
 from hessjax._core import _numbers, _tree
 from hessjax._core._results import Estimate
 from hessjax._core._types import Block, Key, Params, Scalar, settings
-from hessjax.estimators import _samples
-from hessjax.estimators._samples import Moments, Sampling
+from hessjax.estimators import _moments
+from hessjax.estimators._moments import Moments
+from hessjax.estimators._samples import Sampling
 
 
 class HutchinsonState(NamedTuple):
@@ -71,7 +72,7 @@ class Hutchinson(Sampling):
         """The first probe, and no samples."""
         # All samples in one array: one update instead of one for every leaf.
         zeros = jnp.zeros(1 + self._num_parts(like), _tree.accumulator_dtype(like))
-        return HutchinsonState(key, self.draw(key, 0, like), _samples.no_samples(zeros))
+        return HutchinsonState(key, self.draw(key, 0, like), _moments.no_samples(zeros))
 
     def update(self, state: HutchinsonState, products: Block) -> HutchinsonState:
         """One sample vᵀAv more, and the next probe."""
@@ -79,19 +80,19 @@ class Hutchinson(Sampling):
         product, dtype = _tree.row(products, 0), state.samples.mean.dtype
         leaves = jnp.stack(_tree.inner_by_leaf(state.probe, product))
         parts = [jnp.sum(leaves, keepdims=True), *self._parts(leaves, state.probe, product)]
-        samples = _samples.push(state.samples, jnp.concatenate([part.astype(dtype) for part in parts]))
+        samples = _moments.push(state.samples, jnp.concatenate([part.astype(dtype) for part in parts]))
         return HutchinsonState(state.key, self.draw(state.key, samples.num_samples, state.probe), samples)
 
     def result(self, state: HutchinsonState) -> Estimate:
         """The mean and its standard error."""
-        parts = _samples.estimate(state.samples)
+        parts = _moments.estimate(state.samples)
         with _numbers.meant():  # NaN before the first sample
             return parts._replace(mean=parts.mean[0], stderr=parts.stderr[0])
 
     def error(self, state: HutchinsonState) -> Scalar:
         """The standard error of the total."""
-        parts = _samples.estimate(state.samples)
-        return _samples.stopping_error(parts.stderr[0], parts.num_samples)
+        parts = _moments.estimate(state.samples)
+        return _moments.stopping_error(parts.stderr[0], parts.num_samples)
 
     def scale(self, state: HutchinsonState) -> Scalar:
         """The absolute value of the total."""
@@ -141,7 +142,7 @@ class HutchinsonByLeaf(Hutchinson):
 
     def result(self, state: HutchinsonState) -> Estimate:
         """The means and their standard errors: the total, the leaves, the groups."""
-        return _samples.estimate(state.samples)
+        return _moments.estimate(state.samples)
 
     def _num_parts(self, like: Params) -> int:
         layers = zip(jax.tree.leaves(like), self.stacks, strict=False)

@@ -15,16 +15,8 @@ from hessjax._core._results import Estimate
 from hessjax._core._types import Block, Key, Params, Scalar, assign, settings
 from hessjax._run._estimator import Estimator
 from hessjax.estimators import _basis
-from hessjax.estimators._samples import (
-    Moments,
-    check_probe,
-    drawn,
-    estimate,
-    no_samples,
-    push,
-    stopping_error,
-    when,
-)
+from hessjax.estimators._moments import Moments, estimate, no_samples, push, stopping_error
+from hessjax.estimators._samples import check_probe, drawn, when
 from hessjax.estimators.probes import Probe, rademacher
 
 

@@ -96,6 +96,26 @@ def ends(nodes: Float[Array, "probes m"], weights: Float[Array, "probes m"]) -> 
     return jnp.min(jnp.where(there, nodes, jnp.inf)), jnp.max(jnp.where(there, nodes, -jnp.inf))
 
 
+def standard_error(
+    weights: Float[Array, "probes m"],
+    values: Float[Array, "probes m"],
+    took_place: Bool[Array, " probes"],
+    dimension: Scalar,
+) -> Scalar:
+    """Of the mean over the probes of Σ w f, from the probes' own variances, widened where they are skewed."""
+    means = jnp.sum(weights * values, axis=1, keepdims=True)
+    # Of each probe: the variance of Σ w f is 2/d · Σ w (f − Σ w f)².
+    deviations = jnp.where(took_place[:, None], jnp.sqrt(weights) * (values - means), 0)
+    spread = _tree.norm(deviations)
+    # √w c³ is (√w c)³/w: in units of the spread, so that no cube leaves float32.
+    cubes = (deviations / jnp.where(spread > 0, spread, 1)) ** 3 / jnp.sqrt(
+        jnp.where(weights > 0, weights, 1)
+    )
+    squared_skewness = 8 / dimension * jnp.sum(cubes) ** 2
+    count = jnp.maximum(jnp.sum(took_place), 1).astype(spread.dtype)
+    return jnp.sqrt(2 / dimension) * spread / count * jnp.sqrt(1 + squared_skewness / 10)
+
+
 def bulk(nodes: Float[Array, "probes m"], weights: Float[Array, "probes m"]) -> Scalar:
     """The distance from the 5 % to the 95 % quantile."""
     # Quantiles of the mixture over all probes: each alone may miss an end of the bulk.

@@ -17,8 +17,9 @@ from hessjax._run._arguments import RunOptions, checked_options
 from hessjax._run._drivers import run
 from hessjax._run._estimator import Estimator
 from hessjax.estimators._density import SpectralDensity
+from hessjax.estimators._moments import estimate, moments_of
 from hessjax.estimators._quadrature import Quadrature, Recurrence, with_basis, without_basis
-from hessjax.estimators._samples import check_probe, drawn, estimate, moments_of, when
+from hessjax.estimators._samples import check_probe, drawn, when
 from hessjax.estimators.probes import Probe, gaussian
 
 

@@ -16,7 +16,7 @@ from hessjax._core._types import Block, LossFn, Params
 from hessjax.curvature._product import as_pytree, at_precision, check_precision, explained
 from hessjax.curvature._weights import Weights, by_example, of_examples
 from hessjax.layers._coverage import checked_uses
-from hessjax.layers._gradients import Gradients, tapped_batch
+from hessjax.layers._gradients import Gradients, tapped_batch, whole_batch
 from hessjax.layers._taps import Tapped
 from hessjax.layers._uses import LeafUses, Use
 from hessjax.program._origins import Moves
@@ -163,7 +163,7 @@ def capture(
     source = Gradients(argument="loss_fn")
     leaves = checked_uses(source.of(loss_fn) if callable(loss_fn) else loss_fn, params, args, "loss_fn")
     layouts, paths = layouts_of(leaves), tuple(_tree.leaf_paths(params))
-    args, shares, count = of_examples(weights, args)
+    args, shares, count = of_examples(weights, (whole_batch(args[0]), *args[1:]))
     shares = jnp.full(count, 1 / count) if shares is None else shares
     with explained("loss_fn"):
         uses, strays = _captured(precision, layouts, source, as_pytree(loss_fn), params, args, shares)

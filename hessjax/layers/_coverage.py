@@ -123,15 +123,18 @@ def checked_uses(fn: Any, params: Any, args: tuple[Any, ...], argument: str = "f
     _tree.check_floating(params)
     if args:  # else `num_examples` says what is missing
         check_call(argument, fn, args)
-    example = jax.eval_shape(_first, args)
+    num_examples(args)
+    example = jax.tree.map(_first, args[0])
     with explained(argument):
         return read_uses(fn, params, (example, *args[1:]))[1]
 
 
-def _first(args: tuple[Any, ...]) -> Any:
-    """One example, as a batch of one."""
-    num_examples(args)
-    return jax.tree.map(lambda x: x[:1] if jnp.ndim(x) else x, args[0])
+def _first(x: Any) -> jax.ShapeDtypeStruct:
+    """One example, as a batch of one, of which no axis is divided between devices."""
+    shape = np.shape(x)
+    return jax.ShapeDtypeStruct(
+        (1, *shape[1:]) if shape else (), jax.dtypes.canonicalize_dtype(jnp.result_type(x))
+    )
 
 
 def check_covered(params: Params, leaves: tuple[LeafUses, ...]) -> None:

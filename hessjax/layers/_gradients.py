@@ -10,6 +10,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from hessjax._core import _tree
+from hessjax._core._sharding import gathered
 from hessjax._core._types import Key, Params, settings
 from hessjax.curvature._gradients import of_each
 from hessjax.curvature._product import as_pytree, described, scalar
@@ -98,3 +99,11 @@ def tapped_batch(
         return tapped(gradients.of(fn), params, (batch, *rest), pulled)
 
     return of_each(of_example, ((args[0], keys, shares), *args[1:]))
+
+
+def whole_batch(batch: Any) -> Any:
+    """The batch, whole on every device of an explicit mesh; on automatic ones as it is.
+
+    Where axes are explicit every sum over examples would have to say where it goes.
+    """
+    return jax.tree.map(lambda x: gathered(x) if isinstance(x, jax.Array) else x, batch)

@@ -21,7 +21,7 @@ from hessjax.curvature._product import as_pytree, check_call, check_precision
 from hessjax.curvature._weights import Weights, check_weights, of_examples
 from hessjax.layers._capture import Layout, layouts_of
 from hessjax.layers._coverage import check_covered, checked_uses
-from hessjax.layers._gradients import Gradients
+from hessjax.layers._gradients import Gradients, whole_batch
 from hessjax.layers._sides import Positions
 
 Layouts: TypeAlias = tuple[tuple[Layout, ...], ...]
@@ -101,7 +101,7 @@ def parts_of(problem: Problem, batches: Source) -> Iterator[Part]:
     known = dict[Any, Layouts]()
     for index, (weight, batch) in enumerate(weighed(batches, problem.weights)):
         check_call("fn", problem.fn, (batch, *problem.args))
-        args, shares, count = of_examples(problem.weights, (batch, *problem.args))
+        args, shares, count = of_examples(problem.weights, (whole_batch(batch), *problem.args))
         # Shapes decide what a program is: batches of equal ones are read once.
         shapes = jax.tree.structure(batch), tuple(np.shape(x)[1:] for x in jax.tree.leaves(batch))
         if shapes not in known:

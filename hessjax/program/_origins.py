@@ -223,7 +223,7 @@ def _broadcast(operation: Operation, origin: Origin) -> Origin:
 
 _MOVES: dict[str, Callable[[Operation, Origin], Origin | None]] = {
     **dict.fromkeys(["convert_element_type", "reduce_precision", "copy", "copy_p", "name"], _same),
-    **dict.fromkeys(["sharding_constraint", "device_put"], _same),
+    **dict.fromkeys(["sharding_constraint", "reshard", "device_put"], _same),
     **dict.fromkeys(["mul", "div"], _times),
     "broadcast_in_dim": _broadcast,
     "expand_dims": _reshape,

@@ -50,7 +50,7 @@ def test_a_reader_that_stops_early_ends_the_command_without_a_word(tmp_path, mon
     def stopped(*_, **__):
         raise BrokenPipeError
 
-    monkeypatch.setattr("hessjax.cli.run_tour", stopped)
+    monkeypatch.setattr("hessjax.cli._tour.tour", stopped)
     result = CliRunner().invoke(app, ["tour", "--out", str(tmp_path)])
     assert (result.exit_code, result.output) == (1, "")
 
@@ -66,6 +66,7 @@ def test_missing_extra_is_one_line(package, monkeypatch, capsys):
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setitem(sys.modules, f"{package}.datasets", None)
+    monkeypatch.setattr(sys, "argv", ["hessjax", "tour"])
     with pytest.raises(SystemExit) as caught:
         __main__.main()
     assert caught.value.code == 2

@@ -145,6 +145,18 @@ TRACED = {
     "hj.probes.gaussian": lambda p, b: hj.probes.gaussian(KEY, p),
     "hj.directions.random": lambda p, b: hj.directions.random(KEY, p),
     "hj.directions.line": lambda p, b: hj.directions.line(p, p),
+    "hj.dynamics.noise_scale": lambda p, b: hj.dynamics.noise_scale(grads(p, b)),
+    "hj.dynamics.noise_scale_from_norms": lambda p, b: hj.dynamics.noise_scale_from_norms(
+        2 * p["in"]["bias"], p["in"]["bias"], 1, 2
+    ),
+    "hj.dynamics.critical_batch_size": lambda p, b: hj.dynamics.critical_batch_size(grads(p, b), ridge(p, b)),
+    "hj.dynamics.directional_sharpness": lambda p, b: hj.dynamics.directional_sharpness(
+        loss_fn, p, b, update=p
+    ),
+    "hj.dynamics.critical_sharpness": lambda p, b: hj.dynamics.critical_sharpness(loss_fn, p, b, update=p),
+    "hj.dynamics.heterogeneity": lambda p, b: hj.dynamics.heterogeneity(
+        hj.spectral_density_by_leaf(hessian(p, b), KEY, p, 1, 4, **DEVICE)
+    ),
     "hj.layers.capture": lambda p, b: hj.layers.capture(loss_fn, p, b),
     "hj.layers.moments": lambda p, b: (
         hj.layers.moments(model_fn, p, [b], likelihood=hj.likelihoods.gaussian).leaves
@@ -190,6 +202,8 @@ ON_THE_HOST = {
     "hj.over_batches": lambda p, b: hj.over_batches(lambda part: hessian(p, part), [b, b])(p),
     "hj.batches": lambda p, b: list(hj.batches([b])),
     "hj.trace": lambda p, b: hj.trace(hessian(p, b), KEY, p, 3),
+    "hj.influence": lambda p, b: hj.influence(loss_fn, p, [b], [b], inverse=None),
+    "hj.self_influence": lambda p, b: hj.self_influence(loss_fn, p, [b], inverse=None),
     "hj.landscape": lambda p, b: hj.landscape(loss_fn, p, b, directions=p, distances=[0.0, 1.0]),
     "hj.sensitivity": lambda p, b: hj.sensitivity(lambda at: loss_fn(at, b), p, [0.5]),
     "hj.summary": lambda p, b: hj.summary(p),
@@ -200,7 +214,7 @@ ON_THE_HOST = {
 
 NOTHING_COMPUTED = """
     relative progress_bar checkpoint mask_of load_recipe save_npz load_npz to_sparse compact memory_estimate
-    layers.coverage layers.reconstruct estimators.Estimator
+    report layers.coverage layers.reconstruct estimators.Estimator
     likelihoods.Likelihood likelihoods.categorical likelihoods.gaussian
     saliencies.Saliency patterns.Pattern allocations.Allocation allocations.threshold
 """
@@ -208,7 +222,7 @@ NOTHING_COMPUTED = """
 
 CALLS_OUT = {
     "eigh": """ggn_roots eigenpairs spectral_density spectral_density_by_leaf spectrum
-        estimators.lanczos estimators.power_iteration estimators.slq
+        estimators.lanczos estimators.power_iteration estimators.slq dynamics.heterogeneity
         layers.moments layers.kfac layers.ekfac""",
     "cholesky": """inverse_fisher prune_once saliencies.obs saliencies.wood_taylor saliencies.compensated
         saliencies.obc saliencies.sparsegpt""",

@@ -21,7 +21,7 @@ def test_each_public_name_has_exactly_one_entry():
 
 def test_each_namespace_of_the_face_is_a_family():
     folders = {"analysis", "cli", "compaction", "curvature", "fisher", "program", "pruning", "recipes"}
-    folders |= {"report", "solvers", "flax", "plot"}
+    folders |= {"solvers", "flax", "plot"}
     modules = {name for name, value in vars(hessjax).items() if inspect.ismodule(value) and name[0] != "_"}
     modules.discard("jaxtyping")  # put there by the run-time checker
     assert modules - folders == set(FAMILIES)

@@ -32,7 +32,7 @@ def test_against_the_dense_algorithm_after_any_number_of_products(x64, spectrum)
         assert int(estimate.num_samples) == n
         want = np.trace(Q.T @ A @ Q) + samples[:n].mean() if n else np.nan
         np.testing.assert_allclose(estimate.mean, want, rtol=1e-9)
-        stderr = samples[:n].std(ddof=1) / np.sqrt(n) if n > 1 else np.inf
+        stderr = oracles.standard_error(samples[:n]) if n > 1 else np.inf
         np.testing.assert_allclose(estimate.stderr, stderr, rtol=1e-9)
 
 

@@ -117,6 +117,19 @@ def test_factored_damping_is_that_of_both_factors(x64):
     left, right = left + ratio * np.sqrt(0.1) * np.eye(4), right + np.sqrt(0.1) / ratio * np.eye(3)
     expected = np.kron(np.linalg.inv(left), np.linalg.inv(right))
     np.testing.assert_allclose(inverse[-12:, -12:], expected, rtol=1e-9)
+    right = np.asarray(moments.of("b")[0].right[0])
+    np.testing.assert_allclose(inverse[:3, :3], np.linalg.inv(right + 0.1 * np.eye(3)), rtol=1e-9)
+
+
+def test_factored_inverses_are_read_off_as_others_are(x64):
+    """With embeddings, whose one side is diagonal, and biases, which have a number for one."""
+    case = CASES["tied embedding"]
+    params, (x, _) = case.params(), case.batch(3)
+    inverse = hj.layers.kfac(moments_of(case, [x])).inverse(0.1, "factored")
+    dense = matrix_of(inverse, params)
+    np.testing.assert_allclose(inverse.trace(), np.trace(dense), rtol=1e-10)
+    np.testing.assert_allclose(flat(inverse.diagonal()), np.diag(dense), rtol=1e-9)
+    np.testing.assert_allclose(inverse.log_determinant(), np.linalg.slogdet(dense)[1], rtol=1e-10)
 
 
 def test_a_matrix_used_twice_has_the_nearest_product_to_both(x64):

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 import hessjax as hj
-from hessjax import report
+from hessjax import _report as report
 
 
 def estimate(mean, stderr, of_data=None):

@@ -7,8 +7,8 @@ from hessjax._core import _results, _tree
 from hessjax._core._results import Eigenpairs
 from hessjax._core._tables import Column, Row, Table, number, percent, shape_text
 from hessjax._core._types import Params
+from hessjax._report._record import LayerRow, layer_row, layer_rows
 from hessjax.estimators._trace import TraceByLeaf
-from hessjax.report._report import LayerRow, layer_row, layer_rows
 
 HINT = "A terminal of {width} columns shows all, `report.json` holds all."
 
@@ -19,7 +19,7 @@ def eigenvalue_table(pairs: Eigenpairs) -> Table:
     Example:
         >>> import jax, jax.numpy as jnp
         >>> import hessjax as hj
-        >>> from hessjax.report import eigenvalue_table
+        >>> from hessjax._report import eigenvalue_table
         >>> A = jax.tree_util.Partial(jnp.multiply, jnp.linspace(-1.0, 4.0, 50))
         >>> len(eigenvalue_table(hj.eigenpairs(A, jax.random.key(0), jnp.zeros(50), k=2)).rows)
         4
@@ -33,7 +33,7 @@ def layer_table(traces: TraceByLeaf, params: Params) -> Table:
     Example:
         >>> import jax, jax.numpy as jnp
         >>> import hessjax as hj
-        >>> from hessjax.report import layer_table
+        >>> from hessjax._report import layer_table
         >>> A = jax.tree_util.Partial(jnp.multiply, 2.0)
         >>> params = jnp.zeros(3)
         >>> len(layer_table(hj.trace_by_leaf(A, jax.random.key(0), params, num_probes=2), params).rows)
@@ -75,7 +75,7 @@ def accuracy_table(rows: Mapping[str, tuple[float, float]]) -> Table:
     """Sparsity against accuracy, one row for every network: `{name: (sparsity, accuracy)}`.
 
     Example:
-        >>> from hessjax.report import accuracy_table
+        >>> from hessjax._report import accuracy_table
         >>> len(accuracy_table({"dense": (0.0, 0.98), "sparse": (0.9, 0.97)}).rows)
         2
     """

@@ -23,7 +23,7 @@ def environment() -> dict[str, Any]:
     """What a number in a report depends on: versions, device, processor cores.
 
     Example:
-        >>> from hessjax.report import environment
+        >>> from hessjax._report import environment
         >>> sorted(environment())
         ['cores', 'device', 'platform', 'python', 'versions']
     """
@@ -53,7 +53,7 @@ def prepare(out: Path) -> None:
 
     Example:
         >>> import pathlib, tempfile
-        >>> from hessjax.report import prepare
+        >>> from hessjax._report import prepare
         >>> out = pathlib.Path(tempfile.mkdtemp()) / "a" / "b"
         >>> prepare(out)
         >>> list(out.iterdir())
@@ -69,7 +69,7 @@ def to_json(value: Any) -> Any:
     Example:
         >>> import jax.numpy as jnp
         >>> import hessjax as hj
-        >>> from hessjax.report import to_json
+        >>> from hessjax._report import to_json
         >>> to_json(hj.Estimate(jnp.float32(1.5), jnp.float32(jnp.inf), jnp.int32(1)))
         {'mean': 1.5, 'stderr': 'inf', 'num_samples': 1, 'data_stderr': None}
     """
@@ -100,7 +100,7 @@ def write_json(path: Path, record: Any) -> None:
 
     Example:
         >>> import pathlib, tempfile
-        >>> from hessjax.report import write_json
+        >>> from hessjax._report import write_json
         >>> path = pathlib.Path(tempfile.mkdtemp()) / "report.json"
         >>> write_json(path, {"a": (1, 2)})
         >>> path.read_text().split()
@@ -150,7 +150,7 @@ def layer_rows(traces: TraceByLeaf, params: Params) -> tuple[LayerRow, ...]:
     Example:
         >>> import jax, jax.numpy as jnp
         >>> import hessjax as hj
-        >>> from hessjax.report import layer_rows
+        >>> from hessjax._report import layer_rows
         >>> A = jax.tree_util.Partial(lambda v: {"bias": 2 * v["bias"], "kernel": 3 * v["kernel"]})
         >>> params = {"bias": jnp.zeros(2), "kernel": jnp.zeros((2, 2))}
         >>> rows = layer_rows(hj.trace_by_leaf(A, jax.random.key(0), params, num_probes=2), params)
