@@ -35,7 +35,8 @@ class Settings(NamedTuple):
         layers: that are trained and pruned, the encoder's last ones.
         frozen: layers before them, which stay as they are: what they say of every sentence is computed once.
         length: tokens of a sentence, longer ones are cut.
-        batch: sentences in a step.
+        sentences: of which a fifth is held out.
+        batch: in a step.
         steps: of a run that prunes; in the last four tenths the number of zeros rests.
         dense_steps: of the dense network before, from which the others begin, and which teaches them.
         dense_rate: its highest learning rate.
@@ -50,11 +51,12 @@ class Settings(NamedTuple):
     left: tuple[float, ...] = (0.05, 0.15)
     layers: int = 2
     frozen: int = 4
-    length: int = 16
+    length: int = 24
+    sentences: int = 5300
     batch: int = 16
-    steps: int = 200
-    dense_steps: int = 120
-    dense_rate: float = 1e-4
+    steps: int = 250
+    dense_steps: int = 250
+    dense_rate: float = 2e-4
     every: int = 2
     rate: float = 2e-4
     small_rate: float = 1e-3
@@ -63,7 +65,7 @@ class Settings(NamedTuple):
     penalty: float = 400.0
 
 
-QUICK = Settings((0.2,), 1, 0, 12, 8, 12, 6)
+QUICK = Settings((0.2,), 1, 0, 12, 120, 8, 12, 6)
 
 
 class Method(NamedTuple):
@@ -105,7 +107,8 @@ def by_leaf(rate: Any) -> optax.GradientTransformation:
 def names(settings: Settings) -> Iterator[tuple[str, float, bool, int]]:
     """Method, share left, whether a teacher helps, and seed of every run, the most important first."""
     first, *others = settings.left
-    for seed, method in itertools.product(SEEDS, methods(settings)):
+    further = [method for method in methods(settings) if method not in MAIN]
+    for seed, method in [*itertools.product(SEEDS, MAIN), *itertools.product(SEEDS, further)]:
         yield method, first, True, seed
     for left, seed, method in itertools.product(others, SEEDS, MAIN):
         yield method, left, True, seed
@@ -144,8 +147,12 @@ def dense(settings: Settings, seed: int) -> dict[str, Any]:
 
 
 def row(settings: Settings, method: str, left: float, taught: bool, seed: int) -> dict[str, Any]:
+    """What is kept of one run."""
+    return run(learned(settings, seed, taught), settings, method, left, seed)
+
+
+def run(task: fine_tuning.Task, settings: Settings, method: str, left: float, seed: int) -> dict[str, Any]:
     """Errors, what is left of every matrix, and for the first seed a sample of one matrix's weights."""
-    task = learned(settings, seed, taught)
     found = fine_tuning.train(task, pruning(settings, method, left), settings.steps, settings.batch, seed)
     sample = {"sample": sampled(task.params, found)} if not seed and left == settings.left[0] else {}
     by_layer = {path: float(jnp.mean(x != 0)) for path, x in kernels(found.params).items()}
@@ -176,7 +183,7 @@ def problem(settings: Settings, seed: int) -> fine_tuning.Task:
         "classifier": {"kernel": jnp.zeros((features.table.shape[-1], 2)), "bias": jnp.zeros(2)},
     }
     module = encoder.Classifier(encoder.Encoder(settings.layers))
-    return fine_tuning.Task(module, features, params, *movie_reviews.split(sentences, seed=seed))
+    return fine_tuning.Task(module, features, params, *movie_reviews.split(sentences, 0.2, seed))
 
 
 @functools.lru_cache(maxsize=1)
@@ -184,6 +191,8 @@ def frozen(settings: Settings) -> tuple[encoder.Pretrained, movie_reviews.Senten
     """The pretrained encoder, the sentences by their rows, and what its first layers say of each."""
     pretrained = encoder.load(settings.frozen + settings.layers)
     texts, labels = movie_reviews.load()
+    chosen = np.random.default_rng(0).permutation(len(labels))[: settings.sentences]
+    texts, labels = [texts[i] for i in chosen], labels[chosen]
     sentences = movie_reviews.encode(texts, labels, pretrained.vocabulary, settings.length)
     path = downloads.CACHE / f"movement_study_{settings.frozen}_frozen_{settings.length}_tokens.npy"
     if not path.exists():
