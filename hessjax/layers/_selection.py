@@ -150,10 +150,10 @@ def _matrix(
         weights, chosen, done = carry
         own = jax.lax.dynamic_slice(factor, (start, 0), (block, factor.shape[1]))
         square = jax.lax.dynamic_slice(own, (0, start), (block, block))
-        pieces = [jax.lax.dynamic_slice(x, (start, 0), (block, columns)) for x in (weights, kept, gone)]
+        w, k, g = (jax.lax.dynamic_slice(x, (start, 0), (block, columns)) for x in (weights, kept, gone))
         is_in = jax.lax.dynamic_slice(inside, (start,), (block,))
         due = jnp.round(zeros * (jnp.minimum(start + block, width) / width)).astype(jnp.int32) - done
-        mask, errors = _block(size, each, square, *pieces, is_in, due)
+        mask, errors = _block(size, each, square, w, k, g, is_in, due)
         # Columns of U before the block are zero: nothing that is settled moves again.
         behind = jnp.arange(own.shape[1]) >= start + block
         weights = weights - jnp.matmul(jnp.where(behind[None], own, 0).T, errors)

@@ -1,112 +1,23 @@
-"""Saliencies from what goes into every layer: Wanda, optimal brain compression and SparseGPT's sweep."""
+"""Saliencies that move the kept weights of every layer: optimal brain compression, SparseGPT's sweep."""
 
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from hessjax._core import _tree
-from hessjax._core._messages import checked_choice, checked_count, checked_instance
+from hessjax._core._messages import checked_count
 from hessjax._core._types import Amount, Params, Relative, Scalar, Tolerance, assign, settings
 from hessjax.layers._moments import LayerMoments
-from hessjax.layers._outputs import Inputs, by_path, check_belong, inputs_of
+from hessjax.layers._outputs import Inputs, by_path
 from hessjax.layers._reconstruct import check_solved, nearest
 from hessjax.layers._rows import inverted
 from hessjax.layers._selection import costs_in_turn, costs_of_sets, swept
 from hessjax.pruning.patterns._fitting import patterns_of
 from hessjax.pruning.patterns._pattern import Kept, Pattern, Unstructured
 from hessjax.pruning.saliencies._saliency import Context, MaskChange, Saliency
-
-Within: TypeAlias = Literal["output", "network"]
-"""What weights are compared with: those of the same output, or all there are."""
-
-
-def _checked(moments: Any) -> None:
-    checked_instance("moments", moments, LayerMoments, "hessjax.layers.moments(model_fn, params, batches)")
-
-
-def _inputs(moments: LayerMoments, weights: Params) -> list[Inputs]:
-    """Of every leaf that is pruned, the weights as they are now in the place of the dense ones."""
-    leaves = by_path(weights)
-    check_belong(leaves, moments, "params[where]")
-    found = [(inputs_of(moments, path), leaf) for path, leaf in leaves.items()]
-    return [inputs._replace(dense=inputs.moves.apply(_tree.wide(leaf))) for inputs, leaf in found]
-
-
-def _there(seen: Context) -> Params:
-    return jax.tree.map(lambda w, m: jnp.where(m, w, 0), seen.weights, seen.mask)
-
-
-def _tree_of(seen: Context, leaves: list[Any]) -> Params:
-    return jax.tree.unflatten(jax.tree.structure(seen.weights), leaves)
-
-
-@settings(arrays=("moments",))
-class Wanda(Saliency):
-    """|w| · ‖x‖, the weight times the root mean square of what it is multiplied with.
-
-    Published is the comparison within an output: of every column the same share goes. So the score of a
-    weight is the share of its column that lies below it, whatever the allocation then compares: under
-    `uniform` all columns of a leaf are equally sparse, under `explicit` and its like as sparse as the leaf,
-    under n:m the lowest of each group go. Nothing moves; `compensated(wanda(moments), by=obc(moments))` has
-    the kept weights make up for the others.
-
-    Args:
-        moments: `hessjax.layers.moments(fn, params, batches)`, with positions `"expand"`.
-        within: `"output"`, as published; `"network"`: the score is w²·E[x²]·E[g²]/2, with g what comes back
-            to the output: the diagonal of K-FAC's quadratic, in units of the loss, for `global_threshold` and
-            for the mean over groups that go as a whole.
-
-    Raises:
-        TypeError: if `moments` are none.
-        ValueError: for another `within`; when scored, for leaves that there are no moments of, or of another
-            shape (all are named).
-
-    Cost:
-        A sort of every column, or a pass over the weights.
-
-    References:
-        Sun et al., A simple and effective pruning approach for large language models (2023), arXiv
-        2306.11695.
-
-    Example:
-        >>> import jax.numpy as jnp, hessjax as hj
-        >>> def model_fn(w, x):
-        ...     return x @ w
-        >>> w, x = jnp.array([[1.0, 4.0], [2.0, 1.0]]), jnp.array([[3.0, 1.0]])
-        >>> moments = hj.layers.moments(model_fn, w, [x], likelihood=hj.likelihoods.gaussian)
-        >>> hj.prune_once(w, hj.saliencies.wanda(moments), 0.5, where="*").params  # 3·1 against 1·2
-        Array([[1., 4.],
-               [0., 0.]], dtype=float32)
-    """
-
-    moments: LayerMoments
-    within: Within = "output"
-
-    def __post_init__(self) -> None:
-        _checked(self.moments)
-        checked_choice("within", self.within, ("output", "network"))
-
-    def __repr__(self) -> str:
-        return f"wanda({self.moments.problem.paths}, {self.within!r})"
-
-    def scores(self, state: Any, seen: Context) -> Params:
-        """Shares of the column, or costs."""
-        found = _inputs(self.moments, _there(seen))
-        score = _shares if self.within == "output" else _diagonal_costs
-        return _tree_of(seen, [inputs.moves.undo(score(inputs)) for inputs in found])
-
-
-def _shares(inputs: Inputs) -> Float[Array, "s i o"]:
-    sizes = jnp.abs(inputs.dense) * jnp.sqrt(inputs.squares)[..., None]
-    order = jnp.argsort(jnp.argsort(sizes, axis=1), axis=1)
-    return order.astype(sizes.dtype) / sizes.shape[1]
-
-
-def _diagonal_costs(inputs: Inputs) -> Float[Array, "s i o"]:
-    return inputs.dense**2 * inputs.squares[..., None] * inputs.importance[:, None] / 2
+from hessjax.pruning.saliencies._wanda import check_moments, diagonal_costs, inputs_now, there_of, tree_of
 
 
 @settings(arrays=("moments", "damping"))
@@ -156,24 +67,29 @@ class LayerWise(Saliency):
     compensates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _checked(self.moments)
+        check_moments(self.moments)
         assign(self, damping=Amount.of(self.damping, "damping"))
 
     def __repr__(self) -> str:
         return f"obc({self.moments.problem.paths}, {self.damping})"
 
+    @property
+    def amount(self) -> Amount:
+        """The damping, one that is no fraction too."""
+        return Amount.of(self.damping, "damping")
+
     def scores(self, state: Any, seen: Context) -> Params:
         """What each weight costs when its turn comes, or its group."""
-        found = _inputs(self.moments, _there(seen))
+        found = inputs_now(self.moments, there_of(seen))
         patterns = patterns_of(seen.pattern, seen.weights)
         triples = zip(found, patterns, jax.tree.leaves(seen.mask), strict=True)
-        return _tree_of(seen, [_cost(inputs, p, mask, self.damping) for inputs, p, mask in triples])
+        return tree_of(seen, [_cost(inputs, p, mask, self.amount) for inputs, p, mask in triples])
 
     def compensate(self, state: Any, seen: Context, mask: Params) -> tuple[Params, Float[Array, ""]]:
         """The best kept weights."""
-        found = _inputs(self.moments, _there(seen))
+        found = inputs_now(self.moments, there_of(seen))
         masks = [m & a for m, a in zip(*map(jax.tree.leaves, (mask, seen.mask)), strict=True)]
-        best = [nearest(inputs, m, self.damping) for inputs, m in zip(found, masks, strict=True)]
+        best = [nearest(inputs, m, self.amount) for inputs, m in zip(found, masks, strict=True)]
         check_solved(dict(zip(by_path(seen.weights), best, strict=True)))
         increases = [
             inputs.increase(inputs.dense - inputs.moves.apply(x))
@@ -183,8 +99,8 @@ class LayerWise(Saliency):
             # A pruned weight keeps its dense copy; traced code cannot raise: what is singular does not move.
             lambda w, m, x: jnp.where(m & jnp.all(jnp.isfinite(x)), x.astype(w.dtype), w),
             seen.weights,
-            _tree_of(seen, masks),
-            _tree_of(seen, best),
+            tree_of(seen, masks),
+            tree_of(seen, best),
         )
         return moved, jnp.sum(jnp.stack(increases))
 
@@ -192,7 +108,7 @@ class LayerWise(Saliency):
 def _cost(inputs: Inputs, pattern: Pattern, mask: Array, damping: Amount) -> Array:
     there = inputs.moves.apply(mask)
     if inputs.is_diagonal:
-        return inputs.moves.undo(_diagonal_costs(inputs))
+        return inputs.moves.undo(diagonal_costs(inputs))
     weights = inputs.dense * jnp.sqrt(inputs.importance)[:, None]
     quadratic = inputs.damped(damping)
     if isinstance(pattern, Unstructured | Kept) or pattern.at_most is not None:
@@ -221,10 +137,10 @@ class Sweep(MaskChange):
 
     def settle(self, mask: Params, order: Params, seen: Context) -> Params:
         """The mask of the sweep."""
-        found = _inputs(self.moments, _there(seen))
+        found = inputs_now(self.moments, there_of(seen))
         paths, patterns = by_path(seen.weights), patterns_of(seen.pattern, seen.weights)
         rows = zip(paths, found, patterns, jax.tree.leaves(mask), jax.tree.leaves(seen.mask), strict=True)
-        return _tree_of(seen, [self._leaf(*row) for row in rows])
+        return tree_of(seen, [self._leaf(*row) for row in rows])
 
     def _leaf(self, path: str, inputs: Inputs, pattern: Pattern, mask: Array, active: Array) -> Array:
         is_single = isinstance(pattern, Unstructured)
@@ -310,19 +226,19 @@ class SparseGPT(LayerWise):
     @property
     def change(self) -> MaskChange:  # type: ignore[override]
         """The sweep."""
-        return Sweep(self.moments, self.damping, self.block_size)
+        return Sweep(self.moments, self.amount, self.block_size)
 
     def scores(self, state: Any, seen: Context) -> Params:
         """What each weight costs if it goes alone."""
-        found = _inputs(self.moments, _there(seen))
-        return _tree_of(seen, [inputs.moves.undo(_single_cost(inputs, self.damping)) for inputs in found])
+        found = inputs_now(self.moments, there_of(seen))
+        return tree_of(seen, [inputs.moves.undo(_single_cost(inputs, self.amount)) for inputs in found])
 
 
 def _single_cost(inputs: Inputs, damping: Amount) -> Float[Array, "s i o"]:
     if inputs.is_diagonal:
-        return _diagonal_costs(inputs)
+        return diagonal_costs(inputs)
     pivots = jnp.diagonal(inverted(inputs.damped(damping)), axis1=1, axis2=2)
     return inputs.dense**2 / pivots[..., None] * inputs.importance[:, None] / 2
 
 
-wanda, obc, sparsegpt = Wanda, LayerWise, SparseGPT
+obc, sparsegpt = LayerWise, SparseGPT
