@@ -89,7 +89,7 @@ def _systems(chosen: np.ndarray) -> Systems:
     owner = np.repeat(np.arange(stack), columns)
     first, members = _shared(owner, masks, columns)
     number = masks[first].sum(axis=1)
-    size = min(width, -(-int(number.max(initial=1)) // (step := max(1, width // PARTS))) * step)
+    size = min(width, -(-int(np.max(number, initial=1)) // (step := max(1, width // PARTS))) * step)
     # Chosen entries first, in their order: the rest are padding.
     entries = np.argsort(~masks[first], axis=1, kind="stable")[:, :size]
     there = np.arange(size)[None] < number[:, None]
@@ -103,12 +103,12 @@ def _shared(owner: np.ndarray, masks: np.ndarray, columns: int) -> tuple[np.ndar
     _, first, which, counts = np.unique(
         codes, axis=0, return_index=True, return_inverse=True, return_counts=True
     )
-    if not counts.size or len(counts) * counts.max() > 2 * len(masks):
+    if not counts.size or len(counts) * int(np.max(counts)) > 2 * len(masks):
         return own, own[:, None] % max(columns, 1)
     which = which.ravel()
     order = np.argsort(which, kind="stable")
     place = np.arange(len(masks)) - np.repeat(np.cumsum(counts) - counts, counts)
-    members = np.full((len(counts), counts.max()), columns)
+    members = np.full((len(counts), int(np.max(counts))), columns)
     members[which[order], place] = order % columns
     return first, members
 
