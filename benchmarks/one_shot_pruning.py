@@ -1,10 +1,11 @@
 """How much accuracy is left after pruning without retraining?"""
 
+import dataclasses
 import functools
 import itertools
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,41 @@ NO_BARS = (None, None, None)
 
 Params = tuple[jax.Array, ...]
 r = hj.relative
+
+
+@dataclasses.dataclass(frozen=True)
+class KFAC(hj.saliencies.Saliency):
+    """K-FAC for the Fisher: scores ½ w² / [K⁻¹]_qq, and the single moves added up, as in WoodFisher's paper.
+
+    Attributes:
+        damping: λ.
+        moves: whether the kept weights do.
+        corrected: whether the eigenvalues are those of EKFAC.
+    """
+
+    damping: Any
+    moves: bool = True
+    corrected: bool = False
+    compensates: ClassVar[bool] = True
+
+    def scores(self, state: Any, seen: Any) -> Params:
+        """½ w² / [K⁻¹]_qq."""
+        return jax.tree.map(lambda w, d: w**2 / (2 * d), seen.weights, self._inverse(seen).diagonal())
+
+    def compensate(self, state: Any, seen: Any, mask: Params) -> tuple[Params, jax.Array]:
+        """The weights less K⁻¹(w_q / [K⁻¹]_qq), over all q that go."""
+        inverse, gone = self._inverse(seen), jax.tree.map(jnp.not_equal, seen.mask, mask)
+        diagonal = inverse.diagonal()
+        parts = jax.tree.map(lambda w, d, g: jnp.where(g, w / d, 0), seen.weights, diagonal, gone)
+        costs = jax.tree.map(lambda w, x: jnp.sum(w * x) / 2, seen.weights, parts)
+        moved = jax.tree.map(jnp.subtract, seen.weights, inverse(parts)) if self.moves else seen.weights
+        return moved, sum(jax.tree.leaves(costs))
+
+    def _inverse(self, seen: Any) -> Any:
+        x, _ = sample(seen.weights, NUM_GRADS)
+        moments = hj.layers.moments(logits, seen.weights, [x], likelihood=hj.likelihoods.categorical)
+        matrix = hj.layers.ekfac(moments, [x]) if self.corrected else hj.layers.kfac(moments)
+        return matrix.inverse(self.damping)
 
 
 class Method(NamedTuple):
@@ -75,6 +111,9 @@ def methods(number: int) -> dict[str, Method]:
     soft = functools.partial(softened_roots, number=number, temperature=4.0)
     return {
         "magnitude": Method(hj.saliencies.magnitude()),
+        "K-FAC, scores, λ = 0.1 mean": Method(KFAC(r(0.1), moves=False)),
+        "K-FAC, summed, λ = 0.1 mean": Method(KFAC(r(0.1))),
+        "K-FAC, summed, λ = 0.1 mean, 10 recomputes": Method(KFAC(r(0.1)), recomputes=(10, 10, 10)),
         "OBS, summed, λ = 1e-5": Method(hj.saliencies.obs("summed", 1e-5), plain),
         "OBS, joint, λ = 1e-5": Method(hj.saliencies.obs("joint", 1e-5), plain),
         "joint, 10 recomputes": Method(hj.saliencies.obs("joint", r(0.01)), plain, (10, 10, 10)),

@@ -146,7 +146,7 @@ KINDS = {
     "vector": "vector start? diagonal directions other state? update",
     "flag": """linearize on_device reorthogonalise drop_constants progress transient regrow straight_through
         linear log by_leaf per_layer landscape layers resume force anyway""",
-    "choice": "mode which update positions basis_dtype?",
+    "choice": "mode which update positions basis_dtype? within empty",
     "axis": "filter_axis?",
     "path": "path out?",
     "text": "description unit",
@@ -263,11 +263,18 @@ def results():
     plane = hj.landscape(size_of, W, directions=jnp.eye(2, 3), distances=[0.0, 1.0])
     density = hj.spectral_density(A, KEY, W, 1, 3)
     moments = hj.layers.moments(model, W, [X], likelihood=hj.likelihoods.gaussian)
+    of_all = hj.layers.moments(dense, PARAMS, [WIDE], likelihood=hj.likelihoods.gaussian)
     return {
         "hj.dynamics.heterogeneity": {
             "densities": (hj.spectral_density_by_leaf(A2, KEY, [W, W], 1, 3), "mapping"),
         },
         "hj.layers.kfac": {"moments": (moments, "result")},
+        **{f"hj.saliencies.{name}": {"moments": (of_all, "result"), "damping": (1.0, "tol")}
+           for name in ("obc", "sparsegpt")},
+        "hj.saliencies.wanda": {"moments": (of_all, "result")},
+        "hj.layers.reconstruct": {
+            "params": (W, "tree"), "mask": (W != 1, "tree"), "moments": (moments, "result"),
+            "batches": (None, "batches again?"), "damping": (1.0, "tol"), "empty": ("allow", "choice")},
         "hj.layers.ekfac": {"moments": (moments, "result")},
         "hj.plot.density": {"density": (density, "result")},
         "hj.plot.cumulative": {"density": (density, "result")},

@@ -27,14 +27,14 @@ NAMESPACES = {
     "estimators": """Estimator lanczos power_iteration hutchinson hutchinson_by_leaf hutchpp xtrace
         hutchinson_diagonal hutchinson_frobenius slq conjugate_gradient minres
         preconditioned_conjugate_gradient""",
-    "layers": "coverage capture moments kfac ekfac quality",
+    "layers": "coverage capture moments kfac ekfac quality reconstruct",
     "probes": "rademacher gaussian",
     "likelihoods": "Likelihood categorical gaussian",
     "directions": "random line",
     "dynamics": """noise_scale noise_scale_from_norms critical_batch_size directional_sharpness
         critical_sharpness heterogeneity""",
     "saliencies": """Saliency magnitude random gradient movement soft_movement hard_concrete obd obs
-        wood_taylor static sparse_evolution rigl compensated from_magnitudes""",
+        wood_taylor static sparse_evolution rigl compensated from_magnitudes wanda obc sparsegpt""",
     "patterns": "Pattern unstructured n_of_m blocks channels filters rows heads",
     "allocations": "Allocation global_threshold uniform erdos_renyi explicit by_curvature threshold",
 }

@@ -16,9 +16,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import table
 
-from peers import problems, report
+from peers import problems, report, summary
 from peers.questions import SECTIONS
 
+README = Path(__file__).parents[2] / "README.md"
 CHEAP = {
     "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
     "OMP_NUM_THREADS": "1",
@@ -47,6 +48,8 @@ def main() -> None:
             keep(result)
             print(f"{section}: {time.perf_counter() - began:.0f} s")
     report.show(result)
+    if not given.quick:
+        README.write_text(table.between(README.read_text(), "peers", summary.markdown(result)))
 
 
 def made(folder: Path, name: str, quick: bool) -> Path:

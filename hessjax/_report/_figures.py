@@ -25,7 +25,7 @@ def figures(stage: str, done: Done, work: Work) -> dict[str, bytes]:
 
 
 def _picture(ax: Axes) -> bytes:
-    figure = ax.get_figure(root=True)
+    figure: Any = ax.get_figure(root=True)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=DPI)
     plt.close(figure)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hessjax._core import _files, _tree
+from hessjax._core import _files
 from hessjax._core._types import Params, Vector
 from hessjax._report._problem import differences
 from hessjax._report._record import prepare, write_json
@@ -67,8 +67,8 @@ class Folder:
 
     def keep_vectors(self, block: Vector) -> None:
         """Two eigenvectors, which the landscape is drawn along."""
-        named = zip(_tree.leaf_paths(block), jax.tree.leaves(block), strict=True)
-        arrays = {path: np.asarray(leaf, np.float32) for path, leaf in named}
+        # By number: a leaf may have the name of one of numpy's arguments. Float32, for numpy has no bfloat16.
+        arrays: Any = {f"leaf_{i}": np.asarray(x, np.float32) for i, x in enumerate(jax.tree.leaves(block))}
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)
         self.state.mkdir(exist_ok=True)
@@ -78,7 +78,7 @@ class Folder:
         """Those, in the dtypes of the params; None if there are none that can be read."""
         try:
             with np.load(self.state / STEEPEST) as arrays:
-                leaves = [arrays[path] for path in _tree.leaf_paths(params)]
+                leaves = [arrays[f"leaf_{i}"] for i in range(len(jax.tree.leaves(params)))]
         except (OSError, KeyError, ValueError):
             return None
         pairs = zip(leaves, jax.tree.leaves(params), strict=True)
@@ -106,6 +106,8 @@ def opened(
     """
     prepare(path)
     with _files.locked(path / ".hessjax-lock", "`out`"):
+        for partial in path.glob(f".*{_files.PARTIAL}"):  # of a kill in the middle of a write
+            partial.unlink()
         earlier = _earlier(path)
         if force:
             _remove(path)

@@ -129,7 +129,7 @@ def pruned_at_once(
         except ValueError as error:  # so few weights that every leaf cannot keep one
             return {"levels": rows, "leaves": [], "why_not": f"{level:.0%} cannot be reached: {error}"}
         rise = mean_loss(problem, params) - dense
-        predicted = _predicted(problem.params, params, curvature)
+        predicted = predicted_rise(problem.params, params, curvature)
         rows.append({"sparsity": level, "loss": dense + rise, "rise": rise, "predicted": predicted,
                      "metrics": metrics(problem, params)})  # fmt: skip
         tell(index + 1)
@@ -149,7 +149,8 @@ def _diagonal(params: Params, curvature: dict[str, float]) -> Params:
     return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
-def _predicted(dense: Params, pruned: Params, curvature: dict[str, float]) -> float:
+def predicted_rise(dense: Params, pruned: Params, curvature: dict[str, float]) -> float:
+    """½ Σ_l h̄_l Σ δ² of a change of the weights, h̄_l the mean eigenvalue of the block of leaf l."""
     change = _tree.add_scaled(_tree.wide(dense), -1.0, _tree.wide(pruned))
     lengths = [float(_tree.norm(leaf)) ** 2 for leaf in jax.tree.leaves(change)]
     named = zip(_tree.leaf_paths(dense), lengths, strict=True)

@@ -97,8 +97,14 @@ def _check_batches(problem: Problem) -> None:
     check_reiterable(problem.batches)
     batch = first_batch(problem)
     check_call("loss_fn", problem.loss_fn, (batch,))
-    with explained("loss_fn"):
-        jax.eval_shape(scalar(problem.loss_fn, (batch,)), problem.params)
+    try:
+        with explained("loss_fn"):
+            jax.eval_shape(scalar(problem.loss_fn, (batch,)), problem.params)
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"`loss_fn(params, batch)` must work for each of `batches`, but for the first it raised {told}"
+        ) from error
 
 
 def _check_model(problem: Problem) -> None:

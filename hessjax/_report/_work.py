@@ -46,9 +46,7 @@ class Work:
     @property
     def matvec(self) -> Matvec:
         """The Hessian of the mean loss over all batches."""
-        problem = self.problem
-        make = _OfBatch(problem)
-        return over_batches(make, problem.batches, weights=problem.weights)
+        return make_matvec(self.problem)
 
     @property
     def first_batch(self) -> Any:
@@ -67,6 +65,11 @@ class Work:
     def tell(self, stage: str, done: int, total: int) -> None:
         """Products that no run makes."""
         self._listener(stage, done, total)
+
+
+def make_matvec(problem: Problem) -> Matvec:
+    """The Hessian of the mean loss over all batches."""
+    return over_batches(_OfBatch(problem), problem.batches, weights=problem.weights)
 
 
 class _OfBatch:

@@ -180,10 +180,10 @@ def self_influence(
         losses, grads = _present(jnp.asarray(part.weights, losses.dtype), losses, grads)
         vectors, residuals = applied(inverse, grads, params)
         found.append((jax.device_get(_inner(vectors, grads)), losses, part.weights, residuals))
-    scores, losses, counts, residuals = zip(*found, strict=True)
-    of_all = None if residuals[0] is None else np.concatenate(residuals)
-    weight, own = jnp.asarray(np.concatenate(counts), scores[0].dtype), _assembled(scores, counts)
-    return Influence(own, jnp.concatenate(losses), weight, {}, _known(of_all, own))
+    inner, each, counts, told = zip(*found, strict=True)
+    of_all = None if told[0] is None else np.concatenate(told)
+    weight, own = jnp.asarray(np.concatenate(counts), inner[0].dtype), _assembled(inner, counts)
+    return Influence(own, jnp.concatenate(each), weight, {}, _known(of_all, own))
 
 
 # -- what is asked for, and put together -------------------------------------------------------------
@@ -227,8 +227,8 @@ def _queries(
         losses, grads = losses_and_grads(rules, as_pytree(fn), params, part)
         found.append(_present(jnp.asarray(part.weights, losses.dtype), losses, grads))
         _check_finite(sum(len(x) for x, _ in found[:-1]), *found[-1])
-    losses, blocks = zip(*found, strict=True)
-    return jnp.concatenate(losses), jax.tree.map(lambda *rows: jnp.concatenate(rows), *blocks)
+    values, blocks = zip(*found, strict=True)
+    return jnp.concatenate(values), jax.tree.map(lambda *rows: jnp.concatenate(rows), *blocks)
 
 
 @jax.jit

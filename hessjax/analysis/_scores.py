@@ -65,6 +65,7 @@ class Influence(NamedTuple):
         return self._of_queries() if np.ndim(self.scores) == 2 else self._of_examples()
 
     def _of_queries(self) -> Table:
+        columns: tuple[Column, ...]
         columns = Column("Query"), Column("Loss"), Column("Most helpful", "word"), Column("Harmful", "word")
         if self.residuals is not None:
             columns = (*columns, Column("Residual", rank=1))

@@ -1,5 +1,6 @@
 """The command `hessjax`."""
 
+import functools
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -10,8 +11,12 @@ import typer
 from hessjax._report._engine import Order
 from hessjax._report._plan import Asked
 from hessjax.cli._analyze import run_analysis
+from hessjax.cli._compare import run_comparison
 from hessjax.cli._errors import told
+from hessjax.cli._init import Library, write_template
 from hessjax.cli._interrupt import interruptible
+from hessjax.cli._live import console_for
+from hessjax.cli._prune import Wish, run_pruning
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,7 +27,7 @@ app = typer.Typer(
 )
 
 Target = Annotated[
-    str, typer.Argument(metavar="MODULE:PROBLEM", help="Where `problem()` is, or `file.py:problem`.")
+    str, typer.Argument(metavar="MODULE:PROBLEM", help="Where `problem()` is, `file.py:problem`, or `tour`.")
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only.")]
@@ -50,6 +55,8 @@ def main(
 ANALYZE = """Examples:
 
   hessjax init                                   a problem.py to start from
+
+  hessjax analyze tour --out report --density    a network for digits, to have a look
 
   hessjax analyze problem.py --out report        self-test, trace, eigenvalues, what could be pruned
 
@@ -89,6 +96,77 @@ def analyze(
     kept = f"what was done is in `{out}`; the same command with `--resume` instead of `--force` goes on"
     with told(debug, out):
         interruptible(lambda: run_analysis(target, out, asked, order, json=json, quiet=quiet), kept)
+
+
+PRUNE = """Examples:
+
+  hessjax prune problem.py --out small --to-loss 0.02
+
+  hessjax prune problem.py --out small --sparsity 0.8
+
+  hessjax prune problem.py --out small --recipe recipe.yaml
+
+Writes the Orbax checkpoint, masks, a sparse file, tables, the smaller network where whole channels went, and
+a page of before and after. Exit codes as for `analyze`."""
+
+
+@app.command(epilog=PRUNE)
+def prune(
+    target: Target,
+    out: Annotated[Path, typer.Option(help="Folder for the pruned network and its report.")],
+    recipe: Annotated[Path | None, typer.Option(help="Train while this YAML file prunes.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="So many zeros at once.")] = None,
+    to_loss: Annotated[float | None, typer.Option(help="As many as this rise of the loss allows.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Updates under the recipe.")] = None,
+    seed: Seed = 0,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Your network with fewer weights: at once, by a rise of the loss, or by a recipe."""
+    out = out.expanduser()
+    wish = Wish(recipe, sparsity, to_loss, steps, seed)
+    with told(debug, out):
+        work = functools.partial(run_pruning, target, out, wish, force=force, json=json, quiet=quiet)
+        interruptible(work, "a pruning is written at its end: nothing is kept")
+
+
+COMPARE = """Examples:
+
+  hessjax compare report-sgd report-adam --out compare.html
+
+  hessjax compare step-100 step-1000 step-9000"""
+
+
+@app.command(epilog=COMPARE)
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of `hessjax analyze`.")],
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("compare.html"),
+    steps: Annotated[str, typer.Option(help="Training steps, `0,100,200`; else by the names.")] = "",
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Reports side by side in one page: networks, or checkpoints over training."""
+    out = out.expanduser()
+    console = console_for(json, quiet or json)
+    with told(debug, out):
+        run_comparison([x.expanduser() for x in folders], out, steps, json=json, console=console)
+
+
+@app.command(epilog="Example:\n\n  hessjax init problem.py --library nnx")
+def init(
+    path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("problem.py"),
+    library: Annotated[Library, typer.Option(help="What the network is written in.")] = "linen",
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Write a commented problem to start from."""
+    path = path.expanduser()
+    with told(debug):
+        write_template(path, library, force)
+        typer.echo(f"Written to {path}. Next: hessjax analyze {path} --out report")
 
 
 @app.command()

@@ -10,6 +10,9 @@ from typing import Any
 
 from hessjax._report._problem import Problem, checked_problem
 
+TOUR = "tour"
+"""What stands for the network of the tour."""
+
 
 class LoadError(ValueError):
     """The problem cannot be had; says why."""
@@ -20,12 +23,14 @@ def load_problem(target: str) -> Problem:
 
     Args:
         target: a module, or a file that ends in `.py`, and after a colon the name in it; `problem` if none
-            is given.
+            is given. `tour` is the network of the tour.
 
     Raises:
         LoadError: there is no such module or name, or it raises.
         ProblemError: what it returns is no problem; names the field.
     """
+    if target == TOUR:
+        target = "hessjax.cli._digits_problem:problem"
     place, _, name = target.rpartition(":") if ":" in target else (target, "", "problem")
     if not place or not name:
         raise LoadError(f"`{target}` must be of the form `my_module:problem`, or `problem.py:problem`.")

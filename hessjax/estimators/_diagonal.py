@@ -50,8 +50,9 @@ class HutchinsonDiagonal(Sampling):
     """The diagonal as Σ v⊙Av / Σ v⊙v over random v.
 
     (Av)_i = a_ii·v_i + noise from the row's other entries, so this is the slope of a regression through the
-    origin, and its standard error is √(Σ (Av − slope⊙v)² / ((n − 1)·Σ v⊙v)). With signs v⊙v = 1: a mean
-    and its standard error, and the variance of one sample of entry i is Σ_{j≠i} a_ij².
+    origin, and its standard error is √(Σ (Av − slope⊙v)² / ((n − 1)·Σ v⊙v)), times Student's factor where
+    samples are few (see `hutchinson`). With signs v⊙v = 1: a mean and its standard error, and the variance of
+    one sample of entry i is Σ_{j≠i} a_ij².
     Few samples of few parameters are often all equal, with an error of 0: see `hutchinson`.
 
     Args:
@@ -201,8 +202,8 @@ class FrobeniusState(NamedTuple):
 class HutchinsonFrobenius(Sampling):
     """The Frobenius norm: E‖Av‖² = ‖A‖²_F = Σ λᵢ² over random v, and the root of the mean.
 
-    The standard error of the norm is that of the square over twice the norm (the delta method). The root of
-    a mean is low by about stderr²/(2·norm), far less than the standard error.
+    The standard error of the norm is that of the square over twice the norm (the delta method), widened as
+    `hutchinson` says. The root of a mean is low by about stderr²/(2·norm), far less than the standard error.
     Few samples of few parameters are often all equal, with an error of 0: see `hutchinson`.
 
     Args:

@@ -24,7 +24,7 @@ from hessjax._core._types import (
 )
 from hessjax._run._arguments import RunOptions, checked_options
 from hessjax._run._drivers import as_partial, run
-from hessjax._run._estimator import limit_of
+from hessjax._run._estimator import begun, error
 from hessjax.estimators._lanczos import Which, lanczos
 from hessjax.estimators._samples import sampling_error
 
@@ -96,18 +96,23 @@ def eigenpairs(
         basis_dtype=basis_dtype,
     )
     pairs, state = run(estimator, matvec, key, like, max_matvecs=max_matvecs, tol=tol, **checked)
-    limit = limit_of(estimator, Amount.of(tol), state)
+    # By the program that the run had already: each operation of its own would be compiled.
+    _, limit = error(begun(estimator), Amount.of(tol), state)
     return measured(pairs, matvec, like, limit, options.get("on_device", False))
 
 
 def measured(pairs: Eigenpairs, matvec: Matvec, like: Params, limit: Any, on_device: bool) -> Eigenpairs:
     """The pairs with Rayleigh quotients and residuals from one more product each."""
+    # A pair that was not found is NaN, and meant to be.
     if on_device:
-        return _judged(pairs, _quotients(as_partial(matvec), pairs.vectors, like), limit)
+        quotients = _quotients(as_partial(matvec), pairs.vectors, like)
+        with _numbers.meant():
+            return _where_found(pairs, *quotients, limit)
     # One by one from the host: the matvec may stream data, and a CPU is fast only outside loops.
     quotients, errors = zip(*(_measure(matvec, v, like) for v in _rows(pairs.vectors)), strict=True)
     pairs = pairs._replace(data_stderr=None if errors[0] is None else jnp.stack(errors))
-    return _judged(pairs, _columns(quotients), limit)
+    with _numbers.meant():
+        return _one_by_one(pairs, quotients, limit)
 
 
 def _measure(matvec: Matvec, vector: Vector, like: Params) -> tuple[tuple[Scalar, Scalar], Scalar | None]:
@@ -142,17 +147,9 @@ def _quotients(matvec: Matvec, vectors: Block, like: Params) -> tuple[Float[Arra
 
 
 @jax.jit
-def _columns(
-    measured: tuple[tuple[Scalar, Scalar], ...],
-) -> tuple[Float[Array, " k"], Float[Array, " k"]]:
-    values, residuals = zip(*measured, strict=True)
-    return jnp.stack(values), jnp.stack(residuals)
-
-
-def _judged(pairs: Eigenpairs, measured: tuple[Any, Any], limit: Any) -> Eigenpairs:
-    # A pair that was not found is NaN, and meant to be.
-    with _numbers.meant():
-        return _where_found(pairs, *measured, limit)
+def _one_by_one(pairs: Eigenpairs, quotients: tuple[tuple[Scalar, Scalar], ...], limit: Any) -> Eigenpairs:
+    values, residuals = zip(*quotients, strict=True)
+    return _where_found(pairs, jnp.stack(values), jnp.stack(residuals), limit)
 
 
 @jax.jit

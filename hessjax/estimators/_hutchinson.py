@@ -34,13 +34,13 @@ class Hutchinson(Sampling):
     """Hutchinson's trace estimator: the mean of vᵀAv over random v.
 
     The variance of one sample with signs is 2(‖A‖²_F − Σ aᵢᵢ²). The error reported is the standard error
-    of the mean. (The relative change of the running mean, which others stop on, stops at a median of 14
-    probes with errors of 6 to 37 %.) A run does not stop on it before 20 samples, so that ±2 standard
-    errors hold the truth in 93 % of the runs that it stopped, as they do in runs of a fixed length. Samples
-    are skewed where one eigenvalue makes up most of the trace; then it is 86 to 93 %.
+    of the mean, s/√n, times what makes ±2 of it hold the truth in 92 to 98 % of runs: Student's factor of
+    n − 1 degrees of freedom, and 1 + 2γ²/n for skewed samples, as where few eigenvalues make up the trace. γ
+    is the least of √8, three times deviation over mean, and the samples' skewness plus 1.5·√(6/n). (The
+    relative change of the running mean, which others stop on, stops at a median of 14 probes with errors of
+    6 to 37 %.) A run does not stop on it before 20 samples.
 
-    Fewer samples say less: of 4 samples ±4 standard errors hold the truth in 97 % of runs where samples are
-    normal, in 86 % where A has rank 1 and probes are Gaussian. Of d parameters signs make at most 2^(d−1)
+    Of d parameters signs make at most 2^(d−1)
     different samples: where d is 2 or 3 a few samples are often all equal, and then the standard error is 0
     though the mean is not exact (for the 3×3 matrix of ones in 32 % of runs of 4 samples, 18 % of 6, 0.3 %
     of 20). So few parameters are better multiplied one by one, as `hutchpp` does.

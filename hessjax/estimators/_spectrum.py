@@ -26,7 +26,7 @@ from hessjax._core._types import Amount, Key, Matvec, Params, Relative, Toleranc
 from hessjax._core._words import AxisWords
 from hessjax._run._arguments import RunOptions, checked_options
 from hessjax._run._drivers import run
-from hessjax._run._estimator import limit_of
+from hessjax._run._estimator import begun, error
 from hessjax.estimators._density import SpectralDensity
 from hessjax.estimators._eigenpairs import measured
 from hessjax.estimators._lanczos import LanczosState, lanczos
@@ -207,7 +207,7 @@ def spectrum(
         )
     estimator = lanczos(k, basis_size=num_matvecs + 1, tol=tol)  # one more than it will fill: no restart
     pairs, state = run(estimator, matvec, key, like, max_matvecs=num_matvecs, **checked)
-    limit = limit_of(estimator, Amount.of(tol), state)
+    _, limit = error(begun(estimator), Amount.of(tol), state)  # one program, not one for each operation
     # The residuals of the recurrence hold for a symmetric matvec only: products of the vectors tell.
     pairs = measured(pairs, matvec, like, limit, options.get("on_device", False))
     density = _density(state)

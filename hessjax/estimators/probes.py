@@ -17,6 +17,10 @@ Probe: TypeAlias = Callable[[Key, Params], Vector]
 """`(key, like) -> vector` with independent entries of mean 0 and variance 1."""
 
 
+KEPT = 2**24
+"""Up to so many numbers a draw is kept until its leaves are cut out of it; more would cost memory."""
+
+
 def rademacher(key: Key, like: Params) -> Vector:
     """Independent signs ±1: the entries with the smallest variance for traces.
 
@@ -68,7 +72,11 @@ def _sample(sampler: Callable[..., Array], key: Key, like: Params) -> Vector:
         wide = tuple(map(_sharding.shape_of, leaves, packing.dtypes))
         drawn = _leaf_by_leaf(sampler, wide, packing.beginnings, keys, [x for x in leaves if _is_there(x)])
     else:
-        drawn = jax.tree.leaves(packing.unpack(tuple(map(sampler, keys, packing.packed))))
+        packed = tuple(map(sampler, keys, packing.packed))
+        if packing.size <= KEPT:
+            # Else every leaf is fused with the whole draw: as many copies of it to compile.
+            packed = jax.lax.optimization_barrier(packed)
+        drawn = jax.tree.leaves(packing.unpack(packed))
     return jax.tree.unflatten(structure, map(_sharding.laid_out_like, drawn, leaves))
 
 

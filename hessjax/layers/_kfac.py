@@ -70,7 +70,9 @@ def ekfac(moments: LayerMoments, batches: Source) -> Kronecker:
 
     In the eigenvectors of `kfac` D = E[(U_Lᵀ G U_R)²], with G the gradient of an example with respect to a
     matrix, over all of its positions and uses. No other diagonal in this basis is nearer to the Fisher's
-    block in the Frobenius norm, K-FAC's not either; and the trace is exact.
+    block in the Frobenius norm, K-FAC's not either; and the trace is exact. Where the moments of a side are
+    singular, as with fewer examples and positions than it is wide, its eigenvectors of zero are any, and so
+    are the eigenvalues along them.
 
     Args:
         moments: what `hessjax.layers.moments` gives.
@@ -85,7 +87,8 @@ def ekfac(moments: LayerMoments, batches: Source) -> Kronecker:
 
     Cost:
         As `moments`, where in the place of I² + O² the products cost 2·(I + O) operations for each position
-        and side, and one gradient for each example and row; and as `kfac`.
+        and side, and one gradient for each example and row (of an embedding that is used once, as many
+        operations as the square of its positions times its width); and as `kfac`.
 
     References:
         George et al. (2018), Fast approximate natural gradient descent in a Kronecker-factored eigenbasis,
@@ -173,9 +176,20 @@ def _squares(
         (use,) = rotated
         return jnp.einsum("nsl,nrso->slo", use.inputs[:, 0] ** 2, use.gradients[:, :, 0] ** 2)
     shape = layouts[0].shape
+    if len(layouts) == 1 and layouts[0].is_lookup:
+        return _lookup_squares(shape, rotated[0])
     start = jnp.zeros(shape, rotated[0].gradients.dtype)
     # One example after the other: its gradient is as large as the leaf.
     return jax.lax.scan(functools.partial(_with_example, layouts), start, rotated)[0]
+
+
+def _lookup_squares(shape: tuple[int, int, int], use: Tapped) -> Float[Array, "s v r"]:
+    """Those of an embedding, without a table for each example: (Σ g)² = Σ g · (Σ g) over positions."""
+    rows, gradients = use
+    equal = (rows[:, :, None] == rows[:, None]).astype(gradients.dtype)
+    sums = jnp.einsum("npqs,nrqso->nrpso", equal, gradients)
+    stack = jnp.broadcast_to(jnp.arange(shape[0]), rows.shape)
+    return jnp.zeros(shape, gradients.dtype).at[stack, rows].add((gradients * sums).sum(axis=1))
 
 
 def _with_example(

@@ -7,11 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float
 
 from hessjax._core import _tree
 from hessjax._core._compiled import compiled
+from hessjax._core._digests import digests
 from hessjax._core._results import is_known
 from hessjax._core._sources import Source
 from hessjax._core._tables import Column, Row, Table, number, printable
@@ -59,6 +61,37 @@ class LayerMoments:
             raise ValueError(f"`path` must be that of a leaf, one of {', '.join(paths)}, got {path!r}.")
         return self.leaves[paths.index(path)]
 
+    def check(self, params: Params) -> None:
+        """Raise unless the moments are of these params: the same leaves, with the same numbers in them.
+
+        Moments keep the params that they were taken at (no copy), and these are compared with. Traced params
+        have no numbers to compare: their paths and shapes are.
+
+        Raises:
+            ValueError: leaves of other paths, shapes or values, which are named.
+
+        Cost:
+            One pass over the params.
+        """
+        own, given = map(_by_path, (self.problem.params, params))
+        bad = [f"  {path}: no such leaf" for path in own.keys() ^ given.keys()]
+        both = sorted(own.keys() & given.keys())
+        bad += [
+            f"  {path}: shape {np.shape(given[path])}, not {np.shape(own[path])}"
+            for path in both
+            if np.shape(given[path]) != np.shape(own[path])
+        ]
+        if not bad and is_known((self.problem.params, params)):
+            # By digests, which do not mind on which devices either lies.
+            pairs = zip(*(digests([tree[path] for path in both]) for tree in (own, given)), strict=True)
+            bad = [f"  {path}: other values" for path, (x, y) in zip(both, pairs, strict=True) if x != y]
+        if bad:
+            raise ValueError(
+                "`params` must be those that the moments were taken at, but\n"
+                + "\n".join(bad)
+                + "\nTake the moments anew: `hessjax.layers.moments(model_fn, params, batches)`."
+            )
+
     def _table(self) -> Table | str:
         if not is_known(self.leaves):
             return f"LayerMoments(of {len(self.leaves)} leaves)"
@@ -76,6 +109,10 @@ class LayerMoments:
             for layout, found in zip(layouts, uses, strict=True)
         ]
         return Table(columns, tuple(rows), notes=("Widths of moments kept as diagonals are marked d.",))
+
+
+def _by_path(params: Params) -> dict[str, Any]:
+    return dict(zip(_tree.leaf_paths(params), jax.tree.leaves(params), strict=True))
 
 
 def _cells(side: Array) -> tuple[str, str]:

@@ -21,7 +21,7 @@ class Inputs(NamedTuple):
     Attributes:
         moves: from the leaf to (stack, inputs, outputs).
         hessian: E[a aᵀ] summed over uses and positions, (stack, inputs, inputs), or its diagonals.
-        outputs: E[g gᵀ], (stack, outputs, outputs), or its diagonals.
+        outputs: E[g gᵀ], the mean over positions, (stack, outputs, outputs), or its diagonals.
         dense: the leaf in the network whose moments they are, as matrices.
     """
 
@@ -53,12 +53,17 @@ class Inputs(NamedTuple):
         return jnp.broadcast_to(jnp.asarray(damping.limit(mean), mean.dtype), mean.shape)
 
     def damped(self, damping: Amount) -> Float[Array, "s i i"]:
-        """H + λI; 1 in the place of no λ at all where no input ever differs from zero."""
+        """H + λI of every matrix."""
         return shifted(self.hessian, self.damping(damping))
 
-    def error(self, change: Float[Array, "s i o"]) -> Scalar:
-        """Σ ‖aᵀΔ‖², the mean over examples, summed over positions."""
-        return jnp.sum(change * self.times(change))
+    def increase(self, change: Float[Array, "s i o"]) -> Scalar:
+        """By how much the loss rises, ½ tr(Δᵀ A Δ B): K-FAC's quadratic."""
+        weighed = (
+            change * self.outputs[:, None]
+            if self.outputs.ndim == 2
+            else jnp.matmul(change, self.outputs, precision="highest")
+        )
+        return jnp.sum(self.times(change) * weighed) / 2
 
     def times(self, change: Float[Array, "s i o"]) -> Float[Array, "s i o"]:
         """HΔ."""
@@ -95,7 +100,7 @@ def inputs_of(moments: LayerMoments, path: str) -> Inputs:
     matrices = layouts[0].moves.apply(_tree.wide(dense))
     # Moments are means over positions; what a use adds to the outputs' error is a sum.
     hessian = sum(positions_of(layout) * use.left for layout, use in zip(layouts, uses, strict=True))
-    outputs = sum(use.right / positions_of(layout) for layout, use in zip(layouts, uses, strict=True))
+    outputs = sum(use.right for use in uses) / sum(map(positions_of, layouts))
     return Inputs(layouts[0].moves, jnp.asarray(hessian), jnp.asarray(outputs), matrices)
 
 

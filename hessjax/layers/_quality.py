@@ -64,7 +64,7 @@ def quality(
     num_probes: int = 4,
     pairs: Eigenpairs | None = None,
 ) -> Quality:
-    """How far an approximation is from the matrix it stands for, by products with both.
+    """How far an approximation is from the matrix it stands for, by products with both, called from the host.
 
     Each probe is a vector of random signs z on one leaf and zero elsewhere: ‖(K − F)z‖² is on average the
     squared norm of the leaf's columns of K − F, and of its block what lies on the leaf again.

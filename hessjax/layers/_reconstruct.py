@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 from hessjax._core import _tree
 from hessjax._core._messages import checked_choice, checked_instance
 from hessjax._core._results import by_shapes, is_known
-from hessjax._core._sources import Source
+from hessjax._core._sources import Source, check_reiterable
 from hessjax._core._tables import Column, Row, Table, number, percent, printable
 from hessjax._core._types import Amount, Params, Relative, Scalar, Tolerance
 from hessjax.layers._moments import LayerMoments
@@ -135,6 +135,7 @@ def reconstruct(
         moved = {path: nearest(found[path], x, damped) for path, x in masks.items()}
     else:
         check_listed(batches)
+        check_reiterable(batches)
         moved = _in_sequence(found, masks, moments, batches, damped)
     check_solved(moved)
     leaves = {path: _rebuilt(found[path], masks[path], moved[path]) for path in masks}
@@ -240,6 +241,7 @@ def checked_masks(params: Any, mask: Any, moments: Any, empty: Empty) -> dict[st
     """The masks of the leaves that have zeros in them, by path, all arguments being what they must be."""
     _tree.check_floating(params)
     checked_instance("moments", moments, LayerMoments, "hessjax.layers.moments(model_fn, params, batches)")
+    _tree.check_arrays(mask, "mask")
     leaves, found = by_path(params), by_path(mask)
     _check_masks(leaves, found)
     # A scalar stands for a leaf that is not pruned, and does not move either.

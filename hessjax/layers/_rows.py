@@ -17,8 +17,11 @@ from jaxtyping import Array, Bool, Float, Int
 NUMBERS = 2**24
 """As many numbers as the systems that are solved at a time may hold."""
 
-PARTS = 16
+PARTS = 8
 """Sizes of systems are rounded up to this part of the width, so that few are compiled for."""
+
+SMALL = 2**30
+"""Below as many operations one program for all masks of a matrix is better than a smaller one for each."""
 
 
 class Systems(NamedTuple):
@@ -45,15 +48,17 @@ def best_columns(
     Args:
         quadratic: H of every matrix, positive definite; NaN comes back where it is not.
         slope: b of every column.
-        kept: which entries may differ from zero. Traced ones are solved for in systems of full size.
+        kept: which entries may differ from zero. Traced ones, and those of small matrices, are solved for in
+            systems of full size, 1 on the diagonal for what is not kept.
 
     Cost:
         A Cholesky factor for every mask that columns have, of as many rows as the column with the most kept
         entries has of these, or of as many as the one with the most zeros has, whichever is less; with the
         zeros an inverse of H for each matrix too. Systems of 2²⁴ numbers are in memory at a time.
     """
-    if isinstance(kept, jax.core.Tracer):
-        return _solved(False, _batch(kept.shape[1], 1), quadratic, slope, _full(kept))
+    stack, width, columns = kept.shape
+    if isinstance(kept, jax.core.Tracer) or stack * columns * width**3 <= SMALL:
+        return _solved(False, _batch(width, 1), quadratic, slope, _full(kept))
     mask = np.asarray(kept)
     by_zeros = int(np.sum(~mask, axis=1).max(initial=0)) < int(np.sum(mask, axis=1).max(initial=0))
     systems = _systems(~mask if by_zeros else mask)

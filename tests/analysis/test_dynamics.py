@@ -205,7 +205,8 @@ def test_updates_that_never_raise_the_loss_or_always_do():
     found = D.critical_sharpness(loss_fn, params, data, update=up, max_evaluations=12)
     assert not found.converged
     assert np.isnan(found.sharpness.mean)
-    assert float(found.bracket[0]) == 0
+    assert found.bracket.tolist() == [0, 0]
+    assert int(found.num_evaluations) == 1
     flat = D.critical_sharpness(lambda p, x: jnp.mean(x) - p, jnp.zeros(()), data[1], update=jnp.ones(()))
     assert np.isinf(flat.bracket[1])
     assert not flat.converged

@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from peers import asking, in_jax, problems, questions, report, rows, with_hessjax, worker
+from peers import asking, in_jax, problems, questions, report, rows, summary, with_hessjax, worker
 from peers.problems import Problem
 
 
@@ -219,3 +219,16 @@ def test_estimates_count_what_their_errors_hold():
     assert questions.estimated("q", "matfree", "XTrace", said, 1.0)["coverage"] == 0.5
     assert questions.estimated("q", "curvlinops", "XTrace", {**said, "errors": None}, 1.0)["coverage"] is None
     assert questions.estimated("q", "matfree", "XTrace", {"failed": "no"}, 1.0)["failed"] == "no"
+
+
+def test_the_readme_has_the_fastest_right_answers():
+    asked = "digits_in_mlp: top-10"
+    lines = [
+        {"question": asked, "peer": "hessjax", "way": "", "later": 2.0, "right": True},
+        {"question": asked, "peer": "matfree", "way": "", "later": 1.0, "right": False},
+        {"question": asked, "peer": "matfree", "way": "", "later": 5.0, "right": True},
+        {"question": asked, "peer": "pyhessian", "way": "", "later": 1.0, "right": False, "error": 0.1},
+        {"question": asked, "peer": "curvlinops", "way": "", "first": 1.0},
+    ]
+    *_, line = summary.markdown({"sections": {"answers": lines}}).split("\n")
+    assert [cell.strip() for cell in line.split("|")[2:-1]] == ["off by 10 %", "**0.5**", "", "2.5", ""]

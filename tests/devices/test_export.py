@@ -52,6 +52,10 @@ def selected(p, b):
     return hj.hvp(part.restrict(loss_fn), part.part, part.part, b)
 
 
+def by_moments(make):
+    return lambda p, b: once(make(hj.layers.moments(loss_fn, p, [b])), p, b)
+
+
 def kronecker(p, b):
     moments = hj.layers.moments(model_fn, p, [b], likelihood=hj.likelihoods.gaussian)
     return hj.layers.kfac(moments), hj.layers.ekfac(moments, [b])
@@ -168,6 +172,9 @@ TRACED = {
     "hj.saliencies.obd": by(S.obd()),
     "hj.saliencies.obs": lambda p, b: [by(S.obs(block_size=size))(p, b) for size in (None, 8)],
     "hj.saliencies.wood_taylor": by(S.wood_taylor()),
+    "hj.saliencies.wanda": by_moments(S.wanda),
+    "hj.saliencies.obc": by_moments(S.obc),
+    "hj.saliencies.sparsegpt": by_moments(S.sparsegpt),
     "hj.saliencies.static": by(S.static(PARAMS)),
     "hj.saliencies.sparse_evolution": in_training(S.sparse_evolution(0.3, KEY)),
     "hj.saliencies.rigl": in_training(S.rigl(0.3)),
@@ -207,16 +214,18 @@ ON_THE_HOST = {
 
 NOTHING_COMPUTED = """
     relative progress_bar checkpoint mask_of load_recipe save_npz load_npz to_sparse compact memory_estimate
-    report layers.coverage estimators.Estimator likelihoods.Likelihood likelihoods.categorical
-    likelihoods.gaussian saliencies.Saliency patterns.Pattern allocations.Allocation allocations.threshold
+    report layers.coverage layers.reconstruct estimators.Estimator
+    likelihoods.Likelihood likelihoods.categorical likelihoods.gaussian
+    saliencies.Saliency patterns.Pattern allocations.Allocation allocations.threshold
 """
-"""Settings that others take, and what only moves numbers on the host."""
+"""Settings that others take, and what only moves numbers on the host, or reads its masks there."""
 
 CALLS_OUT = {
     "eigh": """ggn_roots eigenpairs spectral_density spectral_density_by_leaf spectrum
         estimators.lanczos estimators.power_iteration estimators.slq dynamics.heterogeneity
         layers.moments layers.kfac layers.ekfac""",
-    "cholesky": """inverse_fisher prune_once saliencies.obs saliencies.wood_taylor saliencies.compensated""",
+    "cholesky": """inverse_fisher prune_once saliencies.obs saliencies.wood_taylor saliencies.compensated
+        saliencies.obc saliencies.sparsegpt""",
 }
 """Who calls libraries at all."""
 

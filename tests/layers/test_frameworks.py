@@ -1,8 +1,5 @@
 """Networks as people write them: linen, nnx, and modules that are trees of arrays themselves."""
 
-import dataclasses
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -45,27 +42,6 @@ class Image(nnx.Module):
         return self.out(nnx.relu(self.norm(self.conv(x))).mean(axis=(1, 2)))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class Linear:
-    """As Equinox has it: (out, in), for one example."""
-
-    weight: Any
-    bias: Any
-
-    def __call__(self, x):
-        return self.weight @ x + self.bias
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class Perceptron:
-    layers: list[Linear]
-
-    def __call__(self, x):
-        return self.layers[1](jax.nn.relu(self.layers[0](x)))
-
-
 def linen():
     model, tokens = Encoder(), jnp.array([[0, 2, 5], [6, 6, 1]])
     params = model.init(jax.random.key(0), tokens)["params"]
@@ -78,16 +54,31 @@ def of_nnx():
 
 
 def equinox():
-    keys = jax.random.split(jax.random.key(0), 4)
-    shapes = ((4, 3), (4,)), ((2, 4), (2,))
-    layers = [
-        Linear(*(jax.random.normal(k, s) for k, s in zip(keys[2 * i :], shape, strict=False)))
-        for i, shape in enumerate(shapes)
-    ]
-    return lambda p, x: jax.vmap(p)(x), Perceptron(layers), jax.random.normal(keys[0], (5, 3))
+    """(out, in), for one example: its arrays are the params."""
+    eqx = pytest.importorskip("equinox")
+    keys = jax.random.split(jax.random.key(0), 3)
+    layers = [eqx.nn.Conv1d(2, 3, 2, key=keys[0]), eqx.nn.Lambda(jax.nn.relu), eqx.nn.LayerNorm((3, 4))]
+    model = eqx.nn.Sequential([*layers, eqx.nn.Lambda(jnp.ravel), eqx.nn.MLP(12, 2, 4, 1, key=keys[1])])
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    return lambda p, x: jax.vmap(eqx.combine(p, static))(x), params, jax.random.normal(keys[2], (5, 2, 5))
 
 
-@pytest.mark.parametrize("made", [linen, of_nnx, equinox])
+def haiku():
+    hk = pytest.importorskip("haiku")
+
+    def forward(tokens):
+        x = hk.Embed(7, 4)(tokens)
+        x = hk.LayerNorm(-1, True, True)(
+            x + hk.MultiHeadAttention(2, 2, w_init=hk.initializers.RandomNormal())(x, x, x)
+        )
+        state, _ = hk.dynamic_unroll(hk.VanillaRNN(3), x.swapaxes(0, 1), jnp.zeros((len(x), 3)))
+        return hk.Linear(2)(state[-1])
+
+    model, tokens = hk.without_apply_rng(hk.transform(forward)), jnp.array([[0, 2, 5], [6, 6, 1]])
+    return model.apply, model.init(jax.random.key(0), tokens), tokens
+
+
+@pytest.mark.parametrize("made", [linen, of_nnx, equinox, haiku])
 def test_every_leaf_is_covered_and_its_gradients_are_made_up(x64, made):
     model_fn, params, x = made()
     params = jax.tree.map(lambda p: p.astype(jnp.float64), params)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import hessjax as hj
-from tests.layers.cases import CASES
+from tests.layers.cases import CASES, Case
 from tests.oracles import close, flat, matrix_of
 
 CATEGORICAL = hj.likelihoods.categorical
@@ -68,9 +68,17 @@ def test_in_linear_networks_with_square_loss_it_is_the_fisher_block(x64, num):
         np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-14)
 
 
-@pytest.mark.parametrize("name", CASES)
+def embedded(p, x):
+    return jnp.tanh(p["e"][x]).sum(axis=1) @ p["v"]
+
+
+EKFAC_CASES = {**CASES, "embedding": Case(embedded, {"e": (3, 4), "v": (4, 2)}, (5,), vocab=3)}
+"""With tokens that come more than once."""
+
+
+@pytest.mark.parametrize("name", EKFAC_CASES)
 def test_ekfac_has_the_fishers_own_diagonal_and_is_never_worse(x64, name):
-    case = CASES[name]
+    case = EKFAC_CASES[name]
     x, _ = case.batch(3)
     moments = moments_of(case, [x])
     K, E = hj.layers.kfac(moments), hj.layers.ekfac(moments, [x])

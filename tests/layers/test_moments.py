@@ -161,3 +161,28 @@ def test_batches_of_any_source_and_none_that_are_filled_up():
     close(hj.layers.kfac(got).trace(), hj.layers.kfac(want).trace())
     with pytest.raises(ValueError, match="`batches` must not be filled up"):
         made(hj.batches([x[:2], x[2:]], with_weights=lambda batch, weights: batch))
+
+
+def test_params_that_they_are_not_of_are_named(untyped):
+    case = CASES["dense"]
+    params = case.params()
+    found = hj.layers.moments(case.loss_fn, params, [case.batch()])
+    found.check(jax.tree.map(jnp.array, params))
+    with pytest.raises(
+        ValueError, match=r"`params` must be those that the moments.*\n  w: other values\nTake"
+    ):
+        found.check({**params, "w": params["w"].at[1, 1].add(1e-6)})
+    with pytest.raises(ValueError, match=r"w: shape \(3, 4\), not \(4, 3\)"):
+        found.check({**params, "w": params["w"].T})
+    with pytest.raises(ValueError, match="u: no such leaf"):
+        found.check({**params, "u": params["w"]})
+    jax.jit(found.check)({**params, "w": -params["w"]})  # traced: no numbers to compare
+
+
+def test_rows_that_an_embedding_does_not_have_are_refused(untyped):
+    case = CASES["tied embedding"]
+    tokens, labels = case.batch()
+    with pytest.raises(
+        ValueError, match="`args` must hold numbers of rows that the embeddings have, but e are"
+    ):
+        hj.layers.moments(case.loss_fn, case.params(), [(tokens.at[0, 0].set(5), labels)])

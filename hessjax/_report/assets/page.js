@@ -3,11 +3,18 @@
 (() => {
   const COLOURS = [1, 2, 3, 4, 5, 6].map((i) => `var(--s${i})`);
   const brief = (x) => (Math.abs(x) < 1e-14 ? "0" : Math.abs(x) >= 1e4 || Math.abs(x) < 1e-3 ? x.toExponential(1) : `${+x.toPrecision(3)}`);
+  // As many decimals as tell one tick from the next.
+  const tick = (x, i, all) => {
+    const step = Math.abs(all[1] - all[0]) || Math.abs(x) || 1;
+    const top = Math.max(...all.map(Math.abs));
+    if (top >= 1e5 || step < 1e-4) return x === 0 ? "0" : x.toExponential(Math.max(0, Math.ceil(Math.log10(top / step)) - (top / step > 1 ? 0 : 1)));
+    return x.toFixed(Math.max(0, Math.ceil(-Math.log10(step) - 1e-9)));
+  };
   const exact = (x) => (Number.isFinite(x) ? `${+x.toPrecision(5)}` : `${x}`);
 
   // A few ticks that can be read: powers of ten at both sides of zero, or what d3 proposes.
   const axis = (given, width) => {
-    const found = { label: given.label, type: given.type ?? "linear", tickFormat: given.percent ? "%" : brief, grid: true, nice: !given.type };
+    const found = { label: given.label, type: given.type ?? "linear", tickFormat: given.percent ? "%" : given.type ? brief : tick, grid: true, nice: !given.type };
     if (given.constant) found.constant = given.constant;
     if (given.type === "log") found.ticks = 5;
     if (given.type === "symlog") found.ticks = powers(given.domain, given.constant, width);

@@ -163,7 +163,7 @@ def _on_grid(nodes: Array, weights: Array, bandwidth: Scalar, num_points: int) -
     places = jnp.arcsinh(nodes / (1e-3 * jnp.where(top > 0, top, 1)))
     low, high = (jnp.min(places) - 4 * bandwidth, jnp.max(places) + 4 * bandwidth)
     grid = jnp.linspace(low, high, num_points)
-    return jax.lax.map(lambda leaf: bumps(grid, *leaf, bandwidth), (places, weights))
+    return jax.lax.map(lambda leaf: bumps(grid, leaf[0], leaf[1], bandwidth), (places, weights))
 
 
 def _distance(p: Float[Array, " n"], q: Float[Array, " n"]) -> Scalar:

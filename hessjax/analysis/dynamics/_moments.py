@@ -78,7 +78,7 @@ def noise_scales(grads: Block, batch_size: Any, weights: Array) -> list[NoiseSca
 def critical_ratio(grads: Block, products: Block, batch_size: Any, weights: Array) -> NoiseScale:
     pairs = list(zip(jax.tree.leaves(grads), jax.tree.leaves(products), strict=True))
     units = [_unit(x) for x in zip(*pairs, strict=True)]
-    each = [_moments(x, y, *units, weights) for x, y in pairs]
+    each = [_moments(x, y, units[0], units[1], weights) for x, y in pairs]
     return _estimated(_total(each), weights, batch_size, units[0] * units[1])
 
 

@@ -96,7 +96,7 @@ class CriticalSharpness(NamedTuple):
         sharpness: λ_c = 2/η_c, with its standard error over the examples; NaN where η_c was not found.
         learning_rate: η_c, the least learning rate at which the loss would rise.
         bracket: (2,) the largest rate tried below η_c and the least above it: 0 if the loss rose in every
-            step tried, infinity if in none.
+            step tried, infinity if in none; twice 0 where the update leads uphill from the start.
         converged: whether η_c was found, to the tolerance asked for.
         num_evaluations: how many times the loss was evaluated.
     """
@@ -281,25 +281,28 @@ def _critical(
         return _tree.wide(of_each(lambda example: scalar(loss_fn, example)(there), args))
 
     with at_precision(rules.precision):
-        first = losses(jnp.zeros((), _tree.accumulator_dtype(params)))
+        zero = jnp.zeros((), _tree.accumulator_dtype(params))
+        first, falls = jax.jvp(losses, (zero,), (zero + 1,))
+        # Uphill no step is short enough, but of a very short one rounding errors may say otherwise.
+        downhill = _mean(shares, falls).mean < 0
         # Example by example before the mean: the difference of two means would lose its digits.
         rise = lambda step: _mean(shares, losses(step) - first)  # noqa: E731
         one = jnp.ones((), first.dtype)
         tol = jnp.asarray(tol, first.dtype)
         found = jax.lax.while_loop(
-            lambda x: ~x.is_within(tol) & (x.tried < rules.most),
+            lambda x: downhill & ~x.is_within(tol) & (x.tried < rules.most),
             lambda x: x.with_rise(~(rise(x.step).mean <= 0)),  # NaN is a rise
             _Bracket(0 * one, jnp.inf * one, one, jnp.int32(0)),
         )
         at, slopes = jax.jvp(lambda step: losses(step) - first, (found.step,), (one,))
     inverse, step = _root(found, at, slopes, shares)
-    rate, converged = jnp.asarray(learning_rate, one.dtype), found.is_within(tol)
+    rate, converged = jnp.asarray(learning_rate, one.dtype), downhill & found.is_within(tol)
 
     def known(estimate: Estimate, unit: Scalar) -> Estimate:
         mean, stderr = (or_nan(converged, unit * x) for x in estimate[:2])
         return Estimate(mean, stderr, estimate.num_samples)
 
-    ends = rate * jnp.stack([found.low, found.high])
+    ends = jnp.where(downhill, rate * jnp.stack([found.low, found.high]), 0)
     return CriticalSharpness(known(inverse, 2 / rate), known(step, rate), ends, converged, found.tried + 1)
 
 
