@@ -11,7 +11,7 @@ import reference
 
 DOCS = Path(__file__).parent.parent
 ROOT = DOCS.parent
-sys.path.append(str(ROOT / "benchmarks"))
+sys.path += [str(ROOT / "benchmarks"), str(ROOT / "notebooks")]
 
 
 def setup(app: Any) -> dict[str, bool]:
@@ -25,6 +25,7 @@ def _write_all() -> None:
     _copy_notebooks(DOCS / "tutorials")
     _put(DOCS / "project" / "benchmarks.md", benchmarks())
     _put(DOCS / "_generated" / "peers.md", peers(DOCS / "_generated"))
+    _put(DOCS / "_generated" / "claims.md", claims())
     _put(DOCS / "project" / "changelog.md", (ROOT / "CHANGELOG.md").read_text())
     _put(DOCS / "project" / "contributing.md", (ROOT / "CONTRIBUTING.md").read_text())
 
@@ -78,6 +79,13 @@ def peers(folder: Path) -> str:
             shutil.copy(figure, folder / f"peers-{figure.name}")
         parts += [picture * figure.exists(), report.markdown(json.loads(path.read_text()))]
     return "\n".join(parts) or "No result is committed yet: `make peers` makes one on your machine.\n"
+
+
+def claims() -> str:
+    """What a study found of a paper's claims, for the front page."""
+    from studies import batch_norm_claims
+
+    return batch_norm_claims.markdown(batch_norm_claims.read())
 
 
 _BENCHMARKS = """# Benchmarks
