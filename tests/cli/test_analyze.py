@@ -12,7 +12,7 @@ from reporting import small_problem
 from typer.testing import CliRunner
 
 import hessjax as hj
-from hessjax.cli import _errors, app
+from hessjax.cli import _analyze, _errors, app
 
 pytestmark = pytest.mark.promotes  # networks of others, and optax
 
@@ -150,7 +150,7 @@ def test_a_folder_that_cannot_be_written_to_is_one_line(folder):
 
 
 def test_an_error_of_ours_is_one_line_and_a_hint(folder, monkeypatch):
-    monkeypatch.setattr("hessjax.cli.run_analysis", lambda *_, **__: {}["key"])
+    monkeypatch.setattr(_analyze, "load_problem", lambda _: {}["key"])
     done = hessjax("analyze", "mine.py", "--out", "out")
     assert done.exit_code == 1
     assert "KeyError" in done.stderr
