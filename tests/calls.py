@@ -143,7 +143,7 @@ KINDS = {
         preconditioner query_fn? inverse?""",
     "key": "key",
     "params": "params like rhs grads scores",
-    "vector": "vector start? diagonal directions other state? update",
+    "vector": "vector start? diagonal directions other state?",
     "flag": """linearize on_device reorthogonalise drop_constants progress transient regrow straight_through
         linear log by_leaf per_layer landscape layers resume force anyway""",
     "choice": "mode which update positions basis_dtype? within empty",
@@ -189,7 +189,7 @@ RIGHT = {
     "fn": model, "approximation": A, "preconditioner": A,
     "make_matvec": lambda batch: hj.hessian(loss, W, batch), "matvecs": [A, A], "diagonal": W, "other": W,
     "teacher_fn": dense, "metric": size_of, "information": loss, "scores": PARAMS, "steps": [0, 1],
-    "train": [X], "query": [X], "inverse": A, "update": W,
+    "train": [X], "query": [X], "inverse": A,
     "small": 2 * W, "large": W, "small_size": 2, "large_size": 3,
     "values": [1.0, 2.0], "accuracy": [0.5, 1.0], "curves": {"a": ([0.1, 1.0], [0.5, 1.0])},
 }  # fmt: skip
@@ -230,6 +230,8 @@ INSTEAD = {
     "hj.load_npz": {"like": (PARAMS, "vector?")},
     "hj.load_recipe": {"path": ("tests/recipes/recipe.yaml", "path"), "steps_per_epoch": (10, "count?")},
     "hj.directions.random": PRUNED,
+    "hj.dynamics.directional_sharpness": {"update": (W, "vector")},
+    "hj.dynamics.critical_sharpness": {"update": (W, "vector")},
     "hj.influence": {"x": (jnp.ones(()), "args")},
     "hj.self_influence": {"x": (jnp.ones(()), "args")},
     "hj.dynamics.noise_scale": {"grads": (jnp.eye(3), "params"), "weights": (None, "numbers?")},
