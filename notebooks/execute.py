@@ -29,6 +29,8 @@ def main() -> None:
     quick = parser.parse_args().quick
     if quick:
         os.environ["HESSJAX_QUICK"] = "1"
+        # Most of a short run is compiling.
+        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
     for path in sorted(FOLDER.glob("*.ipynb")):
         print(f"{path.name}: executed in {execute(path, quick):.0f} s", flush=True)
 
