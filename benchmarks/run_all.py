@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,12 @@ CHEAP = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_cou
 
 def run(script: str) -> bool:
     """Whether it ended well."""
-    print(f"{script} ...", flush=True)
+    began = time.perf_counter()
+    print(f"{script} ...", end=" ", flush=True)
     command = [sys.executable, str(Path(__file__).with_name(f"{script}.py")), *sys.argv[1:]]
-    return subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
+    ended_well = subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
+    print(f"{time.perf_counter() - began:.0f} s", flush=True)
+    return ended_well
 
 
 def into_readme(results: Sequence[dict[str, Any]]) -> None:
