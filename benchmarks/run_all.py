@@ -58,8 +58,10 @@ if __name__ == "__main__":
     quick = "--quick" in sys.argv
     if quick:
         os.environ.setdefault("XLA_FLAGS", CHEAP)
-    failed = [script for script in SCRIPTS if not run(script)]
-    table.show(table.load(quick, SCRIPTS))
+    # Whether several devices work the tests of devices tell, at less cost than even a short run of this.
+    asked = [script for script in SCRIPTS if not (quick and script == "many_devices")]
+    failed = [script for script in asked if not run(script)]
+    table.show(table.load(quick, asked))
     if not quick and not failed:
         into_readme(table.load(quick, SCRIPTS))
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
