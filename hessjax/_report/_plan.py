@@ -65,7 +65,7 @@ class Plan(NamedTuple):
     products: dict[str, int]
 
     def left_out(self, name: str) -> bool:
-        """Whether there is no room for a stage."""
+        """Whether the budget leaves nothing for a stage."""
         return self.products.get(name) == 0
 
 

@@ -315,7 +315,6 @@ def _root(
     search ended with tell its s and c: a Newton step, and errors that know how well s is known.
     """
     step = found.step
-    falls, curves = slopes - 2 * rises / step, (slopes - rises / step) / step
-    fall, curve = (_deviating(shares, x) for x in (falls, curves))
+    fall, curve = (_deviating(shares, x) for x in (slopes - 2 * rises / step, (slopes - rises / step) / step))
     count = jnp.sum(shares > 0)
     return ratio_of(curve, fall, count), ratio_of(fall, curve, count)
