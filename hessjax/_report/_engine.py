@@ -75,7 +75,7 @@ def analyze(
     """
     problem, asked = checked_problem(problem), checked_asked(asked)
     out = _files.local_path("out", out)
-    head = {"environment": environment(), "problem": _described(problem, target)}
+    head = {"kind": "analysis", "environment": environment(), "problem": described(problem, target)}
     with opened(out, head, fingerprint(problem), resume=order.resume, force=order.force) as folder:
         folder.record["asked"] = asked._asdict()
         work = Work(problem, asked, folder.state, watcher.made)
@@ -87,7 +87,8 @@ def analyze(
         return folder.record
 
 
-def _described(problem: Problem, target: str) -> dict[str, Any]:
+def described(problem: Problem, target: str) -> dict[str, Any]:
+    """A problem in a record: its name, and the shapes of its params."""
     named = zip(_tree.leaf_paths(problem.params), jax.tree.leaves(problem.params), strict=True)
     shapes = {path: list(jax.numpy.shape(leaf)) for path, leaf in named}
     name = problem.name or target or "network"
@@ -209,6 +210,23 @@ def _worked(folder: Folder, work: Work, name: str) -> dict[str, Any]:
         "seconds": took if math.isfinite(took) else 0.0,
         "figures": list(pictures),
     }
+
+
+def add_pruned(out: Path, record: dict[str, Any], pruned: dict[str, Any], place: str) -> dict[str, Any]:
+    """A report with the before and after of a pruning in it, on its page too.
+
+    Args:
+        out: the folder of the report.
+        record: of the report.
+        pruned: the record of the pruning.
+        place: its folder within `out`.
+
+    Returns:
+        The record of the report.
+    """
+    folder = Folder(out, {**record, "pruned": {"folder": place, "stages": pruned["stages"]}})
+    _write(folder)
+    return folder.record
 
 
 def _write(folder: Folder) -> None:

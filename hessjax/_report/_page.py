@@ -1,6 +1,6 @@
-"""The page of a report: the reading first, then what was measured, then how, and at what cost."""
+"""The pages of a report and of a pruning: the reading first, then what was measured, how, at what cost."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,10 @@ from hessjax._report._html import (
     tag,
     with_error,
 )
+from hessjax._report._pruned_sections import pruned_sections
 from hessjax._report._sections import ORDER, SECTIONS, Section
+from hessjax._report._words import TITLES
 
-TITLES = {
-    "check": "Self-test",
-    "loss": "Loss and gradient",
-    "trace": "Trace by layer",
-    "pruning": "What could be pruned",
-    "eigenpairs": "Eigenvalues",
-    "density": "Spectral density",
-    "per_layer": "Spectrum by layer",
-    "landscape": "Loss around the weights",
-    "layers": "Layers and K-FAC",
-}
 VERDICTS = {"good": "✓", "care": "!", "unknown": "?"}
 
 
@@ -43,9 +34,10 @@ def page(record: Mapping[str, Any], folder: Path) -> str:
             f"Curvature report: {problem['parameters']:,} parameters in {len(problem['shapes'])} leaves.",
             class_="quiet",
         ),
-        _banner(record),
+        _banner(record, "analyze"),
         tag("section", _numbers(record)),
         answers(record.get("reading", [])),
+        *_pruned(record, charts),
         *(
             _section(name, record, folder, charts)
             for name in ORDER
@@ -58,10 +50,36 @@ def page(record: Mapping[str, Any], folder: Path) -> str:
     return document(f"{problem['name']}: curvature report", parts, charts)
 
 
-def _banner(record: Mapping[str, Any]) -> Html:
+def pruned_page(record: Mapping[str, Any]) -> str:
+    """The page of a pruning, as far as it has got."""
+    problem, charts, stages = record["problem"], dict[str, Any](), record["stages"]
+    after = stages.get("network", {"result": {"how": "", "files": []}})["result"]
+    title = f"{problem['name']}, pruned"
+    parts = [
+        tag("h1", title),
+        tag("p", f"{after['how'][:1].upper()}{after['how'][1:]}.", class_="quiet") if after["how"] else "",
+        _banner(record, "prune"),
+        *pruned_sections(stages, problem["parameters"], charts),
+        _cost(record),
+        _made(record, [f"Beside this page: {', '.join([*after['files'], 'report.json'])}."]),
+    ]
+    return document(title, parts, charts)
+
+
+def _pruned(record: Mapping[str, Any], charts: dict[str, Any]) -> Iterator[Html]:
+    """Before and after, where a pruning was added to the report."""
+    if (pruned := record.get("pruned")) is None:
+        return
+    after = pruned["stages"]["network"]["result"]
+    said = f"{after['how'][:1].upper()}{after['how'][1:]}; the network is in `{pruned['folder']}`."
+    inside = pruned_sections(pruned["stages"], record["problem"]["parameters"], charts, "h3")
+    yield tag("section", tag("h2", "Pruned"), tag("p", said), *inside, id="section-pruned")
+
+
+def _banner(record: Mapping[str, Any], command: str) -> Html:
     if record["complete"]:
         return Html("")
-    told = "This report is not finished: what stands here is done, and `hessjax analyze … --resume` goes on."
+    told = f"This is not finished: what stands here is done, and `hessjax {command} … --resume` goes on."
     return tag("p", told, class_="banner")
 
 
@@ -123,13 +141,11 @@ def _left_out(record: Mapping[str, Any]) -> Html:
 
 
 def _cost(record: Mapping[str, Any]) -> Html:
-    rows = [
-        (TITLES[name], brief(entry["products"], 4), f"{entry['seconds']:.1f}")
-        for name, entry in record["stages"].items()
-        if "result" in entry
-    ]
-    done = [entry for entry in record["stages"].values() if "result" in entry]
-    total = ("all", brief(sum(x["products"] for x in done), 5), f"{sum(x['seconds'] for x in done):.1f}")
+    stages = {**record["stages"], **record.get("pruned", {"stages": {}})["stages"]}
+    done = {name: entry for name, entry in stages.items() if "result" in entry}
+    rows = [(TITLES[name], brief(x["products"], 4), f"{x['seconds']:.1f}") for name, x in done.items()]
+    products, seconds = (sum(x[key] or 0 for x in done.values()) for key in ("products", "seconds"))
+    total = ("all", brief(products, 5), f"{seconds:.1f}")
     said = "A product is one Hessian-vector product over all the data; a pass of losses counts as a quarter."
     heads = (Cell("Part", "name"), "Products", "Seconds")
     return tag(
@@ -140,13 +156,13 @@ def _cost(record: Mapping[str, Any]) -> Html:
     )
 
 
-def _made(record: Mapping[str, Any]) -> Html:
+def _made(record: Mapping[str, Any], more: Sequence[str] | None = None) -> Html:
     made = record["environment"]
     versions = ", ".join(f"{name} {x}" for name, x in made["versions"].items() if x)
-    asked = record.get("asked", {})
+    seed = f"Seed {record.get('asked', {}).get('seed', 0)}. Numbers are in report.json, pictures beside it."
     lines = [
         f"{versions}; Python {made['python']}; {made['platform']}; {made['device']}, {made['cores']} cores.",
-        f"Seed {asked.get('seed', 0)}. Numbers are in report.json beside this page, pictures as PNG files.",
+        *([seed] if more is None else more),
         "Charts by Observable Plot and D3 (ISC licence), which are in this page; it loads nothing.",
     ]
     return tag(

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from hessjax._core._tables import number, percent
+from hessjax._report._record import zero_share
 
 FLAT = 1e-3
 """A gain of this share of the loss is none."""
@@ -37,7 +38,8 @@ class Line(NamedTuple):
 def reading(record: Mapping[str, Any]) -> list[Line]:
     """The answers that the stages of a record allow."""
     results = {name: entry["result"] for name, entry in record["stages"].items() if "result" in entry}
-    found = (ask(results) for ask in (_trust, _minimum, _sample, _sharp, _prunable))
+    found = [ask(results) for ask in (_trust, _minimum, _sample, _sharp, _prunable)]
+    found.append(_pruned(record.get("pruned")))
     return [line for line in found if line is not None]
 
 
@@ -170,6 +172,25 @@ def _prunable(results: Mapping[str, Any]) -> Line | None:
     told = f"the loss rises by {number(rise, 2)}" if rise > 0 else "the loss does not rise"
     at = f"{percent(last['sparsity'])} % of the kernels' weights: {told}"
     return Line(question, "good", f"{at}{_spares(results['pruning']['leaves'])}.", rule)
+
+
+def _pruned(pruned: Mapping[str, Any] | None) -> Line | None:
+    """Of a pruning that was made."""
+    if pruned is None:
+        return None
+    before, after = (pruned["stages"][name]["result"] for name in ("before", "network"))
+    loss, zeros = float(before["loss"]), percent(zero_share(after["zeros"]))
+    told = f"with {zeros} % zeros after {after['how']}: the loss goes from {number(loss, 4)} to "
+    told += number(after["loss"], 4)
+    told += "".join(
+        f", {name} from {number(value, 4)} to {number(after['metrics'][name], 4)}"
+        for name, value in before["metrics"].items()
+        if name in after["metrics"]
+    )
+    small = float(after["loss"]) - loss <= SPARED * abs(loss)
+    rule = f"Little is lost if the loss over the data rises by at most {SPARED:.0%}."
+    head = "Little" if small else "Something"
+    return Line("What did pruning cost?", "good" if small else "care", f"{head}, {told}.", rule)
 
 
 def _last_in_a_row(levels: list[dict[str, Any]], allowed: float) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import math
 import os
 import platform
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,6 +108,20 @@ def write_json(path: Path, record: Any) -> None:
     """
     text = json.dumps(to_json(record), indent=1, ensure_ascii=False, allow_nan=False)
     _files.write_whole(Path(path), lambda file: file.write(f"{text}\n".encode()))
+
+
+def read_json(path: Path) -> Any:
+    """What was written; None if there is nothing that can be read."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def zero_share(rows: Iterable[Mapping[str, Any]]) -> float:
+    """The fraction of zeros among the leaves that were pruned, of a record's `zeros`."""
+    found = [row for row in rows if row["pruned"]]
+    return sum(row["zeros"] for row in found) / max(sum(row["number"] for row in found), 1)
 
 
 class LayerRow(NamedTuple):

@@ -36,12 +36,12 @@ class Done(NamedTuple):
 
     Attributes:
         result: plain data, for `report.json`.
-        products: how many it made; a pass of losses counts as a quarter of one.
+        products: how many it made; a pass of losses counts as a quarter of one; None: it makes others.
         shown: the results themselves, for figures.
     """
 
     result: dict[str, Any]
-    products: float
+    products: float | None
     shown: Any = None
 
 

@@ -5,6 +5,25 @@ from typing import Any
 
 from hessjax._core._tables import percent
 from hessjax._report._html import brief, real, with_error
+from hessjax._report._record import zero_share
+
+TITLES = {
+    "check": "Self-test",
+    "loss": "Loss and gradient",
+    "trace": "Trace by layer",
+    "pruning": "What could be pruned",
+    "eigenpairs": "Eigenvalues",
+    "density": "Spectral density",
+    "per_layer": "Spectrum by layer",
+    "landscape": "Loss around the weights",
+    "layers": "Layers and K-FAC",
+    "before": "Before",
+    "curvature": "Curvature by layer",
+    "search": "Search by the loss",
+    "training": "Training",
+    "network": "After",
+}
+"""Of all stages, those of an analysis and then those of a pruning."""
 
 SIGNS = {"good": "+", "care": "!", "unknown": "?"}
 
@@ -44,7 +63,7 @@ def _trace(result: Any) -> str:
 
 
 def _pruning(result: Any) -> str:
-    rows = [f"{brief(row['rise'], 2)} at {percent(row['sparsity'])} %" for row in result["levels"][::2]]
+    rows = [f"{brief(row['rise'], 2)} at {100 * row['sparsity']:g} %" for row in result["levels"][::2]]
     return f"the loss rises by {', '.join(rows)}" if rows else "nothing to prune"
 
 
@@ -69,6 +88,20 @@ def _landscape(result: Any) -> str:
     return f"the loss goes from {brief(min(flat))} to {brief(max(flat))}"
 
 
+def _numbers(result: Any) -> str:
+    metrics = "".join(f", {name} {brief(value, 4)}" for name, value in result["metrics"].items())
+    return f"loss {brief(result['loss'], 4)}{metrics}"
+
+
+def _network(result: Any) -> str:
+    return f"{_numbers(result)}, {percent(zero_share(result['zeros']))} % zeros"
+
+
+def _curvature(result: Any) -> str:
+    top = max(result["leaves"], key=lambda path: real(result["leaves"][path]), default=None)
+    return "none" if top is None else f"highest in {top}, {brief(result['leaves'][top])}"
+
+
 _SAID: dict[str, Callable[[Any], str]] = {
     "check": _check,
     "loss": _loss,
@@ -79,4 +112,11 @@ _SAID: dict[str, Callable[[Any], str]] = {
     "per_layer": _per_layer,
     "landscape": _landscape,
     "layers": _layers,
+    "before": _numbers,
+    "curvature": _curvature,
+    "search": lambda result: (
+        f"{percent(real(result['sparsity']))} % zeros after {len(result['trials'])} trials"
+    ),
+    "training": lambda result: f"{result['steps']:,} steps",
+    "network": _network,
 }

@@ -93,11 +93,30 @@ class _Told:
         self._listener(self._stage, self._before + progress.num_matvecs, total)
 
 
+class Pace:
+    """When to save: every few seconds, however long a step takes, and seldom where saving takes long."""
+
+    def __init__(self) -> None:
+        self._last, self._cost = time.monotonic(), 0.0
+
+    def is_due(self) -> bool:
+        """Whether it is time."""
+        return time.monotonic() - self._last >= max(SAVE_EVERY, 20 * self._cost)
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Around the saving."""
+        start = time.monotonic()
+        yield
+        self._last = time.monotonic()
+        self._cost = self._last - start
+
+
 class _Timed:
-    """A checkpoint that is written every few seconds, however long a product takes."""
+    """A checkpoint that is written at that pace."""
 
     def __init__(self, inner: Any) -> None:
-        self._inner, self._last, self._cost = inner, time.monotonic(), 0.0
+        self._inner, self._pace = inner, Pace()
 
     def __enter__(self) -> "_Timed":
         self._inner.__enter__()
@@ -113,11 +132,9 @@ class _Timed:
         return self._inner.restore(beginning)
 
     def __call__(self, progress: Progress) -> None:
-        start = time.monotonic()
-        if start - self._last >= max(SAVE_EVERY, 20 * self._cost):
-            self._inner(progress)
-            self._last = time.monotonic()
-            self._cost = self._last - start
+        if self._pace.is_due():
+            with self._pace.saving():
+                self._inner(progress)
 
 
 @contextlib.contextmanager

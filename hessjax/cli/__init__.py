@@ -10,13 +10,14 @@ import typer
 
 from hessjax._report._engine import Order
 from hessjax._report._plan import Asked
+from hessjax._report._prune_engine import Wish
 from hessjax.cli._analyze import run_analysis
 from hessjax.cli._compare import run_comparison
 from hessjax.cli._errors import told
 from hessjax.cli._init import Library, write_template
 from hessjax.cli._interrupt import interruptible
 from hessjax.cli._live import console_for
-from hessjax.cli._prune import Wish, run_pruning
+from hessjax.cli._prune import run_pruning
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -32,6 +33,7 @@ Target = Annotated[
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with what is in the folder.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an earlier result in the folder.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of all random vectors.")]
 
@@ -81,7 +83,7 @@ def analyze(
     budget: Annotated[int | None, typer.Option(min=1, help="The most products.")] = None,
     minutes: Annotated[float | None, typer.Option(help="The most time.")] = None,
     seed: Seed = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the report in the folder.")] = False,
+    resume: Resume = False,
     force: Force = False,
     anyway: Annotated[bool, typer.Option("--anyway", help="Go on although the self-test failed.")] = False,
     json: Json = False,
@@ -93,9 +95,13 @@ def analyze(
     out = out.expanduser()
     extra = (density or everything, per_layer or everything, landscape or everything, layers or everything)
     asked, order = Asked(top, *extra, budget, minutes, seed), Order(resume, force, anyway)
-    kept = f"what was done is in `{out}`; the same command with `--resume` instead of `--force` goes on"
+    work = functools.partial(run_analysis, target, out, asked, order, json=json, quiet=quiet)
     with told(debug, out):
-        interruptible(lambda: run_analysis(target, out, asked, order, json=json, quiet=quiet), kept)
+        interruptible(work, _kept(out))
+
+
+def _kept(out: Path) -> str:
+    return f"what was done is in `{out}`; the same command with `--resume` instead of `--force` goes on"
 
 
 PRUNE = """Examples:
@@ -105,6 +111,8 @@ PRUNE = """Examples:
   hessjax prune problem.py --out small --sparsity 0.8
 
   hessjax prune problem.py --out small --recipe recipe.yaml
+
+  hessjax prune problem.py --out small --recipe recipe.yaml --resume
 
 Writes the Orbax checkpoint, masks, a sparse file, tables, the smaller network where whole channels went, and
 a page of before and after. Exit codes as for `analyze`."""
@@ -119,6 +127,7 @@ def prune(
     to_loss: Annotated[float | None, typer.Option(help="As many as this rise of the loss allows.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Updates under the recipe.")] = None,
     seed: Seed = 0,
+    resume: Resume = False,
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -126,10 +135,10 @@ def prune(
 ) -> None:
     """Your network with fewer weights: at once, by a rise of the loss, or by a recipe."""
     out = out.expanduser()
-    wish = Wish(recipe, sparsity, to_loss, steps, seed)
+    wish, order = Wish(recipe, sparsity, to_loss, steps, seed), Order(resume, force)
+    work = functools.partial(run_pruning, target, out, wish, order, json=json, quiet=quiet)
     with told(debug, out):
-        work = functools.partial(run_pruning, target, out, wish, force=force, json=json, quiet=quiet)
-        interruptible(work, "a pruning is written at its end: nothing is kept")
+        interruptible(work, _kept(out))
 
 
 COMPARE = """Examples:
@@ -169,19 +178,33 @@ def init(
         typer.echo(f"Written to {path}. Next: hessjax analyze {path} --out report")
 
 
-@app.command()
+TOUR = """Examples:
+
+  hessjax tour                         the page is tour-out/report.html
+
+  hessjax tour --out digits --resume   after Ctrl-C or a kill
+
+What it does by itself: `hessjax analyze tour`, then `hessjax prune tour --recipe recipe.yaml`."""
+
+
+@app.command(epilog=TOUR)
 def tour(
-    out: Annotated[Path, typer.Option(help="Folder for report.json and the figures.")] = Path("tour-out"),
-    quick: Annotated[bool, typer.Option("--quick", help="A short form, under a minute.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the page and all else.")] = Path("tour-out"),
+    quick: Annotated[bool, typer.Option("--quick", help="A short form.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the weights, the batches and the probes.")] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Remove an earlier result in the folder.")] = False,
+    resume: Resume = False,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Train a small network on handwritten digits, measure its curvature, prune it to 90 % zeros."""
-    from hessjax.cli._tour import tour as run_tour  # scikit-learn is needed here alone
+    """A network for handwritten digits: trained, its curvature measured, pruned to 90 % zeros; one page."""
+    from hessjax.cli._tour import run_tour  # scikit-learn is needed here alone
 
     matplotlib.use("agg")  # figures are drawn in a thread, which can open no window
     out = out.expanduser()
-    kept = f"the parts that were done are in `{out}`; the same command with `--force` begins anew"
+    work = functools.partial(
+        run_tour, out, Order(resume, force), short=quick, seed=seed, json=json, quiet=quiet
+    )
     with told(debug, out):
-        interruptible(lambda: run_tour(out, quick=quick, seed=seed, force=force), kept)
+        interruptible(work, _kept(out))

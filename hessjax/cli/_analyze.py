@@ -9,12 +9,12 @@ from rich.text import Text
 
 from hessjax._core._tables import written
 from hessjax._report._engine import Order, analyze
-from hessjax._report._folder import PAGE
+from hessjax._report._folder import PAGE, check_room
 from hessjax._report._plan import Asked
 from hessjax._report._record import to_json
 from hessjax._report._words import SIGNS
 from hessjax.cli._live import Live, console_for
-from hessjax.cli._load import load_problem
+from hessjax.cli._load import alone, load_problem
 
 STYLES = {"good": "green", "care": "yellow", "unknown": "dim"}
 
@@ -22,8 +22,9 @@ STYLES = {"good": "green", "care": "yellow", "unknown": "dim"}
 def run_analysis(target: str, out: Path, asked: Asked, order: Order, *, json: bool, quiet: bool) -> None:
     """Load, measure, show."""
     console = console_for(json, quiet or json)
-    problem = load_problem(target)
-    with Live(console).shown() as live:
+    check_room(out, order.resume, order.force)  # before the problem is made, which may take its time
+    with alone(json), Live(console).shown() as live:
+        problem = load_problem(target)
         record = analyze(problem, out, asked, order, live, target)
     if json:
         print(json_text.dumps(to_json(record), ensure_ascii=False))

@@ -1,5 +1,6 @@
-"""The tour's problem: scikit-learn's handwritten digits and a small convolutional network for them."""
+"""scikit-learn's handwritten digits and a small convolutional network for them: data, loss, training."""
 
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -50,6 +51,7 @@ def cross_entropy(logits: Any, batch: Any) -> Any:
     return optax.softmax_cross_entropy(logits, labels).mean()
 
 
+BATCH = 128
 NETWORK = Network()
 loss_fn = linen_loss(NETWORK, cross_entropy)
 
@@ -69,3 +71,40 @@ def quality(params: Params, batch: Any) -> Quality:
     kernels = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim > 1]
     zeros = sum(jnp.sum(leaf == 0) for leaf in kernels) / sum(leaf.size for leaf in kernels)
     return Quality(cross_entropy(logits, batch), jnp.mean(jnp.argmax(logits, axis=-1) == batch[1]), zeros)
+
+
+def minibatches(data: tuple[Any, Any], rng: np.random.Generator) -> Iterator[tuple[Any, Any]]:
+    """Shuffled batches of 128 without end; the rest of every pass is dropped."""
+    while True:
+        order = rng.permutation(len(data[1]))
+        # Batches of one shape, for which a step is compiled once.
+        for start in range(0, len(order) - BATCH + 1, BATCH):
+            chosen = order[start : start + BATCH]
+            yield data[0][chosen], data[1][chosen]
+
+
+def trained(
+    data: Digits, steps: int, seed: int = 0, tell: Callable[[int, int], None] | None = None
+) -> Params:
+    """The dense network: AdamW with a cosine schedule, over shuffled batches.
+
+    Args:
+        data: what `load` gives.
+        steps: how many updates.
+        seed: of weights and batches.
+        tell: told after each update how many were made, and how many there will be.
+    """
+    params = jax.jit(NETWORK.init)(jax.random.key(seed), data.train[0][:1])["params"]
+    tx = optax.adamw(optax.cosine_decay_schedule(3e-3, steps), weight_decay=1e-2)
+
+    @jax.jit
+    def step(params: Params, state: Any, batch: Any) -> tuple[Params, Any]:
+        updates, state = tx.update(jax.grad(loss_fn)(params, batch), state, params)
+        return optax.apply_updates(params, updates), state
+
+    state, batches = tx.init(params), minibatches(data.train, np.random.default_rng(seed))
+    for count in range(steps):
+        params, state = step(params, state, next(batches))
+        if tell is not None:
+            tell(count + 1, steps)
+    return params

@@ -47,8 +47,6 @@ def _line(error: Exception, out: Path | None) -> str:
             "; what was done is kept there, and `--resume` goes on"
         )  # fmt: skip
         return f"cannot write to `{out}`: {error.strerror}{kept}"
-    if isinstance(error, FileExistsError) and not error.strerror:
-        return f"`{out}` holds an earlier result: `--force` removes it first, `--out` takes another folder"
     if isinstance(error, (ValueError, TypeError, OSError, ImportError)) and str(error):
         return str(error)
     return f"{type(error).__name__}: {error}"

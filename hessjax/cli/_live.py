@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,12 +12,13 @@ from rich.text import Text
 
 from hessjax._core._tables import written
 from hessjax._report._engine import Watcher
-from hessjax._report._page import TITLES
-from hessjax._report._words import stage_line
+from hessjax._report._words import TITLES, stage_line
+
+_INDENT = 24
 
 
 class Live(Watcher):
-    """Lines for stages that are done; on a terminal a bar over all products with the time left."""
+    """Lines for stages that are done; on a terminal a bar over products, or updates, with the time left."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -24,7 +26,7 @@ class Live(Watcher):
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("products, left"),
+            TextColumn("{task.fields[unit]}, left"),
             TimeRemainingColumn(compact=True),
         )
         self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
@@ -36,13 +38,15 @@ class Live(Watcher):
     def shown(self) -> Iterator["Live"]:
         """The bar, for the time of a block."""
         with self._bar:
-            self._task = self._bar.add_task("Self-test", total=None)
+            self._task = self._bar.add_task("The problem", total=None, unit="products")
             yield self
 
     def planned(self, products: Mapping[str, int]) -> None:
         """What is to come."""
-        self._budget = dict(products)
-        self._update()
+        self._budget, self._made = dict(products), {}
+        if self._task is not None:  # the time that is left goes by what follows
+            unit = "updates" if "training" in products else "products"
+            self._bar.reset(self._task, total=sum(products.values()) or None, unit=unit)
 
     def begun(self, stage: str) -> None:
         """A stage."""
@@ -60,13 +64,19 @@ class Live(Watcher):
         if stage in self._budget:
             self._made[stage] = self._budget[stage]
             self._update()
-        seconds = f"  {entry['seconds']:.1f} s" if "seconds" in entry else ""
-        text = written(stage_line(stage, entry).partition(": ")[2], self._console.encoding)
-        line = Text(f"{TITLES[stage]:<24}", style="bold")
+        text = stage_line(stage, entry).partition(": ")[2]
         failed = stage == "check" and "FAILED" in text
-        line.append(text, style="bold red" if failed else "")
-        line.append(seconds, style="dim")
-        self._console.print(line)
+        self.say(TITLES[stage], text, entry.get("seconds"), "bold red" if failed else "")
+
+    def say(self, title: str, text: str, seconds: float | None = None, style: str = "") -> None:
+        """A line for what is done; what does not fit goes below its beginning."""
+        took = "" if seconds is None else f"  {seconds:.1f} s"
+        space = max(self._console.width - _INDENT - len(took), 20)
+        first, *more = textwrap.wrap(written(text, self._console.encoding), space) or [""]
+        line = Text(f"{title:<{_INDENT}}", style="bold").append(first, style=style)
+        for rest in more:
+            line.append(f"\n{'':{_INDENT}}{rest}", style=style)
+        self._console.print(line.append(took, style="not bold dim"))
 
     def _update(self) -> None:
         if self._task is not None:

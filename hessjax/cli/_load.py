@@ -1,9 +1,11 @@
 """A problem by name: `my_module:problem`, or a file, `path/to/problem.py:problem`."""
 
+import contextlib
 import importlib
 import importlib.util
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +14,13 @@ from hessjax._report._problem import Problem, checked_problem
 
 TOUR = "tour"
 """What stands for the network of the tour."""
+
+
+@contextlib.contextmanager
+def alone(json: bool) -> Iterator[None]:
+    """Beside JSON, what the functions of a problem print goes where errors go."""
+    with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
+        yield
 
 
 class LoadError(ValueError):
@@ -30,7 +39,7 @@ def load_problem(target: str) -> Problem:
         ProblemError: what it returns is no problem; names the field.
     """
     if target == TOUR:
-        target = "hessjax.cli._digits_problem:problem"
+        target = "hessjax.cli._tour:problem"
     place, _, name = target.rpartition(":") if ":" in target else (target, "", "problem")
     if not place or not name:
         raise LoadError(f"`{target}` must be of the form `my_module:problem`, or `problem.py:problem`.")

@@ -56,6 +56,21 @@ def test_json_is_the_record_and_nothing_else(analyzed):
     assert json.loads(done.stdout) == json.loads((out / "report.json").read_text())
 
 
+def test_beside_json_a_problem_may_print_what_it_likes(folder):
+    body = "def problem():\n    print('loading')\n    return small_problem()\n"
+    (folder / "loud.py").write_text(f"from reporting import small_problem\n{body}")
+    done = hessjax("prune", "loud.py", "--out", "out", "--sparsity", 0.5, "--json")
+    assert json.loads(done.stdout)["complete"]
+    assert "loading" in done.stderr
+
+
+def test_a_folder_is_refused_before_the_problem_is_made(folder):
+    (folder / "slow.py").write_text("def problem():\n    raise AssertionError('began')\n")
+    for words in (("analyze",), ("prune", "--sparsity", 0.5)):
+        done = hessjax(words[0], "slow.py", "--out", folder, *words[1:])
+        assert "must be an empty folder" in done.stderr
+
+
 def test_quiet_says_nothing(analyzed):
     folder, _ = analyzed
     words = ("--out", folder / "step-10", "--budget", 90, "--top", 1, "--resume", "--quiet")
@@ -178,17 +193,21 @@ def restored(path):
 def test_prune_to_a_rise_of_the_loss_stays_below_it(folder):
     done = hessjax("prune", "mine.py", "--out", "out", "--to-loss", 0.05, "--json")
     assert done.exit_code == 0, done.output
-    record = json.loads(done.stdout)
-    assert 0 < record["after"]["loss"] - record["before"]["loss"] <= 0.05
+    found = {name: entry["result"] for name, entry in json.loads(done.stdout)["stages"].items()}
+    assert 0 < found["network"]["loss"] - found["before"]["loss"] <= 0.05
     with np.load(folder / "out" / "masks.npz") as file:
         masks = dict(file)
     params = jax.tree.map(np.asarray, restored(folder / "out" / "checkpoint"))
     assert set(masks) == {"a/kernel", "b/kernel"}
     assert not params["a"]["kernel"][~masks["a/kernel"]].any()
-    tried = [x["sparsity"] for x in record["trials"] if x["rise"] > 0.05]
-    zeros = sum(row["zeros"] for row in record["zeros"] if row["path"].endswith("kernel")) / 20
+    tried = [x["sparsity"] for x in found["search"]["trials"] if x["rise"] > 0.05]
+    zeros = sum(row["zeros"] for row in found["network"]["zeros"] if row["pruned"]) / 20
     assert not tried or min(tried) >= zeros - 0.1
-    assert "pruned" in (folder / "out" / "report.html").read_text()
+    page = (folder / "out" / "report.html").read_text()
+    assert "Search by the loss" in page
+    assert "is not finished" not in page
+    words = ("--out", "out", "--to-loss", 0.05, "--resume", "--quiet")
+    assert hessjax("prune", "mine.py", *words).exit_code == 0
 
 
 RECIPE = """
@@ -210,8 +229,11 @@ def test_prune_by_a_recipe_trains_with_the_step_of_the_problem(folder):
     done = hessjax("prune", "mine.py", "--out", "out", "--recipe", "recipe.yaml", "--quiet")
     assert (done.exit_code, done.output) == (0, "")
     record = json.loads((folder / "out" / "report.json").read_text())
-    assert [row["zeros"] for row in record["zeros"]] == [0, 6, 4]
-    assert record["how"].startswith("12 steps of training")
+    found = {name: entry["result"] for name, entry in record["stages"].items()}
+    assert [row["zeros"] for row in found["network"]["zeros"]] == [0, 6, 4]
+    assert found["network"]["how"].startswith("12 steps of training")
+    assert [row["step"] for row in found["training"]["history"]] == [4, 8, 12]
+    assert [row["zeros"] for row in found["training"]["history"]][1:] == [0.5, 0.5]
     assert hessjax("prune", "mine.py", "--out", "out", "--sparsity", 0.5).exit_code == 2  # not empty
 
 
@@ -219,6 +241,11 @@ def test_prune_wants_one_way(folder):
     done = hessjax("prune", "mine.py", "--out", "out", "--sparsity", 0.5, "--to-loss", 0.1)
     assert "one of `--recipe`, `--sparsity` and `--to-loss`" in done.stderr
     assert hessjax("prune", "mine.py", "--out", "out").exit_code == 2
+    assert (
+        "`--steps` must come"
+        in hessjax("prune", "mine.py", "--out", "o", "--sparsity", 0.5, "--steps", 3).stderr
+    )
+    assert not (folder / "out").exists()
 
 
 # -- init ------------------------------------------------------------------------------------------

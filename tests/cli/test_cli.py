@@ -39,10 +39,9 @@ def test_an_earlier_result_is_not_overwritten_without_force(tmp_path, monkeypatc
     (tmp_path / "density.png").write_text("mine")
     result = CliRunner().invoke(app, ["tour", "--out", str(tmp_path)])
     assert result.exit_code == 2
-    assert result.stderr == (
-        f"hessjax: `{tmp_path}` holds an earlier result: `--force` removes it first, `--out` takes another "
-        "folder\n"
-    )
+    assert "`out` must be an empty folder" in result.stderr
+    assert "density.png: `--resume` goes on with a report, `--force` replaces it" in result.stderr
+    assert result.stderr.count("\n") == 1
     assert (tmp_path / "density.png").read_text() == "mine"
 
 
@@ -50,7 +49,7 @@ def test_a_reader_that_stops_early_ends_the_command_without_a_word(tmp_path, mon
     def stopped(*_, **__):
         raise BrokenPipeError
 
-    monkeypatch.setattr("hessjax.cli._tour.tour", stopped)
+    monkeypatch.setattr("hessjax.cli._tour.run_tour", stopped)
     result = CliRunner().invoke(app, ["tour", "--out", str(tmp_path)])
     assert (result.exit_code, result.output) == (1, "")
 

@@ -1,41 +1,62 @@
-"""The tour on real data, in its quick form, run once."""
+"""The tour on real data, in its quick form, run once: what it is made of, and that it can be interrupted."""
 
 import json
-
-import matplotlib as mpl
-
-mpl.use("Agg")
+import re
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 import hessjax as hj
-from hessjax.cli import _digits, _tour
-from hessjax.cli._tour import tour
+from hessjax.cli import _digits, _tour, app
+from hessjax.cli._load import load_problem
+
+pytestmark = pytest.mark.promotes  # linen and optax
+
+
+def hessjax(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory):
+def toured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tour") / "new" / "folder"
-    returned = tour(folder, quick=True, seed=0)
-    assert returned == json.loads((folder / "report.json").read_text(), parse_constant=pytest.fail)
-    return folder
+    done = hessjax("tour", "--quick", "--out", folder)
+    assert done.exit_code == 0, done.output
+    return folder, done
+
+
+@pytest.fixture(scope="module")
+def out(toured):
+    return toured[0]
 
 
 @pytest.fixture(scope="module")
 def record(out):
-    return json.loads((out / "report.json").read_text())
+    return json.loads((out / "report.json").read_text(), parse_constant=pytest.fail)
+
+
+def result(record, stage):
+    return record["stages"][stage]["result"]
+
+
+def pruned(record, stage):
+    return record["pruned"]["stages"][stage]["result"]
 
 
 def test_network_learns_the_digits(record):
-    assert record["outcome"]["dense"]["accuracy"] >= 0.97
-    assert record["outcome"]["dense"]["sparsity"] == 0.0
+    assert pruned(record, "before")["metrics"]["test accuracy"] >= 0.97
+    assert pruned(record, "before")["metrics"] == result(record, "loss")["metrics"]
+
+
+def test_the_self_test_passes(record):
+    assert result(record, "check")["passed"]
 
 
 def test_eigenvalues_are_at_both_ends_and_converged(record):
-    found = record["eigenvalues"]
+    found = result(record, "eigenpairs")
     assert all(found["converged"])
     assert found["values"] == sorted(found["values"], reverse=True)
     assert found["values"][0] > 0 > found["values"][-1]
@@ -43,72 +64,115 @@ def test_eigenvalues_are_at_both_ends_and_converged(record):
 
 
 def test_layers_share_the_trace(record):
-    rows = record["layers"]
-    assert sum(row["trace"] for row in rows) == pytest.approx(record["trace"]["mean"], rel=1e-4)
+    found = result(record, "trace")
+    rows, total = found["leaves"], found["total"]
+    assert sum(row["trace"] for row in rows) == pytest.approx(total["mean"], rel=1e-4)
     assert sum(row["share"] for row in rows) == pytest.approx(1, rel=1e-4)
     assert sum(row["parameters"] for row in rows) == 21546
     assert all(row["stderr"] > 0 and row["data_stderr"] > 0 for row in rows)
-    assert record["trace"]["num_samples"] == 20
+    assert total["num_samples"] >= 20
 
 
-def test_density_agrees_with_trace_and_eigenvalues(record):
-    nodes, weights = np.array(record["density"]["nodes"]), np.array(record["density"]["weights"])
-    assert weights.sum() == pytest.approx(1, rel=1e-4)
-    assert nodes.max() == pytest.approx(record["eigenvalues"]["values"][0], rel=1e-3)
-    gap = abs(21546 * (nodes * weights).sum() - record["trace"]["mean"])
-    # One probe's error is that of one Hutchinson sample.
-    assert gap < 4 * record["trace"]["stderr"] * np.sqrt(record["trace"]["num_samples"] + 1)
+def test_density_agrees_with_the_trace_and_blocks_lie_within_the_whole(record):
+    of_density, of_probes = result(record, "density")["trace"], result(record, "trace")["total"]
+    gap = abs(of_density["mean"] - of_probes["mean"])
+    assert gap < 4 * np.hypot(float(of_density["stderr"]), of_probes["stderr"])
+    values = result(record, "eigenpairs")["values"]
+    slack = 1e-3 * values[0]
+    for row in result(record, "per_layer")["leaves"]:  # interlacing, and Ritz values from inside
+        assert values[-1] - slack <= row["least"] <= row["largest"] <= values[0] + slack
 
 
-def test_pruned_network_is_exactly_sparse_and_good(record):
-    kernels = [row for row in record["summary"]["rows"] if len(row["shape"]) > 1]
-    number = sum(row["number"] for row in kernels)
-    zeros = number - sum(row["nonzeros"] for row in kernels)
+def test_pruned_network_is_exactly_sparse_and_good(out, record):
+    import orbax.checkpoint as ocp
+
+    after = pruned(record, "network")
+    rows = [row for row in after["zeros"] if row["pruned"]]
+    number, zeros = (sum(row[name] for row in rows) for name in ("number", "zeros"))
     assert zeros == round(0.9 * number)
-    tuned, at_once = (record["outcome"][name] for name in ("pruned while fine-tuning", "pruned at once"))
-    assert tuned["sparsity"] == pytest.approx(0.9, abs=1e-4)
-    assert at_once["sparsity"] == tuned["sparsity"]
-    assert tuned["accuracy"] >= 0.95
-    assert tuned["accuracy"] > at_once["accuracy"] + 0.1
+    with ocp.StandardCheckpointer() as checkpointer:
+        params = checkpointer.restore((out / "pruned" / "checkpoint").resolve())
+    quality = _digits.quality(params, _digits.load().test)
+    assert float(quality.sparsity) == pytest.approx(0.9, abs=1e-4)
+    assert float(quality.accuracy) == pytest.approx(after["metrics"]["test accuracy"])
+    assert after["metrics"]["test accuracy"] >= 0.95
+    at_once = next(row for row in result(record, "pruning")["levels"] if row["sparsity"] == 0.9)
+    assert after["metrics"]["test accuracy"] > at_once["metrics"]["test accuracy"] + 0.1
+
+
+def test_history_goes_to_the_sparsity_and_stays_there(record):
+    rows = pruned(record, "training")["history"]
+    assert [row["step"] for row in rows] == [*range(12, 400, 12), 400]
+    zeros = [row["zeros"] for row in rows]
+    assert zeros == sorted(zeros)
+    assert zeros[17] == zeros[-1] == pytest.approx(0.9, abs=1e-4)
 
 
 def test_report_says_where_it_was_made(record):
     assert record["environment"]["versions"]["jax"] == jax.__version__
-    assert (record["seed"], record["quick"], record["complete"]) == (0, True, True)
-    assert {"training", "spectrum", "trace", "landscape", "pruning", "all"} == set(record["seconds"])
+    assert (record["asked"]["seed"], record["complete"], record["kind"]) == (0, True, "analysis")
+    assert all(entry["seconds"] > 0 for entry in record["stages"].values())
+
+
+def test_one_page_has_it_all_and_what_it_shows_is_there(out, record):
+    names = {name for entry in record["stages"].values() for name in entry["figures"]}
+    kept = {"report.json", "report.html", "recipe.yaml", "pruned", ".hessjax-state"}
+    assert {path.name for path in out.iterdir()} == names | kept
+    page = (out / "report.html").read_text()
+    assert len(page) < 4e6
+    charts = json.loads(re.search(r'id="charts">(.*?)</script>', page, re.DOTALL)[1])
+    assert {"chart-density", "chart-landscape", "chart-trace", "chart-training-1"} <= set(charts)
+    for words in ("In plain words", "What did pruning cost?", "Before and after", "Zeros by layer"):
+        assert words in page
 
 
 def test_figures_are_pictures(out, record):
-    assert sorted(path.name for path in out.iterdir()) == sorted([*record["figures"], "report.json"])
-    for name in record["figures"]:
-        with Image.open(out / name) as image:
-            assert min(image.size) > 400
-            assert len(image.convert("L").getcolors()) > 20
+    for entry in record["stages"].values():
+        for name in entry["figures"]:
+            with Image.open(out / name) as image:
+                assert min(image.size) > 400
+                assert len(image.convert("L").getcolors()) > 20
 
 
-def test_force_removes_an_earlier_result_and_nothing_else(tmp_path):
-    for name in ("report.json", "kept.png", "notes.txt"):
-        (tmp_path / name).touch()
-    with pytest.raises(_tour.EarlierResultError, match=r"with report.json, kept.png: `force` removes these"):
-        _tour.make_room(tmp_path, False)
-    assert len(list(tmp_path.iterdir())) == 3
-    _tour.make_room(tmp_path, True)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
-    _tour.make_room(tmp_path, False)  # what is not a result is in nobody's way
+def test_lines_fit_a_narrow_terminal(toured):
+    _, done = toured
+    lines = done.stdout.split("\n\n")[0].splitlines()
+    assert lines[0].startswith("The network")
+    assert max(map(len, lines)) <= 80
 
 
-def test_parts_that_were_done_stay_when_the_next_one_is_interrupted(tmp_path, monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
+def test_the_network_is_the_problem_of_that_name(record):
+    problem, data = load_problem("tour"), _digits.load()
+    assert problem.name == record["problem"]["name"]
+    expected = _digits.trained(data, _tour.FULL.train_steps)
+    jax.tree.map(np.testing.assert_array_equal, problem.params, expected)
 
-    history = _tour.History([0], [_digits.Quality(1.0, 0.5, 0.0)], 0.25)
-    monkeypatch.setattr(_tour, "train", lambda *_: ({}, history))
-    monkeypatch.setattr(_tour, "measure", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        tour(tmp_path, quick=True)
-    kept = json.loads((tmp_path / "report.json").read_text())
-    assert (kept["complete"], kept["figures"], kept["seconds"]) == (False, [], {"training": 0.25})
-    assert kept["training"]["quality"] == [{"loss": 1.0, "accuracy": 0.5, "sparsity": 0.0}]
+
+def test_a_tour_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
+    def network(settings, seed, live):
+        return load_problem("mine.py")
+
+    def interrupted(*_, **__):
+        raise RuntimeError
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("from reporting import small_problem as problem\n")
+    monkeypatch.setattr(_tour, "_network", network)
+    quick = _tour.QUICK._replace(tune_steps=8, asked=_tour.Asked(top=1, budget=60))
+    monkeypatch.setattr(_tour, "_SETTINGS", {True: quick})
+    with monkeypatch.context() as patch:
+        patch.setattr(_tour, "prune", interrupted)
+        assert hessjax("tour", "--quick", "--out", "out").exit_code == 1
+    assert hessjax("tour", "--quick", "--out", "out").exit_code == 2
+    done = hessjax("tour", "--quick", "--out", "out", "--resume", "--json")
+    assert done.exit_code == 0, done.output
+    record = json.loads(done.stdout)
+    assert record == json.loads((tmp_path / "out" / "report.json").read_text())
+    assert pruned(record, "training")["steps"] == 8
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    again = hessjax("tour", "--quick", "--out", "out", "--force", "--quiet")
+    assert (again.exit_code, again.output) == (0, "")
+    assert (tmp_path / "out" / "notes.txt").exists()
 
 
 def test_digits_are_split_once_and_for_all():

@@ -1,73 +1,98 @@
-"""A report that is killed, again and again, ends as one that never was."""
+"""A report that is killed, at whatever moment, ends as one that never was."""
 
 import json
 import os
 import pathlib
-import random
 import signal
 import subprocess
 import sys
 
-import hessjax as hj
+import pytest
+from kills import KILLS, Moments, stages
+from reporting import small_problem
 
-KILLS = int(os.environ.get("HESSJAX_KILLS", "1"))
-"""20 take minutes: `HESSJAX_KILLS=20 pytest tests/report/test_kills.py`."""
+import hessjax as hj
+from hessjax._report import _figures, _work
+from hessjax._report._engine import Order, Watcher, analyze
+from hessjax._report._plan import Asked
+
+PROBLEM, ASKED = small_problem(), Asked(top=1, density=True, budget=90)
 
 SCRIPT = """
 import sys, time
 from reporting import small_problem
-import hessjax as hj
-from hessjax._report import _work
+from hessjax._report import _figures, _work
 from hessjax._report._engine import Order, Watcher, analyze
 from hessjax._report._plan import Asked
 _work.SAVE_EVERY = 0.0  # at every product: it is over in a moment
-class Slow(Watcher):
-    def begun(self, stage): print(stage, flush=True)
-    def made(self, stage, products, total): print(stage, flush=True); time.sleep(0.02)
-analyze(small_problem(), sys.argv[1], Asked(top=1, density=True, budget=90), Order(resume=True), Slow())
-print("done", flush=True)
+_figures.figures = lambda name, *_: {f"{name}.png": b"picture"}
+class Waiting(Watcher):
+    def made(self, stage, products, total):
+        if stage == "eigenpairs" and products >= 12:
+            print("now", flush=True)
+            time.sleep(600)
+analyze(small_problem(), sys.argv[1], Asked(top=1, density=True, budget=90), Order(resume=True), Waiting())
 """
 
 
-def started(folder):
+def drawn(name, *_):
+    """A picture in no time: to draw takes a second."""
+    return {f"{name}.png": b"picture"}
+
+
+def resumed(folder):
+    return analyze(PROBLEM, folder, ASKED, Order(resume=True), Watcher())
+
+
+def results(record):
+    return {name: entry.get("result") for name, entry in record["stages"].items()}
+
+
+def kept(folder):
+    file = folder / "report.json"
+    return results(json.loads(file.read_text())) if file.exists() else {}
+
+
+@pytest.fixture(scope="module")
+def lived(tmp_path_factory):
+    """A life from beginning to end, and what kills in it would have left."""
+    folder, place = tmp_path_factory.mktemp("life") / "out", tmp_path_factory.mktemp("moments")
+    with pytest.MonkeyPatch.context() as patch, Moments(folder, place).watched() as moments:
+        patch.setattr(_work, "SAVE_EVERY", 0.0)
+        patch.setattr(_figures, "figures", drawn)
+        record = resumed(folder)
+    return results(record), moments
+
+
+def check(folder, expected):
+    """What was there stays, the rest comes out the same to the last bit, nothing half written is left."""
+    before = kept(folder)
+    assert {name: expected[name] for name in before} == before
+    record = resumed(folder)
+    assert record["complete"]
+    assert results(record) == expected
+    assert not [path for path in folder.rglob("*") if path.name.endswith((".partial", "-lock"))]
+
+
+def test_a_kill_at_whatever_moment_loses_nothing(lived, monkeypatch):
+    expected, moments = lived
+    assert len(moments.copies) > 100
+    monkeypatch.setattr(_figures, "figures", drawn)
+    assert set(map(stages, moments.copies)) == set(range(-1, len(expected) + 1))
+    for copy in moments.chosen(KILLS, stages):
+        check(copy, expected)
+
+
+def test_a_kill_by_the_system_loses_nothing(lived, tmp_path, monkeypatch):
+    monkeypatch.setattr(_figures, "figures", drawn)
     root = pathlib.Path(hj.__file__).parent.parent
     path = os.pathsep.join([str(root), str(root / "tests")])
     env = {**os.environ, "PYTHONPATH": path, "JAX_NUMPY_DTYPE_PROMOTION": "standard"}
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(folder)], stdout=subprocess.PIPE, text=True, env=env
-    )
-
-
-def killed_at(folder, line):
-    """Kill it after so many lines; whether it came to its end before."""
-    process = started(folder)
-    for count, text in enumerate(process.stdout):
-        if text == "done\n":
-            break
-        if count == line:
-            process.send_signal(signal.SIGKILL)
-            break
-    process.stdout.close()
-    return process.wait(timeout=120)
-
-
-def results(folder):
-    record = json.loads((folder / "report.json").read_text())
-    return record["complete"], {name: entry.get("result") for name, entry in record["stages"].items()}
-
-
-def test_random_kills_lose_nothing(tmp_path):
-    chosen, whole, folder = random.Random(0), tmp_path / "whole", tmp_path / "killed"
-    assert killed_at(whole, -1) == 0
-    complete, expected = results(whole)
-    assert complete
-    seen = {}
-    for _ in range(KILLS):
-        if killed_at(folder, chosen.randrange(1, 40)) == 0:
-            break
-        _, kept = results(folder)
-        assert {name: kept[name] for name in seen} == seen  # what was there stays as it was
-        seen = kept
-    assert killed_at(folder, -1) == 0
-    assert results(folder) == (True, expected)  # to the last bit
-    assert not [path for path in folder.iterdir() if path.name.endswith(".partial")]
+    folder = tmp_path / "killed"
+    words = [sys.executable, "-c", SCRIPT, str(folder)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=env) as process:
+        assert process.stdout.readline() == "now\n"
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert list(kept(folder)) == ["check", "loss", "trace", "pruning"]
+    check(folder, lived[0])

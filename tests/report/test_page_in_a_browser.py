@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hessjax._report import _page
+
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
 
@@ -50,6 +52,34 @@ def test_it_follows_the_colours_of_the_reader(page, tmp_path, scheme, dark):
     with Image.open(picture) as image:
         background = np.asarray(image.convert("L"))[5, 5]
     assert (background < 60) == dark
+
+
+def test_the_charts_of_a_pruning_are_drawn_too(whole, tmp_path):
+    def stage(**result):
+        return {"result": result, "products": 1.0, "seconds": 1.0}
+
+    metrics = {"a <b>": 0.5}
+    history = [{"step": 4 * i, "zeros": 0.1 * i, "metrics": {"a <b>": 0.5 + 0.01 * i}} for i in range(1, 6)]
+    trials = [{"sparsity": s, "predicted": s**2, "rise": "inf" if s > 0.8 else s} for s in (0.5, 0.9, 0.7)]
+    zeros = [{"path": "a/kernel", "number": 12, "zeros": 6, "pruned": True}]
+    stages = {
+        "before": stage(loss=1.0, metrics=metrics),
+        "training": stage(steps=20, history=history),
+        "search": stage(sparsity=0.7, trials=trials),
+        "network": stage(loss=1.1, metrics=metrics, how="20 steps", predicted_rise=0.1, zeros=zeros,
+                         compacted={"why_not": "no whole channel went"}, files=["checkpoint"]),
+    }  # fmt: skip
+    record = {**whole.record, "stages": stages, "complete": True}
+    for name, text, count in (
+        ("pruned", _page.pruned_page(record), 3),
+        ("both", _page.page({**whole.record, "pruned": {"folder": "x", "stages": stages}}, tmp_path), 8),
+    ):
+        file = tmp_path / f"{name}.html"
+        file.write_text(text)
+        shown = browse(file, "--dump-dom", "--window-size=1280,900")
+        charts = shown.split('class="chart"')[1:]
+        assert len(charts) == count
+        assert all("<svg" in chart.split("figcaption")[0] for chart in charts)
 
 
 PROBE = """<iframe id="f" src="report.html" style="width:390px;height:900px;border:0"></iframe><script>

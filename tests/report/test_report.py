@@ -1,4 +1,4 @@
-"""Rows and tables; JSON, folders, the environment."""
+"""Rows; JSON, folders, the environment."""
 
 import json
 import os
@@ -6,7 +6,6 @@ import os
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rich.console import Console
 
 import hessjax as hj
 from hessjax import _report as report
@@ -23,50 +22,11 @@ TRACES = hj.TraceByLeaf(
 PARAMS = {"bias": jnp.ones(2), "kernel": jnp.ones((2, 3))}
 
 
-def printed(table):
-    console = Console(width=120)
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get()
-
-
 def test_layer_rows_add_up():
     rows = report.layer_rows(TRACES, PARAMS)
     assert rows[0] == ("bias", (2,), 2, 2.0, 0.5, 0.125, 0.25, 1.0)
     assert sum(row.share for row in rows) == 1.0
     assert rows[1].per_parameter == 1.0
-
-
-def test_tables_show_the_uncertainty():
-    pairs = hj.Eigenpairs(
-        jnp.array([2.0, -1.0]), None, jnp.array([1e-6, 0.25]), jnp.array([True, False]), jnp.int32(9)
-    )
-    text = printed(report.eigenvalue_table(pairs))
-    assert "1.0e-06  yes" in text
-    assert "2.5e-01  no" in text
-    text = printed(report.layer_table(TRACES, PARAMS))
-    assert "2×3" in text
-    assert "0.12" in text
-    assert "inf" in text
-    assert "total" in text
-    assert "90.00" in printed(report.accuracy_table({"sparse": (0.9, 0.97)}))
-
-
-def test_names_are_shown_as_they_are():
-    leaf = estimate(2.0, 0.5)
-    names = ("w[a]", "x[/a]", "y:smile:\\")
-    traces, params = hj.TraceByLeaf(leaf, dict.fromkeys(names, leaf)), dict.fromkeys(names, jnp.ones(2))
-    text = printed(report.layer_table(traces, params))
-    text += printed(report.accuracy_table(dict.fromkeys(names, (0.9, 0.97))))
-    assert all(text.count(name) == 2 for name in names)
-
-
-def test_the_table_says_when_the_matvec_is_not_symmetric():
-    pairs = hj.Eigenpairs(jnp.array([2.0]), None, jnp.array([1e-6]), jnp.array([True]), jnp.int32(9))
-    assert "not symmetric" not in printed(
-        report.eigenvalue_table(pairs._replace(asymmetry=jnp.float32(1e-6)))
-    )
-    assert "not symmetric" in printed(report.eigenvalue_table(pairs._replace(asymmetry=jnp.float32(0.1))))
 
 
 def test_json_is_strict_and_round_trips(tmp_path):

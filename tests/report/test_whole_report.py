@@ -106,8 +106,8 @@ def test_files_are_those_of_the_record(whole):
 
     figures = {name for entry in whole.record["stages"].values() for name in entry.get("figures", [])}
     there = {path.name for path in Path(whole.folder).iterdir()}
-    assert there == {*figures, "report.json", "report.html", "state"}
-    assert [path.name for path in (Path(whole.folder) / "state").iterdir()] == ["eigenvectors.npz"]
+    assert there == {*figures, "report.json", "report.html", ".hessjax-state"}
+    assert [path.name for path in (Path(whole.folder) / ".hessjax-state").iterdir()] == ["eigenvectors.npz"]
     assert json.loads((Path(whole.folder) / "report.json").read_text()) == whole.record
 
 
