@@ -108,7 +108,7 @@ def product(network: Network, name: str) -> dict[str, Any]:
     found = in_torch.summary(_KEPT[name] @ network.vector, network.vector)
     # The gradient of a LayerNorm's weight, differentiated forwards in its input; written out it is right.
     normed = any(isinstance(module, torch.nn.LayerNorm) for module in network.model.modules())
-    wrong = {"note": "off by PyTorch's own forward derivative of LayerNorm's backward pass"}
+    wrong = {"note": "off, as PyTorch is, in the forward derivative of LayerNorm's backward pass"}
     return {**found, **(wrong if normed and kind == "Hessian" else {})}
 
 

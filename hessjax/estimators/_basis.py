@@ -72,9 +72,7 @@ def write(basis: Basis, index: Int[Array, ""], vector: Vector) -> Basis:
             vector,
         )
 
-    return tuple(
-        write_chunk(chunk, *bounds) for chunk, bounds in zip(basis, _bounds(basis), strict=True)
-    )
+    return tuple(write_chunk(chunk, *bounds) for chunk, bounds in zip(basis, _bounds(basis), strict=True))
 
 
 def project_out(basis: Basis, count: Int[Array, ""], vector: Vector) -> tuple[Vector, Float[Array, " rows"]]:
