@@ -136,7 +136,7 @@ KINDS = {
     "schedule": "penalty fraction level",
     "count": """num_probes num_matvecs max_matvecs k block_size basis_size? at_once every num_samples?
         recomputes microbatch? num_grads? chunk_size points_at_once steps_per_epoch? n m num_heads?
-        max_width max_evaluations num_points top seed budget?""",
+        max_width max_evaluations num_points top seed budget? keep_bytes?""",
     "integer": "axis?",
     "function": """loss_fn model_fn output_loss matvec make_matvec metric grads_fn? teacher_fn information
         score loss weights? fn approximation
