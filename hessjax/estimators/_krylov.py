@@ -106,7 +106,7 @@ def extend(space: Krylov, product: Vector) -> Krylov:
     mirrored = jnp.pad(T[k], (0, space.width))
     differences = jnp.where(index < k, column + jnp.where(index == previous, back, 0) - mirrored, 0)
     asymmetry = jnp.max(jnp.abs(differences))
-    new = (index[:, None] >= k) & (jnp.arange(T.shape[1], dtype=jnp.int32) == k)
+    new = (index >= k)[:, None] & (jnp.arange(T.shape[1], dtype=jnp.int32) == k)[None]
     T = jnp.where(new, column[:, None], T)
     basis = write(space.basis, last, following)
     rounding = space.rounding
