@@ -96,7 +96,7 @@ class ConjugateGradient(System, Estimator):
 
     Cost:
         One product a step, 10·d operations, memory 5·d; with a preconditioner one of its products too, 2·d
-        operations more, and the memory that it takes. After k steps the error in the norm of A + λI is at
+        operations more, memory 4·d and what it takes. After k steps the error in the norm of A + λI is at
         most 2((√κ − 1)/(√κ + 1))ᵏ of the first, κ the condition number. Other arrays compile nothing anew.
 
     References:

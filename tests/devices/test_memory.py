@@ -37,7 +37,7 @@ FORMULAS = {
     "minres": (E.minres(ONE), 10),
     "conjugate_gradient, preconditioned": (
         E.conjugate_gradient(ONE, 0.0, preconditioner=jax.tree_util.Partial(scaled, ONE)),
-        5 + 1,  # its own
+        4 + 1,  # its own
     ),
 }
 
