@@ -9,7 +9,6 @@ import models
 import numpy as np
 import optax
 from flax import linen as nn
-from sklearn.datasets import load_digits
 
 import hessjax as hj
 from hessjax.flax import linen_loss, linen_model
@@ -111,6 +110,8 @@ def trained_mlp(widths: tuple[int, ...], steps: int) -> Problem:
 
 def trained_conv_net(channels: tuple[int, ...], examples: int, steps: int) -> Problem:
     """On the first digits of scikit-learn, its BatchNorms on their own batch, the running statistics kept."""
+    from sklearn.datasets import load_digits  # here: it takes longer to import than jax
+
     pixels, labels = load_digits(return_X_y=True)
     images = jnp.asarray(pixels[:examples].reshape(-1, 8, 8, 1) / 16, jnp.float32)
     batch, module, tx = (

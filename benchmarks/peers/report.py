@@ -97,12 +97,12 @@ def _product_grid(rows: list[Row]) -> str:
     kinds = list(dict.fromkeys(line["way"] for line in measured))
     cells = {(line["way"], line["peer"]): _product_cell(line) for line in measured}
     lines = [[kind, *(cells.get((kind, peer), "") for peer in peers)] for kind in kinds]
-    missing = [
-        f"{NAMES[line['peer']]}, {line['way'] or 'all'}: {line['failed']}."
+    said = [
+        f"{NAMES[line['peer']]}, {line['way'] or 'all'}: {text}."
         for line in rows
-        if "failed" in line
+        if (text := line.get("failed", line.get("note")))
     ]
-    return "\n\n".join([grid(["", *map(NAMES.get, peers)], lines), *missing])
+    return "\n\n".join([grid(["", *map(NAMES.get, peers)], lines), *said])
 
 
 def _product_cell(line: Row) -> str:

@@ -105,7 +105,11 @@ def product(network: Network, name: str) -> dict[str, Any]:
     if name not in _KEPT:
         batches = network.batches if how == "batches" else [network.data]
         _KEPT[name] = _operator(network, KINDS[kind], batches)
-    return in_torch.summary(_KEPT[name] @ network.vector, network.vector)
+    found = in_torch.summary(_KEPT[name] @ network.vector, network.vector)
+    # The gradient of a LayerNorm's weight, differentiated forwards in its input; written out it is right.
+    normed = any(isinstance(module, torch.nn.LayerNorm) for module in network.model.modules())
+    wrong = {"note": "off, as PyTorch is, in the forward derivative of LayerNorm's backward pass"}
+    return {**found, **(wrong if normed and kind == "Hessian" else {})}
 
 
 ESTIMATORS = {"Hutchinson": hutchinson_trace, "Hutch++": hutchpp_trace, "XTrace": xtrace}
