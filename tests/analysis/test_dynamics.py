@@ -121,6 +121,18 @@ def test_noise_scale_follows_a_rescaling_of_the_loss(power):
     assert float(found.gradient.mean) * 2.0 ** (2 * power) == float(other.gradient.mean)
 
 
+def test_a_leaf_is_judged_by_itself_whatever_the_others_are_and_what_is_absent():
+    grads = jax.tree.map(lambda x: x.astype(jnp.float32), block())
+    found = D.noise_scale(grads)
+    beside = D.noise_scale({**grads, "c": grads["c"] * 2.0**-70})
+    assert float(beside.leaves["c"].scale.mean) == float(found.leaves["c"].scale.mean)
+    assert float(beside.scale.mean) == float(found.leaves["a"].scale.mean)
+    weights = np.arange(9) != 3
+    padded = D.noise_scale(jax.tree.map(lambda x: x.at[3].set(1e30), grads), weights=weights * 1e-42)
+    there = D.noise_scale(jax.tree.map(lambda x: x[weights], grads))
+    np.testing.assert_allclose(numbers(padded), numbers(there), rtol=1e-6)
+
+
 def test_a_gradient_lost_in_noise_has_no_finite_scale():
     rows = jnp.array([[1.0, 0.0], [-1.0, 0.1], [0.0, 1.0], [0.1, -1.0]])
     found = D.noise_scale(rows)
