@@ -214,8 +214,8 @@ def _check_finite(paths: tuple[str, ...], index: int, wrong: Bool[Array, " leave
     bad = [path for path, x in zip(paths, jax.device_get(wrong), strict=True) if x]
     if bad:
         raise ValueError(
-            f"`batches` must give finite moments, but those of {', '.join(bad)} are NaN or infinite in number "
-            f"{index} of the batches that count: leave such examples out, or give them weight 0 by `weights`."
+            f"`batches` must give finite moments, but those of {', '.join(bad)} are NaN or infinite in "
+            f"number {index} of the batches that count: leave such examples out, or give them weight 0 by `weights`."
         )
 
 

@@ -219,6 +219,10 @@ def test_updates_that_never_raise_the_loss_or_always_do():
     assert np.isnan(found.sharpness.mean)
     assert found.bracket.tolist() == [0, 0]
     assert int(found.num_evaluations) == 1
+    unknown = D.critical_sharpness(
+        loss_fn, params, (data[0].at[0].set(jnp.nan), data[1]), update=up, max_evaluations=12
+    )
+    assert np.isnan(unknown.bracket).all()
     flat = D.critical_sharpness(lambda p, x: jnp.mean(x) - p, jnp.zeros(()), data[1], update=jnp.ones(()))
     assert np.isinf(flat.bracket[1])
     assert not flat.converged
