@@ -95,8 +95,8 @@ class CriticalSharpness(NamedTuple):
     Attributes:
         sharpness: λ_c = 2/η_c, with its standard error over the examples; NaN where η_c was not found.
         learning_rate: η_c, the least learning rate at which the loss would rise.
-        bracket: (2,) the largest rate tried below η_c and the least above it: 0 if the loss rose in every step
-            tried, infinity if in none; twice 0 where the update leads uphill, NaN where the slope is none.
+        bracket: (2,) the largest rate tried below η_c, 0 if the loss rose in all, and the least above it,
+            infinity if in none; twice 0 where the update leads uphill, NaN where the slope is none.
         converged: whether η_c was found, to the tolerance asked for.
         num_evaluations: how many times the loss was evaluated.
     """
