@@ -215,7 +215,8 @@ def _check_finite(paths: tuple[str, ...], index: int, wrong: Bool[Array, " leave
     if bad:
         raise ValueError(
             f"`batches` must give finite moments, but those of {', '.join(bad)} are NaN or infinite in "
-            f"number {index} of the batches that count: leave such examples out, or give them weight 0 by `weights`."
+            f"number {index} of the batches that count: leave such examples out, or give them weight 0 by "
+            "`weights`."
         )
 
 

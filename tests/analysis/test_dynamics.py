@@ -352,6 +352,10 @@ BAD = {
     "one leaf": (
         lambda: D.heterogeneity({"a": density(0, 1)}), "`densities` must be of at least two leaves, got 1"
     ),
+    "Gaussians between the points": (
+        lambda: D.heterogeneity({"a": density(0, 1), "b": density(0, 1)}, bandwidth=0.01),
+        "`num_points` must be at least 1530 for a bandwidth of 0.01, got 512",
+    ),
     "densities of several calls": (
         lambda: D.heterogeneity({"a": density(0, 1), "b": density(0, 1, 0, 2)}),
         "`densities` must have nodes of one shape",
