@@ -147,13 +147,13 @@ def _errors(
     spread = jnp.std(squares[..., 1] - errors[:, None] ** 2 * squares[..., 0], axis=1, ddof=1)
     stderr = _over(spread / jnp.sqrt(squares.shape[1]), 2 * errors * block)
     stderr = jnp.where(squares.shape[1] > 1, stderr, jnp.inf)
-    blocks, _, columns, missed = jnp.sum((norms / power_of_two(norms)) ** 2, axis=(0, 1))
+    blocks, columns, missed = (_tree.norm(norms[..., i]) for i in (0, 2, 3))
     return (
         errors,
         stderr,
         units * jnp.sqrt(block),
-        jnp.sqrt(_over(missed, columns)),
-        1 - _over(blocks, columns),
+        _over(missed, columns),
+        1 - _over(blocks, columns) ** 2,
     )
 
 

@@ -75,7 +75,7 @@ def noise_scales(grads: Block, batch_size: Any, weights: Array) -> list[NoiseSca
     unit = functools.reduce(jnp.maximum, units)
     each = [_moments(x, x, own, own, weights) for x, own in zip(leaves, units, strict=True)]
     alike = [
-        jax.tree.map(lambda x, s=(own / unit) ** 2: s * x, m) for own, m in zip(units, each, strict=True)
+        _Moments(*((own / unit) ** 2 * x for x in found)) for own, found in zip(units, each, strict=True)
     ]
     return [
         _estimated(found, weights, batch_size, own**2)
