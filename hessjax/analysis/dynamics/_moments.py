@@ -1,6 +1,5 @@
 """The formulas of the noise scale: moments of centred gradients, the jackknife, and the result."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -70,9 +69,9 @@ class _Moments(NamedTuple):
 def noise_scales(grads: Block, batch_size: Any, weights: Array) -> list[NoiseScale]:
     """Of all leaves together, then of each."""
     leaves = _present(grads, weights)
-    # Each in units of its own: one leaf's gradients may be 1e-20 of another's.
-    units = [_unit([x]) for x in leaves]
-    unit = functools.reduce(jnp.maximum, units)
+    # Each in units of its own: one leaf's gradients may be 1e-20 of another's. One of zeros has none.
+    unit = _unit(leaves)
+    units = [jnp.minimum(_unit([x]), unit) for x in leaves]
     each = [_moments(x, x, own, own, weights) for x, own in zip(leaves, units, strict=True)]
     alike = [
         _Moments(*((own / unit) ** 2 * x for x in found)) for own, found in zip(units, each, strict=True)
