@@ -67,10 +67,12 @@ class Structure:
     Attributes:
         tree: of the params.
         moves: for every leaf from the leaf to (stack, left, right).
+        inverted: whether the matrix is the inverse of one: the numbers of both look alike.
     """
 
     tree: Any
     moves: tuple[Moves, ...]
+    inverted: bool = False
 
     @property
     def like(self) -> Any:
@@ -145,7 +147,7 @@ class Kronecker(Partial):
         shift = _shift(damping, self.trace() / self.size)
         inverted, least = _inverted(form, self.leaves, shift)
         self._check_regular(least, shift)
-        return Kronecker(self.func, inverted)
+        return Kronecker(dataclasses.replace(self.func, inverted=not self.func.inverted), inverted)
 
     def log_determinant(self, damping: Any = 0.0) -> Scalar:
         """The logarithm of det(K + λI), in nats; −∞ where K + λI is singular.
@@ -184,7 +186,8 @@ class Kronecker(Partial):
             )
 
     def __repr__(self) -> str:
-        return f"Kronecker({len(self.leaves)} leaves, {self.size:,} parameters)"
+        what = ", inverted" * self.func.inverted
+        return f"Kronecker({len(self.leaves)} leaves, {self.size:,} parameters{what})"
 
 
 jax.tree_util.register_pytree_node(
