@@ -110,7 +110,9 @@ def compact(quick: bool, path_of: Any) -> Iterator[Row]:
             for name in group.usable
         }
         first = {key: call() for key, call in calls.items()}
-        times = rounds({k: calls[k] for k, said in first.items() if "seconds" in said}, 2 if quick else 9)
+        done = {key: calls[key] for key, said in first.items() if "seconds" in said}
+        times = rounds({key: call for key, call in done.items() if key[0] == "cut"}, 1 if quick else 3)
+        times |= rounds({key: call for key, call in done.items() if key[0] != "cut"}, 2 if quick else 9)
         sizes = {name: group.workers[name].ask("compact", name="size") for name in group.usable}
         for name in group.usable:
             yield cut(name, {kind: first[kind, name] for kind, n in first if n == name}, times, sizes)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 import hessjax as hj
-from peers import problems
+from peers import in_jax, problems
 from peers.in_jax import Network
 from peers.problems import Problem
 
@@ -102,9 +102,14 @@ class Loop:
 
 
 def share_of_zeros(params: Any) -> float:
-    """Among the kernels of dense layers."""
-    kernels = [np.asarray(layer["kernel"]) for layer in params.values()]
+    """Among the kernels."""
+    kernels = [np.asarray(x) for x, chosen in zip(*leaves_and_kernels(params), strict=True) if chosen]
     return float(sum(np.sum(kernel == 0) for kernel in kernels) / sum(kernel.size for kernel in kernels))
+
+
+def leaves_and_kernels(params: Any) -> tuple[list[jax.Array], list[bool]]:
+    """All leaves, and which of them are pruned."""
+    return jax.tree.leaves(params), [path.endswith("kernel") for path in in_jax.paths(params)]
 
 
 # -- smaller ---------------------------------------------------------------------------------------

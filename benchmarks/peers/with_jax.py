@@ -10,7 +10,7 @@ import optax
 from peers import problems
 from peers.in_jax import Network, load, loss
 from peers.problems import Problem
-from peers.pruning_in_jax import ADAM, Loop, share_of_zeros
+from peers.pruning_in_jax import ADAM, Loop, leaves_and_kernels, share_of_zeros
 
 __all__ = ["inverse_fisher", "load", "loss", "product", "training_step", "zeros"]
 
@@ -70,7 +70,7 @@ def sorting(inner: optax.GradientTransformation, sparsity: float, every: int) ->
         return Sorting(jnp.zeros((), jnp.int32), masks, inner.init(params))
 
     def update(grads: Any, state: Sorting, params: Any) -> tuple[Any, Sorting]:
-        anew = lambda: jax.tree.map(lambda p: _largest(p, sparsity), params)  # noqa: E731
+        anew = lambda: _masks(params, sparsity)  # noqa: E731
         masks = jax.lax.cond(state.count % every == 0, anew, lambda: state.masks)
         updates, inner_state = inner.update(grads, state.inner, params)
         return updates, Sorting(state.count + 1, masks, inner_state)
@@ -78,10 +78,14 @@ def sorting(inner: optax.GradientTransformation, sparsity: float, every: int) ->
     return optax.GradientTransformation(init, update)
 
 
+def _masks(params: Any, sparsity: float) -> Any:
+    pairs = zip(*leaves_and_kernels(params), strict=True)
+    masks = [_largest(x, sparsity) if chosen else jnp.ones(x.shape, jnp.uint8) for x, chosen in pairs]
+    return jax.tree.unflatten(jax.tree.structure(params), masks)
+
+
 def _largest(weights: jax.Array, sparsity: float) -> jax.Array:
-    """1 where the magnitude is among the largest; nothing of a vector goes."""
-    if weights.ndim < 2:
-        return jnp.ones(weights.shape, jnp.uint8)
+    """1 where the magnitude is among the largest."""
     size = jnp.abs(weights).ravel()
     kept = round((1 - sparsity) * size.size)
     return (size >= size[jnp.argsort(size)[-kept]]).astype(jnp.uint8).reshape(weights.shape)
