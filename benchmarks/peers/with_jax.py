@@ -42,7 +42,7 @@ def inverse_fisher(problem: Problem, name: str) -> dict[str, Any]:
 
 
 def training_step(network: Network, name: str) -> dict[str, Any]:
-    """The way of jaxpruner, in the operations that it takes: it calls `jax.tree_map`, which JAX has removed."""
+    """As jaxpruner, which calls `jax.tree_map`, removed from JAX: its operations, written anew."""
     if name not in _KEPT:
         by_sorting = ADAM if name == "bare" else sorting(ADAM, problems.SPARSITY, problems.EVERY[name])
         _KEPT[name] = Loop(network, by_sorting, *([] if name == "bare" else [masked]))
