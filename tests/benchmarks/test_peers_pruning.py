@@ -88,9 +88,8 @@ def deep():
     return problem._replace(arrays={**problem.arrays, "truth/layers": np.array(kernels)}), traces
 
 
-def test_traces_of_layers_are_those_of_the_dense_matrix(deep):
+def test_traces_of_layers_are_held_against_the_exact_ones(deep):
     problem, traces = deep
-    assert sum(traces.values()) == pytest.approx(in_jax.all_eigenvalues(problem).sum(), rel=1e-4)
     assert list(traces) == in_jax.paths(in_jax.load(problem).params)
     answer = with_hessjax.layer_traces(with_hessjax.load(problem), 0)
     judged = questions.judge_layers(answer, problem)
