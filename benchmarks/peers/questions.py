@@ -22,6 +22,9 @@ PRODUCTS = ["hessjax", "torch", "pyhessian", "curvlinops", "eigenthings", "matfr
 ESTIMATES = ["hessjax", "curvlinops", "eigenthings", "matfree", "traceax"]
 LAYER_TRACES = ["hessjax", "pyhessian", "curvlinops", "eigenthings", "matfree"]
 ACCURACY, DISTANCE = 1e-4, 0.005
+TRACES = ("trace", "layer_traces")
+"""Whose ways are different estimators."""
+
 Judge = Callable[[Answer, Problem], Row]
 Paths = Callable[[str], Path]
 
@@ -93,10 +96,10 @@ def answer(
             said = group.workers[name].ask(task, way=way, **given)
             line = row(question, name, words, said, **({} if "failed" in said else judge(said)))
             found[name, way] = line
-            if "failed" in said or (line.get("right") and task != "trace"):
+            if "failed" in said or (line.get("right") and task not in TRACES):
                 break
             last = way + 1 == len(group.ways(name, task))
-            if not {"trace": True, "density": last}.get(task, way == 0):
+            if not (task in TRACES or {"density": last}.get(task, way == 0)):
                 del found[name, way]
     again = {key: line for key, line in found.items() if line["first"] and line["first"] < 60}
     calls = {
