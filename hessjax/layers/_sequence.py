@@ -48,10 +48,10 @@ class Stage(NamedTuple):
 def stages_of(problem: Problem, batches: Source, wanted: tuple[int, ...]) -> Iterator[Stage]:
     """The leaves in the order in which the program uses them."""
     first = next(iter(parts_of(problem, batches)))
-    fn = problem.rules.gradients.of(problem.fn)
-    for depth in depths_of(fn, problem.params, first.args, wanted):
+    data = problem.fn, problem.params, first.args
+    for depth in depths_of.eval_shape(problem.rules.gradients, wanted, *data).value:
         for parts in depth.parts:
-            yield Stage(depth.leaves, parts)
+            yield Stage(depth.leaves, tuple(slice(*part) for part in parts))
 
 
 def crossed(problem: Problem, batches: Source, current: Params, leaves: tuple[int, ...]) -> tuple[Cross, ...]:
