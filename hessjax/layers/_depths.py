@@ -24,10 +24,12 @@ class Depth(NamedTuple):
         leaves: their numbers.
         parts: slices of the stack of matrices of each, one after the other: steps of the loop that they are
             in, if it hands each step matrices of its own.
+        returns: whether what runs before it depends on them too, as on leaves that are used twice.
     """
 
     leaves: tuple[int, ...]
     parts: tuple[tuple[Slice, ...], ...]
+    returns: bool
 
 
 @compiled(static_argnums=(0, 1))
@@ -48,10 +50,20 @@ def depths_of(
     """
     example = jax.eval_shape(lambda batch: jax.tree.map(lambda x: x[:1], batch), args[0])
     program, leaves = read_uses(gradients.of(fn), params, (example, *args[1:]))
-    last = {leaf: _outermost(program.body, leaves[leaf])[-1] for leaf in wanted}
-    order = _levels(program.body, set(last.values()))
-    found = [[leaf for leaf in wanted if last[leaf] in level] for level in order]
-    return Known(tuple(Depth(tuple(each), _parts(leaves, each)) for each in found if each))
+    levels = levels_of(program.body, leaves, wanted)
+    return Known(tuple(_depth(program.body, leaves, level) for level in levels))
+
+
+def _depth(body: Body, leaves: Sequence[LeafUses], level: Sequence[int]) -> Depth:
+    returns = any(len(_outermost(body, leaves[leaf])) > 1 for leaf in level)
+    return Depth(tuple(level), _parts(leaves, level), returns)
+
+
+def levels_of(body: Body, leaves: Sequence[LeafUses], wanted: Sequence[int]) -> list[list[int]]:
+    """The leaves of every depth, by where they are used last."""
+    last = {leaf: _outermost(body, leaves[leaf])[-1] for leaf in wanted}
+    found = [[leaf for leaf in wanted if last[leaf] in level] for level in _levels(body, set(last.values()))]
+    return [level for level in found if level]
 
 
 def _outermost(body: Body, leaf: LeafUses) -> list[Operation]:
