@@ -13,10 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from hessjax.layers._rows import NUMBERS, PARTS
+from hessjax.layers._rows import NUMBERS
 
 FIRST = 32
 """In the first round so many entries of a column share one exchange; later rounds are half as bold."""
+
+
+ROUNDED = 32
+"""Columns have room for one or two of so many parts of the width more than the fullest has kept."""
 
 
 class Masked(NamedTuple):
@@ -67,7 +71,7 @@ def exchanged(
     width = kept.shape[1]
     room = width
     if not isinstance(kept, jax.core.Tracer):
-        step = max(1, width // PARTS)
+        step = max(1, width // ROUNDED)  # few sizes, so that few are compiled for
         room = min(width, (int(np.sum(kept, axis=1).max(initial=0)) // step + 2) * step)
     settings = room, max(1, NUMBERS // max(1, width * room)), size, each
     return _exchanged(settings, quadratic, weights, kept, gone, order, rounds)
