@@ -179,10 +179,15 @@ def data() -> tuple[Any, Any]:
     return (train_x, train_y), (test_x, test_y)
 
 
-@functools.partial(jax.jit, static_argnames="number")
 def sample(params: Params, number: int) -> Any:
-    """The training images that the Fisher is made from: others at every step, known by its zeros."""
-    x, y = data()[0]
+    """The training images that the Fisher is made from."""
+    return sample_of(data()[0], params, number)
+
+
+@functools.partial(jax.jit, static_argnames="number")
+def sample_of(images: Any, params: Params, number: int) -> Any:
+    """So many of these images: others at every step, known by its zeros."""
+    x, y = images
     step = sum(jnp.sum(kernel == 0) for kernel in params)
     chosen = jax.random.permutation(jax.random.key(step), len(x))[:number]
     return x[chosen], y[chosen]
@@ -194,10 +199,15 @@ def errors(params: Params) -> float:
     return 100 * float(jnp.mean(jnp.argmax(logits(params, x), axis=-1) != y))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
 def trained(seed: int, epochs: int, sizes: tuple[int, ...] = (64, 40, 20, 10)) -> Params:
+    """On the training images."""
+    return fitted(data()[0], seed, epochs, sizes)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def fitted(images: Any, seed: int, epochs: int, sizes: tuple[int, ...]) -> Params:
     """Adam with a cosine schedule; noise on the images, so that it generalises."""
-    x, y = data()[0]
+    x, y = images
     key = jax.random.key(seed)
     shapes = list(itertools.pairwise(sizes))
     keys = jax.random.split(key, len(shapes))
@@ -208,7 +218,7 @@ def trained(seed: int, epochs: int, sizes: tuple[int, ...] = (64, 40, 20, 10)) -
     def step(carry: Any, i: jax.Array) -> tuple[Any, None]:
         params, state = carry
         chosen = jax.random.randint(jax.random.fold_in(key, i), (64,), 0, len(x))
-        noise = 0.1 * jax.random.normal(jax.random.fold_in(key, i + steps), (64, 64))
+        noise = 0.1 * jax.random.normal(jax.random.fold_in(key, i + steps), (64, sizes[0]))
         grads = jax.grad(loss_fn)(params, (x[chosen] + noise, y[chosen]))
         updates, state = tx.update(grads, state, params)
         return (optax.apply_updates(params, updates), state), None
@@ -224,10 +234,14 @@ def example_grads(params: Params, number: int) -> Any:
     return hj.per_example_grads(loss_fn, params, sample(params, number))
 
 
-@functools.partial(jax.jit, static_argnames="number")
 def softened_roots(params: Params, number: int, temperature: float) -> Any:
+    """Of so many training images."""
+    return roots_of(sample(params, number)[0], params, temperature)
+
+
+@jax.jit
+def roots_of(x: jax.Array, params: Params, temperature: float) -> Any:
     """One row Jᵀ s an image, E s sᵀ = diag(p) − p pᵀ, p the softmax at a temperature: a sample of the GGN."""
-    x, _ = sample(params, number)
     signs = jax.random.rademacher(jax.random.key(3), (len(x), 10), dtype=x.dtype)
 
     def root(x: jax.Array, signs: jax.Array) -> Params:
