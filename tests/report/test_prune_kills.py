@@ -77,7 +77,7 @@ def check(wish, folder, expected, params):
 def test_a_kill_at_whatever_moment_loses_nothing(recipe, tmp_path, way):
     wish = Wish(recipe=recipe) if way == "recipe" else Wish(rise=0.05)
     expected, params, moments = lived(wish, tmp_path / "life", tmp_path)
-    for copy in moments.chosen(max(KILLS // 2, 1), stages):
+    for copy in moments.chosen(max(KILLS // 4, 1), stages):
         check(wish, copy, expected, params)
 
 
