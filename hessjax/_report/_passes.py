@@ -120,7 +120,7 @@ def pruned_at_once(
         By level the sparsity, the loss, its rise, the rise predicted by ½ Σ_l h̄_l Σ w² over what is pruned,
         and the metrics; by leaf and level the predicted rise, that leaf alone being pruned.
     """
-    if not any(jax.tree.leaves(selected(problem.params, kernels))):
+    if not has_kernels(problem.params):
         return {"levels": [], "leaves": [], "why_not": "no leaf is a kernel"}
     rows: list[dict[str, Any]] = []
     for index, level in enumerate(LEVELS):
@@ -138,6 +138,14 @@ def pruned_at_once(
         {"path": row.parameter, "sparsity": row.sparsity, "predicted": row.predicted} for row in alone.rows
     ]
     return {"levels": rows, "leaves": leaves}
+
+
+def has_kernels(params: Params) -> bool:
+    """Whether there is anything to prune where nobody says what."""
+    try:
+        return any(jax.tree.leaves(selected(params, kernels)))
+    except ValueError:
+        return False
 
 
 def _diagonal(params: Params, curvature: dict[str, float]) -> Params:

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from hessjax._core import _tree
-from hessjax._core._layout import kernels, selected
 from hessjax._core._types import Params
 from hessjax._report import _passes
 from hessjax._report._problem import Problem
@@ -50,7 +49,7 @@ class Trial(NamedTuple):
 
 def check_kernels(problem: Problem) -> None:
     """Raise a ValueError for a network in which there is nothing to prune at once."""
-    if not any(jax.tree.leaves(selected(problem.params, kernels))):
+    if not _passes.has_kernels(problem.params):
         raise ValueError(
             "`params` must hold a kernel for `--sparsity` and `--to-loss`, got none: a recipe names leaves "
             "by `where`."

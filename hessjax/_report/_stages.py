@@ -203,8 +203,11 @@ def layers(work: Work) -> Done:
         return Done(told | {"why_not": "the problem has no `model_fn` and `likelihood`"}, 0)
     if not found.covered:
         return Done(told | {"why_not": "no leaf is covered"}, 0)
-    products = work.plan.products["layers"]
-    return Done(told | {"kfac": _kfac(work, found.covered)}, products)
+    try:
+        measured = _kfac(work, found.covered)
+    except ValueError as error:  # batches that are filled up, say: all else in the report is there
+        return Done(told | {"why_not": str(error).rstrip(".")}, 0)
+    return Done(told | {"kfac": measured}, work.plan.products["layers"])
 
 
 def _kfac(work: Work, covered: tuple[str, ...]) -> dict[str, Any]:

@@ -115,6 +115,9 @@ FIELDS = {
     "params={'w': 'x'}": "field `params` of the problem: `params`",
     "batches=p.batches[0]": "field `batches` of the problem: `loss_fn(params, batch)` must work for each of",
     "batches=[]": "field `batches` of the problem: `batches` must hold at least one batch",
+    "batches=(b for b in p.batches)": "`batches` must start afresh at every product",
+    "params={'w': 1.0, 'step': 3}": "field `params` of the problem: `params` must have real floating-point",
+    "loss_fn=lambda p, b: (b[0].sum(), {})": "got a tuple. Take the mean of per-example losses; return no",
     "metric=0.5": "field `metric` of the problem: `metric` must be a function",
     "likelihood='categorical'": "field `likelihood` of the problem: `likelihood` must be",
     "optimizer='adam'": "field `optimizer` of the problem: `optimizer` must be an optax optimizer",
@@ -235,6 +238,23 @@ def test_prune_by_a_recipe_trains_with_the_step_of_the_problem(folder):
     assert [row["step"] for row in found["training"]["history"]] == [4, 8, 12]
     assert [row["zeros"] for row in found["training"]["history"]][1:] == [0.5, 0.5]
     assert hessjax("prune", "mine.py", "--out", "out", "--sparsity", 0.5).exit_code == 2  # not empty
+
+
+def test_what_cannot_be_pruned_is_said_before_any_work(folder):
+    pytest.importorskip("pydantic")
+    (folder / "recipe.yaml").write_text(RECIPE.replace("*/kernel", "*/weight"))
+    done = hessjax("prune", "mine.py", "--out", "out", "--recipe", "recipe.yaml")
+    assert (done.exit_code, "*/weight" in done.stderr) == (2, True)
+    text = "import reporting\ndef problem():\n    p = reporting.small_problem()\n    return p._replace"
+    fields = "loss_fn=lambda w, b: (w * b[0][:, 0]).mean(), metric=None, "
+    fields += "model_fn=None, groups=None, params=p.params['a']['bias'][:1]"
+    (folder / "flat.py").write_text(f"{text}({fields})")
+    done = hessjax("prune", "flat.py", "--out", "out", "--sparsity", 0.5)
+    assert "`params` must hold a kernel for `--sparsity`" in done.stderr
+    assert not (folder / "out").exists()
+    done = hessjax("analyze", "flat.py", "--out", "out", "--budget", 60, "--top", 1)
+    assert "nothing to prune" in done.stdout
+    assert done.exit_code == 0, done.output
 
 
 def test_prune_wants_one_way(folder):

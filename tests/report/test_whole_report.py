@@ -8,7 +8,7 @@ import jax
 import jax.flatten_util
 import numpy as np
 import pytest
-from reporting import small_loss, small_problem
+from reporting import small_loss, small_model, small_problem
 
 import hessjax as hj
 from hessjax._report import _engine, _stages
@@ -182,3 +182,26 @@ def test_a_loss_that_is_not_finite_ends_after_the_self_test(problem, tmp_path):
     kept = json.loads((tmp_path / "report.json").read_text())
     assert list(kept["stages"]) == ["check"]
     assert "FAILED" in (tmp_path / "report.html").read_text()
+
+
+def test_batches_that_are_filled_up_have_a_report_without_kfac(problem, tmp_path):
+    def loss_fn(params, batch):
+        *batch, weights = batch
+        each = np.float32(0.5) * ((small_model(params, batch) - batch[1]) ** 2).sum(-1)
+        return (each * weights).sum() / weights.sum()
+
+    short = [*problem.batches[:2], jax.tree.map(lambda x: x[:5], problem.batches[2])]
+    padded = hj.batches(short, with_weights=lambda batch, weights: (*batch, weights))
+    filled = problem._replace(loss_fn=loss_fn, batches=padded)
+    asked = {"density": False, "layers": True, "top": 1, "budget": 100}
+    found = hj.report(filled, tmp_path / "padded", **asked)
+    assert found.record["stages"]["layers"]["result"]["why_not"].startswith("`batches` must not be filled up")
+    plain = hj.report(problem._replace(batches=short), tmp_path / "plain", **asked)
+    for stage, path in (("loss", ("loss",)), ("trace", ("total", "mean"))):
+        a, b = result(found, stage), result(plain, stage)
+        for name in path:
+            a, b = a[name], b[name]
+        assert a == pytest.approx(b, rel=1e-5)
+    np.testing.assert_allclose(
+        result(found, "eigenpairs")["values"], result(plain, "eigenpairs")["values"], 1e-4
+    )
