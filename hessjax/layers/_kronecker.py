@@ -194,7 +194,8 @@ class Kronecker(Partial):
             )
 
     def __repr__(self) -> str:
-        return f"Kronecker({len(self.leaves)} leaves, {self.size:,} parameters)"
+        what = ", inverted" * self.is_inverse
+        return f"Kronecker({len(self.leaves)} leaves, {self.size:,} parameters{what})"
 
 
 jax.tree_util.register_pytree_node(
