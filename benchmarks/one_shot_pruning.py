@@ -9,11 +9,13 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import table
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
 import hessjax as hj
-from hessjax.cli import _digits
 
 SPARSITIES = (0.8, 0.9, 0.95)
 SEEDS = 3
@@ -169,14 +171,23 @@ def training_loss(params: Params) -> jax.Array:
 @functools.cache
 def data() -> tuple[Any, Any]:
     """Training and test images as vectors, with their digits."""
+    pixels, labels = load_digits(return_X_y=True)
+    x, y = (pixels / 16).astype(np.float32), labels.astype(np.int32)
+    parts = train_test_split(x, y, test_size=360, stratify=labels, random_state=0)
     with jax.ensure_compile_time_eval():
-        return tuple((jnp.asarray(x.reshape(-1, 64)), jnp.asarray(y)) for x, y in _digits.load())
+        train_x, test_x, train_y, test_y = map(jnp.asarray, parts)
+    return (train_x, train_y), (test_x, test_y)
+
+
+def sample(params: Params, number: int) -> Any:
+    """The training images that the Fisher is made from."""
+    return sample_of(data()[0], params, number)
 
 
 @functools.partial(jax.jit, static_argnames="number")
-def sample(params: Params, number: int) -> Any:
-    """The training images that the Fisher is made from: others at every step, known by its zeros."""
-    x, y = data()[0]
+def sample_of(images: Any, params: Params, number: int) -> Any:
+    """So many of these images: others at every step, known by its zeros."""
+    x, y = images
     step = sum(jnp.sum(kernel == 0) for kernel in params)
     chosen = jax.random.permutation(jax.random.key(step), len(x))[:number]
     return x[chosen], y[chosen]
@@ -188,10 +199,15 @@ def errors(params: Params) -> float:
     return 100 * float(jnp.mean(jnp.argmax(logits(params, x), axis=-1) != y))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
 def trained(seed: int, epochs: int, sizes: tuple[int, ...] = (64, 40, 20, 10)) -> Params:
+    """On the training images."""
+    return fitted(data()[0], seed, epochs, sizes)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def fitted(images: Any, seed: int, epochs: int, sizes: tuple[int, ...]) -> Params:
     """Adam with a cosine schedule; noise on the images, so that it generalises."""
-    x, y = data()[0]
+    x, y = images
     key = jax.random.key(seed)
     shapes = list(itertools.pairwise(sizes))
     keys = jax.random.split(key, len(shapes))
@@ -202,7 +218,7 @@ def trained(seed: int, epochs: int, sizes: tuple[int, ...] = (64, 40, 20, 10)) -
     def step(carry: Any, i: jax.Array) -> tuple[Any, None]:
         params, state = carry
         chosen = jax.random.randint(jax.random.fold_in(key, i), (64,), 0, len(x))
-        noise = 0.1 * jax.random.normal(jax.random.fold_in(key, i + steps), (64, 64))
+        noise = 0.1 * jax.random.normal(jax.random.fold_in(key, i + steps), (64, sizes[0]))
         grads = jax.grad(loss_fn)(params, (x[chosen] + noise, y[chosen]))
         updates, state = tx.update(grads, state, params)
         return (optax.apply_updates(params, updates), state), None
@@ -218,10 +234,14 @@ def example_grads(params: Params, number: int) -> Any:
     return hj.per_example_grads(loss_fn, params, sample(params, number))
 
 
-@functools.partial(jax.jit, static_argnames="number")
 def softened_roots(params: Params, number: int, temperature: float) -> Any:
+    """Of so many training images."""
+    return roots_of(sample(params, number)[0], params, temperature)
+
+
+@jax.jit
+def roots_of(x: jax.Array, params: Params, temperature: float) -> Any:
     """One row Jᵀ s an image, E s sᵀ = diag(p) − p pᵀ, p the softmax at a temperature: a sample of the GGN."""
-    x, _ = sample(params, number)
     signs = jax.random.rademacher(jax.random.key(3), (len(x), 10), dtype=x.dtype)
 
     def root(x: jax.Array, signs: jax.Array) -> Params:

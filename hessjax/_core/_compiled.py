@@ -73,6 +73,20 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Compiled]:
     return functools.partial(Compiled, **options)
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["value"])
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What a trace alone tells, as the result of a function that is compiled but never run.
+
+    `function.eval_shape(...)` returns it. jax remembers that by functions and shapes, as all that it traces.
+
+    Attributes:
+        value: what hashes.
+    """
+
+    value: Any
+
+
 @dataclasses.dataclass(frozen=True)
 class _Slot:
     """Where a function was: its number."""

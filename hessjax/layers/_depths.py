@@ -1,13 +1,20 @@
 """In what order a program uses the leaves of its params: those that know nothing of each other together."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
+from jax.tree_util import Partial
 
+from hessjax._core._compiled import Known, compiled
+from hessjax._core._types import Params
+from hessjax.layers._gradients import Gradients
 from hessjax.layers._taps import read_uses
 from hessjax.layers._uses import LeafUses
 from hessjax.program._program import Body, Operation, Value
+
+Slice: TypeAlias = tuple[int, int]
+"""The first, and the one behind the last."""
 
 
 class Depth(NamedTuple):
@@ -17,30 +24,46 @@ class Depth(NamedTuple):
         leaves: their numbers.
         parts: slices of the stack of matrices of each, one after the other: steps of the loop that they are
             in, if it hands each step matrices of its own.
+        returns: whether what runs before it depends on them too, as on leaves that are used twice.
     """
 
     leaves: tuple[int, ...]
-    parts: tuple[tuple[slice, ...], ...]
+    parts: tuple[tuple[Slice, ...], ...]
+    returns: bool
 
 
-def depths_of(fn: Any, params: Any, args: tuple[Any, ...], wanted: Sequence[int]) -> list[Depth]:
-    """The leaves that are wanted, each where it is used last.
+@compiled(static_argnums=(0, 1))
+def depths_of(
+    gradients: Gradients, wanted: tuple[int, ...], fn: Partial, params: Params, args: tuple[Any, ...]
+) -> Known:
+    """The leaves that are wanted, each where it is used last: to be traced only.
 
     Args:
+        gradients: whose.
+        wanted: numbers of leaves that are covered.
         fn: `fn(params, *args)`.
         params: the params.
         args: first the batch.
-        wanted: numbers of leaves that are covered.
+
+    Returns:
+        The `Depth`s.
     """
     example = jax.eval_shape(lambda batch: jax.tree.map(lambda x: x[:1], batch), args[0])
-    program, leaves = read_uses(fn, params, (example, *args[1:]))
-    last = {leaf: _outermost(program.body, leaves[leaf])[-1] for leaf in wanted}
-    order = _levels(program.body, set(last.values()))
-    return [
-        Depth(tuple(found), _parts(leaves, found))
-        for level in order
-        if (found := [leaf for leaf in wanted if last[leaf] in level])
-    ]
+    program, leaves = read_uses(gradients.of(fn), params, (example, *args[1:]))
+    levels = levels_of(program.body, leaves, wanted)
+    return Known(tuple(_depth(program.body, leaves, level) for level in levels))
+
+
+def _depth(body: Body, leaves: Sequence[LeafUses], level: Sequence[int]) -> Depth:
+    returns = any(len(_outermost(body, leaves[leaf])) > 1 for leaf in level)
+    return Depth(tuple(level), _parts(leaves, level), returns)
+
+
+def levels_of(body: Body, leaves: Sequence[LeafUses], wanted: Sequence[int]) -> list[list[int]]:
+    """The leaves of every depth, by where they are used last."""
+    last = {leaf: _outermost(body, leaves[leaf])[-1] for leaf in wanted}
+    found = [[leaf for leaf in wanted if last[leaf] in level] for level in _levels(body, set(last.values()))]
+    return [level for level in found if level]
 
 
 def _outermost(body: Body, leaf: LeafUses) -> list[Operation]:
@@ -65,7 +88,7 @@ def _levels(body: Body, wanted: set[Operation]) -> list[set[Operation]]:
     return levels
 
 
-def _parts(leaves: Sequence[LeafUses], found: Iterable[int]) -> tuple[tuple[slice, ...], ...]:
+def _parts(leaves: Sequence[LeafUses], found: Iterable[int]) -> tuple[tuple[Slice, ...], ...]:
     """For every step of a loop a slice of every leaf's stack; leaves that all steps share come last."""
     lengths = [_own_steps(leaves[leaf]) for leaf in found]
     stacks = [leaves[leaf].uses[0].moves.end[0] for leaf in found]
@@ -78,11 +101,11 @@ def _parts(leaves: Sequence[LeafUses], found: Iterable[int]) -> tuple[tuple[slic
     )
 
 
-def _slice(stack: int, length: int, step: int, last: int) -> slice:
+def _slice(stack: int, length: int, step: int, last: int) -> Slice:
     if length == 1:
-        return slice(0, stack) if step == last else slice(0, 0)
+        return (0, stack) if step == last else (0, 0)
     size = stack // length
-    return slice(step * size, (step + 1) * size)
+    return step * size, (step + 1) * size
 
 
 def _own_steps(leaf: LeafUses) -> tuple[int, bool]:

@@ -12,6 +12,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from hessjax._core import _tree
+from hessjax._core._compiled import Known, compiled
 from hessjax._core._messages import checked_any_key, checked_choice, checked_count, checked_function
 from hessjax._core._sources import Source, check_source
 from hessjax._core._types import Key, Params, settings
@@ -98,25 +99,23 @@ def parts_of(problem: Problem, batches: Source) -> Iterator[Part]:
     """The batches that count, one after the other, checked."""
     if problem.weights is None:
         check_not_filled(batches)
-    known = dict[Any, Layouts]()
     for index, (weight, batch) in enumerate(weighed(batches, problem.weights)):
         check_call("fn", problem.fn, (batch, *problem.args))
         args, shares, count = of_examples(problem.weights, (whole_batch(batch), *problem.args))
-        # Shapes decide what a program is: batches of equal ones are read once.
-        shapes = jax.tree.structure(batch), tuple(np.shape(x)[1:] for x in jax.tree.leaves(batch))
-        if shapes not in known:
-            known[shapes] = _layouts(problem, args)
+        layouts = _layouts.eval_shape(problem.rules.gradients, problem.fn, problem.params, args).value
         shares = jnp.full(count, 1 / count) if shares is None else shares
         keys = (
             None if problem.key is None else jax.random.split(jax.random.fold_in(problem.key, index), count)
         )
-        yield Part(weight, known[shapes], args, shares, keys)
+        yield Part(weight, layouts, args, shares, keys)
 
 
-def _layouts(problem: Problem, args: tuple[Any, ...]) -> Layouts:
-    leaves = checked_uses(problem.rules.gradients.of(problem.fn), problem.params, args)
-    check_covered(problem.params, leaves)
-    return layouts_of(leaves)
+@compiled(static_argnums=0)
+def _layouts(gradients: Gradients, fn: Partial, params: Params, args: tuple[Any, ...]) -> Known:
+    """Read from the program: once for every function and all batches of equal shapes, whatever is in them."""
+    leaves = checked_uses(gradients.of(fn), params, args)
+    check_covered(params, leaves)
+    return Known(layouts_of(leaves))
 
 
 # -- arguments -------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Reconstruction: for any mask the kept weights that bring a layer's outputs nearest to the dense ones."""
 
 import functools
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,19 +10,17 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from hessjax._core import _tree
-from hessjax._core._messages import checked_choice, checked_instance
+from hessjax._core._messages import checked_choice
 from hessjax._core._results import by_shapes, is_known
-from hessjax._core._sources import Source, check_reiterable
+from hessjax._core._sources import Source
 from hessjax._core._tables import Column, Row, Table, number, percent, printable
 from hessjax._core._types import Amount, Params, Relative, Scalar, Tolerance
+from hessjax.layers._masks import Empty, checked_masks
 from hessjax.layers._moments import LayerMoments
-from hessjax.layers._outputs import Inputs, by_path, check_belong, inputs_of, shifted
-from hessjax.layers._problem import check_listed
+from hessjax.layers._outputs import Inputs, by_path, inputs_of, shifted
+from hessjax.layers._problem import Problem, check_listed
 from hessjax.layers._rows import best_columns
-from hessjax.layers._sequence import Cross, crossed, stages_of
-
-Empty: TypeAlias = Literal["refuse", "allow"]
-"""What to do about outputs that a mask leaves without inputs."""
+from hessjax.layers._sequence import Cross, Walk
 
 
 class Rebuilt(NamedTuple):
@@ -89,8 +87,8 @@ def reconstruct(
             not move, as `prune_once` and `mask_of` give it.
         moments: `hessjax.layers.moments(fn, params, batches)` of these params, or of a part of them that has
             every leaf which the mask prunes, with positions `"expand"`. Only the inputs' matter.
-        batches: the batches that the moments are of, once more, a list or another source that can be passed
-            over again and again; one batch is put into a list. None: all leaves at one go.
+        batches: the batches that the moments are of, once more, gone through once; one batch is put into a
+            list. None: all leaves at one go.
         damping: λ, or `relative(r)`: r times the mean diagonal of E[ââᵀ], matrix by matrix. Where there are
             fewer examples (times positions) than inputs it is λ alone that decides in which of many
             equally good ways the kept weights make up for the others: the nearest to the dense ones.
@@ -110,8 +108,9 @@ def reconstruct(
         For each mask that columns of a matrix have (one, where all columns share it) a Cholesky factor of
         k × k numbers, k being the most kept entries of a column or the most zeros, whichever is less: at
         most inputs³/3 operations for each output. Systems of 2²⁴ numbers are in memory at a time. With
-        `batches` one pass for each depth of the program: two forward passes up to there, and the products of
-        its inputs.
+        `batches` two forward passes over them in all (steps of a `scan` with matrices of their own: two of
+        the loop for each; leaves that are used twice: two more up to there), and the products of inputs.
+        The batches stay in memory, and of all of them the activations between two depths.
 
     References:
         Frantar et al., Optimal brain compression (2022), arXiv 2208.11580. Frantar and Alistarh, SparseGPT
@@ -135,7 +134,6 @@ def reconstruct(
         moved = {path: nearest(found[path], x, damped) for path, x in masks.items()}
     else:
         check_listed(batches)
-        check_reiterable(batches)
         moved = _in_sequence(found, masks, moments, batches, damped)
     check_solved(moved)
     leaves = {path: _rebuilt(found[path], masks[path], moved[path]) for path in masks}
@@ -170,16 +168,30 @@ def _in_sequence(
     paths, dense = problem.paths, jax.tree.leaves(problem.params)
     current = [jnp.asarray(x) for x in dense]
     wanted = tuple(paths.index(path) for path in masks)
-    for stage in stages_of(problem, batches, wanted):
-        tree = jax.tree.unflatten(jax.tree.structure(problem.params), current)
-        crosses = crossed(problem, batches, tree, stage.leaves)
-        for place, cross, part in zip(stage.leaves, crosses, stage.parts, strict=True):
-            inputs, path = found[paths[place]], paths[place]
-            kept = inputs.moves.apply(masks[path])
-            now = inputs.moves.apply(_tree.wide(current[place]))
-            best = _fitted(inputs, cross, kept, part, damping)
-            current[place] = inputs.moves.undo(now.at[part].set(best)).astype(current[place].dtype)
+    walk = Walk.of(problem, batches, wanted)
+    for place, depth in enumerate(depths := walk.depths):
+        for parts in depth.parts:
+            crosses = walk.crosses(place, depth.leaves, _tree_of(problem, current))
+            for leaf, cross, part in zip(depth.leaves, crosses, parts, strict=True):
+                inputs, kept = found[paths[leaf]], masks[paths[leaf]]
+                own = inputs, cross, inputs.moves.apply(kept), slice(*part), damping
+                current[leaf] = _moved(*own, current[leaf])
+        if place + 1 < len(depths):
+            walk.go_on(place, depths, _tree_of(problem, current))
     return {path: current[paths.index(path)] for path in masks}
+
+
+def _tree_of(problem: Problem, leaves: list[Array]) -> Params:
+    return jax.tree.unflatten(jax.tree.structure(problem.params), leaves)
+
+
+def _moved(
+    inputs: Inputs, cross: Cross, kept: Bool[Array, "s i o"], part: slice, damping: Amount, leaf: Array
+) -> Array:
+    """The leaf with a part of its stack fitted."""
+    now = inputs.moves.apply(_tree.wide(leaf))
+    best = _fitted(inputs, cross, kept, part, damping)
+    return inputs.moves.undo(now.at[part].set(best)).astype(leaf.dtype)
 
 
 def _fitted(
@@ -232,83 +244,3 @@ def _square(hessian: Array, change: Array) -> Scalar:
         hessian[..., None] * change if hessian.ndim == 2 else jnp.matmul(hessian, change, precision="highest")
     )
     return jnp.sum(change * times)
-
-
-# -- arguments -------------------------------------------------------------------------------------
-
-
-def checked_masks(params: Any, mask: Any, moments: Any, empty: Empty) -> dict[str, Bool[Array, "..."]]:
-    """The masks of the leaves that have zeros in them, by path, all arguments being what they must be."""
-    _tree.check_floating(params)
-    checked_instance("moments", moments, LayerMoments, "hessjax.layers.moments(model_fn, params, batches)")
-    _tree.check_arrays(mask, "mask")
-    leaves, found = by_path(params), by_path(mask)
-    _check_masks(leaves, found)
-    # A scalar stands for a leaf that is not pruned, and does not move either.
-    masks = {
-        path: jnp.asarray(m)
-        for path, m in found.items()
-        if np.ndim(m) and (not bool(np.all(m)) or _can_move(path, moments))
-    }
-    check_belong({path: leaves[path] for path in masks}, moments)
-    _check_values(leaves, moments)
-    if empty == "refuse":
-        _check_empty(masks, moments)
-    return masks
-
-
-def _can_move(path: str, moments: LayerMoments) -> bool:
-    """Whether a leaf that keeps everything can make up for the errors of those before it."""
-    layouts = dict(zip(moments.problem.paths, moments.layouts, strict=True)).get(path, ())
-    return bool(layouts) and layouts[0].shape[1] > 1 and not any(x.swapped or x.is_lookup for x in layouts)
-
-
-def _check_masks(leaves: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    bad = [f"  {path}: missing" for path in leaves if path not in found]
-    bad += [f"  {path}: not in `params`" for path in found if path not in leaves]
-    both = [path for path in found if path in leaves]
-    bad += [
-        f"  {path}: {_tree.describe(found[path])}, must be boolean, of shape {np.shape(leaves[path])} or ()"
-        for path in both
-        if jnp.result_type(found[path]) != jnp.bool_
-        or (np.ndim(found[path]) and np.shape(found[path]) != np.shape(leaves[path]))
-        or (not np.ndim(found[path]) and np.ndim(leaves[path]) and not bool(found[path]))
-    ]
-    if bad:
-        raise ValueError(
-            "`mask` must have a boolean for every weight of `params`, True = kept, or True for a whole leaf, "
-            "but\n" + "\n".join(bad)
-        )
-
-
-def _check_values(leaves: Mapping[str, Any], moments: LayerMoments) -> None:
-    """Raise a ValueError for moments of another network of the same shapes."""
-    known = by_path(moments.problem.params)
-    both = [path for path in known if path in leaves]
-    bad = [path for path in both if not bool(jnp.all(jnp.equal(known[path], leaves[path])))]
-    if bad:
-        raise ValueError(
-            f"`moments` must be those of `params`, but {', '.join(bad)} had other values when they were "
-            "taken: pass the dense params, whose outputs are to be kept, or take the moments anew."
-        )
-
-
-def _check_empty(masks: Mapping[str, Array], moments: LayerMoments) -> None:
-    lines = [_empty(path, mask, inputs_of(moments, path)) for path, mask in masks.items()]
-    if found := [line for line in lines if line]:
-        raise ValueError(
-            "`mask` must leave every output an input, but\n"
-            + "\n".join(found)
-            + '\nKeep one weight of each, or take such outputs for zero, `empty="allow"`.'
-        )
-
-
-def _empty(path: str, mask: Array, inputs: Inputs) -> str:
-    none = ~np.asarray(inputs.moves.apply(mask)).any(axis=1)
-    count = int(none.sum())
-    return f"  {path}: {count} of {none.size} outputs, {_first(np.argwhere(none))}" if count else ""
-
-
-def _first(places: Iterable[Any], most: int = 5) -> str:
-    shown = [",".join(map(str, place[1:] if place[0] == 0 else place)) for place in list(places)[:most]]
-    return f"the first {', '.join(shown)}"

@@ -58,12 +58,17 @@ def best_columns(
     """
     stack, width, columns = kept.shape
     if isinstance(kept, jax.core.Tracer) or stack * columns * width**3 <= SMALL:
-        return _solved(False, _batch(width, 1), quadratic, slope, _full(kept))
+        return _solved_in_full(quadratic, slope, kept)
     mask = np.asarray(kept)
     by_zeros = int(np.sum(~mask, axis=1).max(initial=0)) < int(np.sum(mask, axis=1).max(initial=0))
     systems = _systems(~mask if by_zeros else mask)
     size = _batch(systems.entries.shape[1], systems.columns.shape[1])
     return _solved(by_zeros, size, quadratic, slope, systems)
+
+
+@jax.jit
+def _solved_in_full(quadratic: Array, slope: Array, kept: Array) -> Array:
+    return _solved(False, _batch(kept.shape[1], 1), quadratic, slope, _full(kept))
 
 
 def _batch(width: int, columns: int) -> int:

@@ -66,13 +66,12 @@ def tapped(
     """
     program, leaves = read_uses(fn, params, args)
     used = [use for leaf in leaves if leaf.is_covered for use in leaf.uses]
-    places = {operation: i for i, operation in enumerate(dict.fromkeys(use.operation for use in used))}
-    taps = {places[use.operation]: jnp.zeros(*_result(use)) for use in used}
-    run = _Run(places, {use.operation: use.data for use in used}, _nested(used), program)
+    run = Run.of(used)
+    taps = {run.places[use.operation]: jnp.zeros(*_result(use)) for use in used}
     flat = jax.tree.leaves((params, args[0], as_pytree(fn), *args[1:]))
-    (outputs,), pull_back, recorded = jax.vjp(lambda t: run(flat, t), taps, has_aux=True)
+    (outputs,), pull_back, recorded = jax.vjp(lambda t: run.body(program.body, flat, t), taps, has_aux=True)
     gradients = jax.vmap(lambda t: pull_back([t])[0])(cotangents(outputs).astype(outputs.dtype))
-    found = {o: (recorded.get(i), gradients[i]) for o, i in places.items()}
+    found = {o: (recorded.get(i), gradients[i]) for o, i in run.places.items()}
     return tuple(
         tuple(_of_use(use, *found[use.operation]) for use in leaf.uses if leaf.is_covered) for leaf in leaves
     )
@@ -103,28 +102,29 @@ def _nested(used: Iterable[Use]) -> dict[Operation, list[Operation]]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Run:
-    """A program with taps.
+class Run:
+    """How to run a program with taps.
 
     Attributes:
         places: the number of every tapped operation, which taps and records go by.
         data: of every tapped operation the operand to be recorded, if any.
         inside: the tapped operations in every loop that has some.
-        program: the program.
     """
 
     places: dict[Operation, int]
     data: dict[Operation, int | None]
     inside: dict[Operation, list[Operation]]
-    program: Program
 
-    def __call__(self, inputs: Sequence[Any], taps: dict[int, Array]) -> tuple[list[Any], dict[int, Array]]:
-        """The outputs, and what was recorded."""
-        return self._body(self.program.body, inputs, taps)
+    @staticmethod
+    def of(used: Sequence[Use]) -> "Run":
+        """With these uses tapped."""
+        places = {operation: i for i, operation in enumerate(dict.fromkeys(use.operation for use in used))}
+        return Run(places, {use.operation: use.data for use in used}, _nested(used))
 
-    def _body(
+    def body(
         self, body: Body, inputs: Sequence[Any], taps: dict[int, Array]
     ) -> tuple[list[Any], dict[int, Array]]:
+        """The outputs, and what was recorded; without taps it is recorded only."""
         recorded: dict[int, Array] = {}
 
         def apply(operation: Operation, values: list[Any]) -> Sequence[Any]:
@@ -137,7 +137,7 @@ class _Run:
                 return outputs
             if (operand := self.data[operation]) is not None:
                 recorded[self.places[operation]] = values[operand]
-            return [outputs[0] + taps[self.places[operation]]]
+            return [outputs[0] + taps[self.places[operation]]] if taps else outputs
 
         return evaluate(body, inputs, apply), recorded
 
@@ -149,10 +149,11 @@ class _Run:
         count = len(carried)
 
         def step(carry: list[Any], xs: tuple[list[Any], dict[int, Array]]) -> Any:
-            outputs, recorded = self._body(body, [*inputs[: carried.start], *carry, *xs[0]], xs[1])
+            outputs, recorded = self.body(body, [*inputs[: carried.start], *carry, *xs[0]], xs[1])
             return outputs[:count], (outputs[count:], recorded)
 
-        own = {i: taps[i] for i in (self.places[tapped] for tapped in self.inside[operation])}
+        places = [self.places[tapped] for tapped in self.inside[operation]]
+        own = {i: taps[i] for i in places} if taps else {}
         rest = {name: operation.params[name] for name in ("length", "reverse", "unroll")}
         start, scanned = inputs[carried.start : carried.stop], inputs[carried.stop :]
         carry, (stacked, recorded) = jax.lax.scan(step, start, (scanned, own), **rest)

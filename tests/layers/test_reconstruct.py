@@ -118,6 +118,52 @@ def test_steps_of_a_scan_are_taken_one_after_the_other(x64):
     )
 
 
+def twice(p, batch):
+    """A leaf that is used again behind another."""
+    x, y = batch
+    x = jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"])
+    return jnp.mean((jnp.tanh(x @ p["a"]) @ p["c"] - y) ** 2)
+
+
+def test_what_comes_behind_a_leaf_that_is_used_twice_sees_both_of_its_uses_pruned(x64):
+    rng = np.random.default_rng(0)
+    params = {name: jnp.asarray(rng.normal(size=(4, 4))) for name in "abc"}
+    mask = jax.tree.map(lambda w: jnp.asarray(rng.random(w.shape) > 0.4), params)
+    batch = tuple(jnp.asarray(rng.normal(size=(9, 4))) for _ in range(2))
+    moments = hj.layers.moments(twice, params, [batch])
+    parts = (jax.tree.map(lambda x, own=own: x[own], batch) for own in (slice(4), slice(4, 9)))
+    found = hj.layers.reconstruct(params, mask, moments, parts, empty="allow").params
+    assert not np.allclose(found["a"][mask["a"]], params["a"][mask["a"]])
+    (before, moves), (now, _) = (rows_of(hj.layers.capture(twice, p, batch), "c") for p in (params, found))
+    sides = moves.apply(np.asarray(params["c"])), moves.apply(np.asarray(mask["c"]))
+    expected = least_squares(before, now, *sides, 0.01, 9)
+    np.testing.assert_allclose(moves.apply(found["c"]), expected, rtol=1e-8, atol=1e-11)
+
+
+TRACES = []
+
+
+def counted(p, x):
+    TRACES.append(x.shape)
+    return jnp.tanh(x @ p["a"]) @ p["b"]
+
+
+def test_a_network_of_the_same_shapes_is_traced_no_more():
+    rng = np.random.default_rng(0)
+    p = {name: jnp.asarray(rng.normal(size=(4, 4)), jnp.float32) for name in "ab"}
+    x = jnp.asarray(rng.normal(size=(9, 4)), jnp.float32)
+    mask = jax.tree.map(lambda w: jnp.eye(4, dtype=bool), p)
+
+    def run(p):
+        moments = hj.layers.moments(counted, p, [x], likelihood=hj.likelihoods.gaussian)
+        return hj.layers.reconstruct(p, mask, moments, [x]).params
+
+    first, traces = run(p), len(TRACES)
+    other = run(jax.tree.map(lambda w: 2 * w, p))
+    assert len(TRACES) == traces
+    assert not bool(jnp.all(first["b"] == other["b"]))
+
+
 def linear(w, x):
     return x @ w
 
