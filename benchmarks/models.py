@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from sklearn.datasets import load_digits
 
 from hessjax.flax import linen_loss, linen_model
 
@@ -153,6 +152,8 @@ def small_conv_net(batch: int = 256) -> Problem:
 
 def trained_on_digits(widths: tuple[int, ...], steps: int) -> Problem:
     """A perceptron after some steps of Adam on all of scikit-learn's digits; they are its batch."""
+    from sklearn.datasets import load_digits  # here: it takes longer to import than jax
+
     pixels, labels = load_digits(return_X_y=True)
     batch = jnp.asarray(pixels / 16, jnp.float32), jnp.asarray(labels)
     problem, tx = _problem(MLP(widths), batch), optax.adam(3e-3)

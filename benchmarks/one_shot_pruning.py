@@ -9,11 +9,13 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import table
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
 import hessjax as hj
-from hessjax.cli import _digits
 
 SPARSITIES = (0.8, 0.9, 0.95)
 SEEDS = 3
@@ -169,8 +171,12 @@ def training_loss(params: Params) -> jax.Array:
 @functools.cache
 def data() -> tuple[Any, Any]:
     """Training and test images as vectors, with their digits."""
+    pixels, labels = load_digits(return_X_y=True)
+    x, y = (pixels / 16).astype(np.float32), labels.astype(np.int32)
+    parts = train_test_split(x, y, test_size=360, stratify=labels, random_state=0)
     with jax.ensure_compile_time_eval():
-        return tuple((jnp.asarray(x.reshape(-1, 64)), jnp.asarray(y)) for x, y in _digits.load())
+        train_x, test_x, train_y, test_y = map(jnp.asarray, parts)
+    return (train_x, train_y), (test_x, test_y)
 
 
 def sample(params: Params, number: int) -> Any:

@@ -80,7 +80,7 @@ from hessjax.pruning.training._masks import mask_of as mask_of
 from hessjax.pruning.training._prune import prune as prune
 from hessjax.recipes._recipe import Recipe as Recipe
 from hessjax.recipes._recipe import load_recipe as load_recipe
-from hessjax.solvers._conjugate_gradient import solve as solve
+from hessjax.solvers._solve import solve as solve
 from hessjax.solvers._system import Solution as Solution
 
 __version__ = "0.1.0"

@@ -136,11 +136,11 @@ KINDS = {
     "schedule": "penalty fraction level",
     "count": """num_probes num_matvecs max_matvecs k block_size basis_size? at_once every num_samples?
         recomputes microbatch? num_grads? chunk_size points_at_once steps_per_epoch? n m num_heads?
-        max_width max_evaluations num_points top seed budget?""",
+        max_width max_evaluations num_points top seed budget? keep_bytes?""",
     "integer": "axis?",
     "function": """loss_fn model_fn output_loss matvec make_matvec metric grads_fn? teacher_fn information
         score loss weights? fn approximation
-        preconditioner query_fn? inverse?""",
+        preconditioner? query_fn? inverse?""",
     "key": "key",
     "params": "params like rhs grads scores",
     "vector": "vector start? diagonal directions other state?",
@@ -197,7 +197,6 @@ RIGHT = {
 PRUNED = {"params": (PARAMS, "params")}
 INSTEAD = {
     "hj.solve": {"damping": (0.0, "number")},
-    "hj.estimators.preconditioned_conjugate_gradient": {"damping": (0.0, "number")},
     "hj.inverse_fisher": {"damping": (1.0, "tol"), "weights": (None, "weights?")},
     "hj.saliencies.obs": {"damping": (1.0, "tol")},
     "hj.saliencies.wood_taylor": {"damping": (1.0, "tol")},

@@ -25,8 +25,7 @@ VERBS = """
 """
 NAMESPACES = {
     "estimators": """Estimator lanczos power_iteration hutchinson hutchinson_by_leaf hutchpp xtrace
-        hutchinson_diagonal hutchinson_frobenius slq conjugate_gradient minres
-        preconditioned_conjugate_gradient""",
+        hutchinson_diagonal hutchinson_frobenius slq conjugate_gradient minres""",
     "layers": "coverage capture moments kfac ekfac quality reconstruct",
     "probes": "rademacher gaussian",
     "likelihoods": "Likelihood categorical gaussian",

@@ -9,7 +9,6 @@ import models
 import numpy as np
 import optax
 from flax import linen as nn
-from sklearn.datasets import load_digits
 
 import hessjax as hj
 from hessjax.flax import linen_loss, linen_model
@@ -67,8 +66,10 @@ class Network(NamedTuple):
         return linen_model(self.module)
 
 
-def load(problem: Problem) -> Network:
-    """The network of a file."""
+def load(problem: Problem) -> Any:
+    """The network of a file; a problem without one is its own numbers."""
+    if problem.kind not in MODULES:
+        return problem
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in problem.options.items()}
     params, state, vector = (
         jax.tree.map(jnp.asarray, problem.tree(x)) for x in ("params", "state", "vector")
@@ -111,6 +112,8 @@ def trained_mlp(widths: tuple[int, ...], steps: int) -> Problem:
 
 def trained_conv_net(channels: tuple[int, ...], examples: int, steps: int) -> Problem:
     """On the first digits of scikit-learn, its BatchNorms on their own batch, the running statistics kept."""
+    from sklearn.datasets import load_digits  # here: it takes longer to import than jax
+
     pixels, labels = load_digits(return_X_y=True)
     images = jnp.asarray(pixels[:examples].reshape(-1, 8, 8, 1) / 16, jnp.float32)
     batch, module, tx = (
@@ -166,23 +169,34 @@ def largest_eigenvalues(problem: Problem, k: int) -> np.ndarray:
 
 
 def exact_trace(problem: Problem) -> float:
-    """Of the Hessian of a network of ReLUs: it is the Gauss–Newton matrix's.
+    """Of the Hessian of a network of ReLUs."""
+    return sum(exact_traces(problem).values())
+
+
+def exact_traces(problem: Problem) -> dict[str, float]:
+    """Of the Hessian of a network of ReLUs, leaf by leaf: they are the Gauss–Newton matrix's.
 
     The outputs are piecewise linear in any one weight, so the other part of the Hessian has a diagonal of
     zeros; and the trace of Σ rrᵀ is Σ ‖r‖².
     """
     network = load(problem)
     images, labels = network.data
-    total = 0.0
+    totals = np.zeros(len(jax.tree.leaves(network.params)))
     for start in range(0, len(images), 64):
         batch = images[start : start + 64], labels[start : start + 64]
         roots = hj.ggn_roots(
             network.model_fn, network.params, batch, *network.state, likelihood=hj.likelihoods.categorical
         )
         rows = jax.tree.leaves(roots)
-        squares = sum(float(jnp.sum(jnp.square(leaf), dtype=jnp.float32)) for leaf in rows)
-        total += squares / len(rows[0]) * len(batch[0])
-    return total / len(images)
+        squares = [float(jnp.sum(jnp.square(leaf), dtype=jnp.float32)) for leaf in rows]
+        totals += np.array(squares) / len(rows[0]) * len(batch[0])
+    return dict(zip(paths(network.params), (totals / len(images)).tolist(), strict=True))
+
+
+def paths(params: Any) -> list[str]:
+    """Of every leaf, as in a problem's arrays."""
+    found = jax.tree_util.tree_leaves_with_path(params)
+    return ["/".join(entry.key for entry in path) for path, _ in found]
 
 
 def _in_float64(problem: Problem) -> Network:
@@ -194,9 +208,9 @@ def _problem(kind: str, module: nn.Module, params: Any, state: list[Any], data: 
     vector = jax.tree.map(lambda x: models.normal(2, x.shape), params)
     trees = {"params": params, "vector": vector, **({"state": state[0]} if state else {})}
     arrays = {
-        f"{name}/" + "/".join(entry.key for entry in path): np.asarray(leaf)
+        f"{name}/{path}": np.asarray(leaf)
         for name, tree in trees.items()
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        for path, leaf in zip(paths(tree), jax.tree.leaves(tree), strict=True)
     }
     x, y = (np.asarray(a) for a in data)
     options = {name: getattr(module, name) for name in OPTIONS[kind]}

@@ -1,6 +1,6 @@
 """The same networks in PyTorch, and the weights of a problem's file in them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -144,9 +144,14 @@ class Network(NamedTuple):
         return list(self.model.parameters())
 
 
-def load(problem: Problem) -> Network:
-    """The network of a file. The vector's tree goes through the same conversion as the weights'."""
+def load(problem: Problem) -> Any:
+    """The network of a file; a problem without one is its own numbers.
+
+    The vector's tree goes through the same conversion as the weights'.
+    """
     torch.manual_seed(0)
+    if problem.kind not in TWINS:
+        return problem
     state = problem.tree("state")
     model, like = (
         TWINS[problem.kind](problem.tree(x), state, problem.options).eval() for x in ("params", "vector")
@@ -155,6 +160,11 @@ def load(problem: Problem) -> Network:
     data = batch_of(problem.arrays["x"], problem.arrays["y"])
     batches = [batch_of(x, y) for x, y in problem.batches()]
     return Network(model, nn.CrossEntropyLoss(), data, batches, vector)
+
+
+def kernels(network: Network) -> list[nn.Parameter]:
+    """The weights of the layers, without biases."""
+    return [p for p in network.params if p.ndim > 1]
 
 
 def loss(network: Network) -> float:
@@ -220,6 +230,24 @@ def _filled(module: nn.Module, weight: np.ndarray, bias: np.ndarray | None = Non
     if bias is not None:
         module.bias.data = tensor(bias)
     return module
+
+
+Multiply = Callable[[torch.Tensor], torch.Tensor]
+_KEPT: dict[str, tuple[Multiply, torch.Tensor]] = {}
+
+
+def product(
+    network: Network, name: str, kinds: dict[str, Callable[[Network, Any], Multiply]]
+) -> dict[str, Any]:
+    """With a matrix of a library's, made at the first call and kept, at one batch or over all."""
+    kind, _, how = name.partition(", ")
+    if kind not in kinds or how == "kept":
+        return {"absent": name}
+    if name not in _KEPT:
+        batches = network.batches if how == "batches" else [network.data]
+        _KEPT[name] = kinds[kind](network, batches), flat(network.vector)
+    multiply, vector = _KEPT[name]
+    return summary(multiply(vector), vector)
 
 
 def summary(product: Any, vector: Any) -> dict[str, float]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from peers.asking import Answer, Group, rounds
-from peers.rows import Row, row, timed
+from peers.rows import Row, row, timed, unusable
 
 PEERS = ["hessjax", "curvlinops"]
 FISHERS = ["exact", "empirical"]
@@ -20,7 +20,7 @@ def layers(quick: bool, path_of: Any) -> Iterator[Row]:
     """Factors, products and inverse products of a strided convolutional net and a perceptron."""
     for name in ["digits_in_conv_net"] if quick else ["digits_in_conv_net", "mlp"]:
         with Group(PEERS, path_of(name)) as group:
-            yield from (row(f"{name}: K-FAC", n, "", {"failed": t}) for n, t in group.problems.items() if t)
+            yield from unusable(group, f"{name}: K-FAC")
             for fisher in FISHERS:
                 for positions in POSITIONS:
                     for task in TASKS:

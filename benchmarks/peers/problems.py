@@ -82,6 +82,37 @@ def digits_in_mlp(quick: bool) -> Problem:
     return _with(problem, truth)
 
 
+def digits_in_deep_mlp(quick: bool) -> Problem:
+    """Eight hidden layers of 64 after 120 steps of Adam on all digits of scikit-learn, one batch."""
+    from peers import in_jax
+
+    problem = in_jax.trained_mlp((16, 16) if quick else (64,) * 8, steps=30 if quick else 120)
+    traces = in_jax.exact_traces(problem)
+    return _with(problem, {"truth/layers": [x for path, x in traces.items() if path.endswith("kernel")]})
+
+
+def digits_to_prune(quick: bool) -> Problem:
+    """64-40-20-10 without biases, trained on 1437 digits from three seeds; the other 360 to test on."""
+    import one_shot_pruning
+
+    seeds, options = (1, QUICK_TO_PRUNE) if quick else (3, TO_PRUNE)
+    nets = [one_shot_pruning.trained(seed, 5 if quick else 80) for seed in range(seeds)]
+    named = {f"net/{seed}/{i}": kernel for seed, net in enumerate(nets) for i, kernel in enumerate(net)}
+    named |= {
+        f"{name}/{what}": array
+        for name, data in zip(("train", "test"), one_shot_pruning.data(), strict=True)
+        for what, array in zip("xy", data, strict=True)
+    }
+    return Problem("digits to prune", options, {name: np.asarray(array) for name, array in named.items()}, [])
+
+
+SPARSITY, EVERY = 0.9, {"between": 1000, "mask step": 1}
+"""Of a training loop that prunes, and how many steps lie between two masks."""
+
+TO_PRUNE = {"sparsities": [0.8, 0.9, 0.95], "grads": 400, "damping": 1e-5, "recomputes": 10}
+QUICK_TO_PRUNE = {**TO_PRUNE, "sparsities": [0.8], "grads": 32, "recomputes": 2}
+
+
 def mlp(quick: bool) -> Problem:
     """784-1024-1024-10 on 512 images, 1.9 million weights."""
     return _untrained("MLP", quick)
@@ -125,11 +156,22 @@ PACKAGES = [
     "hessian-eigenthings",
     "matfree",
     "traceax",
+    "torch-pruning",
 ]
 
 MAKERS: dict[str, Callable[[bool], Problem]] = {
     maker.__name__: maker
-    for maker in (digits_in_conv_net, digits_in_mlp, mlp, encoder, resnet, spectra, gradients)
+    for maker in (
+        digits_in_conv_net,
+        digits_in_mlp,
+        digits_in_deep_mlp,
+        digits_to_prune,
+        mlp,
+        encoder,
+        resnet,
+        spectra,
+        gradients,
+    )
 }
 
 

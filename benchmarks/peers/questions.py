@@ -13,12 +13,18 @@ from peers import problems
 from peers.asking import Answer, Group, Worker, rounds
 from peers.layers import layers
 from peers.problems import Problem
-from peers.rows import Row, coverage, row, timed, wasserstein
+from peers.pruning import compact, one_shot, training_step
+from peers.rows import Row, coverage, row, timed, unusable, wasserstein
+from peers.sampling import LAYER_STDERR, STDERR
 
 ANSWERS = ["hessjax", "pyhessian", "curvlinops", "eigenthings", "matfree", "traceax"]
 PRODUCTS = ["hessjax", "torch", "pyhessian", "curvlinops", "eigenthings", "matfree", "traceax"]
 ESTIMATES = ["hessjax", "curvlinops", "eigenthings", "matfree", "traceax"]
-ACCURACY, STDERR, DISTANCE = 1e-4, 0.05, 0.005
+LAYER_TRACES = ["hessjax", "pyhessian", "curvlinops", "eigenthings", "matfree"]
+ACCURACY, DISTANCE = 1e-4, 0.005
+TRACES = ("trace", "layer_traces")
+"""Whose ways are different estimators."""
+
 Judge = Callable[[Answer, Problem], Row]
 Paths = Callable[[str], Path]
 
@@ -41,6 +47,15 @@ def judge_density(answer: Answer, problem: Problem) -> Row:
     """Whether it is within half a percent of the range of the true one."""
     distance = wasserstein(answer["nodes"], answer["weights"], problem.arrays["truth/spectrum"])
     return {"error": distance, "right": distance <= DISTANCE}
+
+
+def judge_layers(answer: Answer, problem: Problem) -> Row:
+    """Whether every layer's standard error is as small as asked, and its truth within four of them."""
+    means, errors = np.asarray(answer["layers"]).T
+    truth = problem.arrays["truth/layers"]
+    small = np.all(errors <= 1.1 * LAYER_STDERR * np.abs(means))
+    near = np.all(np.abs(means - truth) <= 4 * errors)
+    return {"error": float(np.max(np.abs(means / truth - 1))), "right": bool(small and near)}
 
 
 PLAN: list[tuple[str, str, str, dict[str, Any], Judge]] = [
@@ -81,10 +96,10 @@ def answer(
             said = group.workers[name].ask(task, way=way, **given)
             line = row(question, name, words, said, **({} if "failed" in said else judge(said)))
             found[name, way] = line
-            if "failed" in said or (line.get("right") and task != "trace"):
+            if "failed" in said or (line.get("right") and task not in TRACES):
                 break
             last = way + 1 == len(group.ways(name, task))
-            if not {"trace": True, "density": last}.get(task, way == 0):
+            if not (task in TRACES or {"density": last}.get(task, way == 0)):
                 del found[name, way]
     again = {key: line for key, line in found.items() if line["first"] and line["first"] < 60}
     calls = {
@@ -94,6 +109,16 @@ def answer(
     ours = next((times[key] for key in times if key[0] == "hessjax" and found[key].get("right")), [])
     for key, line in found.items():
         yield timed(line, times.get(key, []), ours)
+
+
+def layer_traces(quick: bool, path_of: Paths) -> Iterator[Row]:
+    """The traces of all layers' weights, each to a standard error of 10 %: ours from the same products."""
+    path = path_of("digits_in_deep_mlp")
+    with Group(LAYER_TRACES, path, 40 if quick else 100) as group:
+        yield from unusable(group, "digits_in_deep_mlp: layer traces")
+        judged = functools.partial(judge_layers, problem=problems.read(path))
+        asked = "digits_in_deep_mlp: layer traces"
+        yield from answer(group, asked, "layer_traces", {}, judged, 1 if quick else 3)
 
 
 NAMES = [
@@ -198,18 +223,15 @@ def start(quick: bool, path_of: Paths) -> Iterator[Row]:
         yield {**timed(line, times, spent.get("hessjax", [])), "first": statistics.median(times)}
 
 
-def unusable(group: Group, question: str) -> Iterator[Row]:
-    """A row for each peer that is missing or does not have the same loss."""
-    for name, trouble in group.problems.items():
-        if trouble is not None:
-            yield row(question, name, "", {"failed": trouble})
-
-
 SECTIONS = {
     "answers": answers,
     "products": products,
     "estimates": estimates,
     "inverse_fisher": inverse_fisher,
     "layers": layers,
+    "layer_traces": layer_traces,
+    "one_shot": one_shot,
+    "training_step": training_step,
+    "compact": compact,
     "start": start,
 }

@@ -1,9 +1,13 @@
 """The rows as tables, in Markdown, and as a figure. The JSON is enough; the figure needs matplotlib."""
 
-from collections.abc import Iterator
+import functools
+import statistics
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+from peers import problems
 
 Row = dict[str, Any]
 NAMES = {
@@ -14,11 +18,13 @@ NAMES = {
     "matfree": "matfree",
     "traceax": "traceax",
     "torch": "PyTorch by hand",
+    "torch_pruning": "torch-pruning",
     "jax": "JAX by hand",
 }
 PROBLEMS = {
     "digits_in_conv_net": "Conv net with BatchNorm, 1106 weights, 1030 digits in batches of 256, and of 6",
     "digits_in_mlp": "MLP 64-256-256-10, 85 002 weights, 1797 digits in one batch",
+    "digits_in_deep_mlp": "MLP 64-64-…-64-10 with eight hidden layers, 1797 digits in one batch",
     "mlp": "MLP 784-1024-1024-10, 1.9 million weights, 512 images",
     "encoder": "Encoder 6 × 384, 12.6 million weights, 16 × 32 tokens",
     "resnet": "ResNet-20, 0.27 million weights, 128 images of 32 × 32",
@@ -28,13 +34,16 @@ ASKED = {
     "top-10": "the ten largest eigenvalues, to 1e-4",
     "trace": "trace, to a standard error of 5 %",
     "density": "spectral density of three probes, to W₁ of 0.5 % of the range",
+    "layer traces": "the traces of all layers' weights, each to a standard error of 10 %",
 }
 
 
 def markdown(result: dict[str, Any]) -> str:
     """All sections."""
     sections = {"answers": answers, "products": products, "estimates": estimates}
-    sections |= {"inverse_fisher": plain("Inverse Fisher"), "layers": answers, "start": plain("Start")}
+    sections |= {"inverse_fisher": plain("Inverse Fisher"), "layers": answers, "layer_traces": answers}
+    sections |= {"one_shot": one_shot, "training_step": training_step, "compact": compact}
+    sections |= {"start": plain("Start")}
     parts = [
         make(result["sections"][name]) for name, make in sections.items() if result["sections"].get(name)
     ]
@@ -63,11 +72,11 @@ def _answer_lines(rows: list[Row]) -> Iterator[list[str]]:
         yield [f"**{ASKED.get(asked, asked)}**"]
         for line in group:
             yield [
-                NAMES[line["peer"]],
-                line["way"],
-                seconds(line.get("first")),
-                seconds(line.get("later")) + " (busy)" * line.get("busy", False),
-                number(line.get("ratio")),
+                peer(line),
+                way(line),
+                first(line),
+                later(line),
+                ratio(line),
                 str(line.get("products", "")),
                 f"{line['peak_mb']:.0f}" if "peak_mb" in line else "",
                 number(line.get("error"), 2),
@@ -97,12 +106,12 @@ def _product_grid(rows: list[Row]) -> str:
     kinds = list(dict.fromkeys(line["way"] for line in measured))
     cells = {(line["way"], line["peer"]): _product_cell(line) for line in measured}
     lines = [[kind, *(cells.get((kind, peer), "") for peer in peers)] for kind in kinds]
-    missing = [
-        f"{NAMES[line['peer']]}, {line['way'] or 'all'}: {line['failed']}."
+    said = [
+        f"{NAMES[line['peer']]}, {line['way'] or 'all'}: {text}."
         for line in rows
-        if "failed" in line
+        if (text := line.get("failed", line.get("note")))
     ]
-    return "\n\n".join([grid(["", *map(NAMES.get, peers)], lines), *missing])
+    return "\n\n".join([grid(["", *map(NAMES.get, peers)], lines), *said])
 
 
 def _product_cell(line: Row) -> str:
@@ -135,23 +144,96 @@ def _estimate_cell(line: Row) -> str:
 
 def plain(title: str) -> Any:
     """A section with one line for each row."""
-    columns = ["", "", "way", "seconds", "× ours", ""]
+    columns = {"": asked, " ": peer, "way": way, "seconds": later, "× ours": ratio, "  ": verdict}
+    return lambda rows: f"### {title}\n\n" + listed(rows, columns)
 
-    def table(rows: list[Row]) -> str:
-        lines = [
-            [
-                line["question"].split(": ")[-1],
-                NAMES[line["peer"]],
-                line["way"],
-                seconds(line.get("later")) + " (busy)" * line.get("busy", False),
-                number(line.get("ratio")),
-                line.get("failed", ""),
-            ]
-            for line in rows
-        ]
-        return f"### {title}\n\n" + grid(columns, lines)
 
-    return table
+def one_shot(rows: list[Row]) -> str:
+    """Accuracies at each sparsity, mean and spread over the seeds."""
+    sparsities = [f"{s:.0%}" for s in problems.TO_PRUNE["sparsities"]]
+    right = {s: functools.partial(_accuracy, index=i) for i, s in enumerate(sparsities)}
+    columns = {"": peer, "rule": way, **right, "first": first, "later": later, "× ours": ratio, " ": verdict}
+    words = (
+        "Percent of 360 digits right after pruning an MLP 64-40-20-10, ± over three seeds. Of WoodFisher's "
+        "rule both sides take the same gradients, damping and matrices, and the time is that of one network."
+    )
+    return f"### Pruning at one go, without training\n\n{words}\n\n" + listed(rows, columns)
+
+
+def _accuracy(line: Row, index: int) -> str:
+    if index >= len(line.get("accuracies", [])):
+        return ""
+    values = line["accuracies"][index]
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+def training_step(rows: list[Row]) -> str:
+    """Milliseconds of a step, and what the masks add to a bare one."""
+    added = lambda line: f"{100 * line['added']:+.0f} %" if "added" in line else ""  # noqa: E731
+    columns = {
+        "": peer,
+        "step": way,
+        "first": first,
+        "later": later,
+        "× ours": ratio,
+        "added": added,
+        " ": verdict,
+    }
+    return "\n\n".join(
+        f"### {PROBLEMS[problem]}: a training step, each layer at 90 % zeros\n\n"
+        + listed(list(group), columns)
+        for problem, group in groupby(rows, lambda line: line["question"].split(": ")[0])
+    )
+
+
+def compact(rows: list[Row]) -> str:
+    """The forward pass before and after."""
+    columns = {
+        "": peer,
+        "to cut, first": lambda line: seconds(line.get("cut_first")),
+        "again": lambda line: seconds(line.get("cut")),
+        "before": lambda line: seconds(line.get("before")),
+        "after": later,
+        "after / before": lambda line: number(line.get("share"), 2),
+        "× ours": ratio,
+        "weights": lambda line: " → ".join(f"{n:,}" for n in line.get("weights", [])),
+        " ": verdict,
+    }
+    title = "ResNet-20 without half of the channels inside its blocks: a forward pass of 128 images"
+    return f"### {title}\n\n" + listed(rows, columns)
+
+
+# -- cells -----------------------------------------------------------------------------------------
+
+
+def listed(rows: list[Row], columns: dict[str, Callable[[Row], str]]) -> str:
+    """A line for each row."""
+    return grid(list(columns), [[cell(line) for cell in columns.values()] for line in rows])
+
+
+def asked(line: Row) -> str:
+    return line["question"].split(": ")[-1]
+
+
+def peer(line: Row) -> str:
+    return NAMES[line["peer"]]
+
+
+def way(line: Row) -> str:
+    return line["way"]
+
+
+def first(line: Row) -> str:
+    return seconds(line.get("first"))
+
+
+def later(line: Row) -> str:
+    return seconds(line.get("later")) + " (busy)" * line.get("busy", False)
+
+
+def ratio(line: Row) -> str:
+    return number(line.get("ratio"))
 
 
 def grid(columns: list[str], lines: list[list[str]]) -> str:
@@ -187,7 +269,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     """Theirs over ours, one dot for each row that is right: to the right of the line we are faster."""
     from matplotlib.figure import Figure
 
-    chosen = [name for name in ("answers", "products") if result["sections"].get(name)]
+    chosen = [name for name in ("answers", "layer_traces", "products") if result["sections"].get(name)]
     lines = [line for name in chosen for line in result["sections"][name]]
     lines = [line for line in lines if "ratio" in line and line["peer"] != "hessjax"]
     questions = list(dict.fromkeys(line["question"] for line in lines))[::-1]

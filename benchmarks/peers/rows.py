@@ -1,6 +1,7 @@
 """What was found, a row for each peer and way of asking; spreads, ratios, and whether a machine was busy."""
 
 import statistics
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,13 @@ def row(question: str, peer: str, way: str, answer: dict[str, Any], **more: Any)
     """The first call; `timed` adds the later ones."""
     kept = {k: answer[k] for k in ("products", "peak_mb", "note", "failed") if answer.get(k) is not None}
     return {"question": question, "peer": peer, "way": way, "first": answer.get("seconds"), **kept, **more}
+
+
+def unusable(group: Any, question: str) -> Iterator[Row]:
+    """A row for each peer that is missing or does not have the same loss."""
+    for name, trouble in group.problems.items():
+        if trouble is not None:
+            yield row(question, name, "", {"failed": trouble})
 
 
 def timed(found: Row, times: list[float], ours: list[float]) -> Row:

@@ -19,11 +19,12 @@ from curvlinops import (
 from scipy.sparse.linalg import LinearOperator, eigsh
 
 from peers import in_torch
-from peers.in_torch import Network, loss
+from peers.in_torch import Network, load, loss
 from peers.layers import of_matrix
 from peers.problems import Problem
+from peers.sampling import STDERR, layer_by_layer, sampled
 
-__all__ = ["density", "estimate", "layers", "load", "loss", "product", "top", "trace"]
+__all__ = ["density", "estimate", "layer_traces", "layers", "load", "loss", "product", "top", "trace"]
 
 TOLERANCES = [1e-4, 1e-6, 0]
 STEPS = [10, 20, 40, 80, 160]
@@ -32,17 +33,15 @@ WAYS = {
     "top": [f"SciPy's eigsh, tol={tol:g}" for tol in TOLERANCES],
     "trace": ["hutchinson_trace, one at a time until 5 %"],
     "density": [f"{m} steps" for m in STEPS],
+    "layer_traces": ["an operator for each layer, hutchinson_trace"],
 }
 
 
-def load(problem: Problem) -> Any:
-    """The network; a problem without one is its own numbers."""
-    return in_torch.load(problem) if problem.kind in in_torch.TWINS else problem
-
-
-def _operator(network: Network, kind: Any = HessianLinearOperator, batches: Any = None) -> Any:
-    batches = batches or network.batches
-    model, criterion, params = network.model, network.criterion, network.params
+def _operator(
+    network: Network, kind: Any = HessianLinearOperator, batches: Any = None, params: Any = None
+) -> Any:
+    batches, params = batches or network.batches, params or network.params
+    model, criterion = network.model, network.criterion
     # Its check of the data costs products of its own.
     return kind(model, criterion, params, batches, check_deterministic=False)
 
@@ -65,11 +64,17 @@ def top(network: Network, way: int, k: int) -> dict[str, Any]:
 
 def trace(network: Network, way: int) -> dict[str, Any]:
     """It gives no error: the user takes single samples and looks at their spread."""
-    operator, samples, stderr = _operator(network), [], np.inf
-    while len(samples) < 20 or stderr > 0.05 * abs(np.mean(samples)):
-        samples.append(float(hutchinson_trace(operator, num_matvecs=1)))
-        stderr = float(np.std(samples, ddof=1) / len(samples) ** 0.5) if len(samples) > 1 else np.inf
-    return {"mean": float(np.mean(samples)), "stderr": stderr, "products": len(samples)}
+    return sampled(_sampler(_operator(network)), STDERR)
+
+
+def _sampler(operator: Any) -> Any:
+    return lambda: [float(hutchinson_trace(operator, num_matvecs=1))]
+
+
+def layer_traces(network: Network, way: int) -> dict[str, Any]:
+    """Of a matrix for each layer's weights alone."""
+    params = in_torch.kernels(network)
+    return layer_by_layer(params, lambda p: _sampler(_operator(network, params=[p])))
 
 
 def density(network: Network, way: int, probes: int) -> dict[str, Any]:
@@ -90,22 +95,23 @@ def density(network: Network, way: int, probes: int) -> dict[str, Any]:
     }
 
 
+def _multiply(kind: Any) -> Any:
+    return lambda network, batches: _operator(network, kind, batches).__matmul__
+
+
 KINDS = {
-    "Hessian": HessianLinearOperator,
-    "Gauss–Newton": GGNLinearOperator,
-    "empirical Fisher": EFLinearOperator,
+    "Hessian": _multiply(HessianLinearOperator),
+    "Gauss–Newton": _multiply(GGNLinearOperator),
+    "empirical Fisher": _multiply(EFLinearOperator),
 }
-_KEPT: dict[str, Any] = {}
 
 
 def product(network: Network, name: str) -> dict[str, Any]:
-    kind, _, how = name.partition(", ")
-    if kind not in KINDS or how == "kept":
-        return {"absent": name}
-    if name not in _KEPT:
-        batches = network.batches if how == "batches" else [network.data]
-        _KEPT[name] = _operator(network, KINDS[kind], batches)
-    return in_torch.summary(_KEPT[name] @ network.vector, network.vector)
+    found = in_torch.product(network, name, KINDS)
+    # The gradient of a LayerNorm's weight, differentiated forwards in its input; written out it is right.
+    normed = any(isinstance(module, torch.nn.LayerNorm) for module in network.model.modules())
+    wrong = {"note": "off, as PyTorch is, in the forward derivative of LayerNorm's backward pass"}
+    return {**found, **(wrong if normed and name.startswith("Hessian") and "norm" in found else {})}
 
 
 ESTIMATORS = {"Hutchinson": hutchinson_trace, "Hutch++": hutchpp_trace, "XTrace": xtrace}
@@ -116,6 +122,9 @@ def estimate(problem: Problem, matrix: str, estimator: str, budget: int, trials:
     A, function = torch.from_numpy(problem.arrays[f"matrix/{matrix}"]), ESTIMATORS[estimator]
     torch.manual_seed(0)
     return {"means": [float(function(A, budget)) for _ in range(trials)], "errors": None}
+
+
+_KEPT: dict[str, Any] = {}
 
 
 def layers(network: Network, name: str, fisher: str, positions: str) -> dict[str, Any]:

@@ -19,26 +19,24 @@ from hessian_eigenthings import (
 from hessian_eigenthings import trace as trace_of
 
 from peers import in_torch
-from peers.in_torch import Network, loss
+from peers.in_torch import Network, load, loss
 from peers.problems import Problem
+from peers.sampling import LAYER_STDERR, STDERR, together
 
-__all__ = ["density", "estimate", "load", "loss", "product", "top", "trace"]
+__all__ = ["density", "estimate", "layer_traces", "load", "loss", "product", "top", "trace"]
 
 STEPS = [10, 20, 40, 80, 160]
 WAYS = {
     "top": ["max_iter doubled until converged", "the same, reorthogonalize=True"],
     "trace": ["Hutch++, doubled until 5 %", "Hutchinson, doubled until 5 %"],
     "density": [f"{m} steps" for m in STEPS],
+    "layer_traces": ["layer by layer, Hutchinson doubled"],
 }
 
 
-def load(problem: Problem) -> Any:
-    """The network; a problem without one is its own numbers."""
-    return in_torch.load(problem) if problem.kind in in_torch.TWINS else problem
-
-
-def _hessian(network: Network, batches: Any) -> Any:
-    return HessianOperator(network.model, batches, supervised_loss(network.criterion))
+def _hessian(network: Network, batches: Any, chosen: Any = None) -> Any:
+    loss_fn = supervised_loss(network.criterion)
+    return HessianOperator(network.model, batches, loss_fn, param_filter=chosen)
 
 
 def _ggn(network: Network, batches: Any) -> Any:
@@ -70,14 +68,26 @@ def top(network: Network, way: int, k: int) -> dict[str, Any]:
 
 
 def trace(network: Network, way: int) -> dict[str, Any]:
-    operator, method = _hessian(network, network.batches), ("hutch++", "hutchinson")[way]
+    return _trace(_hessian(network, network.batches), ("hutch++", "hutchinson")[way], STDERR)
+
+
+def _trace(operator: Any, method: str, share: float) -> dict[str, Any]:
     budget, products = 24, 0
     while True:
         found = trace_of(operator, num_matvecs=budget, method=method, seed=budget)
         products += budget
-        if found.stderr <= 0.05 * abs(found.estimate) or budget > 2000:
+        if found.stderr <= share * abs(found.estimate) or budget > 2000:
             return {"mean": found.estimate, "stderr": found.stderr, "products": products}
         budget *= 2
+
+
+def layer_traces(network: Network, way: int) -> dict[str, Any]:
+    """Of the layers' weights one by one, which it chooses by a filter."""
+    found = [
+        _trace(_hessian(network, network.batches, lambda _, p, own=own: p is own), "hutchinson", LAYER_STDERR)
+        for own in in_torch.kernels(network)
+    ]
+    return together(found)
 
 
 def density(network: Network, way: int, probes: int) -> dict[str, Any]:
@@ -88,22 +98,14 @@ def density(network: Network, way: int, probes: int) -> dict[str, Any]:
 
 
 KINDS: dict[str, Callable[[Network, Any], Any]] = {
-    "Hessian": _hessian,
-    "Gauss–Newton": _ggn,
-    "empirical Fisher": _empirical_fisher,
+    "Hessian": lambda *of: _hessian(*of).matvec,
+    "Gauss–Newton": lambda *of: _ggn(*of).matvec,
+    "empirical Fisher": lambda *of: _empirical_fisher(*of).matvec,
 }
-_KEPT: dict[str, Any] = {}
 
 
 def product(network: Network, name: str) -> dict[str, Any]:
-    kind, _, how = name.partition(", ")
-    if kind not in KINDS or how == "kept":
-        return {"absent": name}
-    if name not in _KEPT:
-        batches = network.batches if how == "batches" else [network.data]
-        _KEPT[name] = KINDS[kind](network, batches), in_torch.flat(network.vector)
-    operator, vector = _KEPT[name]
-    return in_torch.summary(operator.matvec(vector), vector)
+    return in_torch.product(network, name, KINDS)
 
 
 def estimate(problem: Problem, matrix: str, estimator: str, budget: int, trials: int) -> dict[str, Any]:

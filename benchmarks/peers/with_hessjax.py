@@ -5,8 +5,12 @@ WAYS                    for each task the ways to ask, from the plain one to tho
 top(network, way, k)    values, products
 trace(network, way)     mean, stderr, products: to a standard error of 5 %
 density(network, way, probes)    nodes, weights, products
+layer_traces(network, way)    (mean, stderr) of every layer's weights, products: to one of 10 % each
 product(network, name)  norm of the product and its part along the vector; `name` from PRODUCTS
 estimate(problem, ...)  means and standard errors of many runs on a matrix
+one_shot(problem, rule, seed)    the kernels after pruning at each sparsity
+training_step(network, name), zeros(network, name)    one step; the share of zeros in the kernels by then
+compact(network, name)  cut half of the channels inside ResNet-20's blocks; run it; what is left
 """
 
 from collections.abc import Callable
@@ -20,23 +24,37 @@ from jax.tree_util import Partial
 
 import hessjax as hj
 from peers import in_jax
-from peers.in_jax import Network, loss
+from peers.in_jax import Network, load, loss
 from peers.layers import of_matrix
 from peers.problems import Problem
+from peers.pruning_in_jax import compact, one_shot, training_step, zeros
+from peers.sampling import LAYER_STDERR, together
 
-__all__ = ["density", "estimate", "inverse_fisher", "layers", "load", "loss", "product", "top", "trace"]
+__all__ = [
+    "compact",
+    "density",
+    "estimate",
+    "inverse_fisher",
+    "layer_traces",
+    "layers",
+    "load",
+    "loss",
+    "one_shot",
+    "product",
+    "top",
+    "trace",
+    "training_step",
+    "zeros",
+]
 
 STEPS = [10, 20, 40, 80, 160]
+CHUNK = 20
 WAYS = {
     "top": ["default"],
     "trace": ["tol=relative(0.05)", "XTrace, doubled until 5 %"],
     "density": [f"{m} steps" for m in STEPS],
+    "layer_traces": ["all in one pass", "layer by layer, hj.select"],
 }
-
-
-def load(problem: Problem) -> Any:
-    """The network; a problem without one is its own numbers."""
-    return in_jax.load(problem) if problem.kind in in_jax.MODULES else problem
 
 
 def matvec(network: Network) -> Any:
@@ -76,6 +94,33 @@ def density(network: Network, way: int, probes: int) -> dict[str, Any]:
     )
     nodes, weights = (np.asarray(x).ravel().tolist() for x in (found.nodes, found.weights))
     return {"nodes": nodes, "weights": weights, "products": probes * steps}
+
+
+def layer_traces(network: Network, way: int) -> dict[str, Any]:
+    """A product with the whole Hessian is a sample for every layer; one with a block of it takes less."""
+    kernels = [path for path in in_jax.paths(network.params) if path.endswith("kernel")]
+    return _in_one_pass(network) if way == 0 else together([_of_layer(network, path) for path in kernels])
+
+
+def _of_layer(network: Network, path: str) -> dict[str, Any]:
+    chosen = hj.select(network.params, path)
+    A = hj.hessian(
+        chosen.restrict(network.loss_fn), chosen.part, network.data, *network.state, linearize=True
+    )
+    found = hj.trace(A, jax.random.key(0), chosen.part, 5000, tol=hj.relative(LAYER_STDERR))
+    products = int(found.num_samples)
+    return {"mean": float(found.mean), "stderr": float(found.stderr), "products": products}
+
+
+def _in_one_pass(network: Network) -> dict[str, Any]:
+    A, key, state = matvec(network), jax.random.key(0), None
+    method, chosen = hj.estimators.hutchinson_by_leaf(), [p.ndim > 1 for p in jax.tree.leaves(network.params)]
+    while True:
+        found, state = hj.run(method, A, key, network.params, max_matvecs=CHUNK, state=state)
+        means, errors = (np.asarray(x)[1 : 1 + len(chosen)][chosen] for x in (found.mean, found.stderr))
+        if np.all(errors <= LAYER_STDERR * np.abs(means)):
+            layers = np.stack([means, errors], axis=1)
+            return {"layers": layers.tolist(), "products": int(found.num_samples)}
 
 
 def product(network: Network, name: str) -> dict[str, Any]:

@@ -8,10 +8,11 @@ import numpy as np
 from matfree import decomp, eig, stochtrace
 
 from peers import in_jax
-from peers.in_jax import Network, loss
+from peers.in_jax import Network, load, loss
 from peers.problems import Problem
+from peers.sampling import LAYER_STDERR, STDERR, together
 
-__all__ = ["density", "estimate", "load", "loss", "product", "top", "trace"]
+__all__ = ["density", "estimate", "layer_traces", "load", "loss", "product", "top", "trace"]
 
 STEPS = [10, 20, 40, 80, 160]
 CHUNK = 8
@@ -19,12 +20,8 @@ WAYS = {
     "top": ["steps doubled until values rest"],
     "trace": ["Hutchinson, 8 at a time until 5 %"],
     "density": [f"{m} steps" for m in STEPS],
+    "layer_traces": ["layer by layer, Hutchinson, 8 at a time"],
 }
-
-
-def load(problem: Problem) -> Any:
-    """The network; a problem without one is its own numbers."""
-    return in_jax.load(problem) if problem.kind in in_jax.MODULES else problem
 
 
 def hessian_product(loss_fn: Any, vector: Any, params: Any, state: Any, batches: Any) -> Any:
@@ -79,22 +76,47 @@ def _top(network: Network, steps: int) -> Any:
 
 def trace(network: Network, way: int) -> dict[str, Any]:
     """Chunks by vmap, their means and errors put together."""
-    find = _compiled("trace", lambda: _trace(network))
+    find = _compiled("trace", lambda: _trace(_product_of(network), network.params))
+    return _chunks(find, _point(network), STDERR)
+
+
+def _chunks(find: Any, point: Any, share: float) -> dict[str, Any]:
     means, errors = [], []
     for key in jax.random.split(jax.random.key(0), 600):
-        mean, error = map(float, find(key, *_point(network)))
+        mean, error = map(float, find(key, *point))
         means.append(mean)
         errors.append(error)
         stderr = float(np.sqrt(np.sum(np.square(errors))) / len(errors))
-        if len(means) > 2 and stderr <= 0.05 * abs(np.mean(means)):
+        if len(means) > 2 and stderr <= share * abs(np.mean(means)):
             break
     return {"mean": float(np.mean(means)), "stderr": stderr, "products": CHUNK * len(means)}
 
 
-def _trace(network: Network) -> Any:
-    sampler = stochtrace.sampler_signs(network.params, num=CHUNK)
+def _trace(product: Any, like: Any) -> Any:
+    sampler = stochtrace.sampler_signs(like, num=CHUNK)
     find = stochtrace.estimator_monte_carlo_mean_and_sem(stochtrace.monte_carlo_trace(), sampler)
-    return lambda key, *point: find(_product_of(network), key, *point)
+    return lambda key, *point: find(product, key, *point)
+
+
+def layer_traces(network: Network, way: int) -> dict[str, Any]:
+    """Of the Hessian in the weights of one layer after the other, each a program of its own."""
+    found = []
+    for index, leaf in enumerate(jax.tree.leaves(network.params)):
+        if leaf.ndim > 1:
+            make = lambda i=index, x=leaf: _trace(_product_of_leaf(network, i), x)  # noqa: E731
+            find = _compiled(("layer", index), make)
+            found.append(_chunks(find, _point(network), LAYER_STDERR))
+    return together(found)
+
+
+def _product_of_leaf(network: Network, index: int) -> Any:
+    def multiply(vector: jax.Array, params: Any, *rest: Any) -> jax.Array:
+        leaves, tree = jax.tree.flatten(params)
+        put = lambda leaf: jax.tree.unflatten(tree, [*leaves[:index], leaf, *leaves[index + 1 :]])  # noqa: E731
+        of_leaf = lambda leaf, *args: network.loss_fn(put(leaf), *args)  # noqa: E731
+        return hessian_product(of_leaf, vector, leaves[index], *rest)
+
+    return multiply
 
 
 def density(network: Network, way: int, probes: int) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from pyhessian.utils import hessian_vector_product
 
 from peers import in_torch
 from peers.in_torch import Network, load, loss
+from peers.sampling import STDERR, layer_by_layer, sampled
 
-__all__ = ["density", "load", "loss", "product", "top", "trace"]
+__all__ = ["density", "layer_traces", "load", "loss", "product", "top", "trace"]
 
 TOLERANCES = [1e-4, 1e-5, 1e-6, 1e-7]
 STEPS = [10, 20, 40, 80, 160]
@@ -19,6 +20,7 @@ WAYS = {
     "top": [f"tol={tol:g}" for tol in TOLERANCES],
     "trace": ["its own stop, tol=1e-3", "until 5 % standard error"],
     "density": [f"{m} steps" for m in STEPS],
+    "layer_traces": ["layer by layer, the others frozen"],
 }
 
 
@@ -49,18 +51,29 @@ def top(network: Network, way: int, k: int) -> dict[str, Any]:
 
 
 def trace(network: Network, way: int) -> dict[str, Any]:
-    made, counted = _made(network)
+    made, _ = _made(network)
     if way == 0:
-        samples = made.trace(maxIter=5000)
-    else:
-        samples = made.trace(maxIter=20, tol=0)  # it never stops by itself
-        while _stderr(samples) > 0.05 * abs(np.mean(samples)):
-            samples += made.trace(maxIter=20, tol=0)
-    return {"mean": float(np.mean(samples)), "stderr": _stderr(samples), "products": len(counted)}
+        return sampled(lambda: made.trace(maxIter=5000), np.inf, least=1)
+    return sampled(_sampler(made), STDERR)
 
 
-def _stderr(samples: list[float]) -> float:
-    return float(np.std(samples, ddof=1) / len(samples) ** 0.5)
+def _sampler(made: Any) -> Any:
+    return lambda: made.trace(maxIter=20, tol=0)  # it never stops by itself
+
+
+def layer_traces(network: Network, way: int) -> dict[str, Any]:
+    """It takes all params that require gradients: the others are frozen meanwhile."""
+    try:
+        return layer_by_layer(in_torch.kernels(network), lambda p: _sampler(_of_layer(network, p)))
+    finally:
+        network.model.requires_grad_(True)
+
+
+def _of_layer(network: Network, chosen: torch.nn.Parameter) -> Any:
+    for p in network.params:
+        p.grad = None
+        p.requires_grad_(p is chosen)
+    return _made(network)[0]
 
 
 def density(network: Network, way: int, probes: int) -> dict[str, Any]:

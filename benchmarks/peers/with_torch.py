@@ -1,21 +1,26 @@
-"""PyTorch by hand: a gradient, a product with the graph kept, WoodFisher's inverse Fisher."""
+"""PyTorch by hand: a gradient, a product with the graph kept, WoodFisher's inverse, its masks."""
 
 from typing import Any
 
 import torch
 
 from peers import in_torch
-from peers.in_torch import Network, loss
+from peers.in_torch import Network, load, loss
 from peers.problems import Problem
+from peers.pruning_in_torch import compact, one_shot, training_step, zeros
 
-__all__ = ["inverse_fisher", "load", "loss", "product"]
+__all__ = [
+    "compact",
+    "inverse_fisher",
+    "load",
+    "loss",
+    "one_shot",
+    "product",
+    "training_step",
+    "zeros",
+]
 
 WAYS: dict[str, list[str]] = {}
-
-
-def load(problem: Problem) -> Any:
-    """The network; a problem without one is its own numbers."""
-    return in_torch.load(problem) if problem.kind in in_torch.TWINS else problem
 
 
 _KEPT: dict[str, Any] = {}

@@ -11,17 +11,12 @@ import numpy as np
 import traceax
 
 from peers import in_jax, with_matfree
-from peers.in_jax import Network, loss
+from peers.in_jax import Network, load, loss
 from peers.problems import Problem
 
 __all__ = ["estimate", "load", "loss", "product", "trace"]
 
 WAYS = {"trace": ["XTrace, doubled until 5 %"]}
-
-
-def load(problem: Problem) -> Any:
-    """The network; a problem without one is its own numbers."""
-    return in_jax.load(problem) if problem.kind in in_jax.MODULES else problem
 
 
 _COMPILED: dict[Any, Any] = {}

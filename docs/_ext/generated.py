@@ -101,7 +101,7 @@ def _section(result: dict) -> str:
     lines = [f"\n## {result['question']}\n"]
     where = f"{result['device']}, {result['processor']}; jax {result['jax']}, Python {result['python']}"
     lines.append(f"`python benchmarks/{result['script']}.py` · {where} · {result['date']}\n")
-    lines += ["| | measured | quartiles | at most |", "|---|---:|---:|---:|"]
+    lines += ["| | measured | quartiles | at most | |", "|---|---:|---:|---:|---|"]
     lines += [_row(figure) for figure in result["figures"]]
     if "grid" in result:
         lines += ["", *_grid(result["grid"])]
@@ -111,9 +111,8 @@ def _section(result: dict) -> str:
 def _row(figure: dict) -> str:
     spread = " – ".join(f"{x:.3g}" for x in figure["spread"]) if figure["spread"] else ""
     bar = "" if figure["bar"] is None else f"{figure['bar']:.3g}" + ("" if figure["met"] else " (missed)")
-    return f"| {figure['name']} | {figure['value']:.3g} {figure['unit']} | {spread} | {bar} |".replace(
-        "|w|", "w"
-    )
+    measured = f"{figure['value']:.3g} {figure['unit']}"
+    return f"| {figure['name']} | {measured} | {spread} | {bar} | {figure['note']} |".replace("|w|", "w")
 
 
 def _grid(grid: dict) -> list[str]:

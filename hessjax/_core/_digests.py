@@ -38,7 +38,7 @@ def check_alike(params: Any, args: Any) -> None:
     # Not those that are traced: their numbers are known to nobody yet.
     if not own or any(isinstance(x, jax.core.Tracer) for _, x in own):
         return
-    words = group.exchanged(" ".join(digests([_numbers(x) for _, x in own])))
+    words = group.exchanged(" ".join(of_data([x for _, x in own])))
     columns = zip(*(word.split() for word in words), strict=True)
     for (path, _), column in zip(own, columns, strict=True):
         if len(set(column)) > 1:
@@ -47,6 +47,11 @@ def check_alike(params: Any, args: Any) -> None:
                 f"{_tree.path_name(path)} differs from process to process: make one array of the parts, "
                 '`jax.make_array_from_process_local_data(NamedSharding(mesh, P("data")), part)`.'
             )
+
+
+def of_data(arrays: Sequence[Any]) -> list[str]:
+    """`digests`, of random keys too."""
+    return digests([_numbers(x) for x in arrays])
 
 
 def _numbers(x: Any) -> Any:

@@ -1,7 +1,9 @@
 """The progress bar: what is done, the error against its goal, and the time that is left."""
 
+import contextlib
 import math
 import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -14,6 +16,24 @@ from rich.table import Column
 from hessjax._core._messages import checked_flag, shown
 from hessjax._core._tables import written
 from hessjax._run._estimator import Progress
+
+
+@contextlib.contextmanager
+def bar_of(shown: bool, description: str, total: int | None, unit: str) -> Iterator[Callable[[Any], Any]]:
+    """A bar of work that is no run, and the function that moves it on by one when a result is there.
+
+    Without a total it says how many, and that it moves. Of several processes, process 0 alone shows it.
+    """
+    with Bar(*columns(), disable=not shown or jax.process_index() != 0) as bar:
+        task = bar.add_task(description, total=total, text=unit)
+
+        def advance(result: Any) -> Any:
+            if shown:  # a bar of calls that were only dispatched would run ahead of the work
+                jax.block_until_ready(result)
+                bar.advance(task)
+            return result
+
+        yield advance
 
 
 def progress_bar(

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -44,12 +44,14 @@ class Part(NamedTuple):
         start: the first of them.
         size: how many there are.
         weights: how much each counts; fewer than `size` where a batch is filled up.
+        last: whether no others of the batch follow.
     """
 
     args: tuple[Any, ...]
     start: int
     size: int
     weights: Float[np.ndarray, " n"]
+    last: bool
 
 
 def parts_of(
@@ -69,7 +71,7 @@ def parts_of(
         total += found.sum()
         for start in range(0, len(found), at_once):
             size = min(at_once, num_examples((batch,)) - start)
-            yield Part(args, start, size, found[start : start + size])
+            yield Part(args, start, size, found[start : start + size], start + at_once >= len(found))
     with _renamed(argument):
         check_total(total, index)
 
@@ -134,31 +136,36 @@ def checked_inverse(inverse: Any, params: Params) -> Callable[[Vector], Any]:
         )
     if isinstance(inverse, Kronecker):
         _tree.check_like(inverse.func.like, params, "inverse", "params")
-    if _is_matrix(inverse):
-        raise TypeError(
-            "`inverse` must multiply by the inverse of a matrix, got the matrix itself: "
-            "`functools.partial(hessjax.solve, matvec, damping=...)` solves with it, and K-FAC's has "
-            "`.inverse(damping)`."
-        )
+        if not inverse.is_inverse:
+            _refuse(f"K-FAC's or EKFAC's, {inverse}: pass its `.inverse(damping)`")
+    if _is_matvec(inverse):
+        _refuse("a matvec: `functools.partial(hessjax.solve, matvec, damping=...)` solves with it")
     return inverse
+
+
+def _refuse(what: str) -> NoReturn:
+    text = "`inverse` must multiply by the inverse of a matrix, got the matrix itself,"
+    raise TypeError(f"{text} {what}.")
 
 
 def _itself(vector: Vector) -> Vector:
     return vector
 
 
-def _is_matrix(inverse: Any) -> bool:
+def _is_matvec(inverse: Any) -> bool:
     """Whether this is surely a curvature matrix, by who made it."""
-    if isinstance(inverse, Kronecker):
-        # K-FAC's knows the eigenvalues of its two sides, which an inverse no longer has.
-        return any(leaf.sides is not None for leaf in inverse.leaves)
     if isinstance(inverse, BatchMatvec):
         return True
     return isinstance(inverse, Partial) and type(inverse.func).__module__.startswith("hessjax.curvature.")
 
 
-def applied(inverse: Callable[[Vector], Any], block: Block, params: Params) -> Applied:
-    """Every row times the inverse; the first tells whether it is one of such vectors.
+def applied(
+    inverse: Callable[[Vector], Any],
+    block: Block,
+    params: Params,
+    advance: Callable[[Any], Any] = _itself,
+) -> Applied:
+    """Every row times the inverse, `advance` told of each; the first tells whether it is one of such vectors.
 
     Rows that are not finite, of examples whose loss is not, have no product: NaN.
     """
@@ -167,7 +174,7 @@ def applied(inverse: Callable[[Vector], Any], block: Block, params: Params) -> A
     says, first = False, True
     for index in np.flatnonzero(finite).tolist():
         row = _row(block, index)
-        product = _first(inverse, row, params) if first else inverse(row)
+        product = advance(_first(inverse, row, params) if first else inverse(row))
         if says := isinstance(product, Solution):
             residuals[index] = product.residual / _tree.norm(row)
             product = product.x

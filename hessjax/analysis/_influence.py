@@ -1,6 +1,6 @@
 """Influence: what an example of the training data, counted more, does to the loss of a query."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -9,9 +9,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from hessjax._core import _tree
-from hessjax._core._messages import checked_count, checked_flag
-from hessjax._core._sources import Source, check_source
+from hessjax._core._messages import check_flags, checked_count, checked_flag
+from hessjax._core._sources import Source, check_source, length_of
 from hessjax._core._types import Block, LossFn, Params
+from hessjax._run._bar import bar_of
 from hessjax.analysis._attribution import (
     AT_ONCE,
     Part,
@@ -39,6 +40,7 @@ def influence(
     weights: Weights | None = None,
     by_leaf: bool = False,
     microbatch: int | None = None,
+    progress: bool = False,
     precision: str | None = "highest",
 ) -> Influence:
     """Which training examples matter to a query: −∇ℓ(q)ᵀ (H + λI)⁻¹ ∇ℓ(z) for every query q and example z.
@@ -66,6 +68,8 @@ def influence(
             `hj.batches` fills up with are not there.
         by_leaf: also the part of each leaf, the sum over its entries.
         microbatch: the most examples to differentiate at once. None: as many as make up 2²⁶ numbers.
+        progress: show two bars, of the queries multiplied by the inverse, which the host then waits for, and
+            of the batches of training data.
         precision: of matrix products and convolutions, as in `hessian`.
 
     Returns:
@@ -102,20 +106,23 @@ def influence(
         ([[2]], [[1.0, 0.5, -1.5]])
     """
     rules = _checked(loss_fn, params, args, train, weights, by_leaf, precision)
+    check_flags(progress=progress)
     check_source(query, "query")
     if query_fn is not None:
         check_call("query_fn", query_fn, (0, *args))
     inverse, at_once = checked_inverse(inverse, params), _at_once(microbatch, params)
     queries = parts_of(query, "query", args, weights, at_once)
     losses, grads = _queries(rules, loss_fn if query_fn is None else query_fn, params, queries)
-    vectors, residuals = applied(inverse, grads, params)
+    with bar_of(progress, "inverse", len(losses), "queries") as advance:
+        vectors, residuals = applied(inverse, grads, params, advance)
     del grads
     found, counts = list[Any](), []
-    for part in parts_of(train, "train", args, weights, at_once):
-        found.append(products(rules, as_pytree(loss_fn), params, part, vectors))
-        counts.append(part.weights)
-        # Fetched when the next part is under way, and read meanwhile.
-        found[-2:-1] = map(jax.device_get, found[-2:-1])
+    with bar_of(progress, "influence", length_of(train), "batches") as advance:
+        for part in _told(parts_of(train, "train", args, weights, at_once), advance):
+            found.append(products(rules, as_pytree(loss_fn), params, part, vectors))
+            counts.append(part.weights)
+            # Fetched when the next part is under way, and read meanwhile.
+            found[-2:-1] = map(jax.device_get, found[-2:-1])
     scores = _assembled(jax.device_get(found), counts)
     leaves = dict(zip(_tree.leaf_paths(params), scores, strict=True)) if by_leaf else {}
     weight = jnp.asarray(np.concatenate(counts), scores.dtype)
@@ -130,6 +137,7 @@ def self_influence(
     inverse: Any,
     weights: Weights | None = None,
     microbatch: int | None = None,
+    progress: bool = False,
     precision: str | None = "highest",
 ) -> Influence:
     """How much every training example depends on itself: −∇ℓ(z)ᵀ (H + λI)⁻¹ ∇ℓ(z).
@@ -147,6 +155,7 @@ def self_influence(
         inverse: as in `influence`.
         weights: as in `influence`.
         microbatch: as in `influence`.
+        progress: show a bar of the batches.
         precision: as in `hessian`.
 
     Returns:
@@ -173,13 +182,15 @@ def self_influence(
         [-4.0, -1.0, -9.0]
     """
     rules = _checked(loss_fn, params, args, train, weights, False, precision)
+    check_flags(progress=progress)
     inverse, at_once = checked_inverse(inverse, params), _at_once(microbatch, params)
     found = []
-    for part in parts_of(train, "train", args, weights, at_once):
-        losses, grads = losses_and_grads(rules, as_pytree(loss_fn), params, part)
-        losses, grads = _present(jnp.asarray(part.weights, losses.dtype), losses, grads)
-        vectors, residuals = applied(inverse, grads, params)
-        found.append((jax.device_get(_inner(vectors, grads)), losses, part.weights, residuals))
+    with bar_of(progress, "self-influence", length_of(train), "batches") as advance:
+        for part in _told(parts_of(train, "train", args, weights, at_once), advance):
+            losses, grads = losses_and_grads(rules, as_pytree(loss_fn), params, part)
+            losses, grads = _present(jnp.asarray(part.weights, losses.dtype), losses, grads)
+            vectors, residuals = applied(inverse, grads, params)
+            found.append((jax.device_get(_inner(vectors, grads)), losses, part.weights, residuals))
     inner, each, counts, told = zip(*found, strict=True)
     of_all = None if told[0] is None else np.concatenate(told)
     weight, own = jnp.asarray(np.concatenate(counts), inner[0].dtype), _assembled(inner, counts)
@@ -216,6 +227,14 @@ def _at_once(microbatch: Any, params: Params) -> int:
         if microbatch is None
         else checked_count("microbatch", microbatch)
     )
+
+
+def _told(parts: Iterator[Part], advance: Callable[[None], None]) -> Iterator[Part]:
+    """The same; a bar of batches moves on when the last part of one is done with."""
+    for part in parts:
+        yield part
+        if part.last:
+            advance(None)
 
 
 def _queries(

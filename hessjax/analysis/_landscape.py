@@ -1,6 +1,5 @@
 """The loss along one direction or across the plane of two, on one batch or exactly over a data set."""
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -9,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
-from rich.progress import Progress
 
 from hessjax._core import _digests, _tree
 from hessjax._core._compiled import compiled
@@ -18,7 +16,7 @@ from hessjax._core._results import by_shapes, counted, is_known, with_error
 from hessjax._core._sources import Source, check_source, length_of
 from hessjax._core._tables import Column, Row, Table, number, printable
 from hessjax._core._types import Block, LossFn, Params, Scalar, Vector
-from hessjax._run._bar import columns
+from hessjax._run._bar import bar_of
 from hessjax.curvature._data import weighed
 from hessjax.curvature._product import (
     as_pytree,
@@ -159,7 +157,8 @@ def landscape(
     chunks = _chunks(points.reshape(-1, len(axes)), points_at_once)
     evaluate = functools.partial(_losses, precision, as_pytree(loss_fn), params, rows)
     sources = _sources(args, batches, weights)
-    with _bar(progress, batches, len(chunks)) as advance:
+    number = 1 if batches is None else length_of(batches)
+    with bar_of(progress, "landscape", number and number * len(chunks), "evaluations") as advance:
         of_batches, losses = _evaluated(evaluate, chunks, sources, advance)
     moments = _mean_and_stderr(of_batches, losses[:, : points[..., 0].size])
     mean, stderr = (jax.device_put(x.reshape(points.shape[:-1]).astype(dtype)) for x in moments)
@@ -302,19 +301,3 @@ def _mean_and_stderr(weights: np.ndarray, losses: np.ndarray) -> tuple[np.ndarra
 
 
 _norm = jax.jit(_tree.norm)
-
-
-@contextlib.contextmanager
-def _bar(shown: bool, batches: Any, calls: int) -> Iterator[Callable[[Array], Array]]:
-    """A progress bar, and the function that moves it on when a result is there."""
-    number = 1 if batches is None else length_of(batches)
-    with Progress(*columns(), disable=not shown) as bar:
-        task = bar.add_task("landscape", total=number and number * calls, text="evaluations")
-
-        def advance(result: Array) -> Array:
-            if shown:  # a bar of calls that were only dispatched would run ahead of the work
-                jax.block_until_ready(result)
-                bar.advance(task)
-            return result
-
-        yield advance

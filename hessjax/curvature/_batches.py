@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from hessjax._core import _tree
-from hessjax._core._messages import checked_function, shown
+from hessjax._core._messages import checked_count, checked_function, shown
 from hessjax._core._sharding import UNKNOWN, Layouts
 from hessjax._core._sources import Source, check_reiterable
 from hessjax._core._types import Forms, Matvec, Vector
 from hessjax.curvature._data import weighed
+from hessjax.curvature._kept import Kept
 from hessjax.curvature._weights import Weights, check_weights
 
 
@@ -23,6 +24,7 @@ def over_batches(
     batches: Source,
     *,
     weights: Weights | None = None,
+    keep_bytes: int | None = None,
 ) -> Matvec:
     """The mean of `make_matvec(batch)` over a data set, every example counting once, or by its weight.
 
@@ -39,22 +41,28 @@ def over_batches(
         weights: `weights(batch) -> array`: how much the batch counts, as one number, or that of each of its
             examples or output positions (a padding mask), to be summed. None: the common length of the
             leading axes. A batch whose weights are zero is passed over.
+        keep_bytes: memory for the matvecs of the first batches: as many as fit are made at the first product
+            and kept, which pays where they are made with `linearize=True`. If all fit the data is read once;
+            else it must come in the same order at every pass. None: nothing is kept.
 
     Returns:
-        A matvec to be called from the host: it passes over the data once for every product. It keeps no
-        batch, and cannot be traced (`on_device=True` needs a matvec of one batch). While one batch's product
-        runs the next is read; never are more than these two there. What `eigenpairs` and `trace` make of it
-        carries the sampling error of the data beside their own: for `trace` the batches must then come in
-        the same order every time.
+        A matvec to be called from the host: it passes over the data once for every product. Without
+        `keep_bytes` it keeps no batch: while one's product runs the next is read, and never are more than
+        these two there. It cannot be traced (`on_device=True` needs a matvec of one batch). What `eigenpairs`
+        and `trace` make of it carries the sampling error of the data beside their own: for `trace` the
+        batches must then come in the same order every time.
 
     Raises:
-        TypeError: `batches` is no source of data, or can be gone through only once; `weights` is no function.
+        TypeError: `batches` is no source of data, or can be gone through only once; `weights` is no function;
+            at a product, with `keep_bytes`, matvecs that are no pytrees.
         ValueError: `batches` that never end; at a product: no batches, a batch without examples, or one
-            whose arrays disagree; weights that are negative, not finite, or zero for all batches.
+            whose arrays disagree; weights that are negative, not finite, or zero for all batches;
+            batches that come in another order than those kept.
 
     Cost:
         One product of every batch, one vector (float32 at least) for the sum, and a copy of every batch in
-        the host's memory.
+        the host's memory. Of kept, linearized matvecs a Hessian's product takes a sixth less, a Gauss–Newton
+        matrix's a quarter; each keeps a batch and the activations of its gradient.
 
     Example:
         >>> import jax.numpy as jnp
@@ -69,7 +77,8 @@ def over_batches(
     checked_function("make_matvec", make_matvec, "(batch) -> matvec")
     check_reiterable(batches)
     check_weights(weights)
-    return _BatchMean(make_matvec, batches, weights)
+    kept = None if keep_bytes is None else Kept(checked_count("keep_bytes", keep_bytes))
+    return _BatchMean(make_matvec, batches, weights, kept)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity: batches need not be hashable
@@ -77,6 +86,7 @@ class _BatchMean:
     make_matvec: Callable[[Any], Matvec]
     batches: Source
     weights: Weights | None
+    kept: Kept | None = dataclasses.field(repr=False)
 
     def __call__(self, vector: Vector) -> Vector:
         _tree.check_floating(vector, "vector")
@@ -106,7 +116,11 @@ class _BatchMean:
         # Whoever adds a product waits for the sum before it, while this one runs: the next batch is then read
         # beside it, and what batches came before are gone. Left alone the host would run ahead, and fill the
         # device with batches.
-        for weight, batch in weighed(self.batches, self.weights):
+        batches = weighed(self.batches, self.weights)
+        if self.kept is not None:
+            yield from self.kept.products(batches, functools.partial(_made, self.make_matvec), vector)
+            return
+        for weight, batch in batches:
             # A matvec for every batch and product: it is a pytree, its code is compiled once per shape.
             yield weight, _made(self.make_matvec, batch)(vector)
 

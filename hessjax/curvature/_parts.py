@@ -1,6 +1,7 @@
 """Products of one batch, some of its examples at a time: the same product in a part of the memory."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -121,7 +122,8 @@ class _InParts:
                 continue
             # On the host: XLA's CPU code for a convolution's gradient is 15 to 45 times slower in a loop.
             for index in range(cut.number):
-                total = _add(step, total, jnp.int32(index), *given)
+                # Two programs: in one XLA's CPU code for the sum reads weights' products along their columns.
+                total = _add_part(layouts, total, *_part(step, jnp.int32(index), *given))
         return divide(total, 1.0, params)
 
 
@@ -132,20 +134,29 @@ class _Step:
     layouts: Layouts
 
 
-@compiled(static_argnums=0, donate_argnums=1)
-def _add(
+def _add(step: _Step, total: Vector, index: Int[Array, ""], *given: Any) -> Vector:
+    return _add_part(step.layouts, total, *_part(step, index, *given))
+
+
+@compiled(static_argnums=0)
+def _part(
     step: _Step,
-    total: Vector,
     index: Int[Array, ""],
     functions: Any,
     params: Params,
     args: tuple[Any, ...],
     shares: Float[Array, " n"] | None,
     vector: Vector,
-) -> Vector:
+) -> tuple[Float[Array, ""], Vector]:
+    """What a part of the examples counts, and its product."""
     batch, part = step.cut.of((args[0], shares), index)
     weight = step.cut.size / leading_axis(args[0]) if part is None else jnp.sum(part)
     product = step.product(functions, params, (batch, *args[1:]), vector)
+    return jnp.asarray(weight, float), step.layouts.laid(product)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _add_part(layouts: Layouts, total: Vector, weight: Float[Array, ""], product: Vector) -> Vector:
     # A part of padding is not there: its own mean may be 0/0.
     product = jax.tree.map(lambda x: jnp.where(jnp.equal(weight, 0), 0, x), product)
-    return step.layouts.laid(add(total, weight, product))
+    return layouts.laid(add(total, weight, product))

@@ -12,6 +12,3 @@ from hessjax.estimators._slq import slq as slq
 from hessjax.estimators._xtrace import xtrace as xtrace
 from hessjax.solvers._conjugate_gradient import conjugate_gradient as conjugate_gradient
 from hessjax.solvers._minres import minres as minres
-from hessjax.solvers._preconditioned import (
-    preconditioned_conjugate_gradient as preconditioned_conjugate_gradient,
-)

@@ -1,5 +1,6 @@
 """Orthonormal rows of packed vectors: written, read, projected out, combined and rotated."""
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, TypeAlias
@@ -17,6 +18,9 @@ from hessjax.estimators._samples import hashed_signs
 CHUNK = 16
 """Rows to a chunk: below, the products with a chunk no longer run at the memory's full bandwidth."""
 
+WHOLE = 2**20
+"""A basis of no more numbers is one chunk: it stays in the cache, and its programs are half as long."""
+
 STRIP = 2**16
 """Columns that are rotated at a time."""
 
@@ -31,14 +35,19 @@ def allocate(like: Params, num_rows: int, layouts: Shardings = (), dtype: Any = 
     leaves, structure = jax.tree.flatten(jax.eval_shape(_tree.wide, like))
     leaves = leaves if dtype is None else [_sharding.shape_of(x, dtype) for x in leaves]
     pairs = list(zip(leaves, layouts or [None] * len(leaves), strict=True))
+    chunk = num_rows if num_rows * sum(math.prod(x.shape) for x in leaves) <= WHOLE else CHUNK
     return tuple(
-        jax.tree.unflatten(structure, [_sharding.zero_rows(stop - start, x, layout) for x, layout in pairs])
-        for start, stop in _bounds(num_rows)
+        jax.tree.unflatten(
+            structure, [_sharding.zero_rows(min(chunk, num_rows - start), x, layout) for x, layout in pairs]
+        )
+        for start in range(0, num_rows, max(chunk, 1))
     )
 
 
 def read(basis: Basis, index: Int[Array, ""]) -> Vector:
     """Row `index`, in at least float32."""
+    if len(basis) == 1:
+        return _tree.wide(_tree.row(basis[0], index))
     # A switch over whole chunks: only the one that holds the row is read.
     readers = [lambda i, j=j: _tree.row(basis[j], i - j * CHUNK) for j in range(len(basis))]
     return _tree.wide(jax.lax.switch(index // CHUNK, readers, index))
@@ -63,9 +72,7 @@ def write(basis: Basis, index: Int[Array, ""], vector: Vector) -> Basis:
             vector,
         )
 
-    return tuple(
-        write_chunk(chunk, *bounds) for chunk, bounds in zip(basis, _bounds(_rows(basis)), strict=True)
-    )
+    return tuple(write_chunk(chunk, *bounds) for chunk, bounds in zip(basis, _bounds(basis), strict=True))
 
 
 def project_out(basis: Basis, count: Int[Array, ""], vector: Vector) -> tuple[Vector, Float[Array, " rows"]]:
@@ -75,7 +82,11 @@ def project_out(basis: Basis, count: Int[Array, ""], vector: Vector) -> tuple[Ve
     """
     # All components of the same vector first: classical Gram–Schmidt reads the basis in matrix products,
     # the modified form row by row.
-    bounds = list(_bounds(_rows(basis)))
+    bounds = _bounds(basis)
+    if len(basis) == 1:
+        inside = jnp.arange(bounds[0][1], dtype=jnp.int32) < count
+        part = jnp.where(inside, _inner(basis[0], vector), 0)
+        return _subtract(basis[0], part, vector), part
     parts = []
     for chunk, (start, stop) in zip(basis, bounds, strict=True):
         inside = jnp.arange(start, stop, dtype=jnp.int32) < count
@@ -175,7 +186,7 @@ def _alone(vector: Vector) -> Vector:
 
 def combine(basis: Basis, coefficients: Float[Array, "n rows"]) -> Block:
     """The n linear combinations of the rows, as a block."""
-    bounds = _bounds(_rows(basis))
+    bounds = _bounds(basis)
 
     def one(coefficients: Float[Array, " rows"]) -> Vector:
         # Tied to the turn of the loop: the compiler would else widen narrow rows once, before it.
@@ -216,7 +227,7 @@ def _rotate_on_devices(
 
 def _rotate_leaf(chunks: tuple[Array, ...], square: Float[Array, "rows rows"]) -> tuple[Array, ...]:
     if chunks[0].ndim == 1:
-        return _split(_times(square, chunks))  # a leaf without axes: the rows are all that there is
+        return _split(_times(square, chunks), chunks)  # a leaf without axes: the rows are all that there is
     # Never laid flat: that would gather a leaf that is sharded over devices.
     axis = _reshaping.longest_axis(chunks[0], first=1)
     length = chunks[0].shape[axis]
@@ -226,7 +237,7 @@ def _rotate_leaf(chunks: tuple[Array, ...], square: Float[Array, "rows rows"]) -
         columns = [jax.lax.dynamic_slice_in_dim(chunk, start, width, axis) for chunk in chunks]
         return tuple(
             jax.lax.dynamic_update_slice_in_dim(chunk, new, start, axis)
-            for chunk, new in zip(chunks, _split(_times(square, columns)), strict=True)
+            for chunk, new in zip(chunks, _split(_times(square, columns), chunks), strict=True)
         )
 
     whole, rest = divmod(length, width) if width else (0, 0)
@@ -242,8 +253,8 @@ def _times(square: Float[Array, "rows rows"], chunks: Sequence[Array]) -> Float[
     return turned.astype(chunks[0].dtype)
 
 
-def _split(rows: Float[Array, "rows ..."]) -> tuple[Array, ...]:
-    return tuple(rows[a:b] for a, b in _bounds(len(rows)))
+def _split(rows: Float[Array, "rows ..."], chunks: Sequence[Array]) -> tuple[Array, ...]:
+    return tuple(rows[a:b] for a, b in _bounds(chunks))
 
 
 def _subtract(chunk: Block, components: Float[Array, " rows"], vector: Vector) -> Vector:
@@ -276,9 +287,10 @@ def _sum_of(coefficients: Float[Array, " rows"], chunk: Block) -> Vector:
 
 
 def _rows(basis: Basis) -> int:
-    return sum(jax.tree.leaves(chunk)[0].shape[0] for chunk in basis)
+    return _bounds(basis)[-1][1]
 
 
-def _bounds(num_rows: int) -> list[tuple[int, int]]:
-    sizes = [min(CHUNK, num_rows - start) for start in range(0, num_rows, CHUNK)]
+def _bounds(chunks: Sequence[Any]) -> list[tuple[int, int]]:
+    """Of every chunk the numbers of its first row, and of the row behind its last."""
+    sizes = [jax.tree.leaves(chunk)[0].shape[0] for chunk in chunks]
     return list(pairwise(accumulate(sizes, initial=0)))

@@ -1,5 +1,6 @@
 """Eigenpairs in one line, with residuals that were measured."""
 
+import functools
 from typing import Any, Unpack
 
 import jax
@@ -8,7 +9,9 @@ from jaxtyping import Array, Float
 
 from hessjax._core import _numbers, _tree
 from hessjax._core._compiled import compiled
+from hessjax._core._packing import Packing
 from hessjax._core._results import Eigenpairs
+from hessjax._core._sharding import Layouts
 from hessjax._core._types import (
     Amount,
     BatchMatvec,
@@ -118,9 +121,9 @@ def measured(pairs: Eigenpairs, matvec: Matvec, like: Params, limit: Any, on_dev
 def _measure(matvec: Matvec, vector: Vector, like: Params) -> tuple[tuple[Scalar, Scalar], Scalar | None]:
     """Rayleigh quotient and residual, and the quotient's sampling error where there are batches."""
     if not isinstance(matvec, BatchMatvec):
-        return _quotient(vector, matvec(_tree.cast_like(vector, like))), None
+        return _packed_quotient(Layouts.of(vector), vector, matvec(_tree.cast_like(vector, like))), None
     product, forms = matvec.by_batch(_tree.cast_like(vector, like))
-    return _quotient(vector, product), _sampling_error(forms)
+    return _packed_quotient(Layouts.of(vector), vector, product), _sampling_error(forms)
 
 
 _rows = jax.jit(_tree.rows)
@@ -131,7 +134,14 @@ def _sampling_error(forms: Forms) -> Scalar:
     return sampling_error(jnp.sum(forms.parts, axis=1), forms.weights)
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnums=0)
+def _packed_quotient(layouts: Layouts, vector: Vector, product: Vector) -> tuple[Scalar, Scalar]:
+    # Packed, for a program that does not grow with the number of leaves.
+    with layouts.told(vector):
+        packing = Packing.of(vector)
+    return _quotient(packing.pack(vector), packing.pack(product))
+
+
 def _quotient(vector: Vector, product: Vector) -> tuple[Scalar, Scalar]:
     """The Rayleigh quotient of a vector of norm 1, and its residual."""
     # bfloat16 products are summed in float32, as in the run.

@@ -100,12 +100,14 @@ def extend(space: Krylov, product: Vector) -> Krylov:
     residual = _tree.add_scaled(residual, -back, read(space.basis, previous))
     known = jnp.minimum(last, min(_tree.size(product), len(T)))  # rows beyond the dimension hold nothing
     following, components, beta = orthogonalise(space.basis, known, residual, _tiny(T, product))
-    column = components.at[k].add(alpha).at[last].set(beta, mode="drop")
+    # By masks and not `at[]`: scatters are a dozen small programs, and T is small.
+    column = jnp.where(index == last, beta, components + jnp.where(index == k, alpha, 0))
     # Row k of T is what earlier products said of qₖᵀAqᵢ; this one says qᵢᵀAqₖ. T keeps the former.
     mirrored = jnp.pad(T[k], (0, space.width))
-    differences = jnp.where(index < k, column.at[previous].add(back) - mirrored, 0)
+    differences = jnp.where(index < k, column + jnp.where(index == previous, back, 0) - mirrored, 0)
     asymmetry = jnp.max(jnp.abs(differences))
-    T = T.at[:, k].set(jnp.where(index >= k, column, T[:, k]))
+    new = (index >= k)[:, None] & (jnp.arange(T.shape[1], dtype=jnp.int32) == k)[None]
+    T = jnp.where(new, column[:, None], T)
     basis = write(space.basis, last, following)
     rounding = space.rounding
     if rounding is not None:

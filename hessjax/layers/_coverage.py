@@ -132,9 +132,8 @@ def checked_uses(fn: Any, params: Any, args: tuple[Any, ...], argument: str = "f
 def _first(x: Any) -> jax.ShapeDtypeStruct:
     """One example, as a batch of one, of which no axis is divided between devices."""
     shape = np.shape(x)
-    return jax.ShapeDtypeStruct(
-        (1, *shape[1:]) if shape else (), jax.dtypes.canonicalize_dtype(jnp.result_type(x))
-    )
+    dtype = jax.dtypes.canonicalize_dtype(jnp.result_type(x), allow_extended_dtype=True)  # random keys
+    return jax.ShapeDtypeStruct((1, *shape[1:]) if shape else (), dtype)
 
 
 def check_covered(params: Params, leaves: tuple[LeafUses, ...]) -> None:

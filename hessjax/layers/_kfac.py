@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
+from hessjax._core import _numbers
 from hessjax._core._compiled import compiled
 from hessjax._core._messages import checked_instance
 from hessjax._core._sources import Source
@@ -142,7 +143,7 @@ def _eigen(side: Array) -> tuple[Array | None, Array]:
         return None, side
     if side.shape[-1] == 1:
         return None, side[..., 0]
-    values, vectors = jnp.linalg.eigh(side)
+    values, vectors = jax.vmap(_numbers.eigh)(side)
     # Semidefinite by construction: what is below zero are rounding errors.
     return vectors, jnp.maximum(values, 0)
 

@@ -67,10 +67,12 @@ class Structure:
     Attributes:
         tree: of the params.
         moves: for every leaf from the leaf to (stack, left, right).
+        is_inverse: whether the matrix is the inverse of one that was made of moments.
     """
 
     tree: Any
     moves: tuple[Moves, ...]
+    is_inverse: bool = False
 
     @property
     def like(self) -> Any:
@@ -89,7 +91,8 @@ class Structure:
     def __call__(self, leaves: tuple[Factors, ...], vector: Vector) -> Vector:
         """The product."""
         _tree.check_vector(vector, self.like)
-        return _product(self, Layouts.of(vector), leaves, vector)
+        cut = dataclasses.replace(self, is_inverse=False)  # products of both share compiled code
+        return _product(cut, Layouts.of(vector), leaves, vector)
 
 
 class Kronecker(Partial):
@@ -102,6 +105,7 @@ class Kronecker(Partial):
     Attributes:
         leaves: eigenvectors `left` and `right` and eigenvalues `values` of every leaf.
         size: the number of parameters.
+        is_inverse: whether it is what `.inverse(damping)` gave.
     """
 
     func: Structure
@@ -115,6 +119,11 @@ class Kronecker(Partial):
     def size(self) -> int:
         """The number of parameters."""
         return sum(math.prod(moves.shape) for moves in self.func.moves)
+
+    @property
+    def is_inverse(self) -> bool:
+        """Whether it is what `.inverse(damping)` gave."""
+        return self.func.is_inverse
 
     def inverse(self, damping: Any, form: Damping = "exact") -> "Kronecker":
         """(K + λI)⁻¹, by both eigenbases.
@@ -145,7 +154,8 @@ class Kronecker(Partial):
         shift = _shift(damping, self.trace() / self.size)
         inverted, least = _inverted(form, self.leaves, shift)
         self._check_regular(least, shift)
-        return Kronecker(self.func, inverted)
+        structure = dataclasses.replace(self.func, is_inverse=not self.is_inverse)
+        return Kronecker(structure, inverted)
 
     def log_determinant(self, damping: Any = 0.0) -> Scalar:
         """The logarithm of det(K + λI), in nats; −∞ where K + λI is singular.
@@ -184,7 +194,8 @@ class Kronecker(Partial):
             )
 
     def __repr__(self) -> str:
-        return f"Kronecker({len(self.leaves)} leaves, {self.size:,} parameters)"
+        what = ", inverted" * self.is_inverse
+        return f"Kronecker({len(self.leaves)} leaves, {self.size:,} parameters{what})"
 
 
 jax.tree_util.register_pytree_node(

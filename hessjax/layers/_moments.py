@@ -165,7 +165,7 @@ def moments(
             outputs are not one array, or the loss is no scalar.
         ValueError: a leaf that is not covered (all are named, with the reasons); `num_samples` without
             `key`; `key` without a likelihood; weights of another shape, negative, not finite, or all zero; a
-            number of a row that an embedding does not have.
+            number of a row that an embedding does not have; moments that are NaN or infinite.
 
     Cost:
         For each batch a forward pass and, for activations only, a backward pass for each row: one for the
@@ -196,14 +196,28 @@ def moments(
 def accumulated(problem: Problem, parts: Iterator[Part]) -> LayerMoments:
     """The mean over the parts, by their weights."""
     total, count = None, 0.0
-    for part in parts:
+    for index, part in enumerate(parts):
         data = problem.fn, problem.params, part.args, part.shares, part.keys
         with explained("fn"):
-            found, strays = _part_moments(problem.rules, part.layouts, *data)
+            found, strays, wrong = _part_moments(problem.rules, part.layouts, *data)
         check_rows(problem.paths, strays)
+        _check_finite(problem.paths, index, wrong)
         total = add(zero(found) if total is None else total, part.weight, found)
         count, layouts = count + part.weight, part.layouts
     return LayerMoments(mean(total, count), problem, layouts)
+
+
+def _check_finite(paths: tuple[str, ...], index: int, wrong: Bool[Array, " leaves"]) -> None:
+    """Raise a ValueError that names every leaf whose moments are not finite: one example spoils them all."""
+    if isinstance(wrong, jax.core.Tracer):
+        return
+    bad = [path for path, x in zip(paths, jax.device_get(wrong), strict=True) if x]
+    if bad:
+        raise ValueError(
+            f"`batches` must give finite moments, but those of {', '.join(bad)} are NaN or infinite in "
+            f"number {index} of the batches that count: leave such examples out, or give them weight 0 by "
+            "`weights`."
+        )
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -221,11 +235,12 @@ def _part_moments(
     args: tuple[Any, ...],
     shares: Float[Array, "n ..."],
     keys: Key | None,
-) -> tuple[tuple[tuple[Moments, ...], ...], Bool[Array, " leaves"]]:
+) -> tuple[tuple[tuple[Moments, ...], ...], Bool[Array, " leaves"], Bool[Array, " leaves"]]:
     with at_precision(rules.precision):
         found = tapped_batch(rules.gradients, fn, params, args, shares, keys)
         leaves = [_of_leaf(rules, *each, shares) for each in zip(layouts, found, strict=True)]
-    return tuple(leaves), strays_of(layouts, found)
+    wrong = [[jnp.any(~jnp.isfinite(x)) for x in jax.tree.leaves(uses)] for uses in leaves]
+    return tuple(leaves), strays_of(layouts, found), jnp.stack([jnp.any(jnp.stack(x)) for x in wrong])
 
 
 def _of_leaf(

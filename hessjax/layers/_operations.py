@@ -215,7 +215,9 @@ class Bias(Kind):
 
     @property
     def _copied(self) -> tuple[int, ...]:
-        return tuple(axis for axis, n in enumerate(self.shape) if n == 1)
+        # A number meets an array as it is, without axes.
+        shape = self.shape or (1,) * len(self.operation.outputs[0].shape)
+        return tuple(axis for axis, n in enumerate(shape) if n == 1)
 
     @property
     def positions(self) -> tuple[int, ...]:
@@ -229,7 +231,7 @@ class Bias(Kind):
 
     def gradients(self, output: Array, data: Array) -> Array:
         rest = [axis for axis in range(output.ndim) if axis not in self._copied]
-        output = output.transpose(*self._copied, *rest).reshape(*self.positions, 1, -1)
+        output = output.transpose(*self._copied, *rest).reshape(*self.positions, 1, math.prod(self.shape))
         return -output if self.operation.name == "sub" and self.operand == 1 else output
 
     def words(self) -> str:

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from hessjax._core import _tree
 from hessjax._core._messages import checked_any_key, checked_count, checked_function, checked_instance
+from hessjax._core._numbers import power_of_two
 from hessjax._core._results import Eigenpairs, by_shapes, is_known
 from hessjax._core._tables import Column, Row, Table, number, percent, printable
 from hessjax._core._types import Key, Matvec, Params, Scalar, Vector
@@ -102,17 +103,15 @@ def quality(
     num_probes, key = checked_count("num_probes", num_probes), checked_any_key(key)
     _tree.check_floating(like, "like")
     count = len(jax.tree.leaves(like))
-    squares = []
+    norms = []
     for index in range(count):
         for probe in jax.random.split(jax.random.fold_in(key, index), num_probes):
             vector = _on_leaf(index, probe, like)
             product, approximate = matvec(vector), approximation(vector)
             _tree.check_vector(product, like, "matvec(vector)", "like")
             _tree.check_vector(approximate, like, "approximation(vector)", "like")
-            squares.append(_squares(index, product, approximate))
-    found: tuple[Array, Array, Array, Array, Array] = _errors(
-        jnp.stack(squares).reshape(count, num_probes, 4)
-    )
+            norms.append(_norms(index, product, approximate))
+    found: tuple[Array, Array, Array, Array, Array] = _errors(jnp.stack(norms).reshape(count, num_probes, 4))
     captured = None if pairs is None else _captured(approximation, pairs, like)
     paths = tuple(_tree.leaf_paths(like))
     return Quality(*found, captured, count * num_probes, paths)
@@ -122,39 +121,39 @@ def quality(
 def _on_leaf(index: int, key: Key, like: Params) -> Vector:
     """Signs on one leaf, zeros on the others."""
     leaves, structure = jax.tree.flatten(_tree.zeros_like(like))
-    leaves[index] = rademacher(key, leaves[index]).astype(leaves[index].dtype)
+    if leaves[index].size:
+        leaves[index] = rademacher(key, leaves[index]).astype(leaves[index].dtype)
     return jax.tree.unflatten(structure, leaves)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _squares(index: int, product: Vector, approximate: Vector) -> Float[Array, "4"]:
-    """‖Fz‖² and ‖(K − F)z‖², on the leaf and everywhere."""
+def _norms(index: int, product: Vector, approximate: Vector) -> Float[Array, "4"]:
+    """‖Fz‖ and ‖(K − F)z‖, on the leaf and everywhere."""
     product, approximate = _tree.wide(product), _tree.wide(approximate)
-    difference = _tree.add_scaled(approximate, -1, product)
-    parts = [_tree.inner_by_leaf(x, x) for x in (product, difference)]
-    return jnp.stack(
-        [parts[0][index], parts[1][index], sum(parts[0][1:], parts[0][0]), sum(parts[1][1:], parts[1][0])]
-    )
+    both = product, _tree.add_scaled(approximate, -1, product)
+    return jnp.stack([*(_tree.norm(jax.tree.leaves(x)[index]) for x in both), *map(_tree.norm, both)])
 
 
 @jax.jit
 def _errors(
-    squares: Float[Array, "leaves probes 4"],
+    norms: Float[Array, "leaves probes 4"],
 ) -> tuple[Array, Array, Array, Array, Array]:
-    means = squares.mean(axis=1)
-    block, wrong, columns, missed = means.T
+    # Every leaf in units of its own: squares of what is small, or large, leave float32.
+    units = jax.vmap(power_of_two)(norms[..., :2])
+    squares = (norms[..., :2] / units[:, None, None]) ** 2
+    block, wrong = squares.mean(axis=1).T
     errors = jnp.sqrt(_over(wrong, block))
     # Of the root of a ratio of means, to first order: the spread of wrong − errors² · block.
     spread = jnp.std(squares[..., 1] - errors[:, None] ** 2 * squares[..., 0], axis=1, ddof=1)
     stderr = _over(spread / jnp.sqrt(squares.shape[1]), 2 * errors * block)
     stderr = jnp.where(squares.shape[1] > 1, stderr, jnp.inf)
-    total = columns.sum()
+    blocks, columns, missed = (_tree.norm(norms[..., i]) for i in (0, 2, 3))
     return (
         errors,
         stderr,
-        jnp.sqrt(block),
-        jnp.sqrt(_over(missed.sum(), total)),
-        1 - _over(block.sum(), total),
+        units * jnp.sqrt(block),
+        _over(missed, columns),
+        1 - _over(blocks, columns) ** 2,
     )
 
 

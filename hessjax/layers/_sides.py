@@ -1,5 +1,6 @@
 """The two sides of a leaf's matrices: second moments of what goes in and of what comes back."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -62,7 +63,7 @@ def use_moments(
         inputs = _counts(layout.shape[1], positions, use.inputs, weights)
     else:
         inputs = _input_moment(is_diagonal[0], positions, use.inputs, weights)
-    outputs = _moment(is_diagonal[1], gradients.reshape(-1, *gradients.shape[3:]))
+    outputs = _moment(is_diagonal[1], _rows(gradients, 3))
     return Moments(outputs, inputs) if layout.swapped else Moments(inputs, outputs)
 
 
@@ -88,13 +89,18 @@ def _input_moment(
         own, means = _within(weights)
         inputs, weights = jnp.einsum("npsi,np->nsi", inputs, means)[:, None], own[:, None]
     rows = jnp.sqrt(weights)[..., None, None] * inputs
-    return _moment(is_diagonal, rows.reshape(-1, *rows.shape[2:]))
+    return _moment(is_diagonal, _rows(rows, 2))
 
 
 def _within(weights: Float[Array, "n p"]) -> tuple[Float[Array, " n"], Float[Array, "n p"]]:
     """The weight of every example, and of its positions among themselves."""
     own = weights.sum(axis=1)
     return own, weights / jnp.where(own > 0, own, 1)[:, None]
+
+
+def _rows(x: Array, count: int) -> Float[Array, "m s k"]:
+    """The first axes, so many, as one: by their lengths, as sides may be empty."""
+    return x.reshape(math.prod(x.shape[:count]), *x.shape[count:])
 
 
 def _moment(is_diagonal: bool, rows: Float[Array, "m s k"]) -> Array:
@@ -133,7 +139,8 @@ def combined(uses: Sequence[Moments]) -> Moments:
     if len(uses) == 1:
         return uses[0]
     lefts, rights = (jnp.stack(sides) for sides in zip(*uses, strict=True))
-    return jax.vmap(_nearest, in_axes=1)(lefts, rights)
+    with jax.default_matmul_precision("highest"):
+        return jax.vmap(_nearest, in_axes=1)(lefts, rights)
 
 
 def _nearest(lefts: Float[Array, "u ..."], rights: Float[Array, "u ..."]) -> Moments:

@@ -89,8 +89,8 @@ class Use:
         shared = [axis for axis in steps if not self.scanned[axis]]
         positions = range(len(self.loops), x.ndim - rest)
         x = x.transpose(*shared, *positions, *own, *range(x.ndim - rest, x.ndim))
-        width = x.shape[-1:] if rest == 2 else ()
-        return x.reshape(-1, self.moves.end[0], *width)
+        front, width = x.shape[: x.ndim - rest - len(own)], x.shape[-1:] if rest == 2 else ()
+        return x.reshape(math.prod(front), self.moves.end[0], *width)
 
     def words(self) -> str:
         """What it does, in a line."""

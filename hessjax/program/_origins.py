@@ -181,6 +181,9 @@ def _same(operation: Operation, origin: Origin) -> Origin:
 def _reshape(operation: Operation, origin: Origin) -> Origin | None:
     if math.prod(origin.shape) != math.prod(operation.outputs[0].shape):
         return None  # after a copy
+    # A `vmap` of a convolution gives its axes another order on the way.
+    order = operation.params.get("dimensions") if operation.name == "reshape" else None
+    origin = origin if order is None else origin.then("transpose", order)
     return origin.then("reshape", operation.outputs[0].shape)
 
 

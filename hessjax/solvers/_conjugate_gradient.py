@@ -1,19 +1,14 @@
-"""Conjugate gradients, and `solve`, which runs them unless another method is asked for."""
+"""Conjugate gradients, with or without an approximate inverse as a preconditioner."""
 
 import dataclasses
-import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple, Unpack
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from hessjax._core import _numbers, _tree
-from hessjax._core._compiled import compiled
-from hessjax._core._messages import checked_function, checked_instance
+from hessjax._core._messages import checked_function
 from hessjax._core._packing import Packed, Packing
-from hessjax._core._sharding import Layouts
 from hessjax._core._types import (
     Block,
     Key,
@@ -23,11 +18,10 @@ from hessjax._core._types import (
     Scalar,
     Tolerance,
     Vector,
-    readable_defaults,
+    assign,
     settings,
 )
-from hessjax._run._arguments import RunOptions, checked_options
-from hessjax._run._drivers import as_partial, run
+from hessjax._run._drivers import as_partial
 from hessjax._run._estimator import Estimator
 from hessjax.solvers._system import BELOW_ZERO, Solution, System, checked_vector
 
@@ -40,7 +34,7 @@ class CgState(NamedTuple):
         residual: b − (A + λI)x, by the recurrence.
         direction: p/‖p‖, the vector to be multiplied next.
         length: ‖p‖.
-        squares: the residual's squared norm.
+        squares: rᵀPr, r the residual; without a preconditioner P that is ‖r‖².
         damping: λ.
         unit: ‖b‖.
         limit: the largest residual norm that counts as converged.
@@ -70,7 +64,7 @@ class CgState(NamedTuple):
     num_matvecs: Int[Array, ""]
 
 
-@settings(arrays=("rhs", "damping", "start", "tol"))
+@settings(arrays=("rhs", "damping", "start", "preconditioner", "tol"))
 class ConjugateGradient(System, Estimator):
     """Conjugate gradients for (A + λI)x = b, as an estimator of x.
 
@@ -79,23 +73,30 @@ class ConjugateGradient(System, Estimator):
     result, and a run with a `tol` ends. So it does where pᵀ(A + λI)p is within rounding errors of 0, which
     are about eps·‖A + λI‖·‖p‖²: that is `singular`, and not negative.
 
+    With a preconditioner P they are those of P^½(A + λI)P^½ in other variables. The nearer P is to
+    (A + λI)⁻¹ the fewer products it takes: `hj.layers.kfac(...).inverse(λ)` for a network's Fisher, or
+    Jacobi's, one over the diagonal. What is stopped at is the residual of the system itself all the same.
+
     Args:
         rhs: b, like the params.
         damping: λ, a number. It may be negative, as long as A + λI stays positive definite.
         start: x to start from, like the params; zero by default. It costs one product.
+        preconditioner: P, a symmetric positive definite matvec; None: the identity.
         tol: residual at which the result counts as converged: absolute, or `relative` to ‖b‖.
 
     Returns:
         An `Estimator` with result `Solution`. Its residual, which is also the error, is that of the
         recurrence, which in float32 goes on falling when the true one, ‖b − (A + λI)x‖, does not; `solve`
-        recomputes it.
+        recomputes it. It is NaN once a vector v was met with vᵀPv < 0: P is not positive definite.
 
     Raises:
-        TypeError: `rhs` or `start` is not floating point; `damping` is a `relative` one.
+        TypeError: `rhs` or `start` is not floating point; `damping` is a `relative` one; `preconditioner` is
+            no function.
         ValueError: `rhs`, `start` or `damping` is not finite, or `start` is not like `rhs`.
 
     Cost:
-        One product a step, 10·d operations, memory 5·d. After k steps the error in the norm of A + λI is at
+        One product a step, 10·d operations, memory 5·d; with a preconditioner one of its products too, 2·d
+        operations more, memory 4·d and what it takes. After k steps the error in the norm of A + λI is at
         most 2((√κ − 1)/(√κ + 1))ᵏ of the first, κ the condition number. Other arrays compile nothing anew.
 
     References:
@@ -109,6 +110,11 @@ class ConjugateGradient(System, Estimator):
         >>> solution, _ = hj.run(method, A, jax.random.key(0), jnp.zeros(3), max_matvecs=3)
         >>> solution.x.round(4).tolist()
         [1.0, 0.5, 0.25]
+        >>> P = jax.tree_util.Partial(jnp.multiply, jnp.array([1.0, 0.5, 0.25]))
+        >>> method = hj.estimators.conjugate_gradient(jnp.ones(3), preconditioner=P)
+        >>> solution, _ = hj.run(method, A, jax.random.key(0), jnp.zeros(3), max_matvecs=1)
+        >>> solution.x.round(4).tolist()
+        [1.0, 0.5, 0.25]
     """
 
     init_only = ("rhs", "damping", "start", "tol")
@@ -117,6 +123,7 @@ class ConjugateGradient(System, Estimator):
     damping: Any = 0.0
     _: dataclasses.KW_ONLY
     start: Vector | None = None
+    preconditioner: Matvec | None = None
     tol: Tolerance | None = Relative(1e-5)
 
     def __post_init__(self) -> None:
@@ -124,15 +131,19 @@ class ConjugateGradient(System, Estimator):
         if self.start is not None:
             checked_vector(self.start, "start")
             _tree.check_like(self.start, self.rhs, "start", "rhs")
+        if self.preconditioner is not None:
+            checked_function("preconditioner", self.preconditioner, "(vector) -> vector")
+            assign(self, preconditioner=as_partial(self.preconditioner))
 
     def init(self, key: Key, like: Params) -> CgState:
         """The zero vector, or the one to start from, whose product is asked for first."""
         _tree.check_like(self.rhs, like, "rhs", "like")
         packing = Packing.of(like)
         rhs, unit, limit = self.scaled(packing)
-        squares = _tree.inner(rhs, rhs)
-        # From a vector to start from: a first step of length 1 along that vector, from zero.
-        along = rhs if self.start is None else _tree.scale(1 / unit, packing.pack(_tree.wide(self.start)))
+        along = self._preconditioned(packing, rhs)
+        squares = _tree.inner(rhs, along)
+        if self.start is not None:  # a first step of length 1 along the vector to start from, from zero
+            along = _tree.scale(1 / unit, packing.pack(_tree.wide(self.start)))
         length = _tree.norm(along)
         return CgState(
             x=packing.zeros(),
@@ -152,6 +163,17 @@ class ConjugateGradient(System, Estimator):
             num_matvecs=jnp.int32(0),
         )
 
+    def _preconditioned(self, packing: Packing, residual: Packed) -> Packed:
+        if self.preconditioner is None:
+            return residual
+        vector = packing.unpack(residual)
+        product = self.preconditioner(vector)
+        _tree.check_vector(product, vector, "preconditioner(vector)", "rhs")
+        return packing.pack(_tree.wide(product))
+
+    def _residual(self, state: CgState) -> Scalar:
+        return jnp.sqrt(state.squares) if self.preconditioner is None else _tree.norm(state.residual)
+
     def query(self, state: CgState) -> Block:
         """The direction."""
         return state.packing.unpack_block(tuple(x[None] for x in state.direction))
@@ -162,9 +184,8 @@ class ConjugateGradient(System, Estimator):
         # p has norm 1 here and `length` carries ‖p‖: pᵀp itself would leave float32.
         product = _tree.add_scaled(state.packing.pack(_tree.row(products, 0)), state.damping, p)
         largest = jnp.maximum(state.largest, _tree.norm(product))
-        searching = state.begun & (
-            state.squares > eps**2
-        )  # else the start's product, or nothing left to gain
+        # Else this is the start's product, or nothing is left to gain.
+        searching = state.begun & (self._residual(state) > eps)
         curvature = jnp.where(searching, _tree.inner(p, product), jnp.inf)
         # Rounding alone gives pᵀ(A + λI)p an error of eps·‖A + λI‖: what is no larger has no sign.
         resting = state.negative_curvature | state.singular
@@ -174,17 +195,22 @@ class ConjugateGradient(System, Estimator):
         step = jnp.where(searching & ~resting, over(state.squares, state.length * curvature), 0)
         step = jnp.where(state.begun, step, state.length)
         residual = _tree.add_scaled(state.residual, -step, product)
-        squares = _tree.inner(residual, residual)
+        along = self._preconditioned(state.packing, residual)
+        squares = _tree.inner(residual, along)
         moving = ~resting & (searching | ~state.begun)
         kept = jnp.where(searching, over(squares, state.squares), 0) * state.length
-        length = jnp.where(moving, jnp.sqrt(squares + kept**2), state.length)  # the two are orthogonal
+        if self.preconditioner is None:
+            length = jnp.sqrt(squares + kept**2)  # the two are orthogonal
+        else:
+            length = _tree.norm(_tree.add_scaled(along, kept, p))
+        length = jnp.where(moving, length, state.length)
         new, old = jnp.where(moving, over(1.0, length), 0), jnp.where(moving, over(kept, length), 1)
         return state._replace(
             x=_tree.add_scaled(state.x, step, p),
             residual=residual,
-            direction=_tree.add_scaled(_tree.scale(new, residual), old, p),
+            direction=_tree.add_scaled(_tree.scale(new, along), old, p),
             length=length,
-            squares=squares,
+            squares=jnp.where(moving, squares, state.squares),
             curvature=jnp.minimum(state.curvature, curvature),
             largest=largest,
             begun=jnp.asarray(True),
@@ -195,7 +221,7 @@ class ConjugateGradient(System, Estimator):
 
     def result(self, state: CgState) -> Solution:
         """The iterate, in units of b again."""
-        residual = jnp.sqrt(state.squares)
+        residual = _numbers.or_nan(state.squares >= 0, self._residual(state))
         return Solution(
             state.packing.unpack(_tree.scale(state.unit, state.x)),
             state.unit * residual,
@@ -207,9 +233,9 @@ class ConjugateGradient(System, Estimator):
         )
 
     def error(self, state: CgState) -> Scalar:
-        """The residual of the recurrence; NaN once a direction of no positive curvature was met."""
-        resting = state.negative_curvature | state.singular
-        return _numbers.or_nan(~resting, state.unit * jnp.sqrt(state.squares))
+        """The residual of the recurrence; NaN where the search has ended early, or P is not definite."""
+        resting = state.negative_curvature | state.singular | (state.squares < 0)
+        return _numbers.or_nan(~resting, state.unit * self._residual(state))
 
     def scale(self, state: CgState) -> Scalar:
         """‖b‖."""
@@ -222,96 +248,3 @@ conjugate_gradient = ConjugateGradient
 def over(a: Any, b: Float[Array, ""]) -> Float[Array, ""]:
     """a/b, and 0 where b is 0."""
     return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
-
-
-@readable_defaults
-def solve(
-    matvec: Matvec,
-    rhs: Vector,
-    damping: Any = 0.0,
-    *,
-    method: Callable[..., Estimator] = conjugate_gradient,
-    max_matvecs: int = 100,
-    tol: Tolerance = Relative(1e-5),  # noqa: B008 - immutable
-    **options: Unpack[RunOptions],
-) -> Solution:
-    """Solve (A + λI)x = b: a Newton step, or an inverse curvature times a gradient.
-
-    The influence of training examples on a test loss, for one, starts from
-    `hj.solve(A, grad_of_test_loss, damping).x`. Nothing is preconditioned.
-
-    Away from a minimum a Hessian is rarely positive definite. Where conjugate gradients meet a direction p
-    with pᵀ(A + λI)p < 0 they stop at the last good iterate, and the solution says so in
-    `negative_curvature`, not converged; where it cannot be told from 0, in `singular`. The ways out:
-    `method=hj.estimators.minres`, for indefinite systems (x is then no descent step), a damping larger by
-    more than `-solution.curvature`, or a Gauss–Newton matrix for A.
-
-    Args:
-        matvec: the symmetric linear map A.
-        rhs: b, like the params.
-        damping: λ, in the units of A's eigenvalues.
-        method: `(rhs, damping, tol=...) -> Estimator`: `conjugate_gradient` or `minres`. To start from an x:
-            `functools.partial(hj.estimators.conjugate_gradient, start=x)`.
-        max_matvecs: the most products to spend on the search.
-        tol: stop at this residual: absolute, or `relative` to ‖b‖.
-        **options: `callbacks` and `on_device`, see `run`.
-
-    Returns:
-        A `Solution`. Its residual is recomputed, ‖b − (A + λI)x‖ from one more product, and `converged`
-        judges that one: in float32 the method's own may fall below what rounding lets x reach, which is
-        about 1e-7·‖A + λI‖·‖x‖.
-
-    Raises:
-        TypeError: `rhs` is not floating point; `damping` is a `relative` one.
-        ValueError: `rhs` or `damping` is not finite; the matvec's products are not like `rhs`.
-        NonFiniteProductError: see `run`.
-
-    Cost:
-        At most `max_matvecs` products and one more; memory 5·d (`minres` 10·d).
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> import hessjax as hj
-        >>> A = jax.tree_util.Partial(jnp.multiply, jnp.array([0.0, 1.0, 3.0]))
-        >>> solution = hj.solve(A, jnp.ones(3), damping=1.0)
-        >>> solution.x.round(4).tolist(), bool(solution.converged)
-        ([1.0, 0.5, 0.25], True)
-    """
-    checked = checked_options("solve", options)
-    system, estimator = System(rhs, damping, tol), _made(method, rhs, damping, tol)
-    key = jax.random.key(0)  # nothing here is random
-    solution, _ = run(estimator, matvec, key, rhs, max_matvecs=max_matvecs, tol=tol, **checked)
-    if options.get("on_device"):
-        return _multiplied_and_measured(as_partial(matvec), Layouts.of(rhs), solution, system, rhs)
-    return _measured(Layouts.of(rhs), solution, matvec(_cast(solution.x, rhs)), system)
-
-
-def _made(method: Any, rhs: Vector, damping: Any, tol: Any) -> Estimator:
-    checked_function(
-        "method", method, "(rhs, damping, tol=) -> Estimator`, such as `hessjax.estimators.minres"
-    )
-    return checked_instance("method(rhs, damping)", method(rhs, damping, tol=tol), Estimator, "minres(rhs)")
-
-
-_cast = jax.jit(_tree.cast_like)
-
-
-@compiled(static_argnums=1)
-def _multiplied_and_measured(
-    matvec: Matvec, layouts: Layouts, solution: Solution, system: System, rhs: Vector
-) -> Solution:
-    return _measured(layouts, solution, matvec(_tree.cast_like(solution.x, rhs)), system)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _measured(layouts: Layouts, solution: Solution, product: Vector, system: System) -> Solution:
-    with layouts.told(system.rhs):
-        packing = Packing.of(system.rhs)
-    rhs, x, product = map(packing.pack, (system.rhs, solution.x, product))
-    residual = _tree.norm(_tree.add_scaled(rhs, -1, _tree.add_scaled(product, system.damping, x)))
-    _, unit, limit = system.scaled(packing)
-    return solution._replace(
-        residual=residual,
-        converged=jnp.asarray(residual <= unit * limit),
-        num_matvecs=solution.num_matvecs + 1,
-    )

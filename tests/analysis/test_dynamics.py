@@ -121,6 +121,20 @@ def test_noise_scale_follows_a_rescaling_of_the_loss(power):
     assert float(found.gradient.mean) * 2.0 ** (2 * power) == float(other.gradient.mean)
 
 
+def test_a_leaf_is_judged_by_itself_whatever_the_others_are_and_what_is_absent():
+    grads = jax.tree.map(lambda x: x.astype(jnp.float32), block())
+    found = D.noise_scale(grads)
+    beside = D.noise_scale({**grads, "c": grads["c"] * 2.0**-70})
+    assert float(beside.leaves["c"].scale.mean) == float(found.leaves["c"].scale.mean)
+    assert float(beside.scale.mean) == float(found.leaves["a"].scale.mean)
+    tiny = {**jax.tree.map(lambda x: x * 2.0**-70, grads), "d": jnp.zeros((9, 2))}  # squares leave float32
+    assert float(D.noise_scale(tiny).scale.mean) == float(found.scale.mean)
+    weights = np.arange(9) != 3
+    padded = D.noise_scale(jax.tree.map(lambda x: x.at[3].set(1e30), grads), weights=weights * 1e-42)
+    there = D.noise_scale(jax.tree.map(lambda x: x[weights], grads))
+    np.testing.assert_allclose(numbers(padded), numbers(there), rtol=1e-6)
+
+
 def test_a_gradient_lost_in_noise_has_no_finite_scale():
     rows = jnp.array([[1.0, 0.0], [-1.0, 0.1], [0.0, 1.0], [0.1, -1.0]])
     found = D.noise_scale(rows)
@@ -207,6 +221,10 @@ def test_updates_that_never_raise_the_loss_or_always_do():
     assert np.isnan(found.sharpness.mean)
     assert found.bracket.tolist() == [0, 0]
     assert int(found.num_evaluations) == 1
+    unknown = D.critical_sharpness(
+        loss_fn, params, (data[0].at[0].set(jnp.nan), data[1]), update=up, max_evaluations=12
+    )
+    assert np.isnan(unknown.bracket).all()
     flat = D.critical_sharpness(lambda p, x: jnp.mean(x) - p, jnp.zeros(()), data[1], update=jnp.ones(()))
     assert np.isinf(flat.bracket[1])
     assert not flat.converged
@@ -335,6 +353,10 @@ BAD = {
     ),
     "one leaf": (
         lambda: D.heterogeneity({"a": density(0, 1)}), "`densities` must be of at least two leaves, got 1"
+    ),
+    "Gaussians between the points": (
+        lambda: D.heterogeneity({"a": density(0, 1), "b": density(0, 1)}, bandwidth=0.01),
+        "`num_points` must be at least 1530 for a bandwidth of 0.01, got 512",
     ),
     "densities of several calls": (
         lambda: D.heterogeneity({"a": density(0, 1), "b": density(0, 1, 0, 2)}),

@@ -89,9 +89,11 @@ def test_every_kind_of_inverse(problem):
     G, unravel = oracles.rows(grads), functools.partial(oracles.tree_of, like=params)
     moments = hj.layers.moments(model_fn, params, [train], likelihood=hj.likelihoods.gaussian)
     K = hj.layers.kfac(moments)
+    EK = hj.layers.ekfac(moments, [train])
     inverses = {
         "inverse_fisher": (hj.inverse_fisher(grads, 0.3), G.T @ G / 11 + 0.3 * np.eye(20)),
         "K-FAC": (K.inverse(0.3), oracles.matrix_of(K, params) + 0.3 * np.eye(20)),
+        "EKFAC": (EK.inverse(0.3), oracles.matrix_of(EK, params) + 0.3 * np.eye(20)),
         "a function": (lambda v: jax.tree.map(lambda x: x / 2, v), 2 * np.eye(20)),
         "none": (None, np.eye(20)),
         "on the host": (lambda v: unravel(oracles.flat(v) / 2), 2 * np.eye(20)),
@@ -195,7 +197,12 @@ REFUSED = {
     "K-FAC itself": (
         lambda p: {"inverse": hj.layers.kfac(hj.layers.moments(
             model_fn, p, [data(4)], likelihood=hj.likelihoods.gaussian))},
-        "`inverse` must multiply by the inverse of a matrix, got the matrix itself",
+        "`inverse` must multiply by the inverse of a matrix, got the matrix itself, .*Kronecker.*`.inverse",
+    ),
+    "EKFAC itself": (
+        lambda p: {"inverse": hj.layers.ekfac(hj.layers.moments(
+            model_fn, p, [data(4)], likelihood=hj.likelihoods.gaussian), [data(4)])},
+        "`inverse` must multiply by the inverse of a matrix, got the matrix itself, .*Kronecker.*`.inverse",
     ),
     "a Fisher of another network": (
         lambda p: {"inverse": hj.inverse_fisher(hj.per_example_grads(loss_fn, OTHER, data(4)), 1.0)},
@@ -232,6 +239,20 @@ def test_what_does_not_fit_is_named_before_the_data_is_read(name):
 def never_opened():
     raise AssertionError("the training data must not be opened")
     yield
+
+
+def test_bars_count_queries_and_batches(capsys):
+    params = params_of(3, 4, 2)
+    batches = hj.batches(cut(data(11), 4), with_weights=lambda batch, w: (*batch, w))
+    options = {"inverse": lambda v: v, "microbatch": 2, "progress": True}
+    asked = weighted_loss, params, batches
+    shown = hj.influence(*asked, [(*data(5, seed=1), jnp.ones(5))], **options)
+    assert {"5/5", "3/3", "queries", "batches"} <= set(capsys.readouterr().out.split())
+    hj.self_influence(*asked, **options)
+    assert "3/3" in capsys.readouterr().out.split()
+    quiet = hj.influence(*asked, [(*data(5, seed=1), jnp.ones(5))], **{**options, "progress": False})
+    assert capsys.readouterr().out == ""
+    np.testing.assert_array_equal(shown.scores, quiet.scores)
 
 
 def test_empty_sources_and_too_many_examples():

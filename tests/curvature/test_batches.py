@@ -163,3 +163,71 @@ def test_named_tuples_are_batches_too(x64):
     got = over(params, cut(data, np.array([3, 2])))(params)
     want = hj.hessian(oracles.loss_fn, params, data)(params)
     oracles.close(got, want, rtol=1e-12, atol=1e-13)
+
+
+def counted(params, made, **options):
+    """A mean over three batches of a linearized Hessian that notes each batch it is made of."""
+
+    def make(batch):
+        made.append(len(batch[0]))
+        return hj.hessian(oracles.loss_fn, params, batch, linearize=True)
+
+    return hj.over_batches(make, cut(oracles.batch(9), np.array([4, 3, 2])), **options)
+
+
+def test_kept_matvecs_give_the_same_products_and_are_made_once(x64):
+    params, made = oracles.leaves(), []
+    A = counted(params, made, keep_bytes=2**30)
+    for seed in (1, 2):
+        vector = oracles.leaves(seed)
+        want = hj.hessian(oracles.loss_fn, params, oracles.batch(9))(vector)
+        oracles.close(A(vector), want, rtol=1e-12, atol=1e-13)
+    product, forms = A.by_batch(vector)
+    oracles.close(product, want, rtol=1e-12, atol=1e-13)
+    assert forms.weights.tolist() == [4, 3, 2]
+    assert made == [4, 3, 2]
+
+
+def test_as_many_matvecs_are_kept_as_fit_and_what_they_share_counts_once(x64):
+    params, made = oracles.leaves(), []
+    vector = oracles.leaves(1)
+    A = counted(params, made, keep_bytes=2**30)
+    plain = A(vector)
+    held = [x for _, matvec in A.kept.matvecs for x in jax.tree.leaves(matvec)]
+    enough = sum({id(x): x.nbytes for x in held}.values())
+    assert enough < sum(x.nbytes for x in held)
+    for keep_bytes, remade in ((enough, []), (enough - 1, [2]), (1, [4, 3, 2])):
+        made.clear()
+        A = counted(params, made, keep_bytes=keep_bytes)
+        oracles.close(A(vector), plain, rtol=1e-12, atol=1e-13)
+        made.clear()
+        oracles.close(A(vector), plain, rtol=1e-12, atol=1e-13)
+        assert made == remade
+
+
+def test_matvecs_are_kept_of_batches_that_come_in_one_order(x64):
+    params, vector = oracles.leaves(), oracles.leaves(1)
+    order = [*cut(oracles.batch(8), np.array([4, 4]))]
+    make = lambda b: hj.hessian(oracles.loss_fn, params, b)
+    held = {id(x): x.nbytes for x in jax.tree.leaves(make(order[0])) if hasattr(x, "nbytes")}
+    some = hj.over_batches(make, lambda: iter(order), keep_bytes=sum(held.values()))
+    first = some(vector)
+    assert len(some.kept.matvecs) == 1
+    oracles.close(some(vector), first, rtol=1e-12, atol=1e-13)
+    order.reverse()
+    with pytest.raises(
+        ValueError, match="same order at every pass with `keep_bytes`, but batch 0 is another"
+    ):
+        some(vector)
+    every = hj.over_batches(make, lambda: iter(order), keep_bytes=2**20)
+    every(vector)
+    order.clear()
+    oracles.close(every(vector), first, rtol=1e-12, atol=1e-13)
+
+
+def test_what_cannot_be_kept():
+    with pytest.raises(ValueError, match="`keep_bytes` must be at least 1, got 0"):
+        counted(oracles.leaves(), [], keep_bytes=0)
+    plain = hj.over_batches(lambda b: lambda v: v, [jnp.ones(3)], keep_bytes=9)
+    with pytest.raises(TypeError, match="must return matvecs that are pytrees with `keep_bytes`"):
+        plain(jnp.ones(2))

@@ -136,11 +136,10 @@ TRACED = {
     "hj.estimators.hutchinson_diagonal": lambda p, b: run(E.hutchinson_diagonal(), p, b),
     "hj.estimators.hutchinson_frobenius": lambda p, b: run(E.hutchinson_frobenius(), p, b),
     "hj.estimators.slq": lambda p, b: run(E.slq(3), p, b),
-    "hj.estimators.conjugate_gradient": lambda p, b: run(E.conjugate_gradient(p), p, b, ridge),
-    "hj.estimators.minres": lambda p, b: run(E.minres(p), p, b, ridge),
-    "hj.estimators.preconditioned_conjugate_gradient": lambda p, b: run(
-        E.preconditioned_conjugate_gradient(p, preconditioner=ridge(p, b)), p, b, ridge
+    "hj.estimators.conjugate_gradient": lambda p, b: run(
+        E.conjugate_gradient(p, preconditioner=ridge(p, b)), p, b, ridge
     ),
+    "hj.estimators.minres": lambda p, b: run(E.minres(p), p, b, ridge),
     "hj.probes.rademacher": lambda p, b: hj.probes.rademacher(KEY, p),
     "hj.probes.gaussian": lambda p, b: hj.probes.gaussian(KEY, p),
     "hj.directions.random": lambda p, b: hj.directions.random(KEY, p),

@@ -110,6 +110,7 @@ PRODUCTS = {
     "hessian, reverse": lambda *at: Problem.hessian(*at, mode="reverse-over-reverse"),
     "hessian, forward": lambda *at: Problem.hessian(*at, mode="reverse-over-forward"),
     "hessian, linearized": lambda *at: Problem.hessian(*at, linearize=True),
+    "hessian, in parts": lambda problem, p, b: hj.hessian(problem.alone, p, b, microbatch=16),
     "ggn": Problem.ggn,
     "ggn, linearized": lambda *at: Problem.ggn(*at, linearize=True),
     "fisher": fisher,
@@ -169,9 +170,9 @@ def test_products_lie_where_the_params_do_and_send_what_the_model_sends(kind, la
     most = max(map(sent, bares))
     for text in texts:
         name = text.split(",", 1)[0]
-        is_product = any(part in name for part in ("multiply", "linearize", "add_part"))
+        is_product = any(part in name for part in ("multiply", "linearize", "_part"))
         # A microbatch is cut out of a batch that is divided along the same axis: it is gathered before.
-        cut = programs.nbytes(BATCH) if "add_part" in name else 0
+        cut = programs.nbytes(BATCH) if "_part" in name else 0
         # The others may send a number of each leaf.
         assert sent(text) <= (most + cut if is_product else 64), name
     for name, product in products.items():

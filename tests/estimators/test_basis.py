@@ -4,7 +4,15 @@ import numpy as np
 import oracles
 import pytest
 
+import hessjax as hj
 from hessjax.estimators import _basis
+
+
+@pytest.fixture(autouse=True, params=[0, _basis.WHOLE], ids=["in chunks", "whole"])
+def chunks(request, monkeypatch):
+    """Small bases are one chunk; here they are also cut as large ones are."""
+    monkeypatch.setattr(_basis, "WHOLE", request.param)
+    return request.param == 0
 
 
 def filled(d, count, capacity, seed=0):
@@ -17,6 +25,27 @@ def filled(d, count, capacity, seed=0):
         row = rows[:, i % d] if i < count else np.full(d, 7.0)
         basis = _basis.write(basis, jnp.int32(i), unravel(jnp.asarray(row)))
     return basis, rows[:, :count].T, unravel
+
+
+def test_a_small_basis_is_one_chunk_and_a_large_one_is_cut(chunks):
+    like = jax.ShapeDtypeStruct((_basis.WHOLE // 41 + 1 if not chunks else 3,), jnp.float32)
+    basis = jax.eval_shape(lambda: _basis.allocate(like, 41))
+    assert [len(chunk) for chunk in basis] == [16, 16, 9]
+    if not chunks:
+        small = jax.eval_shape(lambda: _basis.allocate(jax.ShapeDtypeStruct((25_000,), jnp.float32), 41))
+        assert [len(chunk) for chunk in small] == [41]
+
+
+def test_lanczos_finds_the_same_pairs(chunks, x64):
+    # Of sizes that no other test has: what is compiled for them is for these chunks.
+    matrix, _ = oracles.symmetric(np.geomspace(0.1, 9, 61))
+    A, like = oracles.matvec_of(matrix, oracles.tree_like(61)), oracles.tree_like(61)
+    size = 23 + chunks
+    pairs = hj.eigenpairs(A, jax.random.key(0), like, 4, basis_size=size, tol=hj.relative(1e-11))
+    assert pairs.converged.all()
+    assert pairs.num_matvecs > size  # restarted
+    want = np.linalg.eigvalsh(matrix)
+    np.testing.assert_allclose(pairs.values, [*want[:-5:-1], *want[3::-1]], rtol=1e-9)
 
 
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 33, 40])

@@ -166,6 +166,16 @@ def test_it_is_a_matvec_like_any_other(x64):
     close(jitted(K, params), K(params), rtol=1e-10)
 
 
+def test_it_knows_what_is_an_inverse(x64):
+    case = CASES["dense"]
+    x, _ = case.batch()
+    moments = moments_of(case, [x])
+    for K in (hj.layers.kfac(moments), hj.layers.ekfac(moments, [x])):
+        inverse = K.inverse(0.1)
+        found = [A.is_inverse for A in (K, inverse, inverse.inverse(0.1), jax.jit(lambda A: A)(inverse))]
+        assert found == [False, True, False, True]
+
+
 def test_other_moments_compile_nothing_anew(compilations):
     case = CASES["dense"]
     x, other = case.batch(3)[0], case.batch(3, seed=2)[0]

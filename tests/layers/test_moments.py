@@ -186,3 +186,14 @@ def test_rows_that_an_embedding_does_not_have_are_refused(untyped):
         ValueError, match="`args` must hold numbers of rows that the embeddings have, but e are"
     ):
         hj.layers.moments(case.loss_fn, case.params(), [(tokens.at[0, 0].set(5), labels)])
+
+
+def test_an_example_that_is_not_finite_is_named_or_left_out(x64):
+    case = CASES["dense"]
+    params, (x, labels) = case.params(), case.batch(4)
+    bad = x.at[1, 0].set(jnp.nan)
+    with pytest.raises(ValueError, match="b, c, v, w are NaN or infinite in number 1 of"):
+        hj.layers.moments(case.loss_fn, params, [(x, labels), (bad, labels)])
+    there = jnp.array([0, 2, 3])
+    found = hj.layers.moments(case.loss_fn, params, [(bad, labels)], weights=lambda batch: jnp.arange(4) != 1)
+    close(found.leaves, hj.layers.moments(case.loss_fn, params, [(x[there], labels[there])]).leaves)

@@ -60,6 +60,19 @@ def test_the_matrix_itself_has_no_error(problem):
     assert not found.errors.any()
 
 
+@pytest.mark.parametrize("unit", [1.0, 1e-24, 1e24])
+def test_its_errors_have_no_units(unit):
+    """Squares of small products leave float32, those of one leaf beside another's too."""
+    sizes = {"a": jnp.array([3.0, 4.0]) * unit, "b": jnp.array([6.0]), "empty": jnp.zeros(0)}
+    like = jax.tree.map(jnp.zeros_like, sizes)
+    F = jax.tree_util.Partial(jax.tree.map, jnp.multiply, sizes)
+    K = jax.tree_util.Partial(jax.tree.map, jnp.multiply, {**sizes, "a": sizes["a"].at[1].set(0)})
+    found = hj.layers.quality(K, F, jax.random.key(0), like)
+    np.testing.assert_allclose(found.errors, [0.8, 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(found.norms, [5 * unit, 6, 0], rtol=1e-6)
+    np.testing.assert_allclose(found.error, 4 * unit / np.hypot(5 * unit, 6), rtol=1e-6)
+
+
 def test_bad_input_is_named(problem, untyped):
     params, K, F = problem
     with pytest.raises(TypeError, match="`pairs` must be an `Eigenpairs`"):

@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 import hessjax as hj
 
 KEY = jax.random.key(0)
-PCG = hj.estimators.preconditioned_conjugate_gradient
+PCG = hj.estimators.conjugate_gradient
 
 
 def problem(eigenvalues, dampings=1.0):
@@ -54,6 +54,14 @@ def test_without_scaling_it_is_conjugate_gradients(x64):
         plain, _ = hj.run(hj.estimators.conjugate_gradient(rhs, 0.3), A, KEY, rhs, max_matvecs=count)
         oracles.close(ours.x, plain.x, rtol=1e-8)
         np.testing.assert_allclose(ours.residual, plain.residual, rtol=1e-7)
+
+
+def test_from_a_vector_to_start_from_it_takes_that_product_and_then_fewer(x64):
+    A, P, rhs, matrix, b = problem(np.geomspace(1, 1e6, 30))
+    start = jax.tree.map(lambda x: 3 + x, rhs)
+    found, _ = hj.run(PCG(rhs, start=start, preconditioner=P), A, KEY, rhs, max_matvecs=2)
+    np.testing.assert_allclose(flat(found.x), np.linalg.solve(matrix, b), rtol=1e-6)
+    assert found.converged
 
 
 def test_negative_curvature_ends_it_at_the_last_good_iterate(x64):

@@ -1,5 +1,6 @@
 """How unlike the curvature of the leaves is: Jensen–Shannon distances between their spectral densities."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -54,14 +55,15 @@ def heterogeneity(
         densities: what `spectral_density_by_leaf` gives; at least two, with as many probes and products each.
         bandwidth: of the Gaussians, in units of u: the factor between eigenvalues that count as alike.
             Narrower than the nodes are apart, spectra that are the same would seem to differ.
-        num_points: of the grid.
+        num_points: of the grid, which must not be wider apart than the bandwidth.
 
     Returns:
         A `Heterogeneity`. With few probes it is biased upwards, for their scatter is a difference too.
 
     Raises:
         TypeError: `densities` are no mapping of `SpectralDensity`.
-        ValueError: fewer than two, or of unlike shapes; `bandwidth` is not positive.
+        ValueError: fewer than two, or of unlike shapes; `bandwidth` is not positive; too few
+            points for it.
 
     Cost:
         No products; leaves² · probes · points operations.
@@ -81,7 +83,7 @@ def heterogeneity(
     """
     _check(densities)
     check_positive("bandwidth", bandwidth)
-    num_points = checked_count("num_points", num_points, 16)
+    num_points = _checked_points(num_points, bandwidth)
     leaves = list(densities.values())
     nodes, weights = (jnp.stack(x) for x in ([x.nodes for x in leaves], [x.weights for x in leaves]))
     mean, distances = _compared(num_points, nodes, weights, leaves[0].num_probes, bandwidth)
@@ -108,6 +110,21 @@ def _check(densities: Any) -> None:
             "`densities` must have nodes of one shape, (probes, products), from one call of "
             f"`spectral_density_by_leaf`, got {[jnp.shape(x.nodes) for x in densities.values()]}."
         )
+
+
+def _checked_points(num_points: Any, bandwidth: Any) -> int:
+    """The number of points, if no Gaussian falls between two of them."""
+    number = checked_count("num_points", num_points, 16)
+    if isinstance(bandwidth, jax.core.Tracer):
+        return number
+    # The axis ends 4 bandwidths beyond ± asinh(1000), where the largest eigenvalue may lie.
+    least = 1 + math.ceil(2 * (math.asinh(1000) + 4 * float(bandwidth)) / float(bandwidth))
+    if number < least:
+        raise ValueError(
+            f"`num_points` must be at least {least} for a bandwidth of {float(bandwidth):g}, got {number}: "
+            "Gaussians would fall between the points."
+        )
+    return number
 
 
 def _compared(

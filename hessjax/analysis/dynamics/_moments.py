@@ -68,18 +68,35 @@ class _Moments(NamedTuple):
 @jax.jit
 def noise_scales(grads: Block, batch_size: Any, weights: Array) -> list[NoiseScale]:
     """Of all leaves together, then of each."""
-    leaves = jax.tree.leaves(grads)
+    leaves = _present(grads, weights)
+    # Each in units of its own: one leaf's gradients may be 1e-20 of another's. One of zeros has none.
     unit = _unit(leaves)
-    each = [_moments(x, x, unit, unit, weights) for x in leaves]
-    return [_estimated(found, weights, batch_size, unit**2) for found in (_total(each), *each)]
+    units = [jnp.minimum(_unit([x]), unit) for x in leaves]
+    each = [_moments(x, x, own, own, weights) for x, own in zip(leaves, units, strict=True)]
+    alike = [
+        _Moments(*((own / unit) ** 2 * x for x in found)) for own, found in zip(units, each, strict=True)
+    ]
+    return [
+        _estimated(found, weights, batch_size, own**2)
+        for found, own in zip((_total(alike), *each), (unit, *units), strict=True)
+    ]
 
 
 @jax.jit
 def critical_ratio(grads: Block, products: Block, batch_size: Any, weights: Array) -> NoiseScale:
-    pairs = list(zip(jax.tree.leaves(grads), jax.tree.leaves(products), strict=True))
-    units = [_unit(x) for x in zip(*pairs, strict=True)]
-    each = [_moments(x, y, units[0], units[1], weights) for x, y in pairs]
+    sides = [_present(block, weights) for block in (grads, products)]
+    units = [_unit(x) for x in sides]
+    each = [_moments(x, y, units[0], units[1], weights) for x, y in zip(*sides, strict=True)]
     return _estimated(_total(each), weights, batch_size, units[0] * units[1])
+
+
+def _present(block: Block, weights: Array) -> list[Array]:
+    """The leaves, with zeros for rows that are not there, which may hold anything."""
+    there = weights > 0
+    return [
+        jnp.where(there.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.zeros((), x.dtype))
+        for x in jax.tree.leaves(block)
+    ]
 
 
 def _unit(leaves: Sequence[Array]) -> Scalar:
@@ -104,12 +121,10 @@ def _centred(x: Array, weights: Array) -> tuple[Array, Array]:
     first order; where weights are 0 and 1 it is exactly that of the rows which are there.
     """
     weights = weights.astype(x.dtype)
-    there = weights > 0
-    scale = (weights * jnp.sum(there).astype(x.dtype) / jnp.sum(weights)).reshape(-1, *[1] * (x.ndim - 1))
-    present = there.reshape(scale.shape)
-    x = jnp.where(present, x, 0)
-    mean = jnp.sum(scale * x, axis=0) / jnp.sum(there).astype(x.dtype)
-    return jnp.where(present, scale * (x - mean[None]), 0), mean
+    count = jnp.sum(weights > 0).astype(x.dtype)
+    scale = (weights * count / jnp.sum(weights)).reshape(-1, *[1] * (x.ndim - 1))
+    mean = jnp.sum(scale * x, axis=0) / count
+    return scale * (x - mean[None]), mean
 
 
 def _total(each: Sequence[_Moments]) -> _Moments:

@@ -203,7 +203,7 @@ def _checked_weights(weights: Any, count: int) -> Any:
         raise ValueError(
             f"`weights` must be above 0 for at least {LEAST} gradients, got {np.sum(found > 0)} such."
         )
-    return found
+    return found / np.max(found)  # of which none leaves float32
 
 
 def _multiplied(matvec: Matvec, grads: Block) -> Block:

@@ -95,8 +95,8 @@ class CriticalSharpness(NamedTuple):
     Attributes:
         sharpness: λ_c = 2/η_c, with its standard error over the examples; NaN where η_c was not found.
         learning_rate: η_c, the least learning rate at which the loss would rise.
-        bracket: (2,) the largest rate tried below η_c and the least above it: 0 if the loss rose in every
-            step tried, infinity if in none; twice 0 where the update leads uphill from the start.
+        bracket: (2,) the largest rate tried below η_c, 0 if the loss rose in all, and the least above it,
+            infinity if in none; twice 0 where the update leads uphill, NaN where the slope is none.
         converged: whether η_c was found, to the tolerance asked for.
         num_evaluations: how many times the loss was evaluated.
     """
@@ -284,7 +284,7 @@ def _critical(
         zero = jnp.zeros((), _tree.accumulator_dtype(params))
         first, falls = jax.jvp(losses, (zero,), (zero + 1,))
         # Uphill no step is short enough, but of a very short one rounding errors may say otherwise.
-        downhill = _mean(shares, falls).mean < 0
+        downhill = (slope := _mean(shares, falls).mean) < 0
         # Example by example before the mean: the difference of two means would lose its digits.
         rise = lambda step: _mean(shares, losses(step) - first)  # noqa: E731
         one = jnp.ones((), first.dtype)
@@ -302,7 +302,7 @@ def _critical(
         mean, stderr = (or_nan(converged, unit * x) for x in estimate[:2])
         return Estimate(mean, stderr, estimate.num_samples)
 
-    ends = jnp.where(downhill, rate * jnp.stack([found.low, found.high]), 0)
+    ends = jnp.where(downhill, rate * jnp.stack([found.low, found.high]), 0 * slope)
     return CriticalSharpness(known(inverse, 2 / rate), known(step, rate), ends, converged, found.tried + 1)
 
 
