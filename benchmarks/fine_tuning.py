@@ -72,7 +72,14 @@ def problem(layers: int, length: int, number: int | None, seed: int = 0) -> Task
     return Task(module, pretrained.embeddings, params, *parts)
 
 
-def train(task: Task, tx: optax.GradientTransformation, steps: int, size: int, seed: int = 0) -> Trained:
+def train(
+    task: Task,
+    tx: optax.GradientTransformation,
+    steps: int,
+    size: int,
+    seed: int = 0,
+    evaluations: int = EVALUATIONS,
+) -> Trained:
     """The encoder and the classifier, the embeddings frozen; sentences in another order for another seed."""
     params = jax.tree.map(lambda x: jnp.array(x, copy=True), task.params)
     state, curve, begin = tx.init(params), [], time.perf_counter()
@@ -80,7 +87,7 @@ def train(task: Task, tx: optax.GradientTransformation, steps: int, size: int, s
     for i, rows in enumerate(chosen, 1):
         batch = (*task.train[rows], None if task.teacher is None else task.teacher[rows])
         params, state = step(tx, task.module, params, state, task.embeddings, batch)
-        if i == steps or i % -(-steps // EVALUATIONS) == 0:
+        if i == steps or i % -(-steps // evaluations) == 0:
             wrong = mistakes(task, params)
             curve.append((i, 100 * len(wrong) / len(task.test.labels)))
             print(f"step {i}: {curve[-1][1]:.1f} % errors, {time.perf_counter() - begin:.0f} s", flush=True)

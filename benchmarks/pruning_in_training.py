@@ -110,9 +110,8 @@ def accuracy(rows: dict[str, list[list[float]]]) -> table.Grid:
 def methods() -> dict[str, Method]:
     """Their damping, learning rates and so on are not tuned, but for movement's optimizer."""
     ring = hj.saliencies.obs(num_grads=NUM_GRADS, batch_size=BATCH)
-    movement = hj.saliencies.movement(
-        optax.sgd(1.0)
-    )  # −Σ G⊙W; adam, the default, normalises the vanishing gradients
+    # −Σ G⊙W: Adam's steps, or a share of the scores' size, would make much of gradients that vanish.
+    movement = hj.saliencies.movement(optax.sgd(1.0), start=jnp.zeros_like)
     return {
         "random": Method(hj.saliencies.random(jax.random.key(0))),
         "gradient": Method(hj.saliencies.gradient()),

@@ -86,7 +86,7 @@ def runs(task: fine_tuning.Task, settings: Settings) -> Iterator[tuple[str, Call
     methods = {
         "magnitude": hj.saliencies.magnitude(),
         "movement from magnitudes": hj.saliencies.movement(by_leaf, start=hj.saliencies.from_magnitudes),
-        "movement as published": hj.saliencies.movement(optax.adam(published)),
+        "movement as published": hj.saliencies.movement(optax.adam(published), start=jnp.zeros_like),
     }
     for left, (name, saliency) in itertools.product(settings.left, methods.items()):
         yield f"{name}, {left:.0%} left", functools.partial(row, task, settings, saliency, left)

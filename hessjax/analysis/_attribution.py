@@ -29,6 +29,7 @@ from hessjax.curvature._weights import (
     of_each,
     of_examples,
 )
+from hessjax.layers._gradients import whole_batch
 from hessjax.layers._kronecker import Kronecker
 from hessjax.solvers._system import Solution
 
@@ -67,7 +68,7 @@ def parts_of(
     index, total = -1, 0.0
     for index, (batch, count) in enumerate(data.filled(argument)):
         with _renamed(argument):
-            args, found = _weighed(weights, (data.placed(batch), *rest), index, count)
+            args, found = _weighed(weights, (whole_batch(data.placed(batch)), *rest), index, count)
         total += found.sum()
         for start in range(0, len(found), at_once):
             size = min(at_once, num_examples((batch,)) - start)

@@ -124,12 +124,12 @@ def checked_uses(fn: Any, params: Any, args: tuple[Any, ...], argument: str = "f
     if args:  # else `num_examples` says what is missing
         check_call(argument, fn, args)
     num_examples(args)
-    example = jax.tree.map(_first, args[0])
+    example = jax.tree.map(first_of, args[0])
     with explained(argument):
         return read_uses(fn, params, (example, *args[1:]))[1]
 
 
-def _first(x: Any) -> jax.ShapeDtypeStruct:
+def first_of(x: Any) -> jax.ShapeDtypeStruct:
     """One example, as a batch of one, of which no axis is divided between devices."""
     shape = np.shape(x)
     dtype = jax.dtypes.canonicalize_dtype(jnp.result_type(x), allow_extended_dtype=True)  # random keys

@@ -8,6 +8,7 @@ from jax.tree_util import Partial
 
 from hessjax._core._compiled import Known, compiled
 from hessjax._core._types import Params
+from hessjax.layers._coverage import first_of
 from hessjax.layers._gradients import Gradients
 from hessjax.layers._taps import read_uses
 from hessjax.layers._uses import LeafUses
@@ -48,7 +49,7 @@ def depths_of(
     Returns:
         The `Depth`s.
     """
-    example = jax.eval_shape(lambda batch: jax.tree.map(lambda x: x[:1], batch), args[0])
+    example = jax.tree.map(first_of, args[0])
     program, leaves = read_uses(gradients.of(fn), params, (example, *args[1:]))
     levels = levels_of(program.body, leaves, wanted)
     return Known(tuple(_depth(program.body, leaves, level) for level in levels))

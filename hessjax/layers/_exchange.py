@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from hessjax.layers._rows import NUMBERS
+from hessjax.layers._rows import NUMBERS, SMALL
 
 FIRST = 32
 """In the first round so many entries of a column share one exchange; later rounds are half as bold."""
@@ -68,9 +68,9 @@ def exchanged(
         For each column and round a Cholesky factor of the kept entries' k × k numbers, and k²·i operations, i
         being the inputs; 2²⁴ numbers are in memory at a time.
     """
-    width = kept.shape[1]
+    stack, width, columns = kept.shape
     room = width
-    if not isinstance(kept, jax.core.Tracer):
+    if not isinstance(kept, jax.core.Tracer) and stack * columns * width**3 > SMALL:
         step = max(1, width // ROUNDED)  # few sizes, so that few are compiled for
         room = min(width, (int(np.sum(kept, axis=1).max(initial=0)) // step + 2) * step)
     settings = room, max(1, NUMBERS // max(1, width * room)), size, each

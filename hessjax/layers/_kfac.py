@@ -141,8 +141,8 @@ def _eigen(side: Array) -> tuple[Array | None, Array]:
     """Eigenvectors, None for a diagonal, and eigenvalues."""
     if side.ndim == 2:
         return None, side
-    if side.shape[-1] == 1:
-        return None, side[..., 0]
+    if side.shape[-1] < 2:
+        return None, jnp.diagonal(side, axis1=1, axis2=2)
     values, vectors = jax.vmap(_numbers.eigh)(side)
     # Semidefinite by construction: what is below zero are rounding errors.
     return vectors, jnp.maximum(values, 0)

@@ -152,7 +152,9 @@ def _matrix(
         square = jax.lax.dynamic_slice(own, (0, start), (block, block))
         w, k, g = (jax.lax.dynamic_slice(x, (start, 0), (block, columns)) for x in (weights, kept, gone))
         is_in = jax.lax.dynamic_slice(inside, (start,), (block,))
-        due = jnp.round(zeros * (jnp.minimum(start + block, width) / width)).astype(jnp.int32) - done
+        share = jnp.round(zeros * (jnp.minimum(start + block, width) / width)).astype(jnp.int32)
+        # The last block takes what is left: float32 counts to 2²⁴ only.
+        due = jnp.where(start + block >= width, zeros, share) - done
         mask, errors = _block(size, each, square, w, k, g, is_in, due)
         # Columns of U before the block are zero: nothing that is settled moves again.
         behind = jnp.arange(own.shape[1]) >= start + block

@@ -20,6 +20,7 @@ from hessjax.pruning._pruned import Pruned, PruneStep
 from hessjax.pruning._ranking import check_sparsity
 from hessjax.pruning.allocations._allocation import AllocationRule, allocated, global_threshold
 from hessjax.pruning.patterns._pattern import Laid, Patterns, unstructured
+from hessjax.pruning.saliencies._movement import Movement
 from hessjax.pruning.saliencies._saliency import Context, Saliency, checked_ranking, drop_others, is_hole
 
 
@@ -93,7 +94,8 @@ def prune_once(
     rules = tuple(checked_ranking("saliency", rule) for rule in given)
     check_functions(grads_fn=grads_fn, loss_fn=loss_fn)
     _check_loss(rules, loss_fn, max_ratio)
-    if grads_fn is None and any(rule.needs_grads for rule in rules):
+    # Movement's scores without a gradient are those of magnitude.
+    if grads_fn is None and any(rule.needs_grads or isinstance(rule, Movement) for rule in rules):
         raise ValueError("`grads_fn` must be given for a saliency that needs gradients, got None.")
     task = _Task(params, rules, grads_fn, allocation, Laid(pattern, params, axes), loss_fn, max_ratio)
     weights = _selected(params, where, axes)

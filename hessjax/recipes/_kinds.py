@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal, NamedTuple, Union
 
 import jax
+import jax.numpy as jnp
 import optax
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, create_model
 
@@ -130,7 +131,7 @@ OPTIMIZERS = {
     "lars": Kind(optax.lars, {"learning_rate": _Scheduled, "trust_coefficient": Real, "momentum": Real}),
 }
 
-STARTS = {"from_magnitudes": Kind(lambda: from_magnitudes)}
+STARTS = {"from_magnitudes": Kind(lambda: from_magnitudes), "zeros": Kind(lambda: jnp.zeros_like)}
 
 
 class _RelativeTo(Strict):

@@ -58,3 +58,19 @@ def test_everything_is_as_on_one_device_and_vectors_lie_where_params_do(kind, la
     assert programs.difference(found, on_one_device()) < 1e-5
     for vector in found[1]:
         assert programs.apart(vector, params) == []
+
+
+def square(params, x):
+    return jnp.mean(model_fn(params, x) ** 2)
+
+
+def influences(params, x):
+    scores = hj.influence(square, params, [x], [x], inverse=None, microbatch=4)
+    return scores, hj.self_influence(square, params, [x], inverse=None)
+
+
+@pytest.mark.parametrize("kind", programs.MESH_KINDS)
+def test_influence_is_as_on_one_device(kind):
+    mesh = programs.mesh_of(kind)
+    params, x = programs.placed(PARAMS, mesh, P()), programs.placed(BATCH, mesh, P("data"))
+    assert programs.difference(influences(params, x), influences(PARAMS, BATCH)) < 1e-5

@@ -257,3 +257,13 @@ def test_it_prints_a_table():
     w, _, moments = of_matrix(4, 3, 9, dtype=jnp.float32)
     mask = jnp.ones((4, 3), bool).at[0, 0].set(False)
     assert "8.3" in str(hj.layers.reconstruct(w, mask, moments))
+
+
+def test_a_number_in_the_batch_is_no_row_of_it(x64):
+    case = CASES["dense"]
+    params, batch = case.params(), {"x": case.batch(7), "t": 2.0}
+    fn = lambda p, b: b["t"] * case.loss_fn(p, b["x"])
+    moments = hj.layers.moments(fn, params, [batch])
+    mask = masks_of(params, LEAVES["dense"])
+    found = hj.layers.reconstruct(params, mask, moments, [batch], empty="allow")
+    assert bool(jnp.all(jnp.where(mask["w"], True, found.params["w"] == 0)))

@@ -187,3 +187,12 @@ def test_moments_of_other_leaves_are_refused(make):
         pruned(w[:4], make(moments), 0.5)
     with pytest.raises(ValueError, match="no moments"):
         pruned({"w": w}, make(moments), 0.5)
+
+
+def test_gradients_that_are_all_zero_rank_nothing(x64):
+    w, x, _ = layer(4, 1)
+    moments = hj.layers.moments(linear, w, [x], likelihood=hj.likelihoods.categorical)  # one class
+    for rule in (S.obc, S.sparsegpt, lambda m: S.wanda(m, within="network")):
+        with pytest.raises(ValueError, match="`moments` must have gradients that are not all zero"):
+            rule(moments)
+    assert int(jnp.sum(pruned(w, S.wanda(moments), 0.5).mask)) == 2

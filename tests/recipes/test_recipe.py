@@ -65,7 +65,7 @@ def test_a_recipe_and_the_same_in_python_are_one_run():
     by_hand = hj.prune(
         hj.prune(
             optax.adam(0.02),
-            hj.saliencies.movement(optax.sgd(optax.linear_schedule(1.0, 0.0, 20))),
+            hj.saliencies.movement(optax.sgd(optax.linear_schedule(1.0, 0.0, 20)), start=jnp.zeros_like),
             optax.polynomial_schedule(0.1, 0.75, 3, transition_steps=16, transition_begin=4),
             where="hidden*/kernel",
             allocation=hj.allocations.uniform(),
@@ -158,7 +158,7 @@ def test_a_printed_recipe_can_be_read():
         "0.1 to 0.75 (power 3), where='hidden*/kernel', allocation=uniform(), every=4, start=4, stop=20"
     )
     assert lines[2] == (
-        "  first (line 20, pruners.first.args): magnitude(), 0 to 0.5 (power 3), where=('first/kernel',), "
+        "  first (line 21, pruners.first.args): magnitude(), 0 to 0.5 (power 3), where=('first/kernel',), "
         "allocation=global_threshold(floor=0.2), pattern={'first/*': filters()}, every=4, start=3, stop=17"
     )
 

@@ -18,7 +18,14 @@ from hessjax.layers._selection import costs_in_turn, costs_of_sets, swept
 from hessjax.pruning.patterns._fitting import patterns_of
 from hessjax.pruning.patterns._pattern import Kept, Pattern, Unstructured
 from hessjax.pruning.saliencies._saliency import Context, MaskChange, Saliency
-from hessjax.pruning.saliencies._wanda import check_moments, diagonal_costs, inputs_now, there_of, tree_of
+from hessjax.pruning.saliencies._wanda import (
+    check_counted,
+    check_moments,
+    diagonal_costs,
+    inputs_now,
+    there_of,
+    tree_of,
+)
 
 
 @settings(arrays=("moments", "damping"))
@@ -42,8 +49,8 @@ class LayerWise(Saliency):
 
     Raises:
         TypeError: if `moments` are none.
-        ValueError: when scored or moved, for leaves that there are no moments of, or of another shape (all
-            are named); λ = 0 where E[a aᵀ] is singular (names the leaves).
+        ValueError: gradients that are all zero; when scored or moved, for leaves that there are no moments
+            of, or of another shape (all are named); λ = 0 where E[a aᵀ] is singular (names the leaves).
 
     Cost:
         Scores: 2·i² operations for each weight, i being the inputs of its leaf, in steps one after the other:
@@ -69,6 +76,7 @@ class LayerWise(Saliency):
 
     def __post_init__(self) -> None:
         check_moments(self.moments)
+        check_counted(self.moments)
         assign(self, damping=Amount.of(self.damping, "damping"))
 
     def __repr__(self) -> str:

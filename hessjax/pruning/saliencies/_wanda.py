@@ -21,6 +21,19 @@ def check_moments(moments: Any) -> None:
     checked_instance("moments", moments, LayerMoments, "hessjax.layers.moments(model_fn, params, batches)")
 
 
+def check_counted(moments: LayerMoments) -> None:
+    """Raise a ValueError if no output of any leaf counts: all weights would cost the same, nothing."""
+    sides = [use.right for uses in moments.leaves for use in uses]
+    if any(isinstance(x, jax.core.Tracer) for x in sides):
+        return
+    if sides and not any(bool(jnp.any(x != 0)) for x in sides):
+        raise ValueError(
+            "`moments` must have gradients that are not all zero, got none in any leaf, as of a likelihood "
+            "with a single class, or a loss of 0: no weight would cost more than another. "
+            "`hessjax.saliencies.wanda(moments)` needs inputs alone."
+        )
+
+
 def inputs_now(moments: LayerMoments, weights: Params) -> list[Inputs]:
     """Of every leaf that is pruned, the weights as they are now in the place of the dense ones."""
     leaves = by_path(weights)
@@ -82,6 +95,8 @@ class Wanda(Saliency):
     def __post_init__(self) -> None:
         check_moments(self.moments)
         checked_choice("within", self.within, ("output", "network"))
+        if self.within == "network":
+            check_counted(self.moments)
 
     def __repr__(self) -> str:
         return f"wanda({self.moments.problem.paths}, {self.within!r})"

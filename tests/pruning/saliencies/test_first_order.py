@@ -66,15 +66,20 @@ def test_random_in_training_keeps_its_mask():
     np.testing.assert_array_equal(hj.mask_of(state)["w"], first)
 
 
-@pytest.mark.parametrize(
-    "rule", [hj.saliencies.gradient(), hj.saliencies.movement(), hj.saliencies.soft_movement(1.0)]
-)
-def test_rules_that_need_gradients_say_so(rule):
-    params = {"w": jnp.ones((2, 2))}
+FROM_ZERO = hj.saliencies.movement(start=jnp.zeros_like)
+NEEDING = [hj.saliencies.gradient(), FROM_ZERO, hj.saliencies.soft_movement(1.0)]
+
+
+@pytest.mark.parametrize("rule", [*NEEDING, hj.saliencies.movement()])
+def test_rules_that_need_gradients_say_so_at_one_go(rule):
     with pytest.raises(ValueError, match="`grads_fn` must be given for a saliency that needs gradients"):
-        hj.prune_once(params, rule, 0.5)
+        hj.prune_once({"w": jnp.ones((2, 2))}, rule, 0.5)
+
+
+@pytest.mark.parametrize("rule", NEEDING)
+def test_rules_that_need_gradients_say_so_in_training(rule):
     with pytest.raises(ValueError, match="`start` must be at least 1"):
-        hj.prune(optax.sgd(0.1), rule, 0.5).init(params)
+        hj.prune(optax.sgd(0.1), rule, 0.5).init({"w": jnp.ones((2, 2))})
 
 
 def test_recomputed_gradients_replace_the_old_ones():
