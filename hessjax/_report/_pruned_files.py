@@ -15,6 +15,7 @@ from hessjax._report._folder import PRUNED
 from hessjax._report._plan import LEVELS
 from hessjax._report._problem import Problem, first_batch
 from hessjax._report._pruning import Curvature, Pruned
+from hessjax._report._record import disk_errors
 from hessjax.analysis._sensitivity import sensitivity
 from hessjax.analysis._summary import summary
 from hessjax.compaction._compact import compact
@@ -53,7 +54,7 @@ def _save(path: Path, tree: Any) -> None:
 
     for left in path.parent.glob(f"{path.name}.orbax-checkpoint-tmp*"):  # by a kill in the middle of this
         shutil.rmtree(left)
-    with ocp.StandardCheckpointer() as checkpointer:
+    with disk_errors(), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path, tree, force=True)
 
 

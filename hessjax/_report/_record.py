@@ -1,12 +1,14 @@
 """A run as JSON, its folder and its rows."""
 
+import contextlib
+import errno
 import importlib.metadata
 import json
 import math
 import os
 import platform
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,6 +110,17 @@ def write_json(path: Path, record: Any) -> None:
     """
     text = json.dumps(to_json(record), indent=1, ensure_ascii=False, allow_nan=False)
     _files.write_whole(Path(path), lambda file: file.write(f"{text}\n".encode()))
+
+
+@contextlib.contextmanager
+def disk_errors() -> Iterator[None]:
+    """What Orbax raises in the block as one OSError: of a full disk it tells by errors of every kind."""
+    try:
+        yield
+    except Exception as error:
+        full = os.strerror(errno.ENOSPC)
+        number, told = (errno.ENOSPC, full) if full in str(error) else (errno.EIO, str(error)[:200])
+        raise OSError(number, told) from error
 
 
 def read_json(path: Path) -> Any:

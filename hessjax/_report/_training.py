@@ -18,6 +18,7 @@ from hessjax._core._types import Params
 from hessjax._report import _passes
 from hessjax._report._problem import Problem
 from hessjax._report._pruning import Pruned
+from hessjax._report._record import disk_errors
 from hessjax._report._work import Pace
 from hessjax._run import _checkpoint_files, _store
 from hessjax._run._checkpoint_files import Run, Saved
@@ -181,7 +182,7 @@ class _Saved:
         """Save where it is time, and at the end."""
         if done < self._steps and not self._pace.is_due():
             return
-        with self._pace.saving():
+        with self._pace.saving(), disk_errors():
             rows = [self._numbers(row) for row in history]
             table = {_HISTORY: np.array(rows, np.float64).reshape(len(rows), 2 + len(self._metrics))}
             leaves = list(map(_as_array, jax.tree.leaves(tree)))

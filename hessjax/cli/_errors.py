@@ -1,6 +1,7 @@
 """What goes wrong, in one line and an exit code; `--debug` shows the traceback."""
 
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ UNEXPECTED, REFUSED, CHECK_FAILED = 1, 2, 3
 @contextlib.contextmanager
 def told(debug: bool, out: Path | None = None) -> Iterator[None]:
     """End the command with a line for whatever is raised in the block."""
+    if not debug:
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it raises, a page of it
     try:
         yield
     except (typer.Exit, typer.Abort, SystemExit):

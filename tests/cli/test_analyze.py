@@ -257,6 +257,26 @@ def test_what_cannot_be_pruned_is_said_before_any_work(folder):
     assert done.exit_code == 0, done.output
 
 
+@pytest.mark.parametrize("way", ["--sparsity", "--recipe"])
+def test_a_disk_that_is_full_is_one_line_and_the_rest_goes_on(folder, monkeypatch, way):
+    import orbax.checkpoint as ocp
+
+    def full(*_, **__):
+        raise ValueError('RESOURCE_EXHAUSTED: Error writing "a.kernel": No space left on device [and more]')
+
+    pytest.importorskip("pydantic")
+    (folder / "recipe.yaml").write_text(RECIPE)
+    words = ("prune", "mine.py", "--out", "out", way, 0.5 if way == "--sparsity" else "recipe.yaml")
+    with monkeypatch.context() as patch:
+        for kind in (ocp.StandardCheckpointer, ocp.Checkpointer):
+            patch.setattr(kind, "save", full)
+        done = hessjax(*words)
+    assert done.exit_code == 2
+    kept = "what was done is kept there, and `--resume` goes on"
+    assert done.stderr == f"hessjax: cannot write to `out`: No space left on device; {kept}\n"
+    assert hessjax(*words, "--resume").exit_code == 0
+
+
 def test_prune_wants_one_way(folder):
     done = hessjax("prune", "mine.py", "--out", "out", "--sparsity", 0.5, "--to-loss", 0.1)
     assert "one of `--recipe`, `--sparsity` and `--to-loss`" in done.stderr
