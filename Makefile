@@ -37,7 +37,7 @@ $(READY_DOCS): $(READY)
 
 install: $(READY)  ## the environment alone; the other targets make it when they need it
 
-tour: $(READY_TOUR)  ## train a network, measure its curvature, prune it: tables, report.json and figures (QUICK=1 for a short one)
+tour: $(READY_TOUR)  ## train a network, measure its curvature, prune it: one page, tour-out/report.html (QUICK=1 for a short one)
 	$(BIN)/hessjax tour --force --out tour-out $(if $(QUICK),--quick)
 
 test: $(READY)  ## the whole test suite, docstrings, README and pages included (about 20 minutes on two cores)
