@@ -98,7 +98,9 @@ def in_sequence(task: fine_tuning.Task, settings: Settings, pattern: Any) -> Par
     """The mask of the sweep, the kept weights layer by layer at what the pruned ones before hand on."""
     found = moments(task, settings)
     mask = pruned(task, S.sparsegpt(found, exchanges=0), pattern, "mask")
-    return hj.layers.reconstruct(task.params, mask, found, calibration(task, settings)).params
+    batches = calibration(task, settings)
+    # Outputs that count for nothing, as of heads that look nowhere, lose all of their weights.
+    return hj.layers.reconstruct(task.params, mask, found, batches, empty="allow").params
 
 
 def pruned(task: fine_tuning.Task, rule: Any, pattern: Any, what: str = "params") -> Params:

@@ -267,3 +267,23 @@ def test_a_number_in_the_batch_is_no_row_of_it(x64):
     mask = masks_of(params, LEAVES["dense"])
     found = hj.layers.reconstruct(params, mask, moments, [batch], empty="allow")
     assert bool(jnp.all(jnp.where(mask["w"], True, found.params["w"] == 0)))
+
+
+def test_readers_of_channels_that_went_are_fitted_by_ridge_regression(x64):
+    """And the smaller network computes the same."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(40, 4)))
+    params = {"in": jnp.asarray(rng.normal(size=(4, 8))), "out": jnp.asarray(rng.normal(size=(8, 3)))}
+    model_fn = lambda p, x: jnp.tanh(x @ p["in"]) @ p["out"]
+    moments = hj.layers.moments(model_fn, params, [x], likelihood=hj.likelihoods.gaussian)
+    gone = jnp.arange(8) % 2 == 0
+    mask = {"in": jnp.broadcast_to(~gone, (4, 8)), "out": jnp.ones((8, 3), bool)}
+    found = hj.layers.reconstruct(params, mask, moments, [x], damping=0.1, empty="allow").params
+    np.testing.assert_allclose(found["in"], jnp.where(gone, 0, params["in"]), rtol=1e-12)
+    dense, now = (np.tanh(x @ w) for w in (params["in"], found["in"]))
+    matrix = now.T @ now / 40 + 0.1 * np.eye(8)
+    wanted = np.linalg.solve(matrix, now.T @ dense @ params["out"] / 40 + 0.1 * params["out"])
+    np.testing.assert_allclose(found["out"], wanted, rtol=1e-9)
+    small = hj.compact(model_fn, found, x)
+    assert small.params["out"].shape == (4, 3)
+    np.testing.assert_allclose(small.model_fn(small.params, x), model_fn(found, x), rtol=1e-12)
