@@ -275,7 +275,7 @@ def results():
         "hj.saliencies.wanda": {"moments": (of_all, "result")},
         "hj.layers.reconstruct": {
             "params": (W, "tree"), "mask": (W != 1, "tree"), "moments": (moments, "result"),
-            "batches": (None, "batches again?"), "damping": (1.0, "tol"), "empty": ("allow", "choice")},
+            "batches": (None, "batches?"), "damping": (1.0, "tol"), "empty": ("allow", "choice")},
         "hj.layers.ekfac": {"moments": (moments, "result")},
         "hj.plot.density": {"density": (density, "result")},
         "hj.plot.cumulative": {"density": (density, "result")},

@@ -23,7 +23,7 @@ from hessjax.pruning.saliencies._saliency import (
 
 
 def named(optimizer: optax.GradientTransformation, text: str) -> optax.GradientTransformationExtraArgs:
-    """The optimizer, printed as it is written: a default that `help` and a rule can show."""
+    """The optimizer, printed as this text: a default that `help` and a rule can show."""
     made = {"__repr__": lambda _: text, "__slots__": ()}
     return type("NamedOptimizer", (optax.GradientTransformationExtraArgs,), made)(*optimizer)
 
@@ -32,7 +32,7 @@ def named(optimizer: optax.GradientTransformation, text: str) -> optax.GradientT
 _ADAM = named(optax.adam(1e-2), "optax.adam(0.01)")
 _LAYER_WISE = named(
     optax.chain(optax.scale_by_trust_ratio(), optax.scale_by_learning_rate(5e-3)),
-    "optax.chain(optax.scale_by_trust_ratio(), optax.scale_by_learning_rate(0.005))",
+    "steps of 0.005 times a leaf's norm",
 )
 
 
@@ -113,9 +113,10 @@ class Movement(Saliency):
     out of date, and the scores may run away.
 
     Args:
-        optimizer: of the scores, with its own schedule; without weight decay. Its steps must be of the size
-            that scores have: those from magnitudes are about 1, and a slope is far smaller, so that plain
-            gradient descent would leave them where they are.
+        optimizer: of the scores, with its own schedule; without weight decay. By default
+            `optax.chain(optax.scale_by_trust_ratio(), optax.scale_by_learning_rate(0.005))`. Its steps must be
+            of the size that scores have: those from magnitudes are about 1, and a slope is far smaller, so
+            that plain gradient descent would leave them where they are.
         start: the first scores of a leaf, from its weights: `from_magnitudes`, or `jnp.zeros_like`.
 
     Raises:
