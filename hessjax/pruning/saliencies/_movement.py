@@ -114,9 +114,9 @@ class Movement(Saliency):
 
     Args:
         optimizer: of the scores, with its own schedule; without weight decay. By default
-            `optax.chain(optax.scale_by_trust_ratio(), optax.scale_by_learning_rate(0.005))`. Its steps must be
-            of the size that scores have: those from magnitudes are about 1, and a slope is far smaller, so
-            that plain gradient descent would leave them where they are.
+            `optax.chain(optax.scale_by_trust_ratio(), optax.scale_by_learning_rate(0.005))`. Its steps must
+            be of the size that scores have: those from magnitudes are about 1, and a slope is far smaller,
+            so that plain gradient descent would leave them where they are.
         start: the first scores of a leaf, from its weights: `from_magnitudes`, or `jnp.zeros_like`.
 
     Raises:
