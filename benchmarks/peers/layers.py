@@ -14,7 +14,7 @@ FISHERS = ["exact", "empirical"]
 POSITIONS = ["expand", "reduce"]
 TASKS = ["factors", "K-FAC", "inverse", "EKFAC"]
 AGREEMENT = {"EKFAC": 1e-4}
-"""How far two right answers may be apart, 1e-5 but where squares of rotated gradients are summed in float32."""
+"""How far right answers may be apart, beyond 1e-5: squares of rotated gradients are summed in float32."""
 
 
 def layers(quick: bool, path_of: Any) -> Iterator[Row]:
