@@ -13,12 +13,12 @@ from hessjax.cli import _interrupt
 
 # The module by its file: importing the package takes seconds, in which no signal is waited for.
 SCRIPT = """
-import importlib.util, time
+import importlib.util, os, time
 spec = importlib.util.spec_from_file_location("interrupt", {file!r})
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 def work():
-    print("begun", flush=True)
+    os.write(1, b"begun")  # at once: of `print` the end of the line may come after the signal
     {work}
 module.interruptible(work, "what was kept")
 print("done")
