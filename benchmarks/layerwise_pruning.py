@@ -219,8 +219,8 @@ def networks(problem: Problem, quick: bool) -> list[Params]:
 def rows_of(problem: Problem, nets: list[Params], name: str, method: Method) -> Any:
     """For every network and sparsity the errors and the seconds."""
     method(problem, nets[0], problem.sparsities[0])  # compiles
-    # The slow one is what the others are held against at most zeros.
-    levels = problem.sparsities[-1:] if name == SLOW else problem.sparsities
+    # Minutes each: at most zeros only, where the others are held against the slow one.
+    levels = problem.sparsities[-1:] if name in ONLY_DIGITS else problem.sparsities
     rows = [[timed(problem, method, params, s) for s in levels] for params in nets]
     print(problem.name, name, rows, flush=True)
     return rows
