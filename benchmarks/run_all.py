@@ -34,6 +34,9 @@ SCRIPTS = (
 )
 
 
+LONG = ("many_devices", "layerwise_encoder")
+"""A minute even in short, and made of what others run: tests, and `layerwise_pruning` with another task."""
+
 CHEAP = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 """Most of a short run is compiling."""
 
@@ -60,8 +63,7 @@ if __name__ == "__main__":
     quick = "--quick" in sys.argv
     if quick:
         os.environ.setdefault("XLA_FLAGS", CHEAP)
-    # Whether several devices work the tests of devices tell, at less cost than even a short run of this.
-    asked = [script for script in SCRIPTS if not (quick and script == "many_devices")]
+    asked = [script for script in SCRIPTS if not (quick and script in LONG)]
     failed = [script for script in asked if not run(script)]
     table.show(table.load(quick, asked))
     if not quick and not failed:
