@@ -289,5 +289,5 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes.set_yticks(range(len(questions)), [question.replace("_", " ") for question in questions])
     axes.set_xlabel("time of the peer over ours (hollow: the answer was not right)")
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(loc="best", fontsize="small")
+    axes.legend(loc="lower right", fontsize="small")
     figure.savefig(path, dpi=130)
