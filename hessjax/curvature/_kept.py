@@ -72,7 +72,8 @@ class Kept:
         if self.marks[index] != _mark(batch):
             raise ValueError(
                 f"`batches` must come in the same order at every pass with `keep_bytes`, but batch {index} "
-                "is another than at the first, as from a loader that shuffles: room for all would do too."
+                "is another than at the first, as from a loader that shuffles: raise `keep_bytes` until all "
+                "fit, and the data is read once."
             )
 
 

@@ -20,7 +20,7 @@ FIRST = 32
 
 
 ROUNDED = 32
-"""Columns have room for one or two of so many parts of the width more than the fullest has kept."""
+"""In so many steps the space grows that is reserved for the kept entries of a column."""
 
 
 class Masked(NamedTuple):
